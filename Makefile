@@ -1,0 +1,36 @@
+# `make demo` and `make test` need Python 3.11 with venv and pip; each sets up its own virtual environment.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test lint zoo lock clean
+
+demo: $(STAMP)  ## the main job on a miniature pair: migrate, fine-tune, compare, report
+	@rm -rf demo-output
+	$(BIN)/lorasuite demo --output demo-output
+
+test: $(STAMP) lint  ## every test
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)  ## style, types, import rules
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+zoo: $(STAMP)  ## train the miniature models again (about half an hour)
+	$(BIN)/python -m lorasuite.zoo.train
+
+lock: $(STAMP)  ## write what is installed into constraints.txt
+	{ echo "# What the tests were run with. Regenerate with: make lock"; \
+	  $(BIN)/pip freeze --exclude-editable | sed 's/+cpu//'; } > constraints.txt
+
+clean:
+	rm -rf $(VENV) demo-output build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt "torch==2.13.0"
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@
