@@ -1,0 +1,32 @@
+"""The artifact store: content-addressed, typed, verified.
+
+    from artifacts import Store, stage_key
+
+    store = Store()                                     # LORASUITE_HOME, or ~/.cache/lorasuite
+    key = stage_key("similarity", 1, {"metric": "cka"}, {"old": "<fingerprint>", "new": "<fingerprint>"})
+    store.put(key, stage="similarity", version=1, settings=..., inputs=..., tensors={"cka": matrix})
+    store.open(key).tensor("cka")
+
+Knows neither the library nor Prefect.
+"""
+
+from artifacts.errors import ArtifactDamaged, ArtifactError, ArtifactMissing
+from artifacts.keys import canonical_json, stage_key
+from artifacts.manifest import FileEntry, Manifest
+from artifacts.store import Artifact, GcReport, Listed, Removal, Store, default_home
+
+__all__ = [
+    "Artifact",
+    "ArtifactDamaged",
+    "ArtifactError",
+    "ArtifactMissing",
+    "FileEntry",
+    "GcReport",
+    "Listed",
+    "Manifest",
+    "Removal",
+    "Store",
+    "canonical_json",
+    "default_home",
+    "stage_key",
+]

@@ -1,0 +1,480 @@
+"""A content-addressed, typed, verified store of artifacts.
+
+One object is one directory, ``home/objects/<ab>/<key>/``, holding ``data.safetensors``, ``manifest.json``
+and, when the stage made any, plain files under ``files/``. It is written elsewhere, flushed to disk and
+renamed into place, and never changes afterwards; so a directory is also the unit that a mirror elsewhere
+would copy, under the same names.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import logging
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from artifacts.errors import ArtifactDamaged, ArtifactMissing
+from artifacts.keys import check_key, plain
+from artifacts.manifest import FileEntry, Manifest, library_versions
+from artifacts.tensors import write_tensors
+
+DATA = "data.safetensors"
+MANIFEST = "manifest.json"
+FILES = "files"
+LAST_USED = "last-used"
+
+#: A temporary directory not written to for this long belongs to a process that is gone.
+STALE_SECONDS = 24 * 3600.0
+
+#: A file changed this shortly before it was checked may change again without a new time stamp.
+_RACY_SECONDS = 0.1
+
+logger = logging.getLogger(__name__)
+
+_Stamp = tuple[tuple[str, int, int, int], ...]
+
+#: Objects this process has checked in full: directory to what their files looked like then.
+_verified: dict[str, _Stamp] = {}
+
+
+def default_home() -> Path:
+    """``LORASUITE_HOME``, or ``~/.cache/lorasuite``. Raises ``ValueError`` for a remote address."""
+    home = os.environ.get("LORASUITE_HOME")
+    if not home:
+        return Path.home() / ".cache" / "lorasuite"
+    if "://" in home:
+        raise ValueError(f"LORASUITE_HOME={home}: the store needs a local directory")
+    return Path(home).expanduser().absolute()
+
+
+class Artifact:
+    """One stored object, read lazily. Tensors are mapped from the file: treat them as read-only."""
+
+    def __init__(self, directory: Path, manifest: Manifest) -> None:
+        self.directory = directory
+        self.manifest = manifest
+        self._handles: dict[str, Any] = {}
+
+    def __repr__(self) -> str:
+        return f"Artifact({self.manifest.stage!r}, {self.manifest.key[:12]})"
+
+    @property
+    def key(self) -> str:
+        return self.manifest.key
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """The results that are not tensors."""
+        return self.manifest.info
+
+    def _open(self, device: str) -> Any:
+        if device not in self._handles:
+            self._handles[device] = safe_open(self.directory / DATA, framework="pt", device=device)
+        return self._handles[device]
+
+    def keys(self) -> list[str]:
+        """The names of the tensors, sorted."""
+        return sorted(self._open("cpu").keys())
+
+    def tensor(self, name: str, device: str | torch.device = "cpu") -> torch.Tensor:
+        """One tensor. Raises :class:`ArtifactMissing` when there is none of that name."""
+        handle = self._open(str(device))
+        if name not in handle.keys():  # noqa: SIM118 - the handle is no dictionary
+            raise ArtifactMissing(f"{self!r} has no tensor {name!r}; it has {', '.join(self.keys()[:8]) or 'none'}")
+        tensor: torch.Tensor = handle.get_tensor(name)
+        return tensor
+
+    def tensors(self, device: str | torch.device = "cpu") -> dict[str, torch.Tensor]:
+        """All tensors by name."""
+        return {name: self.tensor(name, device) for name in self.keys()}
+
+    def file(self, name: str) -> Path:
+        """The path of a plain file, or of a directory of them. Raises :class:`ArtifactMissing`."""
+        stored = f"{FILES}/{_relative(name)}"
+        names = self.manifest.files
+        if stored not in names and not any(other.startswith(f"{stored}/") for other in names):
+            raise ArtifactMissing(f"{self!r} has no file {name!r}")
+        return self.directory / stored
+
+
+@dataclass(frozen=True)
+class Listed:
+    """One object as :meth:`Store.ls` found it; ``problem`` says why one without a manifest cannot be used."""
+
+    key: str
+    manifest: Manifest | None
+    problem: str | None
+    size: int
+    last_used: datetime
+
+
+@dataclass(frozen=True)
+class Removal:
+    """One thing :meth:`Store.gc` removed, or would remove."""
+
+    path: Path
+    #: Key of an object, ``None`` for a leftover temporary.
+    key: str | None
+    stage: str | None
+    size: int
+    why: str
+
+
+@dataclass(frozen=True)
+class GcReport:
+    """What :meth:`Store.gc` removed, or with ``dry_run`` would remove."""
+
+    dry_run: bool
+    removals: list[Removal] = field(default_factory=list)
+
+    @property
+    def size(self) -> int:
+        """Bytes freed."""
+        return sum(removal.size for removal in self.removals)
+
+
+class Store:
+    """The artifacts under one ``home`` directory. Safe to use from several processes at once."""
+
+    def __init__(self, home: Path | str | None = None) -> None:
+        self.home = Path(home).expanduser().absolute() if home is not None else default_home()
+        self._objects = self.home / "objects"
+        self._tmp = self.home / "tmp"
+
+    def __repr__(self) -> str:
+        return f"Store({str(self.home)!r})"
+
+    def path(self, key: str) -> Path:
+        """The directory of the object ``key``, which need not exist."""
+        return self._objects / check_key(key)[:2] / key
+
+    def manifest(self, key: str) -> Manifest:
+        """The manifest of ``key``, checked. Raises :class:`ArtifactMissing`, :class:`ArtifactDamaged`."""
+        directory = self.path(key)
+        where = f"artifact {key}"
+        try:
+            text = (directory / MANIFEST).read_bytes()
+        except FileNotFoundError:
+            if directory.exists():
+                raise ArtifactDamaged(f"{where}: no manifest. {_remedy(key)}") from None
+            raise ArtifactMissing(f"{where} is not in {self.home}. Run the stage that makes it.") from None
+        manifest = Manifest.from_json(text, where)
+        if manifest.key != key:
+            raise ArtifactDamaged(f"{where}: its manifest is that of {manifest.key}. {_remedy(key)}")
+        return manifest
+
+    def has(self, key: str) -> bool:
+        """Whether ``key`` is there and looks whole: the manifest is sound and every file has its size."""
+        try:
+            self._stamp(key, self.manifest(key))
+        except (ArtifactMissing, ArtifactDamaged):
+            return False
+        return True
+
+    def verify(self, key: str) -> None:
+        """Read every byte of ``key`` and compare.
+
+        Raises :class:`ArtifactMissing`, or :class:`ArtifactDamaged` saying what is wrong and what to do.
+        """
+        self._check(key, self.manifest(key), again=True)
+
+    def open(self, key: str, verify: bool = True) -> Artifact:
+        """The object ``key``, checked in full the first time this process opens it, and marked as used.
+
+        ``verify=False`` checks the manifest and the file sizes only. Raises :class:`ArtifactMissing`,
+        :class:`ArtifactDamaged`.
+        """
+        manifest = self.manifest(key)
+        if verify:
+            self._check(key, manifest)
+        else:
+            self._stamp(key, manifest)
+        directory = self.path(key)
+        with contextlib.suppress(OSError):  # a store on a read-only disk can be read all the same
+            (directory / LAST_USED).touch()
+        return Artifact(directory, manifest)
+
+    def _stamp(self, key: str, manifest: Manifest) -> _Stamp:
+        """What the files of ``key`` look like from outside. :class:`ArtifactDamaged` on a wrong size."""
+        directory = self.path(key)
+        stamps = []
+        for name, entry in manifest.files.items():
+            try:
+                stat = (directory / name).stat()
+            except FileNotFoundError:
+                raise ArtifactDamaged(f"artifact {key}: {name} is missing. {_remedy(key)}") from None
+            if stat.st_size != entry.size:
+                raise ArtifactDamaged(
+                    f"artifact {key}: {name} has {stat.st_size} bytes instead of {entry.size}. {_remedy(key)}"
+                )
+            stamps.append((name, stat.st_ino, stat.st_mtime_ns, stat.st_size))
+        return tuple(stamps)
+
+    def _check(self, key: str, manifest: Manifest, again: bool = False) -> None:
+        begun = time.time()
+        directory = self.path(key)
+        stamp = self._stamp(key, manifest)
+        if not again and _verified.get(str(directory)) == stamp:
+            return
+        _verified.pop(str(directory), None)
+        for name, entry in manifest.files.items():
+            with (directory / name).open("rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+            if found != entry.sha256:
+                raise ArtifactDamaged(f"artifact {key}: the bytes of {name} have changed. {_remedy(key)}")
+        if all(mtime_ns / 1e9 < begun - _RACY_SECONDS for _, _, mtime_ns, _ in stamp):
+            _verified[str(directory)] = stamp
+
+    def put(
+        self,
+        key: str,
+        *,
+        stage: str,
+        inputs: Mapping[str, str],
+        settings: Mapping[str, Any],
+        version: int,
+        tensors: Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]] = (),
+        info: Mapping[str, Any] | None = None,
+        files: Mapping[str, Path | bytes] | None = None,
+        run: Mapping[str, Any] | None = None,
+        replace: bool = False,
+    ) -> Manifest:
+        """Store an object and return its manifest.
+
+        ``tensors`` may be an iterator of pairs: one tensor at a time is held in memory. ``info`` (results),
+        ``files`` (names to bytes, to a file or to a directory to copy) and ``run`` (how it went) are read
+        after the tensors, so a generator may still fill them in. A valid object already there is kept, unless
+        ``replace``; a damaged one is moved aside. Readers see the whole object or none.
+
+        Raises ``TypeError`` or ``ValueError`` for what cannot be stored (a name that leaves the object, data
+        that is not JSON, NaN in ``info``) and ``OSError`` when the disk refuses; then nothing is stored.
+        """
+        target = self.path(key)
+        if not replace and (existing := self._sound(key)) is not None:
+            return existing
+        scratch = self._temporary(f"put-{key[:12]}")
+        try:
+            digest, sha256 = write_tensors(tensors, scratch / DATA)
+            entries = {DATA: FileEntry(size=(scratch / DATA).stat().st_size, sha256=sha256)}
+            entries.update(_copy_files(files or {}, scratch))
+            manifest = Manifest(
+                stage=stage,
+                version=version,
+                key=key,
+                inputs=dict(inputs),
+                settings=plain(settings, "settings"),
+                info=plain(info or {}, "info"),
+                run=plain(run or {}, "run"),
+                libraries=library_versions(),
+                created=datetime.now(UTC),
+                size=sum(entry.size for entry in entries.values()),
+                files=entries,
+                digest=digest,
+            )
+            _flush(scratch)
+            (scratch / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+            _fsync(scratch / MANIFEST)
+            _fsync(scratch)
+            return self._install(scratch, target, manifest, replace)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+    def _install(self, scratch: Path, target: Path, manifest: Manifest, replace: bool) -> Manifest:
+        """Rename ``scratch`` to ``target``; keep a sound object that another writer put there first."""
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with self._exclusive():
+            if target.exists():
+                existing = self._sound(manifest.key)
+                if existing is not None and (not replace or _same(existing, manifest)):
+                    return existing
+                self._aside(target, "replaced" if existing is not None else "damaged")
+            scratch.rename(target)
+            _fsync(target.parent)
+        return manifest
+
+    def _sound(self, key: str) -> Manifest | None:
+        """The manifest of ``key`` when the object is there and every byte is right."""
+        try:
+            manifest = self.manifest(key)
+            self._check(key, manifest)
+        except (ArtifactMissing, ArtifactDamaged):
+            return None
+        return manifest
+
+    def _aside(self, target: Path, why: str) -> None:
+        """Move an object out of the way: a damaged one stays in ``tmp`` for a day, others go at once."""
+        aside = self._temporary(why) / target.name
+        target.rename(aside)
+        if why == "damaged":
+            logger.warning("damaged artifact moved to %s", aside)
+            os.utime(aside.parent)
+        else:
+            shutil.rmtree(aside.parent, ignore_errors=True)
+
+    def remove(self, key: str) -> None:
+        """Remove the object ``key``, damaged or not. Raises :class:`ArtifactMissing`."""
+        target = self.path(key)
+        with self._exclusive():
+            if not target.exists():
+                raise ArtifactMissing(f"artifact {key} is not in {self.home}")
+            self._aside(target, "removed")
+
+    def _temporary(self, name: str) -> Path:
+        directory = self._tmp / f"{name}-{uuid.uuid4().hex}"
+        directory.mkdir(parents=True)
+        return directory
+
+    @contextlib.contextmanager
+    def _exclusive(self) -> Iterator[None]:
+        """One writer at a time moves objects in or out; the kernel frees the lock of a killed process."""
+        self.home.mkdir(parents=True, exist_ok=True)
+        with (self.home / "objects.lock").open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+    def ls(self) -> Iterator[Listed]:
+        """Every object, damaged ones too (checked as :meth:`has` checks), in the order of their keys."""
+        for directory in sorted(self._objects.glob("??/" + "[0-9a-f]" * 64)):
+            key = directory.name
+            manifest, problem = None, None
+            try:
+                manifest = self.manifest(key)
+                self._stamp(key, manifest)
+            except ArtifactMissing:  # removed meanwhile
+                continue
+            except ArtifactDamaged as error:
+                manifest, problem = None, str(error)
+            yield Listed(key, manifest, problem, _size(directory), self._last_used(directory))
+
+    def gc(self, keep_days: float = 30, dry_run: bool = True, stages: Collection[str] | None = None) -> GcReport:
+        """Remove objects not opened for ``keep_days``, and what killed processes left behind.
+
+        ``stages`` limits it to objects of those stages. Damaged objects go as well, when no stage is asked
+        for. Returns what was removed; by default nothing is, and the report says what would be.
+        """
+        if keep_days < 0:
+            raise ValueError(f"keep_days must not be negative, got {keep_days}")
+        now = time.time()
+        report = GcReport(dry_run)
+        for listed in self.ls():
+            stage = listed.manifest.stage if listed.manifest else None
+            if stages is not None and stage not in stages:
+                continue
+            idle = now - listed.last_used.timestamp()
+            if listed.problem is None and idle < keep_days * 86400:
+                continue
+            why = listed.problem or f"not used for {idle / 86400:.0f} days"
+            path = self.path(listed.key)
+            if not dry_run:
+                try:
+                    self.remove(listed.key)
+                except ArtifactMissing:
+                    continue
+            report.removals.append(Removal(path, listed.key, stage, listed.size, why))
+        if stages is None and self._tmp.is_dir():
+            for leftover in sorted(self._tmp.iterdir()):
+                if now - _newest(leftover) < STALE_SECONDS:
+                    continue
+                report.removals.append(Removal(leftover, None, None, _size(leftover), "left by an interrupted write"))
+                if not dry_run:
+                    shutil.rmtree(leftover, ignore_errors=True)
+        return report
+
+    @staticmethod
+    def _last_used(directory: Path) -> datetime:
+        for path in (directory / LAST_USED, directory):
+            with contextlib.suppress(OSError):
+                return datetime.fromtimestamp(path.stat().st_mtime, UTC)
+        return datetime.now(UTC)
+
+
+def _same(one: Manifest, other: Manifest) -> bool:
+    """Whether two objects hold the same results, however they were computed."""
+    return one.digest == other.digest and one.files == other.files and one.info == other.info
+
+
+def _remedy(key: str) -> str:
+    return f"Run its stage again, or remove it: lorasuite artifacts gc, or objects/{key[:2]}/{key}."
+
+
+def _relative(name: str) -> str:
+    """``name`` as a relative path with ``/``. Raises ``ValueError`` when it would leave the object."""
+    path = PurePosixPath(name)
+    if not name or "\\" in name or "\0" in name or path.is_absolute() or ".." in path.parts or str(path) == ".":
+        raise ValueError(f"{name!r} cannot be the name of a file in an artifact")
+    return str(path)
+
+
+def _copy_files(files: Mapping[str, Path | bytes], scratch: Path) -> dict[str, FileEntry]:
+    entries: dict[str, FileEntry] = {}
+    for name, source in files.items():
+        relative = _relative(name)
+        if isinstance(source, Path) and source.is_dir():
+            contents: dict[str, Path | bytes] = {
+                f"{relative}/{path.relative_to(source).as_posix()}": path
+                for path in sorted(source.rglob("*"))
+                if path.is_file()
+            }
+        else:
+            contents = {relative: source}
+        for inner, content in contents.items():
+            stored = f"{FILES}/{inner}"
+            target = scratch / stored
+            if target.exists():
+                raise ValueError(f"the file {inner!r} was given twice")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if isinstance(content, bytes):
+                target.write_bytes(content)
+            else:
+                shutil.copyfile(content, target)
+            with target.open("rb") as file:
+                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            entries[stored] = FileEntry(size=target.stat().st_size, sha256=sha256)
+    return entries
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems cannot flush a directory
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _flush(directory: Path) -> None:
+    """Flush every file and directory below ``directory`` to disk."""
+    for path in sorted(directory.rglob("*")):
+        _fsync(path)
+
+
+def _size(path: Path) -> int:
+    total = 0
+    for file in path.rglob("*") if path.is_dir() else [path]:
+        with contextlib.suppress(OSError):
+            if file.is_file():
+                total += file.stat().st_size
+    return total
+
+
+def _newest(path: Path) -> float:
+    times = []
+    for entry in (path, *path.rglob("*")):
+        with contextlib.suppress(OSError):
+            times.append(entry.stat().st_mtime)
+    return max(times, default=0.0)
