@@ -1,0 +1,160 @@
+"""Settings of a migration: one model, from which command-line flags and ``--config`` files both derive."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from lorasuite import transforms
+from lorasuite.activations import Pooling
+from lorasuite.errors import ConfigError, Problem, did_you_mean
+from lorasuite.evaluation import EvaluationSettings
+from lorasuite.finetune import FinetuneSettings
+from lorasuite.layer_mapping import Strategy
+from lorasuite.migration import Unmapped
+from lorasuite.transfer_matrix import When
+
+#: Training rows of the light fine-tune (METHOD section 6).
+LFT_SAMPLES = 100
+
+
+class Strict(BaseModel):
+    """Unknown fields are errors, values do not change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class PairSettings(Strict):
+    """What the pair's artifacts depend on, beside the two bases and the calibration texts."""
+
+    calibration_samples: int = Field(256, ge=4, description="calibration texts read at most")
+    calibration_cutoff: int = Field(256, ge=1, description="tokens of a calibration text read at most")
+    pooling: Pooling = Field("mean", description="one vector an example: mean over its tokens, or the last one")
+    cka_batch: int = Field(64, ge=4, description="examples a CKA minibatch")
+    layer_strategy: Strategy = Field("dp", description="layer map: dp (Algorithm 1), first, middle or last")
+    max_offset: int | None = Field(None, ge=0, description="largest shift of a layer; the difference in depth if unset")
+    head_matching: bool = Field(True, description="match heads by similarity; off maps head a to head a")
+    transfer_matrix: When = Field("auto", description="W_h: auto (only where hidden sizes differ), always or never")
+
+
+class MigrationConfig(Strict):
+    """One adapter from one base to another."""
+
+    adapter: str = Field(description="LoRA adapter: directory or hub-id[@revision]")
+    old_base: str = Field(description="base model it was trained on: directory or hub-id[@revision]")
+    new_base: str = Field(description="base model to move it to: directory or hub-id[@revision]")
+    output: str = Field(description="directory to create")
+    calibration: str | None = Field(None, description="texts for the layer map; the training data if unset")
+    train_data: str | None = Field(None, description="rows for the light fine-tune (LFT)")
+    finetune_samples: int | None = Field(
+        None, ge=0, description=f"training rows used; {LFT_SAMPLES} where there is training data, else 0"
+    )
+    eval_data: str | None = Field(None, description="held-out rows for evaluation")
+    eval_tasks: tuple[str, ...] = Field((), description="lm-eval tasks, by name")
+    method: str = Field("lorasuite", description="transform to use")
+    rank: int | None = Field(None, ge=1, description="rank of the new adapter; the old one's if unset")
+    unmapped: Unmapped = Field("freeze", description="new layers without a partner: left out, or a fresh LoRA")
+    controls: bool = Field(True, description="also fine-tune a fresh LoRA on the same rows, as the control")
+    learning_rates: tuple[float, ...] = Field(
+        (), description="sweep these for LFT and control alike, chosen on a held-out fifth of the training rows"
+    )
+    seed: int = 42
+    device: str = Field("auto", description="cpu, cuda, cuda:N, or auto")
+    trust_remote_code: bool = Field(False, description="let model repositories run their own code")
+    pair: PairSettings = PairSettings()
+    finetune: FinetuneSettings = FinetuneSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+
+    @field_validator("method")
+    @classmethod
+    def _known_method(cls, value: str) -> str:
+        if value not in transforms.names():
+            raise ValueError(f"unknown method {value!r}. {did_you_mean(value, transforms.names())}")
+        return value
+
+    @field_validator("learning_rates")
+    @classmethod
+    def _positive(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if any(not rate > 0 for rate in value):
+            raise ValueError("learning rates must be positive")
+        return value
+
+    @property
+    def samples(self) -> int:
+        """Training rows asked for."""
+        if self.finetune_samples is None:
+            return LFT_SAMPLES if self.train_data else 0
+        return self.finetune_samples
+
+    @property
+    def calibration_data(self) -> str | None:
+        """Where calibration texts come from."""
+        return self.calibration or self.train_data
+
+
+def build(model: type[Strict], values: dict[str, Any], where: str = "settings") -> Any:
+    """Validate values into a settings model.
+
+    Raises:
+        ConfigError: with one problem for each invalid field.
+    """
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError([_problem(model, item, where) for item in error.errors()]) from None
+
+
+def _problem(model: type[BaseModel], item: Any, where: str) -> Problem:
+    path = ".".join(map(str, item["loc"])) or "settings"
+    if item["type"] == "extra_forbidden":
+        fields = list(model.model_fields)
+        for part in item["loc"][:-1]:
+            nested = model.model_fields.get(str(part))
+            if nested is not None and isinstance(nested.annotation, type) and issubclass(nested.annotation, BaseModel):
+                model, fields = nested.annotation, list(nested.annotation.model_fields)
+        return Problem(f"{where}: {path}", "unknown setting", did_you_mean(str(item["loc"][-1]), fields))
+    if item["type"] == "missing":
+        flag = "--" + path.replace("_", "-")
+        return Problem(f"{where}: {path}", "is required", f"Give {flag}, or {path}: in the --config file.")
+    message = str(item["msg"]).removeprefix("Value error, ")
+    return Problem(f"{where}: {path}", f"{message} (got {item.get('input')!r})", "Fix the value.")
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A YAML (or JSON) settings file as a mapping.
+
+    Raises:
+        ConfigError: if it is missing, not YAML, or not a mapping.
+    """
+    try:
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(Problem(str(path), "no such file", "Check --config.")) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(Problem(str(path), f"is not valid YAML ({error})", "Fix the file.")) from None
+    if not isinstance(value, dict):
+        raise ConfigError(Problem(str(path), "is not a mapping of settings", "Write `setting: value` lines."))
+    return value
+
+
+def torch_device(name: str) -> str:
+    """``auto`` made definite.
+
+    Raises:
+        ConfigError: for a device this machine does not have.
+    """
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
+        raise ConfigError(Problem("device", f"unknown device {name!r}", "Use cpu, cuda, cuda:N or auto."))
+    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            Problem("device", f"{name!r} is not there ({torch.cuda.device_count()} CUDA devices)", "Use cpu or auto.")
+        )
+    return name

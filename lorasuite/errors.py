@@ -1,0 +1,91 @@
+"""Errors of the library. Each derives from :class:`LoRASuiteError` and from the builtin a caller would expect.
+
+An error that comes from checking input carries *every* problem found, each with where it is, what is wrong and what
+to do about it.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+
+#: Problems printed in a message before the rest is only counted.
+SHOWN = 20
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing wrong with the input: ``where`` (file, field or tensor), ``what`` is wrong, the ``remedy``."""
+
+    where: str
+    what: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.what}. {self.remedy}"
+
+    def to_dict(self) -> dict[str, str]:
+        return asdict(self)
+
+
+class LoRASuiteError(Exception):
+    """Base class of every error lorasuite raises on purpose.
+
+    Accepts a sentence or the list of problems found; ``problems`` is always a list.
+    """
+
+    def __init__(self, problems: str | Problem | Iterable[Problem]) -> None:
+        if isinstance(problems, str):
+            self.problems: list[Problem] = []
+            super().__init__(problems)
+            return
+        self.problems = [problems] if isinstance(problems, Problem) else list(problems)
+        lines = [str(problem) for problem in self.problems[:SHOWN]]
+        if len(self.problems) > SHOWN:
+            lines.append(f"... and {len(self.problems) - SHOWN} more")
+        head = "" if len(lines) == 1 else f"{len(self.problems)} problems found:\n  - "
+        super().__init__(head + "\n  - ".join(lines))
+
+    def __str__(self) -> str:  # a KeyError would print its argument's repr
+        return str(self.args[0]) if self.args else ""
+
+
+class ConfigError(LoRASuiteError, ValueError):
+    """A setting that cannot be used."""
+
+
+class ArchitectureError(LoRASuiteError, ValueError):
+    """A model whose layout is unknown, or does not match its architecture file."""
+
+
+class CheckpointError(LoRASuiteError, OSError):
+    """A base model that cannot be read: missing files, shards or tensors."""
+
+
+class AdapterError(LoRASuiteError, ValueError):
+    """An adapter that cannot be read or does not fit its base model."""
+
+
+class DataError(LoRASuiteError, ValueError):
+    """Rows or texts that cannot be used."""
+
+
+class OutputError(LoRASuiteError, FileExistsError):
+    """An output directory that cannot be written."""
+
+
+class PreflightError(LoRASuiteError, ValueError):
+    """Everything found wrong before any heavy work began."""
+
+
+class NumericalError(LoRASuiteError, ArithmeticError):
+    """A computation that gave NaN, Inf or an empty result."""
+
+
+def did_you_mean(name: str, choices: Sequence[str]) -> str:
+    """``"did you mean 'x'?"`` or the list of choices, for use in a remedy."""
+    close = difflib.get_close_matches(name, choices, n=1, cutoff=0.6)
+    if close:
+        return f"Did you mean {close[0]!r}?"
+    return "Choose one of: " + ", ".join(sorted(choices)) + "."

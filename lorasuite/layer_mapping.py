@@ -1,0 +1,79 @@
+"""Which new layer continues which old layer (METHOD section 3, Algorithm 1)."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from lorasuite.errors import ConfigError, NumericalError, Problem, did_you_mean
+
+Strategy = Literal["dp", "first", "middle", "last"]
+
+
+def map_layers(similarity: Tensor, strategy: Strategy = "dp", max_offset: int | None = None) -> dict[int, int]:
+    """A strictly increasing map of the shorter model's layers into the longer model's, given as ``{old: new}``.
+
+    Args:
+        similarity: ``S (L_o, L_n)``, larger is more alike.
+        strategy: ``dp`` maximises the summed similarity with layer ``k`` sent to some ``j``, ``k ≤ j ≤ k + Δ``;
+            ``first``, ``middle`` and ``last`` take a contiguous block of the longer model (the paper's ablation).
+        max_offset: Δ, at most and by default ``|L_o − L_n|``.
+
+    Raises:
+        ConfigError: for an unknown strategy or an offset outside ``0 … |L_o − L_n|``.
+        NumericalError: for a similarity that is NaN or Inf.
+    """
+    if strategy not in get_args(Strategy):
+        raise ConfigError(
+            Problem("layer_strategy", f"unknown strategy {strategy!r}", did_you_mean(strategy, get_args(Strategy)))
+        )
+    if not bool(torch.isfinite(similarity).all()):
+        raise NumericalError(
+            Problem("similarity", "holds NaN or Inf", "A base model overflowed on the calibration texts: use float32.")
+        )
+    grow = similarity.shape[0] <= similarity.shape[1]
+    table = (similarity if grow else similarity.T).double()
+    short, long = table.shape
+    slack = long - short
+    offset = slack if max_offset is None else max_offset
+    if not 0 <= offset <= slack:
+        raise ConfigError(
+            Problem(
+                "max_offset",
+                f"{offset} is outside 0 … {slack} (the difference in depth)",
+                "Leave it out for Δ.",
+            )
+        )
+    if strategy == "dp":
+        path = best_path(table, offset)
+    else:
+        shift = {"first": 0, "middle": slack // 2, "last": slack}[strategy]
+        path = [k + shift for k in range(short)]
+    return dict(enumerate(path)) if grow else {j: k for k, j in enumerate(path)}
+
+
+def best_path(table: Tensor, offset: int) -> list[int]:
+    """Dynamic programming with backtracking: ``j_0 < j_1 < …``, ``k ≤ j_k ≤ k + offset``, maximal summed value.
+
+    Written over the shift ``t = j − k``, which may not fall from one layer to the next. Ties go to the smaller shift.
+    """
+    short = table.shape[0]
+    band = torch.stack([table[torch.arange(short), torch.arange(short) + t] for t in range(offset + 1)], 1)
+    score = band[0].clone()
+    came_from: list[list[int]] = []
+    for k in range(1, short):
+        best = torch.cummax(score, 0).values
+        came_from.append([_first(score[: t + 1] == best[t]) for t in range(offset + 1)])
+        score = best + band[k]
+    t = _first(score == score.max())
+    shifts = [t]
+    for sources in reversed(came_from):
+        t = sources[t]
+        shifts.append(t)
+    return [k + t for k, t in enumerate(reversed(shifts))]
+
+
+def _first(mask: Tensor) -> int:
+    return int(mask.nonzero()[0, 0])

@@ -1,0 +1,255 @@
+"""What a migration will do, and everything that would stop it, before any heavy work (``lorasuite inspect``)."""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lorasuite import transforms
+from lorasuite.adapter import Adapter
+from lorasuite.architectures import ROLES, Role
+from lorasuite.checkpoint import Checkpoint, load_tokenizer
+from lorasuite.config import MigrationConfig, torch_device
+from lorasuite.data import Row, calibration_texts, read_rows
+from lorasuite.errors import LoRASuiteError, PreflightError, Problem
+from lorasuite.vocabulary import common_tokens
+
+FLOAT = 4  # bytes of a float32
+
+
+@dataclass
+class Inspection:
+    """What ``lorasuite inspect`` shows. ``factors`` rows: name, old, new, changed."""
+
+    old_base: str
+    new_base: str
+    factors: list[dict[str, Any]] = field(default_factory=list)
+    vocabulary: dict[str, Any] = field(default_factory=dict)
+    adapter: dict[str, Any] = field(default_factory=dict)
+    modules: list[dict[str, Any]] = field(default_factory=list)
+    memory: dict[str, int] = field(default_factory=dict)
+    notices: list[str] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def raise_problems(self) -> None:
+        """
+        Raises:
+            PreflightError: with every problem, if there is one.
+        """
+        if self.problems:
+            raise PreflightError(self.problems)
+
+
+def inspect(
+    old_base: str, new_base: str, adapter: str | None = None, method: str = "lorasuite", trust_remote_code: bool = False
+) -> Inspection:
+    """Compare two bases, and say what of an adapter would move. Headers and configs only: no weight is read."""
+    result = Inspection(old_base, new_base)
+    old = _attempt(result, lambda: Checkpoint(old_base))
+    new = _attempt(result, lambda: Checkpoint(new_base))
+    opened = _attempt(result, lambda: Adapter.open(adapter)) if adapter else None
+    for checkpoint in (old, new):
+        if checkpoint is not None:
+            result.problems += checkpoint.check()
+    if old is not None and new is not None:
+        _factors(result, old, new)
+        _vocabulary(result, old, new, trust_remote_code)
+        _memory(result, old, new)
+    if old is not None and opened is not None:
+        result.problems += opened.check(old)
+        result.adapter = {
+            "path": str(opened.path),
+            "rank": opened.rank,
+            "alpha": opened.config.get("lora_alpha"),
+            "modules": len(opened.modules),
+            "trained_on": opened.config.get("base_model_name_or_path"),
+        }
+        if new is not None and not result.problems:
+            _modules(result, old, new, opened, method)
+    return result
+
+
+def _attempt(result: Inspection, action: Callable[[], Any]) -> Any:
+    """The action's result, or None with its problems noted."""
+    try:
+        return action()
+    except LoRASuiteError as error:
+        result.problems += error.problems or [Problem("input", str(error), "")]
+        return None
+
+
+def _factors(result: Inspection, old: Checkpoint, new: Checkpoint) -> None:
+    a, b = old.dims, new.dims
+    rows = [
+        ("architecture", old.architecture.family, new.architecture.family),
+        ("vocabulary size", a.vocab_size, b.vocab_size),
+        ("hidden size", a.hidden_size, b.hidden_size),
+        ("intermediate size", a.intermediate_size, b.intermediate_size),
+        ("layers", a.layers, b.layers),
+        ("attention heads", a.heads, b.heads),
+        ("attention type", f"{a.attention} ({a.kv_heads} kv)", f"{b.attention} ({b.kv_heads} kv)"),
+        ("head size", a.head_dim, b.head_dim),
+    ]
+    result.factors = [{"name": name, "old": o, "new": n, "changed": o != n} for name, o, n in rows]
+
+
+def _vocabulary(result: Inspection, old: Checkpoint, new: Checkpoint, trust_remote_code: bool) -> None:
+    first = _attempt(result, lambda: load_tokenizer(old.path, trust_remote_code))
+    second = _attempt(result, lambda: load_tokenizer(new.path, trust_remote_code))
+    if first is None or second is None:
+        return
+    common = common_tokens(first, second, old.dims.vocab_size, new.dims.vocab_size)
+    inverse = {id_: token for token, id_ in first.get_vocab().items()}
+    moved = [
+        {"token": inverse.get(int(a), ""), "old": int(a), "new": int(b)}
+        for a, b in zip(common.old, common.new, strict=True)
+        if int(a) != int(b)
+    ]
+    result.vocabulary = {"common": len(common), "same": common.same, "renumbered": len(moved), "examples": moved[:5]}
+    if not len(common) and old.dims.hidden_size != new.dims.hidden_size:
+        result.problems.append(
+            Problem("vocabulary", "the two tokenizers share no token", "There is nothing to fit a hidden map on.")
+        )
+
+
+def _memory(result: Inspection, old: Checkpoint, new: Checkpoint) -> None:
+    """Bytes of weights each kind of stage holds at once, in float32."""
+
+    def layer(checkpoint: Checkpoint) -> int:
+        return FLOAT * sum(
+            checkpoint.dims.rows(role) * checkpoint.dims.columns(role) for role in checkpoint.architecture.roles
+        )
+
+    def embedding(checkpoint: Checkpoint) -> int:
+        return FLOAT * checkpoint.dims.vocab_size * checkpoint.dims.hidden_size
+
+    def model(checkpoint: Checkpoint) -> int:
+        # on disk in half precision as a rule; a forward pass on a CPU is in float32
+        return embedding(checkpoint) * 2 + checkpoint.dims.layers * layer(checkpoint)
+
+    result.memory = {
+        "transfer_matrices": embedding(old) + embedding(new),
+        "head_mapping": layer(old) + layer(new),
+        "transform": layer(old) + layer(new),
+        "activations": max(model(old), model(new)),
+        "finetune": model(new),
+    }
+
+
+def _modules(result: Inspection, old: Checkpoint, new: Checkpoint, adapter: Adapter, method: str) -> None:
+    """One row a role: how many modules have it, and where it goes."""
+    counts: Counter[Role] = Counter()
+    for path in adapter.modules:
+        located = old.architecture.locate(path)
+        if located is not None:
+            counts.update(located[1].roles)
+    for role in ROLES:
+        if not counts[role]:
+            continue
+        source, target = old.architecture.module(role), new.architecture.module(role)
+        result.modules.append(
+            {
+                "role": role,
+                "count": counts[role],
+                "old": source.name if source else None,
+                "new": target.name if target else None,
+                "moves": target is not None,
+                "why": "" if target else f"the new base has no {role} projection",
+            }
+        )
+    if not any(row["moves"] for row in result.modules):
+        result.problems.append(
+            Problem(str(adapter.path), "none of its modules has a counterpart in the new base", "It cannot be moved.")
+        )
+    if old.dims.layers > new.dims.layers:
+        result.notices.append(
+            f"{old.dims.layers - new.dims.layers} of {old.dims.layers} old layers have no partner and are dropped"
+        )
+    if method == "copy":
+        unlike = [
+            Problem("method", f"copy: {role} is {a} in the old base, {b} in the new one", "Use --method lorasuite.")
+            for role in counts
+            if (a := (old.dims.rows(role), old.dims.columns(role)))
+            != (b := (new.dims.rows(role), new.dims.columns(role)))
+        ]
+        result.problems += unlike
+
+
+@dataclass
+class Plan:
+    """A checked migration: the rows and texts it will use."""
+
+    inspection: Inspection
+    texts: list[str]
+    train: list[Row]
+    evaluation: list[Row]
+
+
+def check(config: MigrationConfig) -> Plan:
+    """Everything that can be known to be wrong with a migration, found at once, with nothing written.
+
+    Raises:
+        PreflightError: with every problem.
+    """
+    result = inspect(config.old_base, config.new_base, config.adapter, config.method, config.trust_remote_code)
+    if config.method not in transforms.names():
+        _attempt(result, lambda: transforms.transform(config.method))
+    _attempt(result, lambda: torch_device(config.device))
+    tokenizer = (
+        _attempt(result, lambda: load_tokenizer(config.new_base, config.trust_remote_code))
+        if not result.problems
+        else None
+    )
+    train_data, eval_data, source = config.train_data, config.eval_data, config.calibration_data
+    train = _attempt(result, lambda: read_rows(train_data)) if train_data and config.samples else []
+    held_out = _attempt(result, lambda: read_rows(eval_data)) if eval_data else []
+    texts = _attempt(result, lambda: calibration_texts(source, tokenizer)) if source else []
+    same_depth = next((not row["changed"] for row in result.factors if row["name"] == "layers"), True)
+    if not source and not same_depth and config.pair.layer_strategy == "dp":
+        result.problems.append(
+            Problem(
+                "calibration",
+                "the depths differ and there are no texts to compare layers with",
+                "Give --calibration (any text the models should read alike), or --layer-strategy first|middle|last.",
+            )
+        )
+    if not source and same_depth:
+        result.notices.append("no calibration texts: layers are mapped one to one, without similarities")
+    if config.samples and not config.train_data:
+        result.problems.append(
+            Problem(
+                "finetune_samples",
+                f"is {config.samples}, and there is no training data",
+                "Give --train-data, or --finetune-samples 0.",
+            )
+        )
+    if train and len(train) < config.samples:
+        result.notices.append(f"only {len(train)} training rows for {config.samples} samples: all are used")
+    if train and config.learning_rates and len(config.learning_rates) > 1 and min(len(train), config.samples) < 10:
+        result.problems.append(
+            Problem(
+                "learning_rates",
+                "a sweep holds out a fifth of the training rows, and there are fewer than 10",
+                "Give one learning rate, or more rows.",
+            )
+        )
+    _output(result, Path(config.output))
+    result.raise_problems()
+    return Plan(result, texts[: config.pair.calibration_samples], train or [], held_out or [])
+
+
+def _output(result: Inspection, output: Path) -> None:
+    if output.exists():
+        result.problems.append(Problem(str(output), "exists already", "Give a new directory: nothing is overwritten."))
+    parent = next((p for p in output.absolute().parents if p.exists()), None)
+    if parent is not None and parent.is_file():
+        result.problems.append(Problem(str(parent), "is a file, not a directory", "Give another output."))
+    elif parent is not None and shutil.disk_usage(parent).free < 64 * 2**20:
+        result.problems.append(Problem(str(parent), "has less than 64 MiB free", "Free some space."))

@@ -1,0 +1,72 @@
+"""What a transform is given and what it gives back, and the registry of transforms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor
+
+from lorasuite.architectures import Dimensions, Role
+from lorasuite.errors import ConfigError, Problem, did_you_mean
+from lorasuite.lowrank import LowRank
+from lorasuite.transfer_matrix import TransferMatrix
+
+
+@dataclass(frozen=True, eq=False)
+class LayerPair:
+    """One old layer, the new layer that continues it, and all a transform may look at.
+
+    ``old`` and ``new`` hold the base weights ``(out, in)`` float32 of the roles that :meth:`Transform.roles` asked
+    for; ``heads`` maps old to new query heads; ``mlp_factors`` holds :func:`lorasuite.transfer_matrix.mlp_factor` of
+    the old layer.
+    """
+
+    old: Mapping[Role, Tensor]
+    new: Mapping[Role, Tensor]
+    old_dims: Dimensions
+    new_dims: Dimensions
+    heads: Mapping[int, int]
+    transfer: TransferMatrix
+    mlp_factors: Mapping[Role, Tensor] = field(default_factory=dict)
+
+
+class Transform(Protocol):
+    """A training-free map of one layer's updates from the old base to the new one."""
+
+    name: str
+
+    def roles(self, updated: tuple[Role, ...]) -> tuple[Role, ...]:
+        """The roles whose base weights are needed to move updates of the roles ``updated``."""
+
+    def layer(self, pair: LayerPair, updates: Mapping[Role, LowRank]) -> dict[Role, LowRank]:
+        """The new layer's updates, factored, float64. A role the new layer lacks may be given and is then dropped."""
+
+
+_REGISTRY: dict[str, Transform] = {}
+
+
+def register(cls: type[Transform]) -> type[Transform]:
+    """Class decorator: make a transform available by its name."""
+    _REGISTRY[cls.name] = cls()
+    return cls
+
+
+def transform(name: str) -> Transform:
+    """The transform of that name.
+
+    Raises:
+        ConfigError: for an unknown name.
+    """
+    if name not in _REGISTRY:
+        raise ConfigError(Problem("method", f"unknown method {name!r}", did_you_mean(name, names())))
+    return _REGISTRY[name]
+
+
+def names() -> list[str]:
+    """Every registered transform."""
+    return sorted(_REGISTRY)
+
+
+Progress = Callable[[int, int], None]

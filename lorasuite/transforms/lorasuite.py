@@ -1,0 +1,89 @@
+"""The paper's transform (LoRASuite equation 3 and the MLP rules; METHOD sections 2 and 5), in factored form.
+
+Every head's update shares ``A·W_h`` (or ``W_hᵀ·B`` for O), so the new update has the old one's rank and no dense
+``(out, in)`` delta or ``(d, d)`` product ever exists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from lorasuite.architectures import Role
+from lorasuite.head_mapping import heads
+from lorasuite.lowrank import LowRank
+from lorasuite.transforms.base import LayerPair, register
+
+
+@register
+class LoRASuite:
+    """Equation 3: weights carry the update from head to head, ``W_h`` from hidden size to hidden size."""
+
+    name = "lorasuite"
+
+    def roles(self, updated: tuple[Role, ...]) -> tuple[Role, ...]:
+        return updated
+
+    def layer(self, pair: LayerPair, updates: Mapping[Role, LowRank]) -> dict[Role, LowRank]:
+        moved: dict[Role, LowRank] = {}
+        inputs: dict[int, Tensor] = {}  # projections of one fused module share A, and go on sharing A·W_h
+        for role, update in updates.items():
+            if role not in pair.new:
+                continue
+            if role in ("q", "k", "v", "gate", "up") and id(update.A) not in inputs:
+                inputs[id(update.A)] = pair.transfer.forward(update.A)
+            if role in ("q", "k", "v"):
+                moved[role] = LowRank(_head_rows(pair, role, update.B), inputs[id(update.A)])
+            elif role == "o":
+                moved[role] = LowRank(pair.transfer.adjoint(update.B), _head_columns(pair, update.A))
+            elif role == "down":
+                moved[role] = LowRank(pair.transfer.backward(update.B), _mlp_columns(pair, update.A))
+            else:
+                moved[role] = LowRank(_mlp_rows(pair, role, update.B), inputs[id(update.A)])
+        return moved
+
+
+def _head_rows(pair: LayerPair, role: Role, B: Tensor) -> Tensor:
+    """``P_n[b]·W_hᵀ·P_o[a]ᵀ·B[a]`` for each mapped pair: ``(H_o e_o | K_o e_o, r)`` → ``(H_n e_n | K_n e_n, r)``.
+
+    Key/value heads are repeated to the query-head count, mapped, and averaged back over the new model's groups; a new
+    head without a partner counts as zero.
+    """
+    o, n = pair.old_dims, pair.new_dims
+    count_o, count_n = (o.heads, n.heads) if role == "q" else (o.kv_heads, n.kv_heads)
+    old = heads(pair.old[role].double(), count_o)  # (·, e_o, d_o)
+    new = heads(pair.new[role].double(), count_n)  # (·, e_n, d_n)
+    back = torch.einsum("hed,her->hdr", old, heads(B, count_o))  # P_oᵀ·B of each stored head
+    # W_hᵀ of all heads at once: (d_o, h·r) → (d_n, h·r)
+    flat = pair.transfer.adjoint(back.permute(1, 0, 2).reshape(o.hidden_size, -1))
+    back = flat.reshape(n.hidden_size, count_o, -1).permute(1, 0, 2)
+    result = B.new_zeros(n.heads, n.head_dim, B.shape[1])
+    for a, b in pair.heads.items():
+        result[b] = new[b * count_n // n.heads] @ back[a * count_o // o.heads]
+    return result.reshape(count_n, n.heads // count_n, n.head_dim, -1).mean(1).reshape(count_n * n.head_dim, -1)
+
+
+def _head_columns(pair: LayerPair, A: Tensor) -> Tensor:
+    """``A[:, a]·O_o[:, a]ᵀ·W_h·O_n[:, b]`` for each mapped pair; ``(r, H_o e_o)`` → ``(r, H_n e_n)``."""
+    o, n = pair.old_dims, pair.new_dims
+    old = heads(pair.old["o"].double().T, o.heads)  # (H_o, e_o, d_o)
+    new = heads(pair.new["o"].double().T, n.heads)  # (H_n, e_n, d_n)
+    through = pair.transfer.forward(torch.einsum("rhe,hed->hrd", A.reshape(A.shape[0], o.heads, -1), old))
+    result = A.new_zeros(n.heads, n.head_dim, A.shape[0])
+    for a, b in pair.heads.items():
+        result[b] = new[b] @ through[a].T
+    return result.reshape(n.heads * n.head_dim, -1).T
+
+
+def _mlp_rows(pair: LayerPair, role: Role, B: Tensor) -> Tensor:
+    """``U_n·pinv(W_h)·pinv(U_o)·B``: ``(i_o, r)`` → ``(i_n, r)``."""
+    hidden = pair.mlp_factors[role] @ (pair.old[role].double().T @ B)
+    return pair.new[role].double() @ pair.transfer.backward(hidden)
+
+
+def _mlp_columns(pair: LayerPair, A: Tensor) -> Tensor:
+    """``A·pinv(D_o)·W_h·D_n``: ``(r, i_o)`` → ``(r, i_n)``."""
+    hidden = (A @ pair.old["down"].double().T) @ pair.mlp_factors["down"]
+    return pair.transfer.forward(hidden) @ pair.new["down"].double()
