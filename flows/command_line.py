@@ -1,0 +1,383 @@
+"""The ``lorasuite`` command line.
+
+Every command takes ``--json`` (one JSON object on standard output and nothing else) and ends with 0, with 1 where the
+work failed, or with 2 where the input cannot be used. Progress and logs go to standard error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from artifacts import ArtifactError, Store
+from flows.options import with_settings
+from lorasuite.config import MigrationConfig, build, read_config
+from lorasuite.errors import LoRASuiteError, NumericalError
+
+app = typer.Typer(
+    name="lorasuite",
+    help="Move LoRA adapters to a new base model, and measure what arrives.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+store_app = typer.Typer(help="List, check and clean up the artifact store.", no_args_is_help=True)
+app.add_typer(store_app, name="artifacts")
+
+Json = Annotated[bool, typer.Option("--json", help="print one JSON object and nothing else")]
+ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML file of settings; flags override it")]
+Refresh = Annotated[list[str] | None, typer.Option("--refresh", help="stage to compute again (repeatable)")]
+
+err = Console(stderr=True)
+PAIR_FLAGS = (
+    "old_base", "new_base", "calibration", "device", "trust_remote_code", "calibration_samples", "calibration_cutoff",
+    "pooling", "cka_batch", "layer_strategy", "max_offset", "head_matching", "transfer_matrix",
+)  # fmt: skip
+
+
+@contextlib.contextmanager
+def _errors(as_json: bool) -> Iterator[None]:
+    """Turn errors raised on purpose into a message and an exit code; others keep their traceback."""
+    try:
+        yield
+    except (LoRASuiteError, ArtifactError) as error:
+        problems = [problem.to_dict() for problem in getattr(error, "problems", [])]
+        if as_json:
+            _print_json({"error": type(error).__name__, "message": str(error), "problems": problems})
+        err.print(f"[bold red]{type(error).__name__}[/]", highlight=False)
+        err.print(str(error), style="red", markup=False, highlight=False)
+        raise typer.Exit(1 if isinstance(error, NumericalError) else 2) from None
+
+
+def _print_json(value: Any) -> None:
+    sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
+
+
+def _merge(config: Path | None, values: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a file, overridden by the flags given."""
+
+    def update(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+        nested = {k: update(base.get(k) or {}, v) for k, v in over.items() if isinstance(v, dict)}
+        return {**base, **over, **nested}
+
+    return update(read_config(config) if config else {}, values)
+
+
+def _quiet_libraries() -> None:
+    """Keep progress bars and warnings of the libraries out of the way; before they are imported."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "INFO")
+
+
+@app.command()
+def inspect(
+    old_base: Annotated[str, typer.Option(help="base the adapter was trained on")],
+    new_base: Annotated[str, typer.Option(help="base to move it to")],
+    adapter: Annotated[str | None, typer.Option(help="LoRA adapter")] = None,
+    method: Annotated[str, typer.Option(help="transform that would be used")] = "lorasuite",
+    trust_remote_code: Annotated[bool, typer.Option(help="let model repositories run their own code")] = False,
+    as_json: Json = False,
+) -> None:
+    """Compare two bases and say what of an adapter would move, with every problem at once."""
+    from lorasuite import preflight
+
+    with _errors(as_json):
+        found = preflight.inspect(old_base, new_base, adapter, method, trust_remote_code)
+        if as_json:
+            _print_json(found.to_dict())
+        else:
+            _show_inspection(found.to_dict())
+    if found.problems:
+        raise typer.Exit(2)
+
+
+@app.command()
+@with_settings(MigrationConfig, PAIR_FLAGS)
+def prepare(values: dict[str, Any], config: ConfigFile = None, refresh: Refresh = None, as_json: Json = False) -> None:
+    """Compute, or find, everything about a pair of bases that every adapter shares."""
+    with _errors(as_json):
+        merged = _merge(config, values)
+        # Validated as a migration's settings, which name the two bases in the same way.
+        settings = build(MigrationConfig, {"adapter": "none", "output": "none", **merged})
+        from flows.prepare_pair import prepare_pair
+
+        result = prepare_pair(
+            old_base=settings.old_base,
+            new_base=settings.new_base,
+            calibration=settings.calibration,
+            settings=settings.pair.model_dump(mode="json"),
+            device=settings.device,
+            refresh=tuple(refresh or ()),
+            trust_remote_code=settings.trust_remote_code,
+        )
+        if as_json:
+            _print_json(result)
+        else:
+            _show_pair(result)
+            _show_timings(result["timings"])
+
+
+@app.command()
+@with_settings(MigrationConfig)
+def migrate(values: dict[str, Any], config: ConfigFile = None, refresh: Refresh = None, as_json: Json = False) -> None:
+    """Move one adapter to a new base, and measure it."""
+    with _errors(as_json):
+        settings = build(MigrationConfig, _merge(config, values))
+        from flows.migrate_adapter import migrate_adapter
+        from lorasuite.preflight import check
+
+        check(settings)  # before a flow run exists: bad input should cost nothing
+        result = migrate_adapter(settings.model_dump(mode="json"), refresh=tuple(refresh or ()))
+        if as_json:
+            _print_json(result)
+        else:
+            _show_migration(result)
+
+
+@app.command()
+def evaluate(
+    base: Annotated[str, typer.Option(help="base model: directory or hub-id[@revision]")],
+    adapter: Annotated[list[str] | None, typer.Option(help="LoRA adapter (repeatable)")] = None,
+    eval_data: Annotated[str | None, typer.Option(help="held-out rows")] = None,
+    tasks: Annotated[str | None, typer.Option(help="lm-eval tasks, comma-separated")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="fixed batch size")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="tokens generated at most")] = None,
+    limit: Annotated[int | None, typer.Option(help="rows evaluated at most")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N or auto")] = "auto",
+    samples: Annotated[Path | None, typer.Option(help="directory for per-sample outputs")] = None,
+    trust_remote_code: Annotated[bool, typer.Option(help="let model repositories run their own code")] = False,
+    as_json: Json = False,
+) -> None:
+    """Evaluate a base, bare and with adapters, on held-out rows or lm-eval tasks, in one model load."""
+    with _errors(as_json):
+        from flows.evaluate_adapters import evaluate_adapters
+
+        given = {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "limit": limit}
+        results = evaluate_adapters(
+            base,
+            adapter or [],
+            eval_data,
+            [t.strip() for t in (tasks or "").split(",") if t.strip()],
+            {name: value for name, value in given.items() if value is not None},
+            device,
+            samples,
+            trust_remote_code,
+        )
+        if as_json:
+            _print_json(results)
+        else:
+            _show_evaluation(results["results"])
+            if results["tasks"]:
+                Console().print_json(data=results["tasks"])
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="output directory of a migration")], as_json: Json = False
+) -> None:
+    """Build, or build again, the HTML report of a migration."""
+    from lorasuite.report import write_report
+
+    with _errors(as_json):
+        path = write_report(folder)
+        _print_json({"report": str(path)}) if as_json else Console().print(str(path))
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="directory to create")] = Path("demo-output"),
+    task: Annotated[str | None, typer.Option(help="adapter of the miniature pair")] = None,
+    pair: Annotated[str, typer.Option(help="miniature pair: llama or neox")] = "llama",
+    as_json: Json = False,
+) -> None:
+    """Migrate a real, tiny adapter between two real, tiny bases: no network, under three minutes."""
+    with _errors(as_json):
+        from flows.demo import run_demo
+
+        result = run_demo(output, pair, task)
+        if as_json:
+            _print_json(result)
+        else:
+            _show_migration(result)
+
+
+@store_app.command("ls")
+def artifacts_ls(as_json: Json = False) -> None:
+    """Every artifact: stage, key, size, when it was made."""
+    with _errors(as_json):
+        rows = [
+            {
+                "stage": entry.manifest.stage if entry.manifest else None,
+                "key": entry.key,
+                "size": entry.size,
+                "last_used": entry.last_used.isoformat(timespec="seconds"),
+                "problem": entry.problem,
+            }
+            for entry in Store().ls()
+        ]
+        if as_json:
+            _print_json({"artifacts": rows})
+            return
+        table = Table("stage", "key", "MiB", "last used", "state")
+        for row in rows:
+            size = f"{row['size'] / 2**20:.2f}"
+            table.add_row(row["stage"] or "?", row["key"][:16], size, row["last_used"], row["problem"] or "ok")
+        Console().print(table)
+
+
+@store_app.command("show")
+def artifacts_show(key: Annotated[str, typer.Argument(help="key, or its beginning")], as_json: Json = False) -> None:
+    """One artifact's manifest."""
+    with _errors(as_json):
+        manifest = json.loads(Store().manifest(_full_key(key)).to_json())
+        _print_json(manifest) if as_json else Console().print_json(data=manifest)
+
+
+@store_app.command("verify")
+def artifacts_verify(
+    key: Annotated[str | None, typer.Argument(help="key, or its beginning; all if left out")] = None,
+    as_json: Json = False,
+) -> None:
+    """Read every byte and compare it with the manifest."""
+    store = Store()
+    with _errors(as_json):
+        keys = [_full_key(key)] if key else [entry.key for entry in store.ls()]
+        damaged = {}
+        for found in keys:
+            try:
+                store.verify(found)
+            except ArtifactError as error:
+                damaged[found] = str(error)
+        if as_json:
+            _print_json({"checked": len(keys), "damaged": damaged})
+        else:
+            Console().print(f"{len(keys)} checked, {len(damaged)} damaged")
+            for what in damaged.values():
+                Console().print(what, style="red", markup=False)
+    if damaged:
+        raise typer.Exit(1)
+
+
+@store_app.command("gc")
+def artifacts_gc(
+    keep_days: Annotated[float, typer.Option(help="days an unused artifact is kept")] = 30,
+    delete: Annotated[bool, typer.Option("--delete", help="remove them; without it they are only listed")] = False,
+    as_json: Json = False,
+) -> None:
+    """List, and with --delete remove, artifacts not used for long and leftovers of killed runs."""
+    with _errors(as_json):
+        found = Store().gc(keep_days=keep_days, dry_run=not delete)
+        names = [str(removal.path) for removal in found.removals]
+        if as_json:
+            _print_json({"removed" if delete else "would_remove": names, "bytes": found.size})
+        else:
+            Console().print(
+                f"{'removed' if delete else 'would remove'} {len(names)} items, {found.size / 2**20:.1f} MiB"
+            )
+
+
+def _full_key(beginning: str) -> str:
+    keys = [entry.key for entry in Store().ls() if entry.key.startswith(beginning)]
+    if len(keys) != 1:
+        from lorasuite.errors import ConfigError, Problem
+
+        what = "no artifact's key begins so" if not keys else f"{len(keys)} artifacts' keys begin so"
+        raise ConfigError(Problem(beginning, what, "See `lorasuite artifacts ls`."))
+    return keys[0]
+
+
+def _show_inspection(found: dict[str, Any]) -> None:
+    console = Console()
+    table = Table("", "old", "new", "", title=f"{found['old_base']} → {found['new_base']}")
+    for row in found["factors"]:
+        table.add_row(row["name"], str(row["old"]), str(row["new"]), "changed" if row["changed"] else "")
+    if found["factors"]:
+        console.print(table)
+    words = found["vocabulary"]
+    if words:
+        text = f"{words['common']} common tokens, {words['renumbered']} under another id"
+        examples = ", ".join(f"{e['token']!r} {e['old']}→{e['new']}" for e in words["examples"])
+        console.print(text + (f" ({examples} …)" if examples else ""), highlight=False)
+    if found["modules"]:
+        table = Table("role", "modules", "old name", "new name", "moves")
+        for row in found["modules"]:
+            table.add_row(
+                row["role"], str(row["count"]), row["old"], row["new"] or "–", "yes" if row["moves"] else row["why"]
+            )
+        console.print(table)
+    if found["memory"]:
+        table = Table("stage", "weights held at once, MiB")
+        for stage, size in found["memory"].items():
+            table.add_row(stage, f"{size / 2**20:.1f}")
+        console.print(table)
+    for notice in found["notices"]:
+        console.print(f"note: {notice}", highlight=False)
+    for problem in found["problems"]:
+        console.print(f"[red]problem:[/] {problem['where']}: {problem['what']}. {problem['remedy']}", highlight=False)
+    if not found["problems"]:
+        console.print("no problems found")
+
+
+def _show_pair(result: dict[str, Any]) -> None:
+    console = Console()
+    console.print("layer map  " + "  ".join(f"{o}→{n}" for o, n in result["layer_map"].items()), highlight=False)
+    fitted = result["transfer_matrix"]
+    if fitted["identity"]:
+        console.print("transfer matrix: identity")
+    else:
+        console.print(f"transfer matrix: {fitted['tokens']} common tokens, residual {fitted['residual']:.3f}")
+
+
+def _show_timings(rows: list[dict[str, Any]]) -> None:
+    table = Table("stage", "seconds", "state")
+    for row in rows:
+        name = row["stage"] + (f" ({row['label']})" if row["label"] else "")
+        table.add_row(name, f"{row['seconds']:.2f}", "Cached" if row["cached"] else "Completed")
+    Console().print(table)
+
+
+def _show_evaluation(evaluation: dict[str, Any], seconds: dict[str, float] | None = None) -> None:
+    from lorasuite.report import comparison
+
+    columns, rows = comparison(evaluation)
+    if not rows:
+        return
+    table = Table("arm", *columns, "n", *(["seconds"] if seconds else []))
+    for row in rows:
+        time = [f"{seconds.get(row['arm'], 0):.1f}"] if seconds else []
+        table.add_row(row["name"], *row["cells"], str(row["n"]), *time)
+    Console().print(table)
+
+
+def _show_migration(result: dict[str, Any]) -> None:
+    _show_pair(result)
+    _show_timings(result["timings"])
+    _show_evaluation(result["evaluation"], arm_seconds(result))
+    Console().print(f"\nwritten to {result['output']}", highlight=False)
+
+
+def arm_seconds(result: dict[str, Any]) -> dict[str, float]:
+    """What each arm's adapter cost to make: for a migrated one its transform and, where it was tuned, its LFT."""
+    spent = {(row["stage"], row["label"]): row["computed_seconds"] for row in result["timings"]}
+    moved = spent.get(("transform", None), 0.0)
+    return {
+        "migrated": moved,
+        "scratch": spent.get(("finetune", "scratch"), 0.0),
+        "migrated+lft": moved + spent.get(("finetune", "migrated"), 0.0),
+    }
+
+
+def main() -> None:
+    """Entry point of the ``lorasuite`` command."""
+    _quiet_libraries()
+    app()

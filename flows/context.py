@@ -1,0 +1,98 @@
+"""What the flows share: locations, fingerprints, and running a stage with its progress said."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from prefect.logging.loggers import get_run_logger
+
+from artifacts import Artifact, Store
+from lorasuite.checkpoint import resolve
+from lorasuite.errors import ConfigError, Problem, did_you_mean
+from tasks.adapter_stages import evaluation, finetune, transform
+from tasks.pair_stages import (
+    activations,
+    head_mapping,
+    layer_mapping,
+    mlp_factors,
+    similarity,
+    transfer_matrices,
+    vocabulary,
+)
+from tasks.stage import Ref, Stage, Where
+
+#: Every cached stage by name, in the order they run.
+STAGES: dict[str, Stage] = {
+    stage.name: stage
+    for stage in (
+        vocabulary,
+        transfer_matrices,
+        mlp_factors,
+        activations,
+        similarity,
+        layer_mapping,
+        head_mapping,
+        transform,
+        finetune,
+        evaluation,
+    )
+}
+
+
+@dataclass
+class Context:
+    """One flow run's store, locations and fingerprints."""
+
+    where: Where
+    prints: Mapping[str, str]
+    refresh: frozenset[str] = frozenset()
+    pair: str = ""
+    #: Stages already recomputed in this run: a stage is refreshed once, not for every label that shares a key.
+    done: set[str] = field(default_factory=set)
+
+    @property
+    def store(self) -> Store:
+        return self.where.store()
+
+    def run(
+        self,
+        stage: Stage,
+        inputs: Mapping[str, str | Ref],
+        settings: Mapping[str, Any],
+        label: str | None = None,
+        **paths: Path,
+    ) -> Ref:
+        """Run one stage. Inputs given as the name of a fingerprint stand for it."""
+        where = self.where.model_copy(update={"paths": {**self.where.paths, **paths}})
+        values = {name: self.prints.get(v, v) if isinstance(v, str) else v for name, v in inputs.items()}
+        key = stage.key(values, settings)
+        refresh = stage.name in self.refresh and key not in self.done
+        self.done.add(key)
+        get_run_logger().info("%s%s …", stage.name, f" ({label})" if label else "")
+        tags = [f"stage:{stage.name}", *([f"pair:{self.pair}"] if self.pair else [])]
+        return stage.run(inputs=values, settings=settings, where=where, refresh=refresh, label=label, tags=tags)
+
+    def open(self, ref: Ref) -> Artifact:
+        return self.store.open(ref.key)
+
+
+def check_stages(names: tuple[str, ...]) -> frozenset[str]:
+    """
+    Raises:
+        ConfigError: naming every stage that does not exist.
+    """
+    wrong = [Problem("--refresh", f"no stage {n!r}", did_you_mean(n, list(STAGES))) for n in names if n not in STAGES]
+    if wrong:
+        raise ConfigError(wrong)
+    return frozenset(names)
+
+
+def base_record(source: str, fingerprint: str) -> dict[str, Any]:
+    """A base model as ``migration.json`` names it."""
+    if Path(source).is_dir():
+        return {"id": source, "name": Path(source).resolve().name, "revision": None, "fingerprint": fingerprint}
+    name, _, revision = source.partition("@")
+    return {"id": name, "name": name, "revision": revision or resolve(source).name, "fingerprint": fingerprint}

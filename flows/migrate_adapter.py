@@ -1,0 +1,208 @@
+"""One adapter from an old base to a new one."""
+
+from __future__ import annotations
+
+import math
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from prefect import flow
+from prefect.runtime import flow_run
+from torch import Tensor
+
+from artifacts import Artifact, default_home
+from flows.context import Context, base_record, check_stages
+from flows.prepare_pair import PairRefs, pair_name, pair_record, pair_stages, timings
+from lorasuite import ALGORITHM_VERSION
+from lorasuite.adapter import Adapter
+from lorasuite.checkpoint import Checkpoint, resolve
+from lorasuite.config import MigrationConfig, build, torch_device
+from lorasuite.preflight import Plan, check
+from lorasuite.publication import publish
+from tasks.adapter_stages import adapter_folder, evaluation, finetune, select, transform
+from tasks.fingerprints import fingerprint_adapter, fingerprint_bases, fingerprint_data, fingerprint_texts
+from tasks.stage import Recorder, Ref, Where
+
+
+def _run_name() -> str:
+    config = flow_run.parameters.get("config", {})
+    names = [Path(str(config.get(name, "?"))).name for name in ("adapter", "old_base", "new_base")]
+    return f"{names[0]}: {names[1]} → {names[2]}"
+
+
+@flow(name="migrate-adapter", flow_run_name=_run_name, validate_parameters=False)
+def migrate_adapter(config: dict[str, Any], refresh: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Check everything, run the stages, publish the output directory.
+
+    Args:
+        config: the fields of :class:`lorasuite.config.MigrationConfig`.
+        refresh: names of stages to compute again.
+
+    Returns:
+        the content of ``migration.json``, with ``output``.
+    """
+    settings: MigrationConfig = build(MigrationConfig, config)
+    refreshed = check_stages(tuple(refresh))
+    plan = check(settings)
+    home = default_home()
+    paths = {
+        "old_base": resolve(settings.old_base),
+        "new_base": resolve(settings.new_base),
+        "adapter": resolve(settings.adapter),
+    }
+    files = {
+        "calibration": settings.calibration_data,
+        "train_data": settings.train_data,
+        "eval_data": settings.eval_data,
+    }
+    paths |= {name: Path(file) for name, file in files.items() if file}
+    where = Where(
+        home=home,
+        device=torch_device(settings.device),
+        paths=paths,
+        options={"trust_remote_code": settings.trust_remote_code},
+    )
+    prints = fingerprint_bases(home, paths["old_base"], paths["new_base"])
+    prints["adapter"] = fingerprint_adapter(paths["adapter"])
+    context = Context(where, prints, refreshed, pair=pair_name(settings.old_base, settings.new_base))
+    with Recorder() as recorder:
+        adapter, old = Adapter.open(paths["adapter"]), Checkpoint(paths["old_base"])
+        texts = fingerprint_texts(plan.texts) if plan.texts else None
+        pair = pair_stages(context, settings.pair, texts, adapter.roles(old.architecture))
+        arms = _Arms(context, settings, plan, pair, adapter)
+        final = arms.run()
+    record = {
+        "old_base": base_record(settings.old_base, prints["old_model"]),
+        "new_base": base_record(settings.new_base, prints["new_model"]),
+        "adapter": {
+            "id": settings.adapter,
+            "name": paths["adapter"].resolve().name,
+            "fingerprint": prints["adapter"],
+            "rank": adapter.rank,
+            "modules": len(adapter.modules),
+        },
+        "method": settings.method,
+        **pair_record(context, pair),
+        **arms.record(),
+        "timings": timings(recorder),
+        "peak_memory_bytes": {row["stage"]: row["peak_memory_bytes"] for row in sorted(timings(recorder), key=_memory)},
+        "notices": plan.inspection.notices,
+        "seed": settings.seed,
+        "versions": context.store.manifest(arms.transformed.key).libraries,
+        "algorithm_version": ALGORITHM_VERSION,
+        "settings": settings.model_dump(mode="json"),
+        "command": "lorasuite " + shlex.join(sys.argv[1:]) if Path(sys.argv[0]).name == "lorasuite" else "",
+    }
+    output = Path(settings.output)
+    publish(
+        output,
+        adapter_folder(context.open(final)),
+        record,
+        new_base=paths["new_base"],
+        figures=_figures(context, pair),
+        samples={arm: artifact.file("samples.jsonl") for arm, artifact in arms.evaluated.items()},
+        trust_remote_code=settings.trust_remote_code,
+    )
+    return {**record, "output": str(output)}
+
+
+def _memory(row: dict[str, Any]) -> int:
+    return int(row["peak_memory_bytes"])
+
+
+def _figures(context: Context, pair: PairRefs) -> dict[str, Tensor]:
+    if pair.similarity is None:
+        return {}
+    return {"similarity": context.open(pair.similarity).tensor("similarity")}
+
+
+class _Arms:
+    """The adapter's own stages: transform, fine-tune, the control, and an evaluation of each arm."""
+
+    def __init__(
+        self, context: Context, settings: MigrationConfig, plan: Plan, pair: PairRefs, adapter: Adapter
+    ) -> None:
+        self.context, self.settings, self.plan, self.pair = context, settings, plan, pair
+        self.rank = settings.rank or adapter.rank
+        # The scaling α/r (or α/√r) stays what the adapter was trained with, whatever the rank.
+        growth = self.rank / adapter.rank
+        rslora = bool(adapter.config.get("use_rslora"))
+        self.lora = {
+            "rank": self.rank,
+            "alpha": adapter.config["lora_alpha"] * (math.sqrt(growth) if rslora else growth),
+            "use_rslora": rslora,
+        }
+        self.evaluated: dict[str, Artifact] = {}
+        self.tuned: Artifact | None = None
+        self.control: Artifact | None = None
+
+    def run(self) -> Ref:
+        """Run every arm; the reference to the adapter that is published."""
+        context, settings = self.context, self.settings
+        used = {n: ref for n, ref in self.pair.named().items() if n not in ("vocabulary", "similarity")}
+        self.transformed = context.run(
+            transform,
+            {"adapter": "adapter", "old_model": "old_model", "new_model": "new_model", **used},
+            {"method": settings.method, "unmapped": settings.unmapped, "seed": settings.seed, **self.lora},
+        )
+        final = self.transformed
+        arms: dict[str, Ref | str | None] = {"old": None, "old+adapter": "adapter", "new": None}
+        arms["migrated"] = self.transformed
+        if settings.samples:
+            if settings.controls and self.plan.evaluation:
+                scratch = self._finetune("scratch")
+                self.control, arms["scratch"] = context.open(scratch), scratch
+            final = self._finetune("migrated")
+            self.tuned, arms["migrated+lft"] = context.open(final), final
+        if self.plan.evaluation:
+            for arm, adapter in arms.items():
+                self.evaluated[arm] = context.open(self._evaluate(arm, adapter))
+        return final
+
+    def _finetune(self, start: str) -> Ref:
+        settings, context = self.settings, self.context
+        rows = select(self.plan.train, settings.samples, settings.seed)
+        inputs: dict[str, str | Ref] = {
+            "transform": self.transformed,
+            "new_model": "new_model",
+            "new_tokenizer": "new_tokenizer",
+            "train_data": fingerprint_data(rows),
+        }
+        values = {
+            "start": start,
+            "samples": settings.samples,
+            "seed": settings.seed,
+            "finetune": {**settings.finetune.model_dump(mode="json"), "seed": settings.seed},
+            "learning_rates": list(settings.learning_rates),
+        }
+        prints = {name: context.prints.get(v, v) if isinstance(v, str) else v for name, v in inputs.items()}
+        work = context.where.home / "work" / finetune.key(prints, values)[:32]
+        return context.run(finetune, inputs, values, label=start, work=work)
+
+    def _evaluate(self, arm: str, adapter: Ref | str | None) -> Ref:
+        side = "old" if arm.startswith("old") else "new"
+        inputs: dict[str, str | Ref] = {
+            "model": f"{side}_model",
+            "tokenizer": f"{side}_tokenizer",
+            "eval_data": fingerprint_data(self.plan.evaluation),
+        }
+        if adapter is not None:
+            inputs["adapter"] = adapter
+        values = self.settings.evaluation.model_dump(mode="json")
+        return self.context.run(evaluation, inputs, values, label=arm, base=self.context.where.path(f"{side}_base"))
+
+    def record(self) -> dict[str, Any]:
+        """What ``migration.json`` says of the arms."""
+        moved = self.context.open(self.transformed).info
+        return {
+            "updates": moved["norms"],
+            "retained_energy": moved["retained_energy"],
+            "dropped": moved["dropped"],
+            "fresh": moved["fresh"],
+            "loaded_bytes_peak": moved["loaded_bytes_peak"],
+            "finetune": None if self.tuned is None else self.tuned.info,
+            "control": None if self.control is None else self.control.info,
+            "evaluation": {arm: artifact.info for arm, artifact in self.evaluated.items()},
+        }

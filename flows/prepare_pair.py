@@ -1,0 +1,182 @@
+"""The pair's artifacts: everything about two base models that no adapter changes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prefect import flow
+
+from artifacts import default_home
+from flows.context import Context, base_record, check_stages
+from lorasuite.architectures import ATTENTION, Role
+from lorasuite.checkpoint import Checkpoint, load_tokenizer, resolve
+from lorasuite.config import PairSettings, torch_device
+from lorasuite.data import calibration_texts
+from lorasuite.preflight import inspect
+from tasks.fingerprints import fingerprint_bases, fingerprint_texts
+from tasks.pair_stages import (
+    activations,
+    head_mapping,
+    layer_mapping,
+    mlp_factors,
+    similarity,
+    transfer_matrices,
+    vocabulary,
+)
+from tasks.stage import Recorder, Ref, Where
+
+
+@dataclass(frozen=True)
+class PairRefs:
+    """References to a pair's artifacts; ``similarity`` is None where there were no calibration texts."""
+
+    vocabulary: Ref
+    transfer_matrices: Ref
+    similarity: Ref | None
+    layer_mapping: Ref
+    head_mapping: Ref
+    mlp_factors: dict[Role, Ref]
+
+    def named(self) -> dict[str, Ref]:
+        """Every reference by the name stages take it under."""
+        refs = {
+            "vocabulary": self.vocabulary,
+            "transfer_matrices": self.transfer_matrices,
+            "layer_mapping": self.layer_mapping,
+            "head_mapping": self.head_mapping,
+        }
+        if self.similarity is not None:
+            refs["similarity"] = self.similarity
+        return refs | {f"mlp_factors_{role}": ref for role, ref in self.mlp_factors.items()}
+
+
+def pair_stages(context: Context, settings: PairSettings, calibration: str | None, roles: Sequence[Role]) -> PairRefs:
+    """Run the pair's stages, the MLP factors for the roles that need them."""
+    old, new = Checkpoint(context.where.path("old_base")), Checkpoint(context.where.path("new_base"))
+    both = {"old_model": "old_model", "new_model": "new_model"}
+    words = context.run(
+        vocabulary,
+        {"old_tokenizer": "old_tokenizer", "new_tokenizer": "new_tokenizer"},
+        {"old_rows": old.dims.vocab_size, "new_rows": new.dims.vocab_size},
+    )
+    matrices = context.run(transfer_matrices, {**both, "vocabulary": words}, {"when": settings.transfer_matrix})
+    table = None
+    if calibration is not None:
+        reading = {
+            "samples": settings.calibration_samples,
+            "cutoff": settings.calibration_cutoff,
+            "pooling": settings.pooling,
+            "batch_size": 16,
+        }
+        states = {
+            side: context.run(
+                activations,
+                {"model": f"{side}_model", "tokenizer": f"{side}_tokenizer", "calibration": calibration},
+                reading,
+                label=side,
+                base=context.where.path(f"{side}_base"),
+            )
+            for side in ("old", "new")
+        }
+        table = context.run(similarity, states, {"batch_size": settings.cka_batch})
+    layers = context.run(
+        layer_mapping,
+        {} if table is None else {"similarity": table},
+        {
+            "strategy": settings.layer_strategy,
+            "max_offset": settings.max_offset,
+            "old": old.dims.layers,
+            "new": new.dims.layers,
+        },
+    )
+    heads = context.run(
+        head_mapping,
+        {**both, "layer_mapping": layers, "transfer_matrices": matrices},
+        {"matching": settings.head_matching},
+    )
+    factors = {
+        role: context.run(mlp_factors, {"old_model": "old_model"}, {"role": role}, label=role)
+        for role in roles
+        if role not in ATTENTION and role in old.architecture.roles
+    }
+    return PairRefs(words, matrices, table, layers, heads, factors)
+
+
+@flow(name="prepare-pair", validate_parameters=False)
+def prepare_pair(
+    old_base: str,
+    new_base: str,
+    calibration: str | None = None,
+    settings: dict[str, Any] | None = None,
+    device: str = "auto",
+    refresh: tuple[str, ...] = (),
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
+    """Compute, or find, every artifact of a pair of bases.
+
+    Returns:
+        the pair's layer map, transfer matrix, artifact keys and timings, as JSON.
+    """
+    refreshed = check_stages(tuple(refresh))
+    chosen = PairSettings.model_validate(settings or {})
+    inspect(old_base, new_base, trust_remote_code=trust_remote_code).raise_problems()
+    home = default_home()
+    paths = {"old_base": resolve(old_base), "new_base": resolve(new_base)}
+    prints = fingerprint_bases(home, paths["old_base"], paths["new_base"])
+    texts_print = None
+    if calibration is not None:
+        reader = load_tokenizer(paths["new_base"], trust_remote_code)
+        texts_print = fingerprint_texts(calibration_texts(calibration, reader)[: chosen.calibration_samples])
+        paths["calibration"] = Path(calibration)
+    where = Where(home=home, device=torch_device(device), paths=paths, options={"trust_remote_code": trust_remote_code})
+    context = Context(where, prints, refreshed, pair=pair_name(old_base, new_base))
+    with Recorder() as recorder:
+        refs = pair_stages(context, chosen, texts_print, Checkpoint(paths["old_base"]).architecture.roles)
+    return {
+        "old_base": base_record(old_base, prints["old_model"]),
+        "new_base": base_record(new_base, prints["new_model"]),
+        **pair_record(context, refs),
+        "artifacts": {name: ref.key for name, ref in refs.named().items()},
+        "timings": timings(recorder),
+    }
+
+
+def pair_name(old_base: str, new_base: str) -> str:
+    """Short name of a pair, for tags and run names."""
+    return f"{Path(old_base).name}→{Path(new_base).name}"
+
+
+def pair_record(context: Context, refs: PairRefs) -> dict[str, Any]:
+    """The pair's maps as ``migration.json`` keeps them."""
+    layers = context.open(refs.layer_mapping).info
+    heads = context.open(refs.head_mapping).info["heads"]
+    fitted = context.open(refs.transfer_matrices).info
+    return {
+        "layer_map": layers["layers"],
+        "layer_similarity": layers["similarity"],
+        "head_map": {f"{o}->{n}": heads[o] for o, n in layers["layers"].items()},
+        "transfer_matrix": {
+            "identity": fitted["identity"],
+            "residual": fitted["residual"],
+            "tokens": fitted["tokens"],
+        },
+    }
+
+
+def timings(recorder: Recorder) -> list[dict[str, Any]]:
+    """Seconds, cached or not, and the memory of the computation, for every stage that ran."""
+    return [
+        {
+            "stage": run.stage,
+            "label": run.label,
+            "cached": run.cached,
+            "seconds": round(run.seconds, 3),
+            "computed_seconds": run.computed.get("seconds", 0.0),
+            "peak_memory_bytes": run.computed.get("max_cuda_bytes") or run.computed.get("max_rss_bytes", 0),
+            "key": run.key,
+        }
+        for run in recorder.runs
+    ]

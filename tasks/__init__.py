@@ -1,0 +1,1 @@
+"""Prefect tasks, one per stage: refs in, one library call, a ref out."""

@@ -1,0 +1,135 @@
+"""The stages that are run for each adapter: transform, fine-tune, evaluate.
+
+Names of paths: ``old_base``, ``new_base``, ``adapter``, ``base`` (the model evaluated), and the data files
+``train_data`` and ``eval_data``. Locations never enter a key: rows do, by their fingerprint.
+"""
+
+from __future__ import annotations
+
+import random
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lorasuite.adapter import CONFIG, Adapter, fresh_config, write_adapter
+from lorasuite.architectures import ROLES
+from lorasuite.checkpoint import METER, Checkpoint, load_tokenizer
+from lorasuite.data import Row, read_rows
+from lorasuite.evaluation import EvaluationSettings, evaluate
+from lorasuite.finetune import FinetuneSettings
+from lorasuite.migration import migrate
+from lorasuite.sweep import finetune_swept
+from tasks.pair_stages import factor_reader, head_maps, layer_map, transfer, trusted
+from tasks.stage import Artifact, StageOutput, Where, stage
+
+Inputs = Mapping[str, Any]
+Settings = Mapping[str, Any]
+
+#: Written into stored adapters, which must not depend on where the base lies; publishing puts the real name.
+ANY_BASE = "base"
+
+
+def select(rows: list[Row], samples: int, seed: int) -> list[Row]:
+    """The training rows used: a seeded draw without replacement, in the file's order."""
+    if samples >= len(rows):
+        return rows
+    return [rows[n] for n in sorted(random.Random(seed).sample(range(len(rows)), samples))]
+
+
+@stage("transform", tags=["adapter"])
+def transform(inputs: Inputs, settings: Settings, where: Where) -> StageOutput:
+    """The adapter on the new base, without fine-tuning."""
+    METER.reset()
+    adapter = Adapter.open(where.path("adapter"))
+    old, new = Checkpoint(where.path("old_base")), Checkpoint(where.path("new_base"))
+    factors = {role: inputs[f"mlp_factors_{role}"] for role in ROLES if f"mlp_factors_{role}" in inputs}
+    moved = migrate(
+        adapter,
+        old,
+        new,
+        method=settings["method"],
+        layers=layer_map(inputs["layer_mapping"]),
+        heads=head_maps(inputs["head_mapping"]),
+        transfer=transfer(inputs["transfer_matrices"]),
+        mlp_factor=factor_reader(factors),
+        rank=settings["rank"],
+        unmapped=settings["unmapped"],
+        seed=settings["seed"],
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        path = write_adapter(
+            Path(folder),
+            moved.updates,
+            architecture=new.architecture,
+            dims=new.dims,
+            base=ANY_BASE,
+            rank=settings["rank"],
+            alpha=settings["alpha"],
+            use_rslora=settings["use_rslora"],
+            extra=moved.fresh,
+        )
+        files = _contents(path)
+    info = {
+        "norms": moved.norms(),
+        "retained_energy": moved.retained,
+        "dropped": moved.dropped,
+        "fresh": sorted(moved.fresh),
+        "loaded_bytes_peak": METER.peak,
+    }
+    return StageOutput(info=info, files=files)
+
+
+@stage("finetune", tags=["adapter"])
+def finetune(inputs: Inputs, settings: Settings, where: Where) -> StageOutput:
+    """The light fine-tune of a migrated adapter, or of a fresh LoRA (``start: scratch``) on the same rows."""
+    start: Artifact = inputs["transform"]
+    rows = select(read_rows(where.path("train_data")), settings["samples"], settings["seed"])
+    scratch = settings["start"] == "scratch"
+    adapter = adapter_folder(start)
+    new = Checkpoint(where.path("new_base"))
+    with tempfile.TemporaryDirectory() as folder:
+        result, sweep = finetune_swept(
+            str(where.path("new_base")),
+            load_tokenizer(where.path("new_base"), trusted(where)),
+            rows,
+            FinetuneSettings.model_validate(settings["finetune"]),
+            settings["learning_rates"],
+            adapter=None if scratch else adapter,
+            lora=fresh_config(adapter, new.architecture) if scratch else None,
+            output=Path(folder) / "adapter",
+            work_dir=where.path("work"),
+            device=where.device,
+            trust_remote_code=trusted(where),
+        )
+        files = _contents(Path(folder) / "adapter")
+    return StageOutput(info={**result.model_dump(), "sweep": sweep}, files=files)
+
+
+@stage("evaluate", tags=["adapter"])
+def evaluation(inputs: Inputs, settings: Settings, where: Where) -> StageOutput:
+    """One base, bare or with one adapter, on the held-out rows."""
+    made: Artifact | str | None = inputs.get("adapter")
+    adapter = adapter_folder(made) if isinstance(made, Artifact) else where.path("adapter") if made else None
+    results = evaluate(
+        str(where.path("base")),
+        load_tokenizer(where.path("base"), trusted(where)),
+        read_rows(where.path("eval_data")),
+        EvaluationSettings.model_validate(settings),
+        adapters={"it": adapter},
+        device=where.device,
+        trust_remote_code=trusted(where),
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "samples.jsonl"
+        results["it"].write_samples(file)
+        return StageOutput(info=results["it"].summary(), files={file.name: file.read_bytes()})
+
+
+def adapter_folder(artifact: Artifact) -> Path:
+    """The PEFT directory kept in a transform or finetune artifact."""
+    return artifact.file(CONFIG).parent
+
+
+def _contents(folder: Path) -> dict[str, Path | bytes]:
+    return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}

@@ -1,0 +1,52 @@
+"""Fingerprints of a migration's inputs: what every later key is made of."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from prefect import task
+
+from lorasuite.adapter import Adapter
+from lorasuite.checkpoint import digest_json, fingerprint_model, fingerprint_tokenizer
+from lorasuite.data import Row, fingerprint_rows
+
+#: sha256 by path, size and modification time: checkpoints of many gigabytes are not read again for every adapter.
+MEMORY = "fingerprints.json"
+
+
+@task(name="fingerprint", cache_policy=None, persist_result=False, tags=["pair"])
+def fingerprint_bases(home: Path, old_base: Path, new_base: Path) -> dict[str, str]:
+    """Fingerprints of both models and tokenizers."""
+    memory = home / MEMORY
+    known: dict[str, str] = json.loads(memory.read_text()) if memory.is_file() else {}
+    seen = dict(known)
+    found = {
+        "old_model": fingerprint_model(old_base, known),
+        "new_model": fingerprint_model(new_base, known),
+        "old_tokenizer": fingerprint_tokenizer(old_base, known),
+        "new_tokenizer": fingerprint_tokenizer(new_base, known),
+    }
+    if known != seen:
+        home.mkdir(parents=True, exist_ok=True)
+        scratch = memory.with_suffix(f".{os.getpid()}")
+        scratch.write_text(json.dumps(known, indent=0))
+        scratch.replace(memory)
+    return found
+
+
+def fingerprint_adapter(path: Path) -> str:
+    """What the adapter computes."""
+    return Adapter.open(path).fingerprint()
+
+
+def fingerprint_texts(texts: Sequence[str]) -> str:
+    """The calibration texts that are read, in order."""
+    return digest_json(list(texts))
+
+
+def fingerprint_data(rows: Sequence[Row]) -> str:
+    """Rows, by content."""
+    return fingerprint_rows(rows)

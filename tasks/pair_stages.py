@@ -1,0 +1,144 @@
+"""The stages that depend on the pair of base models only: computed once, reused by every adapter.
+
+Names of inputs, the same in every stage: ``old_model``, ``new_model``, ``old_tokenizer``, ``new_tokenizer``,
+``calibration`` are fingerprints; the others are earlier stages. Names of paths: ``old_base``, ``new_base``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorasuite.activations import hidden_states
+from lorasuite.architectures import Role
+from lorasuite.checkpoint import Checkpoint, load_model, load_tokenizer
+from lorasuite.data import calibration_texts
+from lorasuite.layer_mapping import map_layers
+from lorasuite.migration import map_heads
+from lorasuite.similarity import cka
+from lorasuite.transfer_matrix import TransferMatrix, fit_transfer_matrix, mlp_factor
+from lorasuite.vocabulary import CommonTokens, common_tokens
+from tasks.stage import Artifact, StageOutput, Where, stage
+
+Inputs = Mapping[str, Any]
+Settings = Mapping[str, Any]
+
+
+@stage("vocabulary", tags=["pair"])
+def vocabulary(inputs: Inputs, settings: Settings, where: Where) -> StageOutput:
+    """Token ids of the two bases that stand for the same string."""
+    tokenizers = [load_tokenizer(where.path(name), trusted(where)) for name in BASES]
+    common = common_tokens(*tokenizers, settings["old_rows"], settings["new_rows"])
+    info = {"common": len(common), "same": common.same, "old": common.old_size, "new": common.new_size}
+    return StageOutput({"old": common.old, "new": common.new}, info)
+
+
+@stage("transfer_matrices", tags=["pair"])
+def transfer_matrices(inputs: Inputs, settings: Settings, where: Where) -> StageOutput:
+    """``W_h`` from the embeddings of the common tokens."""
+    shared: Artifact = inputs["vocabulary"]
+    common = CommonTokens(
+        shared.tensor("old"), shared.tensor("new"), shared.info["same"], shared.info["old"], shared.info["new"]
+    )
+    fitted = fit_transfer_matrix(*_checkpoints(where), common, settings["when"])
+    tensors = {} if fitted.matrix is None or fitted.inverse is None else {
+        "matrix": fitted.matrix, "inverse": fitted.inverse
+    }  # fmt: skip
+    return StageOutput(tensors, {"identity": fitted.identity, "residual": fitted.residual, "tokens": fitted.tokens})
+
+
+@stage("mlp_factors", tags=["pair"])
+def mlp_factors(inputs: Inputs, settings: Settings, where: Where) -> StageOutput:
+    """One MLP projection's Gram pseudo-inverses, layer by layer, of the old base (for any new one)."""
+    old = Checkpoint(where.path("old_base"))
+    role: Any = settings["role"]
+    return StageOutput((str(layer), mlp_factor(old, layer, role)) for layer in range(old.dims.layers))
+
+
+@stage("activations", tags=["pair"])
+def activations(inputs: Inputs, settings: Settings, where: Where) -> StageOutput:
+    """One base's hidden states of the calibration texts, pooled by example."""
+    path = where.path("base")
+    model = load_model(path, where.device, trust_remote_code=trusted(where))
+    tokenizer = load_tokenizer(path, trusted(where))
+    # Chat rows become text through the new base's template, so that both bases read the same texts.
+    reader = load_tokenizer(where.path("new_base"), trusted(where))
+    texts = calibration_texts(where.path("calibration"), reader)[: settings["samples"]]
+    pooled = hidden_states(
+        model,
+        tokenizer,
+        Checkpoint(path).architecture,
+        texts,
+        batch_size=int(settings["batch_size"]),
+        cutoff=settings["cutoff"],
+        pooling=settings["pooling"],
+    )
+    return StageOutput({"pooled": pooled}, {"layers": pooled.shape[0], "texts": pooled.shape[1]})
+
+
+@stage("similarity", tags=["pair"])
+def similarity(inputs: Inputs, settings: Settings, where: Where) -> StageOutput:
+    """Minibatch CKA of every old layer with every new one."""
+    table = cka(inputs["old"].tensor("pooled"), inputs["new"].tensor("pooled"), settings["batch_size"])
+    return StageOutput({"similarity": table}, {"metric": "cka", "mean": float(table.mean())})
+
+
+@stage("layer_mapping", tags=["pair"])
+def layer_mapping(inputs: Inputs, settings: Settings, where: Where) -> StageOutput:
+    """The layer map; without similarities only the strategies that need none, or equal depths."""
+    known: Artifact | None = inputs.get("similarity")
+    table = torch.zeros(settings["old"], settings["new"]) if known is None else known.tensor("similarity")
+    layers = map_layers(table, settings["strategy"], settings["max_offset"])
+    values = {} if known is None else {str(o): float(table[o, n]) for o, n in layers.items()}
+    return StageOutput(info={"layers": {str(o): n for o, n in layers.items()}, "similarity": values})
+
+
+@stage("head_mapping", tags=["pair"])
+def head_mapping(inputs: Inputs, settings: Settings, where: Where) -> StageOutput:
+    """Matched heads of every mapped layer pair."""
+    layers = layer_map(inputs["layer_mapping"])
+    found = map_heads(*_checkpoints(where), layers, transfer(inputs["transfer_matrices"]), settings["matching"])
+    heads = {str(o): {str(a): b for a, b in match.heads.items()} for o, match in found.items()}
+    return StageOutput({str(o): match.similarity for o, match in found.items()}, {"heads": heads})
+
+
+def trusted(where: Where) -> bool:
+    """Whether model repositories may run their own code."""
+    return bool(where.options.get("trust_remote_code"))
+
+
+BASES = ("old_base", "new_base")
+
+
+def _checkpoints(where: Where) -> tuple[Checkpoint, Checkpoint]:
+    return Checkpoint(where.path("old_base")), Checkpoint(where.path("new_base"))
+
+
+def layer_map(artifact: Artifact) -> dict[int, int]:
+    """``{old: new}`` of a layer_mapping artifact."""
+    return {int(o): n for o, n in artifact.info["layers"].items()}
+
+
+def head_maps(artifact: Artifact) -> dict[int, dict[int, int]]:
+    """``{old layer: {old head: new head}}`` of a head_mapping artifact."""
+    return {int(o): {int(a): b for a, b in heads.items()} for o, heads in artifact.info["heads"].items()}
+
+
+def transfer(artifact: Artifact) -> TransferMatrix:
+    """The fitted ``W_h`` of a transfer_matrices artifact."""
+    info = artifact.info
+    if info["identity"]:
+        return TransferMatrix(tokens=info["tokens"])
+    return TransferMatrix(artifact.tensor("matrix"), artifact.tensor("inverse"), info["residual"], info["tokens"])
+
+
+def factor_reader(artifacts: Mapping[Role, Artifact]) -> Callable[[int, Role], Tensor]:
+    """Reads one MLP factor at a time from the mlp_factors artifacts."""
+
+    def read(layer: int, role: Role) -> Tensor:
+        return artifacts[role].tensor(str(layer))
+
+    return read

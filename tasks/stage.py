@@ -1,0 +1,378 @@
+"""Turns a plain function into a cached Prefect task whose cache key is the address of its artifact.
+
+    from tasks.stage import Artifact, Recorder, StageOutput, Where, stage
+
+    @stage("similarity", version=1, retries=1, tags=["pair"])
+    def similarity(inputs, settings, where):
+        grams = inputs["activations"].tensors()              # a Ref arrives as an opened Artifact
+        model = where.path("old_base")                       # locations never enter the key
+        matrix = ...                                         # one library call
+        return StageOutput(tensors={"cka": matrix}, info={"metric": settings["metric"]})
+
+    @flow
+    def prepare(...):
+        where = Where(paths={"old_base": "/models/old"}, device="cuda")
+        with Recorder() as timings:
+            first = activations.run(inputs={"old": fingerprint}, settings={...}, where=where)
+            ref = similarity.run(inputs={"activations": first}, settings={"metric": "cka"}, where=where)
+        where.store().open(ref.key).tensor("cka")
+        timings.runs                                         # [StageRun(stage=..., cached=..., seconds=...)]
+
+The key hashes the stage's name and version, the settings, and the fingerprints or keys of the inputs. The
+store has the last word: a result record of Prefect without a sound object is recomputed, a sound object
+without a record is used. Two flows that need the same stage at once compute it once.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextvars import ContextVar, Token
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from prefect import Task
+from prefect.cache_policies import CachePolicy
+from prefect.context import TaskRunContext
+from prefect.exceptions import MissingContextError
+from prefect.logging import get_logger
+from prefect.logging.loggers import get_run_logger
+from prefect.states import Completed
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator
+
+from artifacts import Artifact, ArtifactDamaged, ArtifactMissing, Store, default_home, stage_key
+from tasks.locks import FileLockManager
+
+__all__ = ["Artifact", "Recorder", "Ref", "Stage", "StageOutput", "StageRun", "Where", "stage"]
+
+#: A stage's function: resolved inputs, settings, locations in; results out.
+StageFunction = Callable[[Mapping[str, "Artifact | str"], Any, "Where"], "StageOutput | Mapping[str, Any]"]
+
+
+class Ref(BaseModel):
+    """An artifact by name: which stage made it, and its key. Plain JSON, and no path."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    stage: str
+    key: str
+
+
+class Where(BaseModel):
+    """Where a stage runs: everything that may differ between two machines with the same result."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    #: Of the artifact store, the result records and the locks.
+    home: Path = Field(default_factory=default_home)
+    device: str = "cpu"
+    #: Name to local path: checkpoints, adapters, data files.
+    paths: dict[str, Path] = Field(default_factory=dict)
+    #: Anything else that must not change the result: batch sizes, worker counts.
+    options: dict[str, JsonValue] = Field(default_factory=dict)
+
+    @field_validator("home")
+    @classmethod
+    def _absolute(cls, home: Path) -> Path:
+        return home.expanduser().absolute()
+
+    def path(self, name: str) -> Path:
+        """The path given for ``name``. Raises ``KeyError`` naming those given."""
+        if name not in self.paths:
+            raise KeyError(f"no path {name!r} was given; there are {', '.join(sorted(self.paths)) or 'none'}")
+        return self.paths[name]
+
+    def store(self) -> Store:
+        """The artifact store under ``home``."""
+        return Store(self.home)
+
+
+@dataclass(frozen=True)
+class StageOutput:
+    """What a stage made. ``tensors`` may be an iterator of pairs; ``info`` and ``files`` are read after it."""
+
+    tensors: Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]] = ()
+    #: Results that are JSON data: maps, losses, counts.
+    info: Mapping[str, Any] = field(default_factory=dict)
+    #: Plain files: names to bytes, or to a file or directory to copy.
+    files: Mapping[str, Path | bytes] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class StageRun:
+    """One call of :meth:`Stage.run` that succeeded."""
+
+    stage: str
+    label: str | None
+    key: str
+    #: Nothing was computed.
+    cached: bool
+    #: Wall-clock seconds of this call.
+    seconds: float
+    #: Of the computation, whenever it was: ``seconds``, ``max_rss_bytes`` and, on a GPU, ``max_cuda_bytes``.
+    computed: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+_recorder: ContextVar[Recorder | None] = ContextVar("recorder", default=None)
+
+
+class Recorder:
+    """Collects a :class:`StageRun` for every stage run inside ``with Recorder() as timings:``, in ``runs``."""
+
+    def __init__(self) -> None:
+        self.runs: list[StageRun] = []
+        self._tokens: list[Token[Recorder | None]] = []
+
+    def __enter__(self) -> Recorder:
+        self._tokens.append(_recorder.set(self))
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        _recorder.reset(self._tokens.pop())
+
+
+@dataclass
+class StoreKey(CachePolicy):
+    """Prefect's cache key is the artifact's key."""
+
+    stage: str = ""
+    version: int = 0
+
+    def compute_key(
+        self,
+        task_ctx: TaskRunContext,
+        inputs: dict[str, Any],
+        flow_parameters: dict[str, Any],
+        **kwargs: Any,
+    ) -> str:
+        return stage_key(self.stage, self.version, inputs["settings"], _fingerprints(inputs["inputs"]))
+
+
+class Stage:
+    """A stage of the migration: a function, its name, and its algorithm's version. Made by :func:`stage`."""
+
+    def __init__(
+        self,
+        fn: StageFunction,
+        name: str,
+        version: int,
+        settings: type[BaseModel] | None,
+        retries: int,
+        retry_delay_seconds: float,
+        tags: Iterable[str],
+    ) -> None:
+        self.fn = fn
+        self.name = name
+        self.version = version
+        self.settings = settings
+        self.__doc__ = fn.__doc__
+
+        def body(
+            inputs: dict[str, Any],
+            settings: dict[str, Any],
+            where: dict[str, Any],
+            refresh: bool = False,
+        ) -> Any:
+            return self._compute(inputs, settings, Where.model_validate(where), refresh)
+
+        body.__name__ = body.__qualname__ = name
+        body.__module__ = fn.__module__
+        self.task: Task[..., Any] = Task(
+            body,
+            name=name,
+            description=fn.__doc__,
+            version=str(version),
+            tags={name, *tags},
+            retries=retries,
+            retry_delay_seconds=retry_delay_seconds,
+            persist_result=True,
+            result_serializer="json",
+            cache_result_in_memory=False,
+            cache_policy=StoreKey(stage=name, version=version),
+        )
+
+    def __repr__(self) -> str:
+        return f"Stage({self.name!r}, version={self.version})"
+
+    def key(self, inputs: Mapping[str, str | Ref], settings: Mapping[str, Any] | BaseModel) -> str:
+        """The key of the artifact that :meth:`run` would return a reference to. Raises as ``stage_key`` does."""
+        return stage_key(self.name, self.version, self._settings(settings), _fingerprints(inputs))
+
+    def run(
+        self,
+        *,
+        inputs: Mapping[str, str | Ref],
+        settings: Mapping[str, Any] | BaseModel = {},  # noqa: B006 - never changed
+        where: Where | None = None,
+        refresh: bool = False,
+        label: str | None = None,
+        tags: Iterable[str] = (),
+    ) -> Ref:
+        """Run the stage as a Prefect task, or take its result from the store. Call it from a flow.
+
+        ``inputs`` are fingerprints, or references to the artifacts of earlier stages. ``refresh`` computes
+        again, ``label`` tells task runs of one stage apart. Returns the reference; raises what the function
+        raises, and ``TypeError`` or ``ValueError`` for inputs or settings that make no key.
+        """
+        where = where or Where()
+        # the key is made here because Prefect only logs an error in a cache policy, and then does not cache
+        key = self.key(inputs, settings)
+        store = where.store()
+        results = where.home / "results"
+        problem = _problem(store, key)
+        # an artifact that is missing is news only when it was there before
+        if isinstance(problem, ArtifactDamaged) or (problem is not None and (results / key).exists()):
+            _log().warning("%s: computing it again, for %s", self.name, problem)
+        name = f"{self.name} {label}" if label else self.name
+        task = self.task.with_options(
+            task_run_name=lambda: name,
+            tags={*self.task.tags, *tags},
+            result_storage=results,
+            refresh_cache=refresh or problem is not None,
+            cache_policy=self.task.cache_policy.configure(
+                isolation_level="SERIALIZABLE", lock_manager=FileLockManager(where.home / "locks")
+            ),
+        )
+        begun = time.perf_counter()
+        state: Any = task(
+            inputs={name: _plain_input(value) for name, value in inputs.items()},
+            settings=self._settings(settings),
+            where=where.model_dump(mode="json"),
+            refresh=refresh,
+            return_state=True,
+        )
+        state.result(_sync=True)  # raises what the function raised
+        recorder = _recorder.get()
+        if recorder is not None:
+            recorder.runs.append(
+                StageRun(
+                    stage=self.name,
+                    label=label,
+                    key=key,
+                    cached=state.name == "Cached",
+                    seconds=time.perf_counter() - begun,
+                    computed=store.manifest(key).run,
+                )
+            )
+        return Ref(stage=self.name, key=key)
+
+    def _settings(self, settings: Mapping[str, Any] | BaseModel) -> dict[str, Any]:
+        if self.settings is not None and not isinstance(settings, BaseModel):
+            settings = self.settings.model_validate(settings)
+        return settings.model_dump(mode="json") if isinstance(settings, BaseModel) else dict(settings)
+
+    def _compute(self, inputs: dict[str, Any], settings: dict[str, Any], where: Where, refresh: bool) -> Any:
+        """The body of the Prefect task. Runs under the lock of its key."""
+        fingerprints = _fingerprints(inputs)
+        key = stage_key(self.name, self.version, settings, fingerprints)
+        ref = {"stage": self.name, "key": key}
+        store = where.store()
+        if not refresh and _problem(store, key) is None:
+            # another run made it while this one waited for the lock, or Prefect's record of it is gone
+            return Completed(name="Cached", message="The artifact is in the store.", data=ref)
+        resolved = {name: _resolve(store, value) for name, value in inputs.items()}
+        model = settings if self.settings is None else self.settings.model_validate(settings)
+        measure = _Measure()
+        made = self.fn(resolved, model, where)
+        output = made if isinstance(made, StageOutput) else StageOutput(info=made)
+        store.put(
+            key,
+            stage=self.name,
+            version=self.version,
+            inputs=fingerprints,
+            settings=settings,
+            tensors=measure.through(output.tensors),
+            info=output.info,
+            files=output.files,
+            run=measure.results,
+            replace=refresh,
+        )
+        return ref
+
+
+def stage(
+    name: str,
+    version: int = 1,
+    *,
+    settings: type[BaseModel] | None = None,
+    retries: int = 0,
+    retry_delay_seconds: float = 0,
+    tags: Iterable[str] = (),
+) -> Callable[[StageFunction], Stage]:
+    """Make a :class:`Stage` of a function ``fn(inputs, settings, where)``.
+
+    ``inputs`` reach the function by name: a fingerprint as the text it is, a :class:`Ref` as an opened,
+    verified artifact. ``settings`` is a dictionary, or with ``settings=Model`` that pydantic model. It
+    returns a :class:`StageOutput`, or a dictionary of JSON results. Raise ``version`` when the same settings
+    must give other results.
+    """
+
+    def decorate(fn: StageFunction) -> Stage:
+        return Stage(fn, name, version, settings, retries, retry_delay_seconds, tags)
+
+    return decorate
+
+
+class _Measure:
+    """Seconds and peak memory from construction until the last tensor has been taken."""
+
+    def __init__(self) -> None:
+        self.results: dict[str, Any] = {}
+        self._begun = time.perf_counter()
+        self._cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
+        if self._cuda:
+            for device in range(torch.cuda.device_count()):
+                torch.cuda.reset_peak_memory_stats(device)
+
+    def through(
+        self, tensors: Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]]
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        yield from tensors.items() if isinstance(tensors, Mapping) else tensors
+        self.results["seconds"] = round(time.perf_counter() - self._begun, 6)
+        # of the whole process so far: the kernel keeps no peak of a part of it. macOS counts bytes, Linux KiB.
+        unit = 1 if sys.platform == "darwin" else 1024
+        self.results["max_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        if torch.cuda.is_available() and torch.cuda.is_initialized():
+            self.results["max_cuda_bytes"] = max(
+                torch.cuda.max_memory_allocated(device) for device in range(torch.cuda.device_count())
+            )
+
+
+def _plain_input(value: str | Ref) -> str | dict[str, str]:
+    return value.model_dump() if isinstance(value, Ref) else value
+
+
+def _fingerprints(inputs: Mapping[str, Any]) -> dict[str, str]:
+    """What the inputs contribute to the key: a reference its key, a fingerprint itself."""
+    found = {}
+    for name, value in inputs.items():
+        ref = Ref.model_validate(value) if isinstance(value, Mapping) else value
+        found[name] = ref.key if isinstance(ref, Ref) else ref
+    return found
+
+
+def _resolve(store: Store, value: Any) -> Artifact | str:
+    return store.open(Ref.model_validate(value).key) if isinstance(value, Mapping) else value
+
+
+def _problem(store: Store, key: str) -> ArtifactMissing | ArtifactDamaged | None:
+    """Why the artifact ``key`` cannot be used; ``None`` when it is there and every byte is right."""
+    try:
+        store.open(key)
+    except (ArtifactMissing, ArtifactDamaged) as error:
+        return error
+    return None
+
+
+def _log() -> Any:
+    try:
+        return get_run_logger()
+    except MissingContextError:
+        return get_logger("lorasuite")

@@ -1,0 +1,358 @@
+"""The whole main path on tiny random bases: stages, cache, output directory, command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from typer.testing import CliRunner
+
+from artifacts import Store
+from flows.command_line import app
+from flows.migrate_adapter import migrate_adapter
+from lorasuite.adapter import Adapter, check_loads
+from lorasuite.checkpoint import Checkpoint
+from lorasuite.errors import ConfigError, PreflightError
+from tests import models
+
+PAIR_STAGES = {"vocabulary", "transfer_matrices", "activations", "similarity", "layer_mapping", "head_mapping"}
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A fresh artifact store."""
+    monkeypatch.setenv("LORASUITE_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Two Llama bases in which all six factors change, with other ids for the same words."""
+    root = tmp_path_factory.mktemp("pair")
+    shuffled = [models.words(96)[0], *reversed(models.words(120)[1:])]
+    old = models.build(root / "old", "llama", seed=1)
+    new = models.build(
+        root / "new",
+        "llama",
+        seed=2,
+        vocab=120,
+        hidden=48,
+        intermediate=64,
+        layers=4,
+        heads=6,
+        kv_heads=2,
+        tokens=shuffled,
+    )
+    return old, new
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Calibration texts, training rows and held-out rows."""
+    root = tmp_path_factory.mktemp("data")
+
+    def write(name: str, rows: list[dict[str, str]]) -> Path:
+        path = root / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return path
+
+    def sentence(n: int, length: int) -> str:
+        return " ".join(f"w{(n * 7 + k * k) % 90}" for k in range(length))
+
+    return {
+        "texts": write("texts", [{"text": sentence(n, 6 + n % 5)} for n in range(24)]),
+        "other": write("other", [{"text": sentence(n, 5 + n % 3)} for n in range(100, 124)]),
+        "train": write("train", [{"prompt": sentence(n, 4), "completion": f" w{n} w{n + 1}"} for n in range(24)]),
+        "test": write("test", [{"prompt": sentence(n, 4), "completion": f" w{n} w{n + 1}"} for n in range(40, 46)]),
+    }
+
+
+@pytest.fixture(scope="session")
+def adapters(tmp_path_factory: pytest.TempPathFactory, pair: tuple[Path, Path]) -> tuple[Path, Path]:
+    root = tmp_path_factory.mktemp("adapters")
+    return (
+        models.build_adapter(root / "first", pair[0], seed=1),
+        models.build_adapter(root / "second", pair[0], seed=2),
+    )
+
+
+Settings = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def settings(tmp_path: Path, pair: tuple[Path, Path], data: dict[str, Path], adapters: tuple[Path, Path]) -> Settings:
+    def make(**changes: Any) -> dict[str, Any]:
+        return {
+            "adapter": str(adapters[0]),
+            "old_base": str(pair[0]),
+            "new_base": str(pair[1]),
+            "output": str(tmp_path / "out"),
+            "calibration": str(data["texts"]),
+        } | changes
+
+    return make
+
+
+def states(record: dict[str, Any]) -> dict[str, bool]:
+    """Stage (and label) → whether it was cached."""
+    return {f"{row['stage']} {row['label'] or ''}".strip(): row["cached"] for row in record["timings"]}
+
+
+def test_whole_migration(home: Path, settings: Settings, pair: tuple[Path, Path], data: dict[str, Path]) -> None:
+    record = migrate_adapter(
+        settings(
+            train_data=str(data["train"]),
+            eval_data=str(data["test"]),
+            finetune_samples=16,
+            finetune={"epochs": 1, "batch_size": 8},
+            evaluation={"max_new_tokens": 4},
+            learning_rates=[1e-3, 1e-2],
+        )
+    )
+    out = Path(record["output"])
+    assert set(record["evaluation"]) == {"old", "old+adapter", "new", "migrated", "scratch", "migrated+lft"}
+    kept = json.loads((out / "migration.json").read_text())
+    for name in [
+        "old_base",
+        "new_base",
+        "adapter",
+        "method",
+        "layer_map",
+        "head_map",
+        "transfer_matrix",
+        "dropped",
+        "finetune",
+        "evaluation",
+        "timings",
+        "peak_memory_bytes",
+        "versions",
+        "seed",
+        "algorithm_version",
+    ]:
+        assert name in kept
+    assert kept["new_base"]["fingerprint"] != kept["old_base"]["fingerprint"]
+    layers = {int(o): n for o, n in kept["layer_map"].items()}
+    assert sorted(layers) == [0, 1, 2] and list(layers.values()) == sorted(set(layers.values()))
+    for o, n in layers.items():
+        heads = kept["head_map"][f"{o}->{n}"]
+        assert sorted(map(int, heads)) == [0, 1, 2, 3] and len(set(heads.values())) == 4
+    assert not kept["transfer_matrix"]["identity"] and 0 < kept["transfer_matrix"]["residual"] <= 1
+    assert kept["finetune"]["steps"] == 2 and len(kept["finetune"]["losses"]) == 2
+    assert {entry["learning_rate"] for entry in kept["finetune"]["sweep"]} == {1e-3, 1e-2}
+    assert kept["loaded_bytes_peak"] > 0
+    check_loads(out, pair[1])
+    config = json.loads((out / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(pair[1])
+    base = models.load(pair[1])
+    ids = torch.arange(4, 20)[None]
+    bare = base(ids).logits
+    assert (PeftModel.from_pretrained(base, str(out))(ids).logits - bare).abs().max() > 1e-4
+    html = (out / "report.html").read_text()
+    assert "migrated + LFT" in html and "data:image/png;base64," in html and "http" not in html
+    assert len((out / "samples" / "migrated.jsonl").read_text().splitlines()) == 6
+    assert not [p for p in out.parent.iterdir() if p.name.startswith(".out")]
+
+
+def test_published_adapter_is_the_reported_update(home: Path, settings: Settings, pair: tuple[Path, Path]) -> None:
+    record = migrate_adapter(settings())
+    adapter = Adapter.open(record["output"])
+    merged = PeftModel.from_pretrained(models.load(pair[1]), record["output"]).merge_and_unload()
+    new = Checkpoint(pair[1])
+    weights = dict(merged.named_parameters())
+    assert set(record["updates"]) == set(adapter.modules)
+    for module in adapter.modules:
+        update = adapter.update(module)
+        assert update.norm() == pytest.approx(record["updates"][module], rel=1e-5)
+        expected = new.tensor(module + ".weight").double() + update.dense()
+        torch.testing.assert_close(weights[module + ".weight"].double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_second_adapter_reuses_every_pair_stage(home: Path, settings: Settings, adapters: Any, tmp_path: Path) -> None:
+    migrate_adapter(settings())
+    second = states(migrate_adapter(settings(adapter=str(adapters[1]), output=str(tmp_path / "second"))))
+    assert not second.pop("transform")
+    assert all(second.values()) and {name.split()[0] for name in second} == PAIR_STAGES | {"mlp_factors"}
+
+
+def test_other_texts_recompute_exactly_what_reads_them(
+    home: Path, settings: Settings, data: dict[str, Path], tmp_path: Path
+) -> None:
+    migrate_adapter(settings())
+    again = states(migrate_adapter(settings(calibration=str(data["other"]), output=str(tmp_path / "b"))))
+    assert {name for name, cached in again.items() if cached} >= {
+        "vocabulary", "transfer_matrices", "mlp_factors gate", "mlp_factors up", "mlp_factors down",
+    }  # fmt: skip
+    assert not any(again[name] for name in ("activations old", "activations new", "similarity", "layer_mapping"))
+
+
+def test_refresh_recomputes_only_that_stage(home: Path, settings: Settings, tmp_path: Path) -> None:
+    migrate_adapter(settings())
+    again = states(migrate_adapter(settings(output=str(tmp_path / "b")), refresh=("similarity",)))
+    assert [name for name, cached in again.items() if not cached] == ["similarity"]
+    with pytest.raises(ConfigError, match="Did you mean"):
+        migrate_adapter(settings(output=str(tmp_path / "c")), refresh=("similarty",))
+
+
+def test_damaged_artifact_is_recomputed(home: Path, settings: Settings, tmp_path: Path) -> None:
+    first = migrate_adapter(settings())
+    key = next(row["key"] for row in first["timings"] if row["stage"] == "similarity")
+    file = Store(home).path(key) / "data.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(bytes(content))
+    again = migrate_adapter(settings(output=str(tmp_path / "b")))
+    assert [name for name, cached in states(again).items() if not cached] == ["similarity"]
+    a, b = (Path(r["output"]) / "adapter_model.safetensors" for r in (first, again))
+    assert a.read_bytes() == b.read_bytes()
+
+
+def test_problems_come_at_once_and_nothing_is_written(home: Path, settings: Settings, tmp_path: Path) -> None:
+    bad = tmp_path / "rows.jsonl"
+    bad.write_text('{"prompt": "w1"}\n{"completion": 3}\n')
+    out = tmp_path / "out"
+    out.mkdir()
+    with pytest.raises(PreflightError) as caught:
+        migrate_adapter(settings(train_data=str(bad), eval_data=str(tmp_path / "nowhere.jsonl"), calibration=None))
+    text = str(caught.value)
+    assert len(caught.value.problems) >= 4
+    assert "exists already" in text and "nowhere.jsonl" in text and "rows.jsonl" in text
+    assert not list(out.iterdir()) and not (home / "objects").exists()
+
+
+def test_failed_publication_leaves_nothing(
+    home: Path, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> None:
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lorasuite.publication.write_report", broken)
+        with pytest.raises(OSError, match="no space"):
+            migrate_adapter(settings())
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
+    assert all(states(migrate_adapter(settings())).values())
+
+
+def test_equal_depth_needs_no_texts(home: Path, tmp_path: Path, pair: tuple[Path, Path], settings: Settings) -> None:
+    new = models.build(tmp_path / "wide", "llama", seed=3, hidden=48, heads=6)
+    record = migrate_adapter(settings(new_base=str(new), calibration=None))
+    assert record["layer_map"] == {"0": 0, "1": 1, "2": 2}
+    assert record["notices"] and "similarity" not in states(record)
+
+
+@pytest.mark.parametrize("strategy, expected", [("first", [0, 1, 2]), ("last", [1, 2, 3])])
+def test_strategies_without_texts(home: Path, settings: Settings, strategy: str, expected: list[int]) -> None:
+    record = migrate_adapter(settings(calibration=None, pair={"layer_strategy": strategy}))
+    assert list(record["layer_map"].values()) == expected
+
+
+def test_unmapped_layers_get_a_fresh_lora(home: Path, settings: Settings, pair: tuple[Path, Path]) -> None:
+    record = migrate_adapter(settings(unmapped="train"))
+    free = set(range(4)) - set(record["layer_map"].values())
+    assert {int(path.split(".")[2]) for path in record["fresh"]} == free
+    check_loads(Path(record["output"]), pair[1])
+
+
+def test_rank_and_scale(home: Path, settings: Settings) -> None:
+    record = migrate_adapter(settings(rank=6))
+    adapter = Adapter.open(record["output"])
+    assert adapter.rank == 6 and set(adapter.scaling.values()) == {2.0}
+    assert all(kept == pytest.approx(1) for kept in record["retained_energy"].values())
+
+
+class TestCommandLine:
+    """The commands as a user types them."""
+
+    run = staticmethod(lambda *arguments: CliRunner().invoke(app, [str(a) for a in arguments]))
+
+    def test_inspect(self, pair: tuple[Path, Path], adapters: tuple[Path, Path]) -> None:
+        bases = ("--old-base", pair[0], "--new-base", pair[1])
+        result = self.run("inspect", *bases, "--adapter", adapters[0], "--json")
+        assert result.exit_code == 0
+        found = json.loads(result.stdout)
+        changed = {row["name"] for row in found["factors"] if row["changed"]}
+        assert changed >= {"vocabulary size", "hidden size", "intermediate size", "layers", "attention heads"}
+        assert {row["role"] for row in found["modules"] if row["moves"]} == {"q", "k", "v", "o", "gate", "up", "down"}
+        assert found["vocabulary"]["common"] == 96
+        assert "GQA" in self.run("inspect", *bases).stdout
+
+    def test_inspect_names_the_wrong_base(self, pair: tuple[Path, Path], adapters: tuple[Path, Path]) -> None:
+        bases = ("--old-base", pair[1], "--new-base", pair[0])
+        result = self.run("inspect", *bases, "--adapter", adapters[0], "--json")
+        assert result.exit_code == 2
+        assert "trained on another base" in json.dumps(json.loads(result.stdout)["problems"])
+
+    def test_prepare_then_migrate(self, home: Path, settings: Settings, data: dict[str, Path], tmp_path: Path) -> None:
+        s = settings()
+        shared = ("--old-base", s["old_base"], "--new-base", s["new_base"], "--calibration", s["calibration"])
+        prepared = self.run("prepare", *shared, "--json")
+        assert prepared.exit_code == 0, prepared.output
+        assert not any(states(json.loads(prepared.stdout)).values())
+        config = tmp_path / "c.yaml"
+        config.write_text("rank: 4\nmethod: lorasuite\npair: {pooling: mean}\n")
+        done = self.run(
+            "migrate", *shared, "--adapter", s["adapter"], "--output", s["output"], "--config", config,
+            "--rank", "5", "--json",
+        )  # fmt: skip
+        assert done.exit_code == 0, done.output
+        record = json.loads(done.stdout)
+        assert record["settings"]["rank"] == 5
+        assert [name for name, cached in states(record).items() if not cached] == ["transform"]
+
+        listed = json.loads(self.run("artifacts", "ls", "--json").stdout)["artifacts"]
+        key = next(row["key"] for row in listed if row["stage"] == "layer_mapping")
+        assert json.loads(self.run("artifacts", "show", key[:12], "--json").stdout)["key"] == key
+        assert json.loads(self.run("artifacts", "verify", "--json").stdout) == {"checked": len(listed), "damaged": {}}
+        assert json.loads(self.run("artifacts", "gc", "--keep-days", "0", "--json").stdout)["would_remove"]
+        assert len(json.loads(self.run("artifacts", "ls", "--json").stdout)["artifacts"]) == len(listed)
+        (Path(s["output"]) / "report.html").unlink()
+        assert self.run("report", s["output"], "--json").exit_code == 0
+        assert (Path(s["output"]) / "report.html").is_file()
+
+    def test_evaluate(self, settings: Settings, data: dict[str, Path], tmp_path: Path) -> None:
+        s = settings()
+        result = self.run(
+            "evaluate", "--base", s["old_base"], "--adapter", s["adapter"], "--eval-data", data["test"],
+            "--max-new-tokens", "4", "--samples", tmp_path / "samples", "--json",
+        )  # fmt: skip
+        assert result.exit_code == 0, result.output
+        results = json.loads(result.stdout)["results"]
+        assert set(results) == {"base", "first"} and results["base"]["loss"] != results["first"]["loss"]
+        assert len((tmp_path / "samples" / "first.jsonl").read_text().splitlines()) == 6
+
+    def test_mistakes(self, settings: Settings, tmp_path: Path) -> None:
+        s = settings()
+        bases = ("--old-base", s["old_base"], "--new-base", s["new_base"], "--adapter", s["adapter"])
+        config = tmp_path / "c.yaml"
+        config.write_text("pair: {poling: mean}\nmethod: lorasuit\n")
+        result = self.run("migrate", *bases, "--config", config, "--json")
+        assert result.exit_code == 2
+        message = json.loads(result.stdout)["message"]
+        assert "Did you mean 'pooling'" in message and "Did you mean 'lorasuite'" in message and "--output" in message
+        assert self.run("migrate", *bases, "--output", tmp_path / "o", "--device", "tpu").exit_code == 2
+        assert self.run("report", tmp_path, "--json").exit_code == 2
+        assert self.run("artifacts", "show", "ffff", "--json").exit_code == 2
+
+
+def test_json_alone_on_standard_output(home: Path, settings: Settings, prefect_server: str, tmp_path: Path) -> None:
+    """A program reads one JSON object; everything else is on standard error."""
+    s = settings()
+    arguments = [f"--{name.replace('_', '-')}={value}" for name, value in s.items()]
+    done = subprocess.run(
+        [sys.executable, "-c", "from flows.command_line import main; main()", "migrate", *arguments, "--json"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PREFECT_API_URL": prefect_server},
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["output"] == s["output"]
+    assert done.stdout.count("\n") == 1
