@@ -377,12 +377,12 @@ def load_tokenizer(source: str | Path, trust_remote_code: bool = False) -> Any:
 
 
 def load_model(
-    source: str | Path,
-    device: str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    trust_remote_code: bool = False,
+    source: str | Path, device: str = "cpu", dtype: torch.dtype | None = None, trust_remote_code: bool = False
 ) -> Any:
     """The whole model for a forward pass, in evaluation mode, with frozen weights.
+
+    Args:
+        dtype: None means float32 on the CPU and the checkpoint's own elsewhere.
 
     Raises:
         CheckpointError: if it cannot be loaded.
@@ -390,14 +390,16 @@ def load_model(
     from transformers import AutoModelForCausalLM
 
     path = resolve(source)
+    wanted = dtype or (torch.float32 if torch.device(device).type == "cpu" else "auto")
     try:
-        model = AutoModelForCausalLM.from_pretrained(str(path), dtype=dtype, trust_remote_code=trust_remote_code)
-    except Exception as error:
+        model = AutoModelForCausalLM.from_pretrained(str(path), dtype=wanted, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(
             Problem(
                 str(path),
                 f"cannot be loaded ({type(error).__name__}: {error})",
-                "Check that the directory was saved with save_pretrained.",
+                "Check that the directory was saved with save_pretrained; a model with its own code needs "
+                "trust_remote_code.",
             )
         ) from error
     return model.to(device).eval().requires_grad_(False)

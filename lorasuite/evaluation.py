@@ -404,14 +404,15 @@ def _model(
     """The base model on the device; a caller's model is given back as it came."""
     import torch
 
-    from lorasuite.finetune import load_base_model, restored
+    from lorasuite.checkpoint import load_model
+    from lorasuite.finetune import restored
 
     if not adapters:
         raise ConfigError([Problem("adapters", "there are none", "Name at least one, or None for the bare base")])
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise ConfigError([Problem(f"device {device}", "is not available", "Use device cpu")])
     if isinstance(base, str):
-        yield load_base_model(base, device=device, trust_remote_code=trust_remote_code)
+        yield load_model(base, str(device), trust_remote_code=trust_remote_code)
         return
     with restored(base):
         yield base.to(device).eval()

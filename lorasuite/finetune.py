@@ -29,7 +29,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from typing_extensions import TypedDict
 
 from lorasuite.data import IGNORED, Row, encode_rows
-from lorasuite.errors import AdapterError, CheckpointError, ConfigError, NumericalError, OutputError, Problem
+from lorasuite.errors import AdapterError, ConfigError, NumericalError, OutputError, Problem
 
 if TYPE_CHECKING:
     import torch
@@ -116,42 +116,6 @@ class _Plan:
 
 
 # ---------------------------------------------------------------------------------------------------- model loading
-
-
-def load_base_model(
-    base: str, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None, trust_remote_code: bool = False
-) -> PreTrainedModel:
-    """Load a base model in evaluation mode: a local directory, or ``hub-id[@revision]``.
-
-    ``dtype`` None means float32 on the CPU and the checkpoint's own elsewhere.
-
-    Raises:
-        CheckpointError: transformers cannot load it; the message says why.
-    """
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    device = torch.device(device)
-    name, revision = split_revision(base)
-    wanted: Any = dtype if dtype is not None else (torch.float32 if device.type == "cpu" else "auto")
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            name, revision=revision, dtype=wanted, trust_remote_code=trust_remote_code
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        remedy = "Check the path or id; a model with its own code needs trust_remote_code"
-        raise CheckpointError([Problem(base, f"cannot be loaded ({error})", remedy)]) from error
-    loaded: PreTrainedModel = model.to(device)
-    loaded.eval()
-    return loaded
-
-
-def split_revision(base: str) -> tuple[str, str | None]:
-    """``hub-id@revision`` as its two parts; a local directory, whatever its name, is not split."""
-    if "@" not in base or Path(base).exists():
-        return base, None
-    name, revision = base.rsplit("@", 1)
-    return name, revision
 
 
 def attach_adapter(
@@ -290,6 +254,8 @@ def finetune(
     import torch
     from transformers import set_seed
 
+    from lorasuite.checkpoint import load_model
+
     plan = _plan(settings, device)
     if (adapter is None) == (lora is None):
         raise ConfigError(
@@ -303,7 +269,7 @@ def finetune(
     given = not isinstance(base, str)
     dtype = torch.bfloat16 if plan.bf16 else torch.float32
     if isinstance(base, str):
-        model = load_base_model(base, device=plan.device, dtype=dtype, trust_remote_code=trust_remote_code)
+        model = load_model(base, str(plan.device), dtype, trust_remote_code)
     else:
         model = base.to(plan.device)
     if plan.device.type == "cuda":

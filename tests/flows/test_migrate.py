@@ -120,24 +120,10 @@ def test_whole_migration(home: Path, settings: Settings, pair: tuple[Path, Path]
     out = Path(record["output"])
     assert set(record["evaluation"]) == {"old", "old+adapter", "new", "migrated", "scratch", "migrated+lft"}
     kept = json.loads((out / "migration.json").read_text())
-    for name in [
-        "old_base",
-        "new_base",
-        "adapter",
-        "method",
-        "layer_map",
-        "head_map",
-        "transfer_matrix",
-        "dropped",
-        "finetune",
-        "evaluation",
-        "timings",
-        "peak_memory_bytes",
-        "versions",
-        "seed",
-        "algorithm_version",
-    ]:
-        assert name in kept
+    assert set(kept) >= {
+        "old_base", "new_base", "adapter", "method", "layer_map", "head_map", "transfer_matrix", "dropped", "finetune",
+        "evaluation", "timings", "peak_memory_bytes", "versions", "seed", "algorithm_version",
+    }  # fmt: skip
     assert kept["new_base"]["fingerprint"] != kept["old_base"]["fingerprint"]
     layers = {int(o): n for o, n in kept["layer_map"].items()}
     assert sorted(layers) == [0, 1, 2] and list(layers.values()) == sorted(set(layers.values()))

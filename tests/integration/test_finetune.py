@@ -1,0 +1,278 @@
+"""Fine-tuning tiny models: determinism, accumulation, interruption, and no silent no-ops."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+
+from lorasuite.data import IGNORED, encode
+from lorasuite.errors import AdapterError, ConfigError, DataError, NumericalError, OutputError
+from lorasuite.finetune import (
+    FinetuneResult,
+    FinetuneSettings,
+    attach_adapter,
+    collate,
+    detach_adapter,
+    finetune,
+    save_adapter,
+    validation_loss,
+)
+from tests.integration.tiny import digit_rows, tiny_lora, tiny_model, tiny_tokenizer
+
+SETTINGS = FinetuneSettings(batch_size=4, epochs=2, learning_rate=5e-3)
+
+
+def tune(tmp_path: Path, name: str = "out", settings: FinetuneSettings = SETTINGS, **changes) -> FinetuneResult:
+    arguments = {"adapter": None, "lora": tiny_lora(), "output": tmp_path / name, "work_dir": tmp_path / "work"}
+    arguments.update(changes)
+    rows = arguments.pop("rows", digit_rows())
+    base = arguments.pop("base", None) or tiny_model()
+    return finetune(base, tiny_tokenizer(), rows, settings, **arguments)
+
+
+def tensors(path: Path) -> dict[str, torch.Tensor]:
+    return load_file(path / "adapter_model.safetensors")
+
+
+def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name in one:
+        assert torch.equal(one[name], other[name]), name
+
+
+def test_two_runs_give_the_same_bits_and_a_loadable_adapter(tmp_path, capfd):
+    seen = []
+    base = tiny_model()
+    before = {name: value.clone() for name, value in base.state_dict().items()}
+    first = tune(tmp_path, "a", base=base, validation_rows=digit_rows(3), progress=lambda *args: seen.append(args))
+    second = tune(tmp_path, "b")
+    assert_equal(tensors(tmp_path / "a"), tensors(tmp_path / "b"))
+    assert [entry["loss"] for entry in first.losses] == [entry["loss"] for entry in second.losses]
+    assert capfd.readouterr().out == ""
+
+    assert first.steps == 4
+    assert first.samples == 8
+    assert first.resumed_from is None
+    assert [entry["step"] for entry in first.losses] == [1, 2, 3, 4]
+    # Linear decay without warm-up: the first step runs at the peak rate.
+    assert [entry["learning_rate"] for entry in first.losses] == pytest.approx([5e-3, 3.75e-3, 2.5e-3, 1.25e-3])
+    assert first.losses[-1]["loss"] < first.losses[0]["loss"]
+    assert [(step, total) for step, total, _ in seen] == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert first.peak_memory_bytes > 0
+    json.dumps(first.model_dump())
+
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+    assert not (tmp_path / "work").exists()
+    # The caller's model comes back as it was, and the adapter changes what it says.
+    assert_equal(dict(base.state_dict()), before)
+    assert not any("lora" in name for name, _ in base.named_modules())
+    assert all(parameter.requires_grad for parameter in base.parameters())
+    assert base.config.use_cache
+    ids = torch.tensor([[1, 3, 6, 12]])
+    with torch.no_grad():
+        plain = base(ids).logits
+        tuned = attach_adapter(base, tmp_path / "a")
+        assert not torch.equal(plain, tuned(ids).logits)
+        assert first.validation_loss == pytest.approx(
+            validation_loss(tuned, tiny_tokenizer(), digit_rows(3), 256, 2), rel=1e-5
+        )
+
+
+@pytest.mark.parametrize("micro", [1, 2])
+def test_accumulation_equals_the_full_batch(tmp_path, micro):
+    """Rows differ in length, so a mean of micro-batch means would differ from the mean over tokens."""
+    rows = digit_rows(8)
+    assert len({len(example["input_ids"]) for example in encode(rows, tiny_tokenizer())}) > 1
+    # Adam divides by the gradient's size, so equal updates need equal gradients; a large epsilon would hide nothing.
+    full = tune(tmp_path, "full", rows=rows, lora=tiny_lora(init_lora_weights="gaussian"))
+    parts = tune(
+        tmp_path,
+        "parts",
+        SETTINGS.model_copy(update={"micro_batch_size": micro}),
+        rows=rows,
+        lora=tiny_lora(init_lora_weights="gaussian"),
+    )
+    assert [e["loss"] for e in parts.losses] == pytest.approx([e["loss"] for e in full.losses], abs=1e-5)
+    for name, value in tensors(tmp_path / "full").items():
+        torch.testing.assert_close(tensors(tmp_path / "parts")[name], value, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("checkpoint_steps", [None, 1, 3])
+def test_an_interrupted_run_resumes_to_the_same_tensors(tmp_path, checkpoint_steps):
+    settings = SETTINGS.model_copy(update={"epochs": 3, "checkpoint_steps": checkpoint_steps})
+    lora = {"lora": tiny_lora(lora_dropout=0.1)}  # dropout: the random state must be restored as well
+    undisturbed = tune(tmp_path, "whole", settings, work_dir=tmp_path / "other", **lora)
+
+    def interrupt(step: int, total: int, loss: float) -> None:
+        if step == 5:
+            raise KeyboardInterrupt
+
+    base = tiny_model()
+    with pytest.raises(KeyboardInterrupt):
+        tune(tmp_path, "resumed", settings, base=base, progress=interrupt, **lora)
+    assert not (tmp_path / "resumed").exists()
+    assert not any("lora" in name for name, _ in base.named_modules())
+    # A checkpoint that was being written when the process died carries no mark and must not be used.
+    torn = tmp_path / "work" / "checkpoint-5"
+    shutil.copytree(next((tmp_path / "work").glob("checkpoint-*")), torn)
+    (torn / "complete.json").unlink()
+    (torn / "optimizer.pt").write_bytes(b"half")
+
+    again = tune(tmp_path, "resumed", settings, base=base, **lora)
+    assert again.resumed_from == {None: 4, 1: 4, 3: 3}[checkpoint_steps]
+    assert again.steps == undisturbed.steps == 6
+    assert_equal(tensors(tmp_path / "resumed"), tensors(tmp_path / "whole"))
+    assert again.losses == undisturbed.losses
+
+
+def test_checkpoints_of_another_run_are_not_resumed(tmp_path):
+    def interrupt(step: int, total: int, loss: float) -> None:
+        if step == 3:
+            raise RuntimeError("killed")
+
+    with pytest.raises(RuntimeError, match="killed"):
+        tune(tmp_path, "a", progress=interrupt)
+    assert (tmp_path / "work" / "checkpoint-2" / "complete.json").exists()
+    other = tune(tmp_path, "a", SETTINGS.model_copy(update={"learning_rate": 1e-4}))
+    assert other.resumed_from is None
+
+
+def test_a_run_killed_before_its_output_was_written_only_writes_it(tmp_path, monkeypatch):
+    whole = tune(tmp_path, "whole", work_dir=tmp_path / "other")
+    with monkeypatch.context() as patch:
+        patch.setattr("lorasuite.finetune.save_adapter", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+        with pytest.raises(OSError, match="disk full"):
+            tune(tmp_path, "late")
+    late = tune(tmp_path, "late")
+    assert late.resumed_from == late.steps == 4
+    assert late.losses == whole.losses
+    assert_equal(tensors(tmp_path / "late"), tensors(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize("changes", [{}, {"use_dora": True}], ids=["lora", "dora"])
+def test_tuning_starts_from_the_given_adapter(tmp_path, changes):
+    torch.manual_seed(1)
+    start = get_peft_model(tiny_model(), tiny_lora(init_lora_weights=False, **changes))
+    save_adapter(start, tmp_path / "start")
+    settings = SETTINGS.model_copy(update={"learning_rate": 1e-9, "max_steps": 1})
+    result = tune(tmp_path, "tuned", settings, adapter=tmp_path / "start", lora=None)
+    assert result.steps == 1
+    # A vanishing learning rate leaves the start in place: the adapter was loaded, not initialised anew.
+    for name, value in tensors(tmp_path / "start").items():
+        torch.testing.assert_close(tensors(tmp_path / "tuned")[name], value, rtol=0, atol=1e-7)
+    changed = tune(tmp_path, "further", adapter=tmp_path / "start", lora=None)
+    assert changed.losses[0]["loss"] == pytest.approx(result.losses[0]["loss"], rel=1e-6)
+    assert not torch.equal(*(next(iter(tensors(tmp_path / n).values())) for n in ("start", "further")))
+
+
+def test_gradient_checkpointing_and_base_by_path(tmp_path):
+    tiny_model().save_pretrained(tmp_path / "base")
+    plain = tune(tmp_path, "plain", base=str(tmp_path / "base"))
+    base = tiny_model()
+    saving = tune(tmp_path, "saving", SETTINGS.model_copy(update={"gradient_checkpointing": True}), base=base)
+    assert [e["loss"] for e in saving.losses] == pytest.approx([e["loss"] for e in plain.losses], abs=1e-6)
+    assert not any(getattr(module, "gradient_checkpointing", False) for module in base.modules())
+    config = json.loads((tmp_path / "plain" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(tmp_path / "base")
+    PeftModel.from_pretrained(tiny_model(), str(tmp_path / "plain"))
+
+
+def test_a_bad_loss_names_the_step_and_the_remedy(tmp_path):
+    base = tiny_model()
+    with torch.no_grad():
+        base.lm_head.weight[5, 0] = float("nan")
+    with pytest.raises(NumericalError, match=r"step 1: the loss is nan. Lower the learning rate"):
+        tune(tmp_path, base=base)
+    assert not (tmp_path / "out").exists()
+
+
+def test_refusals(tmp_path):
+    with pytest.raises(ConfigError, match="exactly one of adapter and lora"):
+        tune(tmp_path, lora=None)
+    with pytest.raises(ConfigError, match="exactly one of adapter and lora"):
+        tune(tmp_path, adapter=tmp_path)
+    with pytest.raises(DataError, match="there are none"):
+        tune(tmp_path, rows=[])
+    with pytest.raises(DataError, match="keeps any of its completion within 4 tokens"):
+        tune(tmp_path, settings=SETTINGS.model_copy(update={"cutoff": 4}))
+    with pytest.raises(AdapterError, match="does not fit the base model"):
+        tune(tmp_path, lora=tiny_lora(target_modules=["query_key_value"]))
+    with pytest.raises(AdapterError, match=r"holds no adapter_config\.json"):
+        tune(tmp_path, adapter=tmp_path, lora=None)
+    with pytest.raises(ConfigError, match="precision bf16"):
+        tune(tmp_path, settings=SETTINGS.model_copy(update={"precision": "bf16"}))
+    with pytest.raises(ConfigError, match="not supported for training"):
+        tune(tmp_path, device="meta")
+    (tmp_path / "there").mkdir()
+    with pytest.raises(OutputError, match="exists already"):
+        tune(tmp_path, "there")
+    with pytest.raises(ValueError, match="not a multiple of micro_batch_size"):
+        FinetuneSettings(micro_batch_size=3)
+    with pytest.raises(ValueError, match="Extra inputs"):
+        FinetuneSettings(learning=1)
+
+
+@pytest.mark.filterwarnings("ignore:Found missing adapter keys")
+def test_an_adapter_that_does_not_fit_is_refused_and_leaves_the_base_whole(tmp_path):
+    save_adapter(get_peft_model(tiny_model(), tiny_lora()), tmp_path / "bad")
+    path = tmp_path / "bad" / "adapter_model.safetensors"
+    good = load_file(path)
+    names = sorted(good)
+    cases = [
+        ({name: good[name] for name in names[1:]}, r"1 missing tensors, such as .*lora_A"),
+        (
+            {**good, "base_model.model.model.layers.7.mlp.up_proj.lora_A.weight": torch.ones(4, 32)},
+            "1 unexpected tensors",
+        ),
+        ({**good, "base_model.model.model.embed_tokens.weight": torch.zeros(40, 32)}, "would overwrite 1 tensors"),
+        ({name: value[..., :1].contiguous() for name, value in good.items()}, "does not fit the base model"),
+    ]
+    base = tiny_model()
+    before = {name: value.clone() for name, value in base.state_dict().items()}
+    for saved, message in cases:
+        save_file(saved, path)
+        with pytest.raises(AdapterError, match=message):
+            attach_adapter(base, tmp_path / "bad")
+        assert_equal(dict(base.state_dict()), before)
+    path.write_bytes(b"torn")
+    with pytest.raises(AdapterError, match="cannot be read"):
+        attach_adapter(base, tmp_path / "bad")
+
+
+def test_an_adapter_with_a_module_of_its_own_is_accepted(tmp_path):
+    torch.manual_seed(0)
+    own = get_peft_model(tiny_model(), tiny_lora(modules_to_save=["lm_head"]))
+    with torch.no_grad():
+        own.base_model.model.lm_head.modules_to_save["default"].weight.mul_(2)
+    save_adapter(own, tmp_path / "own")
+    base = tiny_model()
+    before = {name: value.clone() for name, value in base.state_dict().items()}
+    ids = torch.tensor([[1, 3, 6, 12]])
+    wrapped = attach_adapter(base, tmp_path / "own").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(wrapped(ids).logits, own.eval()(ids).logits)
+    assert_equal(dict(detach_adapter(wrapped).state_dict()), before)
+
+
+def test_validation_loss_is_the_mean_over_tokens():
+    model, tokenizer, rows = tiny_model(), tiny_tokenizer(), digit_rows(5)
+    total, count = 0.0, 0
+    for example in encode(rows, tokenizer):
+        ids, labels = torch.tensor([example["input_ids"]]), torch.tensor(example["labels"])
+        with torch.no_grad():
+            logp = model(ids).logits[0].log_softmax(-1)
+        for position in range(1, len(labels)):
+            if labels[position] != IGNORED:
+                total -= float(logp[position - 1, labels[position]])
+                count += 1
+    assert validation_loss(model, tokenizer, rows, 256, 2) == pytest.approx(total / count, rel=1e-5)
+    assert collate(encode(rows, tokenizer))["labels"].shape[0] == 5
