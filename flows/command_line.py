@@ -39,7 +39,7 @@ Refresh = Annotated[list[str] | None, typer.Option("--refresh", help="stage to c
 err = Console(stderr=True)
 PAIR_FLAGS = (
     "old_base", "new_base", "calibration", "device", "trust_remote_code", "calibration_samples", "calibration_cutoff",
-    "pooling", "cka_batch", "layer_strategy", "max_offset", "head_matching", "transfer_matrix",
+    "pooling", "similarity", "cka_batch", "layer_strategy", "max_offset", "head_matching", "transfer_matrix",
 )  # fmt: skip
 
 

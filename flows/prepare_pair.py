@@ -81,7 +81,9 @@ def pair_stages(context: Context, settings: PairSettings, calibration: str | Non
             )
             for side in ("old", "new")
         }
-        table = context.run(similarity, states, {"batch_size": settings.cka_batch})
+        # The minibatch is CKA's alone: it must not tell apart artifacts of the other metrics.
+        batch = settings.cka_batch if settings.similarity == "cka" else 0
+        table = context.run(similarity, states, {"metric": settings.similarity, "batch_size": batch})
     layers = context.run(
         layer_mapping,
         {} if table is None else {"similarity": table},

@@ -15,6 +15,7 @@ from lorasuite.evaluation import EvaluationSettings
 from lorasuite.finetune import FinetuneSettings
 from lorasuite.layer_mapping import Strategy
 from lorasuite.migration import Unmapped
+from lorasuite.similarity import Metric
 from lorasuite.transfer_matrix import When
 
 #: Training rows of the light fine-tune (METHOD section 6).
@@ -34,6 +35,7 @@ class PairSettings(Strict):
     calibration_cutoff: int = Field(256, ge=1, description="tokens of a calibration text read at most")
     pooling: Pooling = Field("mean", description="one vector an example: mean over its tokens, or the last one")
     cka_batch: int = Field(64, ge=4, description="examples a CKA minibatch")
+    similarity: Metric = Field("cka", description="layer similarity: cka, cca, pwcca or procrustes")
     layer_strategy: Strategy = Field("dp", description="layer map: dp (Algorithm 1), first, middle or last")
     max_offset: int | None = Field(None, ge=0, description="largest shift of a layer; the difference in depth if unset")
     head_matching: bool = Field(True, description="match heads by similarity; off maps head a to head a")

@@ -1,14 +1,21 @@
 """How alike two models' layers are: minibatch CKA with the unbiased HSIC₁ (METHOD section 3; Nguyen et al. 2021,
-Song et al. 2012)."""
+Song et al. 2012), and the metrics of the paper's ablation: CCA, PWCCA (Morcos et al. 2018) and Procrustes."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from lorasuite.errors import DataError, Problem
+from lorasuite.errors import ConfigError, DataError, Problem, did_you_mean
+
+Metric = Literal["cka", "cca", "pwcca", "procrustes"]
+
+#: Share of the variance kept before canonical correlations are taken: with fewer examples than dimensions every
+#: direction of noise would correlate perfectly.
+VARIANCE = 0.99
 
 #: HSIC₁ divides by n(n−3).
 SMALLEST_BATCH = 4
@@ -71,6 +78,71 @@ def minibatch_cka(batches: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
 
 def cka(old: Tensor, new: Tensor, batch_size: int = 64) -> Tensor:
     """Minibatch CKA of stored features ``(L_o, N, d_o)`` and ``(L_n, N, d_n)`` with aligned examples."""
+    _aligned(old, new)
+    return minibatch_cka(zip(old.split(batch_size, 1), new.split(batch_size, 1), strict=True))
+
+
+def layer_similarity(old: Tensor, new: Tensor, metric: Metric = "cka", batch_size: int = 64) -> Tensor:
+    """Similarity ``(L_o, L_n)``, larger is more alike, of features ``(L_o, N, d_o)`` and ``(L_n, N, d_n)``.
+
+    Args:
+        metric: ``cka``; or over all examples at once, after centring: ``cca`` the mean canonical correlation of the
+            directions that hold 99 % of each variance, ``pwcca`` the same weighted by how much of the old layer each
+            direction explains, ``procrustes`` the nuclear norm of the cross-covariance of features scaled to unit norm.
+        batch_size: examples of a CKA minibatch.
+
+    Raises:
+        ConfigError: for an unknown metric.
+        DataError: if the examples do not pair up, or are fewer than 4.
+    """
+    if metric == "cka":
+        return cka(old, new, batch_size)
+    if metric not in get_args(Metric):
+        raise ConfigError(Problem("similarity", f"unknown metric {metric!r}", did_you_mean(metric, get_args(Metric))))
+    _aligned(old, new)
+    # Thin SVDs once a layer; every pair then needs only products of at most N columns.
+    bases_o, bases_n = ([_thin(layer) for layer in features] for features in (old, new))
+    compare = {"cca": _cca, "pwcca": _pwcca, "procrustes": _procrustes}[metric]
+    return torch.tensor([[compare(x, y) for y in bases_n] for x in bases_o], dtype=torch.float64)
+
+
+_Thin = tuple[Tensor, Tensor]
+
+
+def _thin(features: Tensor) -> _Thin:
+    """Left singular vectors ``(N, k)`` and singular values ``(k,)`` of centred features ``(N, d)``."""
+    x = features.double()
+    u, s, _ = torch.linalg.svd(x - x.mean(0), full_matrices=False)
+    return u, s
+
+
+def _reduced(base: _Thin) -> _Thin:
+    u, s = base
+    share = (s**2).cumsum(0) / (s**2).sum().clamp(min=1e-300)
+    keep = int((share < VARIANCE).sum()) + 1
+    return u[:, :keep], s[:keep]
+
+
+def _cca(x: _Thin, y: _Thin) -> float:
+    correlations = torch.linalg.svdvals(_reduced(x)[0].T @ _reduced(y)[0])
+    return float(correlations.mean())
+
+
+def _pwcca(x: _Thin, y: _Thin) -> float:
+    (u, s), (v, _) = _reduced(x), _reduced(y)
+    left, correlations, _ = torch.linalg.svd(u.T @ v, full_matrices=False)
+    # Canonical directions are u·left; their weight is how strongly the features project on them.
+    weights = (left.T * s).abs().sum(1)
+    return float((weights * correlations).sum() / weights.sum())
+
+
+def _procrustes(x: _Thin, y: _Thin) -> float:
+    (u, s), (v, t) = x, y
+    scale = s.norm() * t.norm()
+    return float(torch.linalg.svdvals(s[:, None] * (u.T @ v) * t).sum() / scale) if scale > 0 else 0.0
+
+
+def _aligned(old: Tensor, new: Tensor) -> None:
     if old.shape[1] != new.shape[1]:
         raise DataError(
             Problem(
@@ -79,4 +151,7 @@ def cka(old: Tensor, new: Tensor, batch_size: int = 64) -> Tensor:
                 "Both models must read the same texts.",
             )
         )
-    return minibatch_cka(zip(old.split(batch_size, 1), new.split(batch_size, 1), strict=True))
+    if old.shape[1] < SMALLEST_BATCH:
+        raise DataError(
+            Problem("calibration", f"fewer than {SMALLEST_BATCH} texts", "Layers can be compared on at least 4; give a few dozen.")
+        )

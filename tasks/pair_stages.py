@@ -18,7 +18,7 @@ from lorasuite.checkpoint import Checkpoint, load_model, load_tokenizer
 from lorasuite.data import calibration_texts
 from lorasuite.layer_mapping import map_layers
 from lorasuite.migration import map_heads
-from lorasuite.similarity import cka
+from lorasuite.similarity import layer_similarity
 from lorasuite.transfer_matrix import TransferMatrix, fit_transfer_matrix, mlp_factor
 from lorasuite.vocabulary import CommonTokens, common_tokens
 from tasks.stage import Artifact, StageOutput, Where, stage
@@ -81,9 +81,10 @@ def activations(inputs: Inputs, settings: Settings, where: Where) -> StageOutput
 
 @stage("similarity", tags=["pair"])
 def similarity(inputs: Inputs, settings: Settings, where: Where) -> StageOutput:
-    """Minibatch CKA of every old layer with every new one."""
-    table = cka(inputs["old"].tensor("pooled"), inputs["new"].tensor("pooled"), settings["batch_size"])
-    return StageOutput({"similarity": table}, {"metric": "cka", "mean": float(table.mean())})
+    """How alike every old layer is to every new one: minibatch CKA, or another metric."""
+    old, new = inputs["old"].tensor("pooled"), inputs["new"].tensor("pooled")
+    table = layer_similarity(old, new, settings["metric"], settings["batch_size"])
+    return StageOutput({"similarity": table}, {"metric": settings["metric"], "mean": float(table.mean())})
 
 
 @stage("layer_mapping", tags=["pair"])

@@ -1,0 +1,60 @@
+"""Shared by every test: a quiet, offline environment, small fixtures and the ``gpu`` marker."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["PREFECT_SERVER_ANALYTICS_ENABLED"] = "false"
+os.environ["DO_NOT_TRACK"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests import models
+
+torch.set_num_threads(2)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device, and this machine has none")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """``base("llama", hidden=32, …)``: the directory of a tiny random model, built once a session. Read-only."""
+    root = tmp_path_factory.mktemp("bases")
+    built: dict[str, Path] = {}
+
+    def make(family: str, **numbers: Any) -> Path:
+        key = repr((family, sorted(numbers.items())))
+        if key not in built:
+            built[key] = models.build(root / f"{len(built)}-{family}", family, **numbers)
+        return built[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def lora(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """``lora(base_dir, targets=…, …)``: the directory of a random PEFT adapter, built once a session. Read-only."""
+    root = tmp_path_factory.mktemp("adapters")
+    built: dict[str, Path] = {}
+
+    def make(model: Path, **settings: Any) -> Path:
+        key = repr((str(model), sorted(settings.items())))
+        if key not in built:
+            built[key] = models.build_adapter(root / str(len(built)), model, **settings)
+        return built[key]
+
+    return make

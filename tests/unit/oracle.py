@@ -1,0 +1,278 @@
+"""METHOD sections 2-5 written straight from the formulas: dense, float64, explicit loops, nothing of the library.
+
+Slow and memory-hungry on purpose. A disagreement with the library is a fault of one of the two.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+QKV = ("q", "k", "v")
+
+
+@dataclass
+class Dense:
+    """A whole model in memory: every block's weights by role, float64, fused ones taken apart."""
+
+    family: str
+    d: int
+    i: int
+    H: int
+    K: int
+    e: int
+    E: Tensor
+    layers: list[dict[str, Tensor]]
+
+
+def cut_fused(rows: Tensor, H: int, e: int) -> dict[str, Tensor]:
+    """GPTNeoX and Bloom: for each head its q, then its k, then its v rows."""
+    parts: dict[str, list[Tensor]] = {role: [] for role in QKV}
+    for a in range(H):
+        for n, role in enumerate(QKV):
+            start = (3 * a + n) * e
+            parts[role].append(rows[start : start + e])
+    return {role: torch.cat(blocks) for role, blocks in parts.items()}
+
+
+def join_fused(parts: dict[str, Tensor], H: int, e: int) -> Tensor:
+    return torch.cat([parts[role][a * e : (a + 1) * e] for a in range(H) for role in QKV])
+
+
+def read(path: Path) -> Dense:
+    """A model directory, from its raw tensors."""
+    config = json.loads((path / "config.json").read_text())
+    state: dict[str, Tensor] = {}
+    for file in sorted(path.glob("*.safetensors")):
+        state.update({name: tensor.double() for name, tensor in load_file(file).items()})
+    family = config["model_type"]
+    blocks: list[dict[str, Tensor]] = []
+    if family in ("llama", "qwen2"):
+        H, d, i = config["num_attention_heads"], config["hidden_size"], config["intermediate_size"]
+        K, e = config["num_key_value_heads"], config.get("head_dim") or d // H
+        for n in range(config["num_hidden_layers"]):
+            block = {r: state[f"model.layers.{n}.self_attn.{r}_proj.weight"] for r in ("q", "k", "v", "o")}
+            block.update({r: state[f"model.layers.{n}.mlp.{r}_proj.weight"] for r in ("gate", "up", "down")})
+            blocks.append(block)
+        return Dense(family, d, i, H, K, e, state["model.embed_tokens.weight"], blocks)
+    if family == "gpt_neox":
+        H, L = config["num_attention_heads"], config["num_hidden_layers"]
+        root, attention = "gpt_neox.layers", "attention"
+        E = state["gpt_neox.embed_in.weight"]
+    else:
+        H, L = config["n_head"], config["n_layer"]
+        root, attention = "transformer.h", "self_attention"
+        E = state["transformer.word_embeddings.weight"]
+    d = config["hidden_size"]
+    e = d // H
+    for n in range(L):
+        block = cut_fused(state[f"{root}.{n}.{attention}.query_key_value.weight"], H, e)
+        block["o"] = state[f"{root}.{n}.{attention}.dense.weight"]
+        block["up"] = state[f"{root}.{n}.mlp.dense_h_to_4h.weight"]
+        block["down"] = state[f"{root}.{n}.mlp.dense_4h_to_h.weight"]
+        blocks.append(block)
+    return Dense(family, d, blocks[0]["up"].shape[0], H, H, e, E, blocks)
+
+
+LLAMA_NAMES = {
+    "q": "self_attn.q_proj",
+    "k": "self_attn.k_proj",
+    "v": "self_attn.v_proj",
+    "o": "self_attn.o_proj",
+    "gate": "mlp.gate_proj",
+    "up": "mlp.up_proj",
+    "down": "mlp.down_proj",
+}
+
+
+def take_apart(deltas: dict[str, Tensor], model: Dense) -> dict[int, dict[str, Tensor]]:
+    """Module path → ΔW to layer → role → ΔW."""
+    found: dict[int, dict[str, Tensor]] = {}
+    for path, delta in deltas.items():
+        parts = path.split(".")
+        layer, leaf = int(next(p for p in parts if p.isdigit())), parts[-1]
+        if leaf == "query_key_value":
+            roles = cut_fused(delta, model.H, model.e)
+        else:
+            names = {"dense": "o", "dense_h_to_4h": "up", "dense_4h_to_h": "down"}
+            roles = {names.get(leaf) or leaf.removesuffix("_proj"): delta}
+        found.setdefault(layer, {}).update(roles)
+    return found
+
+
+def put_together(updates: dict[int, dict[str, Tensor]], model: Dense) -> dict[str, Tensor]:
+    """Layer → role → ΔW to module path → ΔW; missing roles of a fused module are zero, roles without a home vanish."""
+    found: dict[str, Tensor] = {}
+    for layer, roles in updates.items():
+        if model.family in ("llama", "qwen2"):
+            found.update({f"model.layers.{layer}.{LLAMA_NAMES[r]}": delta for r, delta in roles.items()})
+            continue
+        root = "gpt_neox.layers" if model.family == "gpt_neox" else "transformer.h"
+        attention = "attention" if model.family == "gpt_neox" else "self_attention"
+        if set(roles) & set(QKV):
+            zero = torch.zeros(model.d, model.d, dtype=torch.float64)
+            found[f"{root}.{layer}.{attention}.query_key_value"] = join_fused(
+                {r: roles.get(r, zero) for r in QKV}, model.H, model.e
+            )
+        for role, name in (("o", f"{attention}.dense"), ("up", "mlp.dense_h_to_4h"), ("down", "mlp.dense_4h_to_h")):
+            if role in roles:
+                found[f"{root}.{layer}.{name}"] = roles[role]
+    return found
+
+
+def transfer(E_o: Tensor, E_n: Tensor, pairs: list[tuple[int, int]]) -> Tensor:
+    """``W_h = pinv(E_o[common]) · E_n[common]``."""
+    rows_o = torch.stack([E_o[a] for a, _ in pairs])
+    rows_n = torch.stack([E_n[b] for _, b in pairs])
+    return torch.linalg.pinv(rows_o) @ rows_n
+
+
+def hidden_map(old: Dense, new: Dense) -> Tensor:
+    """``W_h`` of two models of one vocabulary; the identity where the hidden sizes agree."""
+    if old.d == new.d:
+        return torch.eye(old.d, dtype=torch.float64)
+    rows = min(len(old.E), len(new.E))
+    return transfer(old.E, new.E, [(n, n) for n in range(rows)])
+
+
+def repeat(weight: Tensor, stored: int, heads: int) -> list[Tensor]:
+    """One ``(e, …)`` block a query head: stored key/value heads repeated as the forward pass does."""
+    e = weight.shape[0] // stored
+    blocks = [weight[g * e : (g + 1) * e] for g in range(stored)]
+    return [blocks[g] for g in range(stored) for _ in range(heads // stored)]
+
+
+def average(blocks: list[Tensor], stored: int) -> Tensor:
+    """The inverse: each group's mean."""
+    group = len(blocks) // stored
+    means = []
+    for g in range(stored):
+        total = torch.zeros_like(blocks[0])
+        for b in range(g * group, (g + 1) * group):
+            total = total + blocks[b]
+        means.append(total / group)
+    return torch.cat(means)
+
+
+def head_matrices(w: dict[str, Tensor], m: Dense) -> list[tuple[Tensor, Tensor]]:
+    """``QK = QᵀK`` and ``VO = VᵀOᵀ``, ``(d, d)`` each, for every query head."""
+    Q, K, V = repeat(w["q"], m.H, m.H), repeat(w["k"], m.K, m.H), repeat(w["v"], m.K, m.H)
+    found = []
+    for a in range(m.H):
+        O = w["o"][:, a * m.e : (a + 1) * m.e]  # noqa: E741 - the paper's letter
+        found.append((Q[a].T @ K[a], V[a].T @ O.T))
+    return found
+
+
+def head_similarity(old_w: dict[str, Tensor], new_w: dict[str, Tensor], old: Dense, new: Dense, W: Tensor) -> Tensor:
+    """Cosine of ``[vec QK ; vec VO]``."""
+    table = torch.zeros(old.H, new.H, dtype=torch.float64)
+    theirs = head_matrices(new_w, new)
+    for a, (qk, vo) in enumerate(head_matrices(old_w, old)):
+        x = torch.cat([(W.T @ qk @ W).flatten(), (W.T @ vo @ W).flatten()])
+        for b, (qk_n, vo_n) in enumerate(theirs):
+            y = torch.cat([qk_n.flatten(), vo_n.flatten()])
+            table[a, b] = x @ y / (x.norm() * y.norm())
+    return table
+
+
+def best_heads(table: Tensor) -> tuple[float, set[frozenset[tuple[int, int]]]]:
+    """Brute force over every one-to-one assignment: the best total, and all assignments within rounding of it."""
+    H_o, H_n = table.shape
+    if H_o > H_n:
+        value, found = best_heads(table.T)
+        return value, {frozenset((b, a) for a, b in one) for one in found}
+    totals = {
+        frozenset(enumerate(columns)): sum(float(table[a, b]) for a, b in enumerate(columns))
+        for columns in itertools.permutations(range(H_n), H_o)
+    }
+    best = max(totals.values())
+    return best, {pairs for pairs, total in totals.items() if total > best - 1e-9}
+
+
+def move(
+    delta: dict[str, Tensor],
+    old_w: dict[str, Tensor],
+    new_w: dict[str, Tensor],
+    old: Dense,
+    new: Dense,
+    heads: dict[int, int],
+    W: Tensor,
+) -> dict[str, Tensor]:
+    """Equation 3 and the MLP rules for one layer: role → dense ΔW of the new model."""
+    moved: dict[str, Tensor] = {}
+    for role in QKV:
+        if role not in delta:
+            continue
+        stored_o, stored_n = (old.H, new.H) if role == "q" else (old.K, new.K)
+        P_o, dP_o = repeat(old_w[role], stored_o, old.H), repeat(delta[role], stored_o, old.H)
+        P_n = repeat(new_w[role], stored_n, new.H)
+        blocks = [torch.zeros(new.e, new.d, dtype=torch.float64) for _ in range(new.H)]
+        for a, b in heads.items():
+            blocks[b] = (P_n[b] @ W.T @ P_o[a].T) @ dP_o[a] @ W
+        moved[role] = average(blocks, stored_n)
+    if "o" in delta:
+        dO = torch.zeros(new.d, new.H * new.e, dtype=torch.float64)
+        for a, b in heads.items():
+            at_o, at_n = slice(a * old.e, (a + 1) * old.e), slice(b * new.e, (b + 1) * new.e)
+            dO[:, at_n] = W.T @ delta["o"][:, at_o] @ (old_w["o"][:, at_o].T @ W @ new_w["o"][:, at_n])
+        moved["o"] = dO
+    back = torch.linalg.pinv(W)
+    for role in ("gate", "up"):
+        if role in delta and role in new_w:
+            moved[role] = new_w[role] @ back @ torch.linalg.pinv(old_w[role]) @ delta[role] @ W
+    if "down" in delta:
+        moved["down"] = back @ delta["down"] @ torch.linalg.pinv(old_w["down"]) @ W @ new_w["down"]
+    return moved
+
+
+def cut(delta: Tensor, rank: int) -> Tensor:
+    """The dense truncated SVD."""
+    u, s, vh = torch.linalg.svd(delta, full_matrices=False)
+    return u[:, :rank] @ torch.diag(s[:rank]) @ vh[:rank]
+
+
+def hsic1(X: Tensor, Y: Tensor) -> float:
+    """HSIC₁ of features ``(n, d)`` and ``(n, d')`` with linear kernels, from the formula."""
+    n = X.shape[0]
+    K, L = X.double() @ X.double().T, Y.double() @ Y.double().T
+    K, L = K - torch.diag(torch.diag(K)), L - torch.diag(torch.diag(L))
+    one = torch.ones(n, 1, dtype=torch.float64)
+    first = torch.trace(K @ L)
+    second = (one.T @ K @ one) * (one.T @ L @ one) / ((n - 1) * (n - 2))
+    third = 2 / (n - 2) * (one.T @ K @ L @ one)
+    return float((first + second - third) / (n * (n - 3)))
+
+
+def cka(old: Tensor, new: Tensor, batches: list[slice]) -> Tensor:
+    """``(L_o, N, d_o)`` and ``(L_n, N, d_n)`` to ``(L_o, L_n)``: sums over the batches, one pair at a time."""
+    table = torch.zeros(len(old), len(new), dtype=torch.float64)
+    for i, x in enumerate(old):
+        for j, y in enumerate(new):
+            cross = sum(hsic1(x[b], y[b]) for b in batches)
+            k, l = sum(hsic1(x[b], x[b]) for b in batches), sum(hsic1(y[b], y[b]) for b in batches)  # noqa: E741
+            table[i, j] = cross / (math.sqrt(k) * math.sqrt(l))
+    return table
+
+
+def best_layers(S: Tensor, offset: int | None = None) -> tuple[float, list[dict[int, int]]]:
+    """Every increasing map of the shorter side with ``k ≤ j ≤ k + Δ``: the best sum and the maps that reach it."""
+    if S.shape[0] > S.shape[1]:
+        value, maps = best_layers(S.T, offset)
+        return value, [{j: k for k, j in one.items()} for one in maps]
+    short, long = S.shape
+    slack = long - short if offset is None else offset
+    sums = [
+        (sum(float(S[k, j]) for k, j in enumerate(path)), dict(enumerate(path)))
+        for path in itertools.combinations(range(long), short)
+        if all(k <= j <= k + slack for k, j in enumerate(path))
+    ]
+    best = max(value for value, _ in sums)
+    return best, [one for value, one in sums if value > best - 1e-9]
