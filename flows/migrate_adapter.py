@@ -21,7 +21,7 @@ from lorasuite.checkpoint import Checkpoint, resolve
 from lorasuite.config import MigrationConfig, build, torch_device
 from lorasuite.preflight import Plan, check
 from lorasuite.publication import publish
-from tasks.adapter_stages import adapter_folder, evaluation, finetune, select, transform
+from tasks.adapter_stages import adapter_folder, evaluation, finetune, transform
 from tasks.fingerprints import fingerprint_adapter, fingerprint_bases, fingerprint_data, fingerprint_texts
 from tasks.stage import Recorder, Ref, Where
 
@@ -163,12 +163,11 @@ class _Arms:
 
     def _finetune(self, start: str) -> Ref:
         settings, context = self.settings, self.context
-        rows = select(self.plan.train, settings.samples, settings.seed)
         inputs: dict[str, str | Ref] = {
             "transform": self.transformed,
             "new_model": "new_model",
             "new_tokenizer": "new_tokenizer",
-            "train_data": fingerprint_data(rows),
+            "train_data": fingerprint_data(self.plan.train),
         }
         values = {
             "start": start,

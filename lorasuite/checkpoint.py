@@ -27,6 +27,7 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json",
     "special_tokens_map.json", "tokenizer_config.json", "chat_template.jinja",
 )  # fmt: skip
+DAMAGED = "The file is damaged: download it again."
 #: Config fields that say nothing about what the model computes.
 INERT_CONFIG = ("_name_or_path", "transformers_version", "architectures", "torch_dtype", "dtype", "use_cache")
 
@@ -196,7 +197,7 @@ class Checkpoint:
                 Problem(
                     str(self.shards[stored]),
                     f"{stored} holds NaN or Inf",
-                    "The file is damaged: download it again.",
+                    DAMAGED,
                 )
             )
         return METER.watch(tensor)
@@ -340,6 +341,32 @@ def fingerprint_model(source: str | Path, cache: MutableMapping[str, str] | None
     checkpoint = Checkpoint(source)
     config = {key: value for key, value in checkpoint.config.items() if key not in INERT_CONFIG}
     return digest_json([config, [file_digest(file, cache) for file in checkpoint.weight_files]])
+
+
+def check_finite(source: str | Path, cache: MutableMapping[str, str] | None = None) -> None:
+    """Read every weight once and refuse a damaged base before any work is built on it.
+
+    Files already found whole are remembered in ``cache`` by their digest and not read again.
+
+    Raises:
+        CheckpointError: naming each tensor that holds NaN or Inf.
+    """
+    problems: list[Problem] = []
+    for file in Checkpoint(source).weight_files:
+        known = f"finite:{file_digest(file, cache)}"
+        if cache is not None and known in cache:
+            continue
+        with _open(file) as handle:
+            wrong = [name for name in handle.keys() if not _finite(handle.get_tensor(name))]  # noqa: SIM118
+        problems += [Problem(str(file), f"{name} holds NaN or Inf", DAMAGED) for name in wrong]
+        if cache is not None and not wrong:
+            cache[known] = "yes"
+    if problems:
+        raise CheckpointError(problems)
+
+
+def _finite(tensor: Tensor) -> bool:
+    return not tensor.is_floating_point() or bool(torch.isfinite(tensor.float()).all())
 
 
 def fingerprint_tokenizer(source: str | Path, cache: MutableMapping[str, str] | None = None) -> str:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -213,6 +214,13 @@ def calibration_texts(path: str | Path, tokenizer: PreTrainedTokenizerBase | Non
         else:
             texts.append("".join(row.prompt_and_completion(tokenizer)))
     return texts
+
+
+def draw(rows: Sequence[Row], samples: int, seed: int) -> list[Row]:
+    """At most ``samples`` rows, a seeded draw without replacement, in the order they were given."""
+    if samples >= len(rows):
+        return list(rows)
+    return [rows[n] for n in sorted(random.Random(seed).sample(range(len(rows)), samples))]
 
 
 def fingerprint_rows(rows: Sequence[Row]) -> str:

@@ -5,17 +5,17 @@ from __future__ import annotations
 import shutil
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from lorasuite import transforms
 from lorasuite.adapter import Adapter
 from lorasuite.architectures import ROLES, Role
 from lorasuite.checkpoint import Checkpoint, load_tokenizer
 from lorasuite.config import MigrationConfig, torch_device
-from lorasuite.data import Row, calibration_texts, read_rows
+from lorasuite.data import Row, calibration_texts, draw, encode_rows, read_rows
 from lorasuite.errors import LoRASuiteError, PreflightError, Problem
+from lorasuite.similarity import SMALLEST_BATCH
 from lorasuite.vocabulary import common_tokens
 
 FLOAT = 4  # bytes of a float32
@@ -34,9 +34,13 @@ class Inspection:
     memory: dict[str, int] = field(default_factory=dict)
     notices: list[str] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
+    old_tokenizer: Any = field(default=None, repr=False)
+    new_tokenizer: Any = field(default=None, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """All but the tokenizers, as JSON-able values."""
+        shown = [f.name for f in fields(self) if not f.name.endswith("_tokenizer")]
+        return {name: getattr(self, name) for name in shown} | {"problems": [p.to_dict() for p in self.problems]}
 
     def raise_problems(self) -> None:
         """
@@ -63,7 +67,7 @@ def inspect(
         _vocabulary(result, old, new, trust_remote_code)
         _memory(result, old, new)
     if old is not None and opened is not None:
-        result.problems += opened.check(old)
+        result.problems += opened.check(old) or _attempt(result, lambda: _something_to_move(opened)) or []
         result.adapter = {
             "path": str(opened.path),
             "rank": opened.rank,
@@ -85,6 +89,17 @@ def _attempt(result: Inspection, action: Callable[[], Any]) -> Any:
         return None
 
 
+def _something_to_move(adapter: Adapter) -> list[Problem]:
+    """Whether the adapter does anything: a problem if every update is zero (it was never trained).
+
+    Raises:
+        AdapterError: if a factor holds NaN or Inf.
+    """
+    if sum(adapter.update(path).norm() for path in adapter.modules) > 0:
+        return []
+    return [Problem(str(adapter.path), "every update is zero", "It was never trained: there is nothing to migrate.")]
+
+
 def _factors(result: Inspection, old: Checkpoint, new: Checkpoint) -> None:
     a, b = old.dims, new.dims
     rows = [
@@ -101,8 +116,8 @@ def _factors(result: Inspection, old: Checkpoint, new: Checkpoint) -> None:
 
 
 def _vocabulary(result: Inspection, old: Checkpoint, new: Checkpoint, trust_remote_code: bool) -> None:
-    first = _attempt(result, lambda: load_tokenizer(old.path, trust_remote_code))
-    second = _attempt(result, lambda: load_tokenizer(new.path, trust_remote_code))
+    first = result.old_tokenizer = _attempt(result, lambda: load_tokenizer(old.path, trust_remote_code))
+    second = result.new_tokenizer = _attempt(result, lambda: load_tokenizer(new.path, trust_remote_code))
     if first is None or second is None:
         return
     common = common_tokens(first, second, old.dims.vocab_size, new.dims.vocab_size)
@@ -113,6 +128,10 @@ def _vocabulary(result: Inspection, old: Checkpoint, new: Checkpoint, trust_remo
         if int(a) != int(b)
     ]
     result.vocabulary = {"common": len(common), "same": common.same, "renumbered": len(moved), "examples": moved[:5]}
+    if old.dims.hidden_size != new.dims.hidden_size and 0 < len(common) < old.dims.hidden_size:
+        result.notices.append(
+            f"only {len(common)} common tokens for a hidden size of {old.dims.hidden_size}: W_h is underdetermined"
+        )
     if not len(common) and old.dims.hidden_size != new.dims.hidden_size:
         result.problems.append(
             Problem("vocabulary", "the two tokenizers share no token", "There is nothing to fit a hidden map on.")
@@ -184,7 +203,7 @@ def _modules(result: Inspection, old: Checkpoint, new: Checkpoint, adapter: Adap
 
 @dataclass
 class Plan:
-    """A checked migration: the rows and texts it will use."""
+    """A checked migration: the texts, training rows and held-out rows it will use."""
 
     inspection: Inspection
     texts: list[str]
@@ -199,50 +218,79 @@ def check(config: MigrationConfig) -> Plan:
         PreflightError: with every problem.
     """
     result = inspect(config.old_base, config.new_base, config.adapter, config.method, config.trust_remote_code)
-    if config.method not in transforms.names():
-        _attempt(result, lambda: transforms.transform(config.method))
     _attempt(result, lambda: torch_device(config.device))
-    tokenizer = (
-        _attempt(result, lambda: load_tokenizer(config.new_base, config.trust_remote_code))
-        if not result.problems
-        else None
-    )
-    train_data, eval_data, source = config.train_data, config.eval_data, config.calibration_data
-    train = _attempt(result, lambda: read_rows(train_data)) if train_data and config.samples else []
-    held_out = _attempt(result, lambda: read_rows(eval_data)) if eval_data else []
-    texts = _attempt(result, lambda: calibration_texts(source, tokenizer)) if source else []
-    same_depth = next((not row["changed"] for row in result.factors if row["name"] == "layers"), True)
-    if not source and not same_depth and config.pair.layer_strategy == "dp":
-        result.problems.append(
-            Problem(
-                "calibration",
-                "the depths differ and there are no texts to compare layers with",
-                "Give --calibration (any text the models should read alike), or --layer-strategy first|middle|last.",
+    texts = _calibration(result, config)
+    train = _training_rows(result, config)
+    held_out = _held_out_rows(result, config)
+    _output(result, Path(config.output))
+    result.raise_problems()
+    return Plan(result, texts, train, held_out)
+
+
+def _calibration(result: Inspection, config: MigrationConfig) -> list[str]:
+    source = config.calibration_data
+    depths = next(((row["old"], row["new"]) for row in result.factors if row["name"] == "layers"), (0, 0))
+    if source is None:
+        if depths[0] != depths[1] and config.pair.layer_strategy == "dp":
+            result.problems.append(
+                Problem(
+                    "calibration",
+                    f"the depths differ ({depths[0]} and {depths[1]}) and there are no texts to compare layers with",
+                    "Give --calibration (any text both models should read), or --layer-strategy first|middle|last.",
+                )
             )
-        )
-    if not source and same_depth:
-        result.notices.append("no calibration texts: layers are mapped one to one, without similarities")
-    if config.samples and not config.train_data:
+        elif depths[0] == depths[1]:
+            result.notices.append("no calibration texts: layers are mapped one to one, without similarities")
+        return []
+    texts: list[str] = _attempt(result, lambda: calibration_texts(source, result.new_tokenizer)) or []
+    if texts and len(texts) < SMALLEST_BATCH:
         result.problems.append(
-            Problem(
-                "finetune_samples",
-                f"is {config.samples}, and there is no training data",
-                "Give --train-data, or --finetune-samples 0.",
-            )
+            Problem(source, f"has {len(texts)} texts", f"Layers are compared on at least {SMALLEST_BATCH}: add some.")
         )
-    if train and len(train) < config.samples:
-        result.notices.append(f"only {len(train)} training rows for {config.samples} samples: all are used")
-    if train and config.learning_rates and len(config.learning_rates) > 1 and min(len(train), config.samples) < 10:
+    return texts[: config.pair.calibration_samples]
+
+
+def _training_rows(result: Inspection, config: MigrationConfig) -> list[Row]:
+    source = config.train_data
+    if source is None:
+        if config.samples:
+            result.problems.append(
+                Problem(
+                    "finetune_samples",
+                    f"is {config.samples}, and there is no training data",
+                    "Give --train-data, or --finetune-samples 0.",
+                )
+            )
+        return []
+    if not config.samples:
+        return []
+    rows: list[Row] = draw(_attempt(result, lambda: read_rows(source)) or [], config.samples, config.seed)
+    if not rows:
+        return []
+    if len(rows) < config.samples:
+        result.notices.append(f"only {len(rows)} training rows for {config.samples} samples: all are used")
+    if len(config.learning_rates) > 1 and len(rows) < 10:
         result.problems.append(
             Problem(
                 "learning_rates",
-                "a sweep holds out a fifth of the training rows, and there are fewer than 10",
-                "Give one learning rate, or more rows.",
+                f"a sweep holds out a fifth of the training rows, and there are only {len(rows)}",
+                "Give one learning rate, or at least 10 rows.",
             )
         )
-    _output(result, Path(config.output))
-    result.raise_problems()
-    return Plan(result, texts[: config.pair.calibration_samples], train or [], held_out or [])
+    tokenizer = result.new_tokenizer
+    if tokenizer is not None:
+        _attempt(result, lambda: encode_rows(rows, tokenizer, config.finetune.cutoff))
+    return rows
+
+
+def _held_out_rows(result: Inspection, config: MigrationConfig) -> list[Row]:
+    source = config.eval_data
+    if source is None:
+        return []
+    rows: list[Row] = _attempt(result, lambda: read_rows(source)) or []
+    tokenizers = [t for t in (result.old_tokenizer, result.new_tokenizer) if t is not None]
+    _attempt(result, lambda: [row.target(tokenizer) for tokenizer in tokenizers for row in rows])
+    return rows
 
 
 def _output(result: Inspection, output: Path) -> None:

@@ -70,7 +70,7 @@ def minibatch_cka(batches: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
             cross, k_self, l_self = cross + terms[0], k_self + terms[1], l_self + terms[2]
     if cross is None or k_self is None or l_self is None:
         raise DataError(
-            Problem("calibration", f"fewer than {SMALLEST_BATCH} texts", "CKA needs at least 4; give a few dozen.")
+            Problem("calibration", f"fewer than {SMALLEST_BATCH} texts", "CKA needs at least 4; give more.")
         )
     scale = torch.outer(k_self.clamp(min=0).sqrt(), l_self.clamp(min=0).sqrt())
     return torch.where(scale > 0, cross / scale, torch.zeros_like(cross))
@@ -153,5 +153,7 @@ def _aligned(old: Tensor, new: Tensor) -> None:
         )
     if old.shape[1] < SMALLEST_BATCH:
         raise DataError(
-            Problem("calibration", f"fewer than {SMALLEST_BATCH} texts", "Layers can be compared on at least 4; give a few dozen.")
+            Problem(
+                "calibration", f"fewer than {SMALLEST_BATCH} texts", "Layers are compared on at least 4; give more."
+            )
         )

@@ -6,7 +6,6 @@ Names of paths: ``old_base``, ``new_base``, ``adapter``, ``base`` (the model eva
 
 from __future__ import annotations
 
-import random
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 from lorasuite.adapter import CONFIG, Adapter, fresh_config, write_adapter
 from lorasuite.architectures import ROLES
 from lorasuite.checkpoint import METER, Checkpoint, load_tokenizer
-from lorasuite.data import Row, read_rows
+from lorasuite.data import draw, read_rows
 from lorasuite.evaluation import EvaluationSettings, evaluate
 from lorasuite.finetune import FinetuneSettings
 from lorasuite.migration import migrate
@@ -28,13 +27,6 @@ Settings = Mapping[str, Any]
 
 #: Written into stored adapters, which must not depend on where the base lies; publishing puts the real name.
 ANY_BASE = "base"
-
-
-def select(rows: list[Row], samples: int, seed: int) -> list[Row]:
-    """The training rows used: a seeded draw without replacement, in the file's order."""
-    if samples >= len(rows):
-        return rows
-    return [rows[n] for n in sorted(random.Random(seed).sample(range(len(rows)), samples))]
 
 
 @stage("transform", tags=["adapter"])
@@ -84,7 +76,7 @@ def transform(inputs: Inputs, settings: Settings, where: Where) -> StageOutput:
 def finetune(inputs: Inputs, settings: Settings, where: Where) -> StageOutput:
     """The light fine-tune of a migrated adapter, or of a fresh LoRA (``start: scratch``) on the same rows."""
     start: Artifact = inputs["transform"]
-    rows = select(read_rows(where.path("train_data")), settings["samples"], settings["seed"])
+    rows = draw(read_rows(where.path("train_data")), settings["samples"], settings["seed"])
     scratch = settings["start"] == "scratch"
     adapter = adapter_folder(start)
     new = Checkpoint(where.path("new_base"))

@@ -10,7 +10,7 @@ from pathlib import Path
 from prefect import task
 
 from lorasuite.adapter import Adapter
-from lorasuite.checkpoint import digest_json, fingerprint_model, fingerprint_tokenizer
+from lorasuite.checkpoint import check_finite, digest_json, fingerprint_model, fingerprint_tokenizer
 from lorasuite.data import Row, fingerprint_rows
 
 #: sha256 by path, size and modification time: checkpoints of many gigabytes are not read again for every adapter.
@@ -19,10 +19,16 @@ MEMORY = "fingerprints.json"
 
 @task(name="fingerprint", cache_policy=None, persist_result=False, tags=["pair"])
 def fingerprint_bases(home: Path, old_base: Path, new_base: Path) -> dict[str, str]:
-    """Fingerprints of both models and tokenizers."""
+    """Fingerprints of both models and tokenizers, and a look at every weight that was not seen before.
+
+    Raises:
+        CheckpointError: if a weight holds NaN or Inf.
+    """
     memory = home / MEMORY
     known: dict[str, str] = json.loads(memory.read_text()) if memory.is_file() else {}
     seen = dict(known)
+    check_finite(old_base, known)
+    check_finite(new_base, known)
     found = {
         "old_model": fingerprint_model(old_base, known),
         "new_model": fingerprint_model(new_base, known),
