@@ -150,6 +150,7 @@ def evaluate(
     adapter: Annotated[list[str] | None, typer.Option(help="LoRA adapter (repeatable)")] = None,
     eval_data: Annotated[str | None, typer.Option(help="held-out rows")] = None,
     tasks: Annotated[str | None, typer.Option(help="lm-eval tasks, comma-separated")] = None,
+    include_path: Annotated[Path | None, typer.Option(help="directory of lm-eval task files")] = None,
     batch_size: Annotated[int | None, typer.Option(help="fixed batch size")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="tokens generated at most")] = None,
     limit: Annotated[int | None, typer.Option(help="rows evaluated at most")] = None,
@@ -168,6 +169,7 @@ def evaluate(
             adapter or [],
             eval_data,
             [t.strip() for t in (tasks or "").split(",") if t.strip()],
+            include_path,
             {name: value for name, value in given.items() if value is not None},
             device,
             samples,
@@ -354,15 +356,24 @@ def _show_evaluation(evaluation: dict[str, Any], seconds: dict[str, float] | Non
         return
     table = Table("arm", *columns, "n", *(["seconds"] if seconds else []))
     for row in rows:
-        time = [f"{seconds.get(row['arm'], 0):.1f}"] if seconds else []
+        spent = None if seconds is None else seconds.get(row["arm"])
+        time = [] if seconds is None else ["–" if spent is None else f"{spent:.2f}"]
         table.add_row(row["name"], *row["cells"], str(row["n"]), *time)
     Console().print(table)
 
 
 def _show_migration(result: dict[str, Any]) -> None:
+    from lorasuite.report import task_comparison
+
     _show_pair(result)
     _show_timings(result["timings"])
     _show_evaluation(result["evaluation"], arm_seconds(result))
+    columns, rows = task_comparison(result["tasks"])
+    if rows:
+        table = Table("arm", *columns)
+        for row in rows:
+            table.add_row(row["name"], *row["cells"])
+        Console().print(table)
     Console().print(f"\nwritten to {result['output']}", highlight=False)
 
 

@@ -17,6 +17,7 @@ def evaluate_adapters(
     adapters: list[str],
     eval_data: str | None,
     tasks: list[str],
+    include_path: Path | None,
     settings: dict[str, Any],
     device: str,
     samples: Path | None,
@@ -50,8 +51,10 @@ def evaluate_adapters(
             if samples is not None:
                 samples.mkdir(parents=True, exist_ok=True)
                 result.write_samples(samples / f"{Path(arm).name}.jsonl")
+    scored = {}
+    if tasks:
+        scored = evaluate_tasks(str(path), tokenizer, tasks, options, include_path=include_path, **common)
     by_task = {
-        arm: {task: score.model_dump(mode="json") for task, score in scores.items()}
-        for arm, scores in (evaluate_tasks(str(path), tokenizer, tasks, options, **common) if tasks else {}).items()
+        arm: {task: score.model_dump(mode="json") for task, score in scores.items()} for arm, scores in scored.items()
     }
     return {"base": base, "results": results, "tasks": by_task}

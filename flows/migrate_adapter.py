@@ -21,8 +21,14 @@ from lorasuite.checkpoint import Checkpoint, resolve
 from lorasuite.config import MigrationConfig, build, torch_device
 from lorasuite.preflight import Plan, check
 from lorasuite.publication import publish
-from tasks.adapter_stages import adapter_folder, evaluation, finetune, transform
-from tasks.fingerprints import fingerprint_adapter, fingerprint_bases, fingerprint_data, fingerprint_texts
+from tasks.adapter_stages import adapter_folder, evaluation, finetune, task_evaluation, transform
+from tasks.fingerprints import (
+    fingerprint_adapter,
+    fingerprint_bases,
+    fingerprint_data,
+    fingerprint_folder,
+    fingerprint_texts,
+)
 from tasks.stage import Recorder, Ref, Where
 
 
@@ -56,6 +62,7 @@ def migrate_adapter(config: dict[str, Any], refresh: tuple[str, ...] = ()) -> di
         "calibration": settings.calibration_data,
         "train_data": settings.train_data,
         "eval_data": settings.eval_data,
+        "include_path": settings.include_path,
     }
     paths |= {name: Path(file) for name, file in files.items() if file}
     where = Where(
@@ -135,6 +142,7 @@ class _Arms:
             "use_rslora": rslora,
         }
         self.evaluated: dict[str, Artifact] = {}
+        self.scores: dict[str, dict[str, Any]] = {}
         self.tuned: Artifact | None = None
         self.control: Artifact | None = None
 
@@ -151,14 +159,16 @@ class _Arms:
         arms: dict[str, Ref | str | None] = {"old": None, "old+adapter": "adapter", "new": None}
         arms["migrated"] = self.transformed
         if settings.samples:
-            if settings.controls and self.plan.evaluation:
+            if settings.controls and (self.plan.evaluation or settings.eval_tasks):
                 scratch = self._finetune("scratch")
                 self.control, arms["scratch"] = context.open(scratch), scratch
             final = self._finetune("migrated")
             self.tuned, arms["migrated+lft"] = context.open(final), final
-        if self.plan.evaluation:
-            for arm, adapter in arms.items():
+        for arm, adapter in arms.items():
+            if self.plan.evaluation:
                 self.evaluated[arm] = context.open(self._evaluate(arm, adapter))
+            if settings.eval_tasks:
+                self.scores[arm] = context.open(self._evaluate(arm, adapter, settings.eval_tasks)).info
         return final
 
     def _finetune(self, start: str) -> Ref:
@@ -173,24 +183,28 @@ class _Arms:
             "start": start,
             "samples": settings.samples,
             "seed": settings.seed,
-            "finetune": {**settings.finetune.model_dump(mode="json"), "seed": settings.seed},
+            "finetune": settings.finetune.model_dump(mode="json"),
             "learning_rates": list(settings.learning_rates),
         }
         prints = {name: context.prints.get(v, v) if isinstance(v, str) else v for name, v in inputs.items()}
         work = context.where.home / "work" / finetune.key(prints, values)[:32]
         return context.run(finetune, inputs, values, label=start, work=work)
 
-    def _evaluate(self, arm: str, adapter: Ref | str | None) -> Ref:
+    def _evaluate(self, arm: str, adapter: Ref | str | None, tasks: tuple[str, ...] = ()) -> Ref:
+        """One arm on the held-out rows, or on lm-eval tasks by name."""
         side = "old" if arm.startswith("old") else "new"
-        inputs: dict[str, str | Ref] = {
-            "model": f"{side}_model",
-            "tokenizer": f"{side}_tokenizer",
-            "eval_data": fingerprint_data(self.plan.evaluation),
-        }
+        inputs: dict[str, str | Ref] = {"model": f"{side}_model", "tokenizer": f"{side}_tokenizer"}
         if adapter is not None:
             inputs["adapter"] = adapter
         values = self.settings.evaluation.model_dump(mode="json")
-        return self.context.run(evaluation, inputs, values, label=arm, base=self.context.where.path(f"{side}_base"))
+        base = self.context.where.path(f"{side}_base")
+        if tasks:
+            folder = self.settings.include_path
+            if folder is not None:
+                inputs["include_path"] = fingerprint_folder(Path(folder))
+            return self.context.run(task_evaluation, inputs, {**values, "tasks": list(tasks)}, label=arm, base=base)
+        inputs["eval_data"] = fingerprint_data(self.plan.evaluation)
+        return self.context.run(evaluation, inputs, values, label=arm, base=base)
 
     def record(self) -> dict[str, Any]:
         """What ``migration.json`` says of the arms."""
@@ -204,4 +218,5 @@ class _Arms:
             "finetune": None if self.tuned is None else self.tuned.info,
             "control": None if self.control is None else self.control.info,
             "evaluation": {arm: artifact.info for arm, artifact in self.evaluated.items()},
+            "tasks": self.scores,
         }

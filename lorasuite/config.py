@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from lorasuite import transforms
 from lorasuite.activations import Pooling
@@ -56,6 +56,7 @@ class MigrationConfig(Strict):
     )
     eval_data: str | None = Field(None, description="held-out rows for evaluation")
     eval_tasks: tuple[str, ...] = Field((), description="lm-eval tasks, by name")
+    include_path: str | None = Field(None, description="directory of lm-eval task files, searched for --eval-tasks")
     method: str = Field("lorasuite", description="transform to use")
     rank: int | None = Field(None, ge=1, description="rank of the new adapter; the old one's if unset")
     unmapped: Unmapped = Field("freeze", description="new layers without a partner: left out, or a fresh LoRA")
@@ -63,12 +64,23 @@ class MigrationConfig(Strict):
     learning_rates: tuple[float, ...] = Field(
         (), description="sweep these for LFT and control alike, chosen on a held-out fifth of the training rows"
     )
-    seed: int = 42
+    seed: int = Field(42, ge=0, lt=2**32, description="of the row draw, fresh initialisations and fine-tuning")
     device: str = Field("auto", description="cpu, cuda, cuda:N, or auto")
     trust_remote_code: bool = Field(False, description="let model repositories run their own code")
     pair: PairSettings = PairSettings()
     finetune: FinetuneSettings = FinetuneSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_seed(cls, values: Any) -> Any:
+        """The migration's seed is the fine-tune's too, unless that has its own."""
+        if not isinstance(values, dict):
+            return values
+        tuning = values.get("finetune", {})
+        if isinstance(tuning, dict) and "seed" not in tuning:
+            values = {**values, "finetune": {**tuning, "seed": values.get("seed", cls.model_fields["seed"].default)}}
+        return values
 
     @field_validator("method")
     @classmethod

@@ -57,11 +57,11 @@ class EvaluationSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    batch_size: int = Field(16, ge=1)
+    batch_size: int = Field(16, ge=1, description="rows evaluated together; fixed and recorded")
     max_new_tokens: int = Field(64, ge=1, description="at most half of the model's context is used for the answer")
     limit: int | None = Field(None, ge=1, description="evaluate the first rows only")
     generate: bool = Field(True, description="False: only likelihoods, several times cheaper")
-    seed: int = Field(1234, ge=0, lt=2**32)
+    seed: int = Field(1234, ge=0, lt=2**32, description="of lm-eval's own draws")
 
 
 class EvaluationSample(BaseModel):

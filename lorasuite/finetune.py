@@ -52,20 +52,22 @@ class FinetuneSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    learning_rate: float = Field(1e-3, gt=0)
+    learning_rate: float = Field(1e-3, gt=0, description="peak learning rate")
     batch_size: int = Field(16, ge=1, description="rows per optimiser step")
     micro_batch_size: int | None = Field(None, ge=1, description="rows per forward pass; None: batch_size")
-    epochs: float = Field(3, gt=0)
+    epochs: float = Field(3, gt=0, description="passes over the rows")
     max_steps: int | None = Field(None, ge=1, description="optimiser steps, in place of epochs")
-    schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
+    schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field(
+        "linear", description="of the learning rate, after warm-up"
+    )
     warmup_ratio: float = Field(0.0, ge=0, lt=1, description="share of the steps; not together with warmup_steps")
-    warmup_steps: int = Field(0, ge=0)
-    weight_decay: float = Field(0.0, ge=0)
+    warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's")
     max_grad_norm: float = Field(1.0, ge=0, description="0 switches clipping off")
     cutoff: int = Field(256, ge=2, description="tokens kept of an example")
-    seed: int = Field(42, ge=0, lt=2**32)
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    gradient_checkpointing: bool = False
+    seed: int = Field(42, ge=0, lt=2**32, description="of data order and fresh weights; the migration's if unset")
+    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where the device has it")
+    gradient_checkpointing: bool = Field(False, description="less memory for more time")
     checkpoint_steps: int | None = Field(None, ge=1, description="steps between checkpoints; None: every epoch")
 
     @model_validator(mode="after")

@@ -222,6 +222,8 @@ def check(config: MigrationConfig) -> Plan:
     texts = _calibration(result, config)
     train = _training_rows(result, config)
     held_out = _held_out_rows(result, config)
+    if config.include_path is not None and not Path(config.include_path).is_dir():
+        result.problems.append(Problem(config.include_path, "is not a directory", "Give one with lm-eval task files."))
     _output(result, Path(config.output))
     result.raise_problems()
     return Plan(result, texts, train, held_out)

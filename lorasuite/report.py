@@ -54,7 +54,11 @@ def render(record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
     )
     columns, rows = comparison(record.get("evaluation", {}))
     page: str = environment.get_template("report.html.j2").render(
-        m=record, columns=columns, rows=rows, figures=list(figures(record, tensors))
+        m=record,
+        columns=columns,
+        rows=rows,
+        tasks=task_comparison(record.get("tasks", {})),
+        figures=list(figures(record, tensors)),
     )
     return page
 
@@ -68,6 +72,23 @@ def comparison(evaluation: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], 
         cells = [_cell(metric, result) for metric in metrics]
         rows.append({"name": ARMS.get(arm, arm), "arm": arm, "cells": cells, "n": result["n"]})
     return [METRICS[m] for m in metrics], rows
+
+
+def task_comparison(tasks: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[dict[str, Any]]]:
+    """lm-eval scores: a column for each task and metric, a row an arm, ``value ± standard error`` cells."""
+    arms = [*[a for a in ARMS if a in tasks], *[a for a in tasks if a not in ARMS]]
+    columns = sorted(
+        {(task, metric) for arm in arms for task, score in tasks[arm].items() for metric in score["metrics"]}
+    )
+    rows = []
+    for arm in arms:
+        cells = []
+        for task, metric in columns:
+            score = tasks[arm].get(task, {"metrics": {}, "stderr": {}})
+            value, error = score["metrics"].get(metric), score["stderr"].get(metric)
+            cells.append("–" if value is None else f"{value:.4g}" + (f" ± {error:.2g}" if error is not None else ""))
+        rows.append({"name": ARMS.get(arm, arm), "cells": cells})
+    return [f"{task} {metric.removesuffix(',none')}" for task, metric in columns], rows
 
 
 def _cell(metric: str, result: Mapping[str, Any]) -> str:

@@ -15,7 +15,7 @@ from lorasuite.adapter import CONFIG, Adapter, fresh_config, write_adapter
 from lorasuite.architectures import ROLES
 from lorasuite.checkpoint import METER, Checkpoint, load_tokenizer
 from lorasuite.data import draw, read_rows
-from lorasuite.evaluation import EvaluationSettings, evaluate
+from lorasuite.evaluation import EvaluationSettings, evaluate, evaluate_tasks
 from lorasuite.finetune import FinetuneSettings
 from lorasuite.migration import migrate
 from lorasuite.sweep import finetune_swept
@@ -101,14 +101,12 @@ def finetune(inputs: Inputs, settings: Settings, where: Where) -> StageOutput:
 @stage("evaluate", tags=["adapter"])
 def evaluation(inputs: Inputs, settings: Settings, where: Where) -> StageOutput:
     """One base, bare or with one adapter, on the held-out rows."""
-    made: Artifact | str | None = inputs.get("adapter")
-    adapter = adapter_folder(made) if isinstance(made, Artifact) else where.path("adapter") if made else None
     results = evaluate(
         str(where.path("base")),
         load_tokenizer(where.path("base"), trusted(where)),
         read_rows(where.path("eval_data")),
         EvaluationSettings.model_validate(settings),
-        adapters={"it": adapter},
+        adapters={"it": _evaluated(inputs, where)},
         device=where.device,
         trust_remote_code=trusted(where),
     )
@@ -116,6 +114,31 @@ def evaluation(inputs: Inputs, settings: Settings, where: Where) -> StageOutput:
         file = Path(folder) / "samples.jsonl"
         results["it"].write_samples(file)
         return StageOutput(info=results["it"].summary(), files={file.name: file.read_bytes()})
+
+
+@stage("evaluate_tasks", tags=["adapter"])
+def task_evaluation(inputs: Inputs, settings: Settings, where: Where) -> StageOutput:
+    """One base, bare or with one adapter, on lm-eval tasks by name."""
+    tasks = settings["tasks"]
+    scores = evaluate_tasks(
+        str(where.path("base")),
+        load_tokenizer(where.path("base"), trusted(where)),
+        tasks,
+        EvaluationSettings.model_validate({k: v for k, v in settings.items() if k != "tasks"}),
+        adapters={"it": _evaluated(inputs, where)},
+        include_path=where.path("include_path") if "include_path" in inputs else None,
+        device=where.device,
+        trust_remote_code=trusted(where),
+    )
+    return StageOutput(info={task: score.model_dump(mode="json") for task, score in scores["it"].items()})
+
+
+def _evaluated(inputs: Inputs, where: Where) -> Path | None:
+    """The adapter under evaluation: a stored one, the user's own, or none."""
+    made: Artifact | str | None = inputs.get("adapter")
+    if isinstance(made, Artifact):
+        return adapter_folder(made)
+    return where.path("adapter") if made else None
 
 
 def adapter_folder(artifact: Artifact) -> Path:

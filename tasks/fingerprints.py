@@ -10,7 +10,7 @@ from pathlib import Path
 from prefect import task
 
 from lorasuite.adapter import Adapter
-from lorasuite.checkpoint import check_finite, digest_json, fingerprint_model, fingerprint_tokenizer
+from lorasuite.checkpoint import check_finite, digest_json, file_digest, fingerprint_model, fingerprint_tokenizer
 from lorasuite.data import Row, fingerprint_rows
 
 #: sha256 by path, size and modification time: checkpoints of many gigabytes are not read again for every adapter.
@@ -56,3 +56,9 @@ def fingerprint_texts(texts: Sequence[str]) -> str:
 def fingerprint_data(rows: Sequence[Row]) -> str:
     """Rows, by content."""
     return fingerprint_rows(rows)
+
+
+def fingerprint_folder(path: Path) -> str:
+    """Every file below a directory, by its place in it and its content."""
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    return digest_json({str(file.relative_to(path)): file_digest(file) for file in files})

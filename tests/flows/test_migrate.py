@@ -234,6 +234,30 @@ def test_equal_depth_needs_no_texts(home: Path, tmp_path: Path, pair: tuple[Path
     assert record["notices"] and "similarity" not in states(record)
 
 
+def test_lm_eval_tasks_by_name(home: Path, settings: Settings, tmp_path: Path) -> None:
+    tasks = tmp_path / "tasks"
+    tasks.mkdir()
+    (tasks / "rows.json").write_text(json.dumps([{"q": f"w{n}", "a": n % 2} for n in range(6)]))
+    (tasks / "choice.yaml").write_text(
+        f"""
+task: local_choice
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {tasks / "rows.json"}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{q}}}}"
+doc_to_choice: ["w1", "w2"]
+doc_to_target: "{{{{a}}}}"
+metric_list: [{{metric: acc}}]
+"""
+    )
+    record = migrate_adapter(settings(eval_tasks=["local_choice"], include_path=str(tasks)))
+    assert set(record["tasks"]) == {"old", "old+adapter", "new", "migrated"} and record["evaluation"] == {}
+    score = record["tasks"]["migrated"]["local_choice"]
+    assert score["n"] == 6 and 0 <= score["metrics"]["acc,none"] <= 1
+    assert "local_choice acc" in (Path(record["output"]) / "report.html").read_text()
+
+
 @pytest.mark.parametrize("strategy, expected", [("first", [0, 1, 2]), ("last", [1, 2, 3])])
 def test_strategies_without_texts(home: Path, settings: Settings, strategy: str, expected: list[int]) -> None:
     record = migrate_adapter(settings(calibration=None, pair={"layer_strategy": strategy}))
