@@ -38,8 +38,9 @@ Refresh = Annotated[list[str] | None, typer.Option("--refresh", help="stage to c
 
 err = Console(stderr=True)
 PAIR_FLAGS = (
-    "old_base", "new_base", "calibration", "device", "trust_remote_code", "calibration_samples", "calibration_cutoff",
-    "pooling", "similarity", "cka_batch", "layer_strategy", "max_offset", "head_matching", "transfer_matrix",
+    "old_base", "new_base", "calibration", "method", "device", "trust_remote_code", "calibration_samples",
+    "calibration_cutoff", "pooling", "similarity", "cka_batch", "layer_strategy", "max_offset", "head_matching",
+    "transfer_matrix",
 )  # fmt: skip
 
 
@@ -116,6 +117,7 @@ def prepare(values: dict[str, Any], config: ConfigFile = None, refresh: Refresh 
             new_base=settings.new_base,
             calibration=settings.calibration,
             settings=settings.pair.model_dump(mode="json"),
+            method=settings.method,
             device=settings.device,
             refresh=tuple(refresh or ()),
             trust_remote_code=settings.trust_remote_code,

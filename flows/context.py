@@ -15,6 +15,7 @@ from lorasuite.errors import ConfigError, Problem, did_you_mean
 from tasks.adapter_stages import evaluation, finetune, task_evaluation, transform
 from tasks.pair_stages import (
     activations,
+    alignment,
     head_mapping,
     layer_mapping,
     mlp_factors,
@@ -35,6 +36,7 @@ STAGES: dict[str, Stage] = {
         similarity,
         layer_mapping,
         head_mapping,
+        alignment,
         transform,
         finetune,
         evaluation,

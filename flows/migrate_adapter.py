@@ -21,7 +21,9 @@ from lorasuite.checkpoint import Checkpoint, resolve
 from lorasuite.config import MigrationConfig, build, torch_device
 from lorasuite.preflight import Plan, check
 from lorasuite.publication import publish
-from tasks.adapter_stages import adapter_folder, evaluation, finetune, task_evaluation, transform
+from lorasuite.transforms import transform
+from tasks.adapter_stages import adapter_folder, evaluation, finetune, task_evaluation
+from tasks.adapter_stages import transform as transform_stage
 from tasks.fingerprints import (
     fingerprint_adapter,
     fingerprint_bases,
@@ -76,8 +78,9 @@ def migrate_adapter(config: dict[str, Any], refresh: tuple[str, ...] = ()) -> di
     context = Context(where, prints, refreshed, pair=pair_name(settings.old_base, settings.new_base))
     with Recorder() as recorder:
         adapter, old = Adapter.open(paths["adapter"]), Checkpoint(paths["old_base"])
+        method = transform(settings.method)
         texts = fingerprint_texts(plan.texts) if plan.texts else None
-        pair = pair_stages(context, settings.pair, texts, adapter.roles(old.architecture))
+        pair = pair_stages(context, settings.pair, texts, adapter.roles(old.architecture), method.aligned)
         arms = _Arms(context, settings, plan, pair, adapter)
         final = arms.run()
     record = {
@@ -151,7 +154,7 @@ class _Arms:
         context, settings = self.context, self.settings
         used = {n: ref for n, ref in self.pair.named().items() if n not in ("vocabulary", "similarity")}
         self.transformed = context.run(
-            transform,
+            transform_stage,
             {"adapter": "adapter", "old_model": "old_model", "new_model": "new_model", **used},
             {"method": settings.method, "unmapped": settings.unmapped, "seed": settings.seed, **self.lora},
         )

@@ -16,9 +16,11 @@ from lorasuite.checkpoint import Checkpoint, load_tokenizer, resolve
 from lorasuite.config import PairSettings, torch_device
 from lorasuite.data import calibration_texts
 from lorasuite.preflight import inspect
+from lorasuite.transforms import transform
 from tasks.fingerprints import fingerprint_bases, fingerprint_texts
 from tasks.pair_stages import (
     activations,
+    alignment,
     head_mapping,
     layer_mapping,
     mlp_factors,
@@ -39,6 +41,7 @@ class PairRefs:
     layer_mapping: Ref
     head_mapping: Ref
     mlp_factors: dict[Role, Ref]
+    alignment: dict[str, Ref]
 
     def named(self) -> dict[str, Ref]:
         """Every reference by the name stages take it under."""
@@ -50,11 +53,18 @@ class PairRefs:
         }
         if self.similarity is not None:
             refs["similarity"] = self.similarity
-        return refs | {f"mlp_factors_{role}": ref for role, ref in self.mlp_factors.items()}
+        refs |= {f"mlp_factors_{role}": ref for role, ref in self.mlp_factors.items()}
+        return refs | {f"alignment_{group}": ref for group, ref in self.alignment.items()}
 
 
-def pair_stages(context: Context, settings: PairSettings, calibration: str | None, roles: Sequence[Role]) -> PairRefs:
-    """Run the pair's stages, the MLP factors for the roles that need them."""
+#: Roles aligned together: their moments are one artifact, and adapters of attention alone do not pay for the MLP's.
+GROUPS: dict[str, tuple[Role, ...]] = {"attention": ATTENTION, "mlp": ("gate", "up", "down")}
+
+
+def pair_stages(
+    context: Context, settings: PairSettings, calibration: str | None, roles: Sequence[Role], aligned: bool
+) -> PairRefs:
+    """Run the pair's stages: MLP factors or, with ``aligned``, activation statistics of the roles that need them."""
     old, new = Checkpoint(context.where.path("old_base")), Checkpoint(context.where.path("new_base"))
     both = {"old_model": "old_model", "new_model": "new_model"}
     words = context.run(
@@ -99,12 +109,28 @@ def pair_stages(context: Context, settings: PairSettings, calibration: str | Non
         {**both, "layer_mapping": layers, "transfer_matrices": matrices},
         {"matching": settings.head_matching},
     )
-    factors = {
-        role: context.run(mlp_factors, {"old_model": "old_model"}, {"role": role}, label=role)
-        for role in roles
-        if role not in ATTENTION and role in old.architecture.roles
-    }
-    return PairRefs(words, matrices, table, layers, heads, factors)
+    shared = [role for role in roles if role in old.architecture.roles and role in new.architecture.roles]
+    factors: dict[Role, Ref] = {}
+    moments: dict[str, Ref] = {}
+    if aligned and calibration is not None:
+        reading = {"samples": settings.calibration_samples, "cutoff": settings.calibration_cutoff}
+        tokenizers = {"old_tokenizer": "old_tokenizer", "new_tokenizer": "new_tokenizer"}
+        for group, members in GROUPS.items():
+            if set(members) & set(shared):
+                kept = [role for role in members if role in old.architecture.roles and role in new.architecture.roles]
+                moments[group] = context.run(
+                    alignment,
+                    {**both, **tokenizers, "layer_mapping": layers, "calibration": calibration},
+                    {**reading, "roles": kept},
+                    label=group,
+                )
+    elif not aligned:
+        factors = {
+            role: context.run(mlp_factors, {"old_model": "old_model"}, {"role": role}, label=role)
+            for role in shared
+            if role not in ATTENTION
+        }
+    return PairRefs(words, matrices, table, layers, heads, factors, moments)
 
 
 @flow(name="prepare-pair", validate_parameters=False)
@@ -113,6 +139,7 @@ def prepare_pair(
     new_base: str,
     calibration: str | None = None,
     settings: dict[str, Any] | None = None,
+    method: str = "lorasuite",
     device: str = "auto",
     refresh: tuple[str, ...] = (),
     trust_remote_code: bool = False,
@@ -136,7 +163,8 @@ def prepare_pair(
     where = Where(home=home, device=torch_device(device), paths=paths, options={"trust_remote_code": trust_remote_code})
     context = Context(where, prints, refreshed, pair=pair_name(old_base, new_base))
     with Recorder() as recorder:
-        refs = pair_stages(context, chosen, texts_print, Checkpoint(paths["old_base"]).architecture.roles)
+        held = Checkpoint(paths["old_base"]).architecture.roles
+        refs = pair_stages(context, chosen, texts_print, held, transform(method).aligned)
     return {
         "old_base": base_record(old_base, prints["old_model"]),
         "new_base": base_record(new_base, prints["new_model"]),

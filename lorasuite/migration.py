@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from lorasuite.adapter import Adapter, fuse_updates, split_update
+from lorasuite.alignment import Moments
 from lorasuite.architectures import ATTENTION, Module, Role
 from lorasuite.checkpoint import Checkpoint
 from lorasuite.errors import AdapterError, Problem
@@ -82,6 +84,7 @@ def migrate(
     heads: Mapping[int, Mapping[int, int]],
     transfer: TransferMatrix,
     mlp_factor: Callable[[int, Role], Tensor],
+    alignment: Callable[[int, Role, str], Moments] | None = None,
     rank: int,
     unmapped: Unmapped = "freeze",
     seed: int = 42,
@@ -93,6 +96,7 @@ def migrate(
         layers: old → new layer.
         heads: for each old layer, old → new query head.
         mlp_factor: gives :func:`lorasuite.transfer_matrix.mlp_factor` of an old layer and role.
+        alignment: gives the moments of an old layer's role and end, for transforms that look at activations.
         rank: output rank of every module.
         unmapped: what becomes of new layers without a partner: ``freeze`` leaves them out of the adapter (the paper's
             zeroed and frozen layers), ``train`` gives them a fresh LoRA (``B = 0``).
@@ -123,7 +127,10 @@ def migrate(
             del updates[role]
         needed = chosen.roles(tuple(updates))
         factors = {role: mlp_factor(o, role) for role in needed if role not in ATTENTION}
-        pair = LayerPair(old.layer(o, needed), new.layer(n, needed), old.dims, new.dims, heads[o], transfer, factors)
+        moments = None if alignment is None else partial(alignment, o)
+        pair = LayerPair(
+            old.layer(o, needed), new.layer(n, needed), old.dims, new.dims, heads[o], transfer, factors, moments
+        )
         moved = chosen.layer(pair, updates)
         del pair  # its weights go before the next layers come
         for module in new.architecture.modules:

@@ -16,6 +16,7 @@ from lorasuite.config import MigrationConfig, torch_device
 from lorasuite.data import Row, calibration_texts, draw, encode_rows, read_rows
 from lorasuite.errors import LoRASuiteError, PreflightError, Problem
 from lorasuite.similarity import SMALLEST_BATCH
+from lorasuite.transforms import transform
 from lorasuite.vocabulary import common_tokens
 
 FLOAT = 4  # bytes of a float32
@@ -231,6 +232,13 @@ def check(config: MigrationConfig) -> Plan:
 
 def _calibration(result: Inspection, config: MigrationConfig) -> list[str]:
     source = config.calibration_data
+    if source is None and transform(config.method).aligned:
+        result.problems.append(
+            Problem(
+                "calibration", f"{config.method} compares activations, and there are no texts", "Give --calibration."
+            )
+        )
+        return []
     depths = next(((row["old"], row["new"]) for row in result.factors if row["name"] == "layers"), (0, 0))
     if source is None:
         if depths[0] != depths[1] and config.pair.layer_strategy == "dp":

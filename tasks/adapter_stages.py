@@ -19,7 +19,7 @@ from lorasuite.evaluation import EvaluationSettings, evaluate, evaluate_tasks
 from lorasuite.finetune import FinetuneSettings
 from lorasuite.migration import migrate
 from lorasuite.sweep import finetune_swept
-from tasks.pair_stages import factor_reader, head_maps, layer_map, transfer, trusted
+from tasks.pair_stages import factor_reader, head_maps, layer_map, moments_reader, transfer, trusted
 from tasks.stage import Artifact, StageOutput, Where, stage
 
 Inputs = Mapping[str, Any]
@@ -36,6 +36,7 @@ def transform(inputs: Inputs, settings: Settings, where: Where) -> StageOutput:
     adapter = Adapter.open(where.path("adapter"))
     old, new = Checkpoint(where.path("old_base")), Checkpoint(where.path("new_base"))
     factors = {role: inputs[f"mlp_factors_{role}"] for role in ROLES if f"mlp_factors_{role}" in inputs}
+    aligned = [artifact for name, artifact in inputs.items() if name.startswith("alignment_")]
     moved = migrate(
         adapter,
         old,
@@ -45,6 +46,7 @@ def transform(inputs: Inputs, settings: Settings, where: Where) -> StageOutput:
         heads=head_maps(inputs["head_mapping"]),
         transfer=transfer(inputs["transfer_matrices"]),
         mlp_factor=factor_reader(factors),
+        alignment=moments_reader(aligned) if aligned else None,
         rank=settings["rank"],
         unmapped=settings["unmapped"],
         seed=settings["seed"],

@@ -6,13 +6,14 @@ Names of inputs, the same in every stage: ``old_model``, ``new_model``, ``old_to
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lorasuite.activations import hidden_states
+from lorasuite.alignment import Moments, align
 from lorasuite.architectures import Role
 from lorasuite.checkpoint import Checkpoint, load_model, load_tokenizer
 from lorasuite.data import calibration_texts
@@ -109,6 +110,42 @@ def head_mapping(inputs: Inputs, settings: Settings, where: Where) -> StageOutpu
 def trusted(where: Where) -> bool:
     """Whether model repositories may run their own code."""
     return bool(where.options.get("trust_remote_code"))
+
+
+@stage("alignment", tags=["pair"])
+def alignment(inputs: Inputs, settings: Settings, where: Where) -> StageOutput:
+    """What mapped modules of both bases read and write at positions that have read the same text."""
+    old, new = _checkpoints(where)
+    models = tuple(load_model(where.path(base), where.device, trust_remote_code=trusted(where)) for base in BASES)
+    tokenizers = tuple(load_tokenizer(where.path(base), trusted(where)) for base in BASES)
+    found = align(
+        models,
+        tokenizers,
+        (old.architecture, new.architecture),
+        (old.dims, new.dims),
+        layer_map(inputs["layer_mapping"]),
+        settings["roles"],
+        calibration_texts(where.path("calibration"), tokenizers[1])[: settings["samples"]],
+        cutoff=settings["cutoff"],
+    )
+    tensors = (item for key, moments in found.items() for item in moments.tensors(moments_name(*key)))
+    return StageOutput(tensors, {"rows": next(iter(found.values())).rows})
+
+
+def moments_name(layer: int, role: Role, end: str) -> str:
+    """How an alignment artifact names the moments of an old layer's role."""
+    return f"{layer}.{role}.{end}"
+
+
+def moments_reader(artifacts: Sequence[Artifact]) -> Callable[[int, Role, str], Moments]:
+    """Reads one role's moments at a time from the alignment artifacts."""
+    names = {name: artifact for artifact in artifacts for name in artifact.keys()}  # noqa: SIM118
+
+    def read(layer: int, role: Role, end: str) -> Moments:
+        prefix = moments_name(layer, role, end)
+        return Moments.read(prefix, names[f"{prefix}.rows"].tensor)
+
+    return read
 
 
 BASES = ("old_base", "new_base")

@@ -1,6 +1,6 @@
 """Transforms: each takes a LoRA update of the old base to one for the new base. One module a transform."""
 
-from lorasuite.transforms import copy, lorasuite
+from lorasuite.transforms import copy, functional, lorasuite, procrustes
 from lorasuite.transforms.base import LayerPair, Transform, names, transform
 
-__all__ = ["LayerPair", "Transform", "copy", "lorasuite", "names", "transform"]
+__all__ = ["LayerPair", "Transform", "copy", "functional", "lorasuite", "names", "procrustes", "transform"]

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from lorasuite.alignment import Moments
 from lorasuite.architectures import Dimensions, Role
 from lorasuite.errors import ConfigError, Problem, did_you_mean
 from lorasuite.lowrank import LowRank
@@ -30,12 +31,27 @@ class LayerPair:
     heads: Mapping[int, int]
     transfer: TransferMatrix
     mlp_factors: Mapping[Role, Tensor] = field(default_factory=dict)
+    alignment: Callable[[Role, str], Moments] | None = None
+
+    def moments(self, role: Role, end: str) -> Moments:
+        """What the role's projection reads (``"in"``) or writes (``"out"``) in both bases.
+
+        Raises:
+            ConfigError: if the transform needs activations and none were aligned.
+        """
+        if self.alignment is None:
+            raise ConfigError(
+                Problem("method", "it needs activations of calibration texts", "Give --calibration texts.")
+            )
+        return self.alignment(role, end)
 
 
 class Transform(Protocol):
     """A training-free map of one layer's updates from the old base to the new one."""
 
     name: str
+    #: Whether it looks at activations of both bases (:mod:`lorasuite.alignment`).
+    aligned: bool
 
     def roles(self, updated: tuple[Role, ...]) -> tuple[Role, ...]:
         """The roles whose base weights are needed to move updates of the roles ``updated``."""

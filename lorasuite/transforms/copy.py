@@ -19,6 +19,7 @@ class Copy:
     """
 
     name = "copy"
+    aligned = False
 
     def roles(self, updated: tuple[Role, ...]) -> tuple[Role, ...]:
         return ()

@@ -22,6 +22,7 @@ class LoRASuite:
     """Equation 3: weights carry the update from head to head, ``W_h`` from hidden size to hidden size."""
 
     name = "lorasuite"
+    aligned = False
 
     def roles(self, updated: tuple[Role, ...]) -> tuple[Role, ...]:
         return updated

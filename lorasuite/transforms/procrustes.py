@@ -1,0 +1,55 @@
+"""Orthogonal maps between the activation spaces of the two bases (METHOD section 8; as in Theseus, arXiv 2602.12952).
+
+``ΔW_n = T_outᵀ · ΔW_o · T_in`` with ``T = polar(XᵀX')`` of the centred activations a module reads and writes. The
+maps preserve norms, need no head matching, and undo any rotation or permutation of a space exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from lorasuite.alignment import Moments
+from lorasuite.architectures import Role
+from lorasuite.lowrank import LowRank
+from lorasuite.transforms.base import LayerPair, register
+
+
+def polar(cross: Tensor) -> Tensor:
+    """The orthogonal factor ``U·Vᵀ`` ``(a, b)`` of ``(a, b)``: the partial isometry nearest to it.
+
+    Directions without any correlation are not turned into noise: singular values below rounding are left out.
+    """
+    u, s, vh = torch.linalg.svd(cross, full_matrices=False)
+    keep = s > s[0] * max(cross.shape) * torch.finfo(cross.dtype).eps
+    nearest: Tensor = u[:, keep] @ vh[keep]
+    return nearest
+
+
+def written(pair: LayerPair, role: Role) -> Moments:
+    """The space a role writes. Gate and up write MLP units: those are told apart by what they become after the
+    activation (what ``down`` reads), since their own outputs only span as many directions as the hidden size has."""
+    return pair.moments("down", "in") if role in ("gate", "up") else pair.moments(role, "out")
+
+
+@register
+class Procrustes:
+    """Each module's own pair of orthogonal maps, from activations."""
+
+    name = "procrustes"
+    aligned = True
+
+    def roles(self, updated: tuple[Role, ...]) -> tuple[Role, ...]:
+        return ()
+
+    def layer(self, pair: LayerPair, updates: Mapping[Role, LowRank]) -> dict[Role, LowRank]:
+        moved = {}
+        inputs: dict[int, Tensor] = {}  # projections of one fused module share A, and go on sharing A·T_in
+        for role, update in updates.items():
+            if id(update.A) not in inputs:
+                inputs[id(update.A)] = update.A @ polar(pair.moments(role, "in").centred()[1])
+            outputs = polar(written(pair, role).centred()[1])
+            moved[role] = LowRank(outputs.T @ update.B, inputs[id(update.A)])
+        return moved

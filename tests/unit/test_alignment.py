@@ -1,0 +1,190 @@
+"""Activation-aligned transforms: paired positions, streamed sums, and the invariants they promise."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lorasuite.adapter import Adapter
+from lorasuite.alignment import Moments, align, paired_positions
+from lorasuite.architectures import ROLES
+from lorasuite.checkpoint import Checkpoint
+from lorasuite.migration import Migrated, migrate
+from lorasuite.transfer_matrix import TransferMatrix
+from lorasuite.transforms import transform
+from lorasuite.transforms.procrustes import polar
+from tests import models
+
+ALIGNED = ("procrustes", "functional", "functional-ridge")
+
+
+def texts(count: int, length: int = 24) -> list[str]:
+    g = torch.Generator().manual_seed(5)
+    return [" ".join(f"w{int(n)}" for n in torch.randint(0, 90, (length,), generator=g)) for _ in range(count)]
+
+
+@given(st.lists(st.integers(1, 4), min_size=1, max_size=12), st.lists(st.integers(1, 4), min_size=1, max_size=12))
+def test_paired_positions_have_read_the_same_text(old: list[int], new: list[int]) -> None:
+    def offsets(widths: list[int]) -> list[tuple[int, int]]:
+        ends = torch.tensor(widths).cumsum(0).tolist()
+        return [(0, 0), *zip([0, *ends[:-1]], ends, strict=True)]  # a special token first
+
+    a, b = offsets(old), offsets(new)
+    pairs = paired_positions(a, b)
+    assert all(a[i][1] == b[j][1] and i > 0 and j > 0 for i, j in pairs)
+    assert {a[i][1] for i, _ in pairs} == {e for _, e in a[1:]} & {e for _, e in b[1:]}
+
+
+def test_moments_are_the_covariances_of_all_rows() -> None:
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(40, 3, generator=g) + 2, torch.randn(40, 5, generator=g)
+    moments = Moments.empty(3, 5)
+    for rows in torch.arange(40).split(7):
+        moments.add(x[rows], y[rows])
+    full = torch.cov(torch.cat([x, y], 1).T.double(), correction=0)
+    xx, xy, yy = moments.centred()
+    torch.testing.assert_close(xx, full[:3, :3])
+    torch.testing.assert_close(xy, full[:3, 3:])
+    torch.testing.assert_close(yy, full[3:, 3:])
+    stored = dict(moments.tensors("m"))
+    again = Moments.read("m", stored.__getitem__)
+    assert again.rows == 40 and torch.equal(again.xy, moments.xy)
+
+
+def test_polar_drops_what_does_not_correlate() -> None:
+    cross = torch.diag(torch.tensor([2.0, 1.0, 0.0], dtype=torch.float64))
+    assert torch.allclose(polar(cross), torch.diag(torch.tensor([1.0, 1.0, 0.0], dtype=torch.float64)))
+
+
+def move(method: str, adapter: Path, old: Path, new: Path, read: Sequence[str], old_tokens: Any = None) -> Migrated:
+    """The adapter through an activation-aligned transform, layer by layer."""
+    a, b = Checkpoint(old), Checkpoint(new)
+    shared = [role for role in ROLES if role in a.architecture.roles and role in b.architecture.roles]
+    layers = {n: n for n in range(a.dims.layers)}
+    found = align(
+        (models.load(old), models.load(new)),
+        (models.tokenizer_of(old), models.tokenizer_of(new)),
+        (a.architecture, b.architecture),
+        (a.dims, b.dims),
+        layers,
+        shared,
+        read,
+    )
+    opened = Adapter.open(adapter)
+    return migrate(
+        opened,
+        a,
+        b,
+        method=method,
+        layers=layers,
+        heads={n: {} for n in layers},
+        transfer=TransferMatrix(),
+        mlp_factor=lambda *_: torch.empty(0),
+        alignment=lambda layer, role, end: found[layer, role, end],
+        rank=opened.rank,
+    )
+
+
+def twin(old: Path, path: Path, seed: int = 3) -> Path:
+    """The same function in other coordinates: hidden space rotated, heads and MLP units permuted."""
+    import shutil
+
+    shutil.copytree(old, path)
+    model = models.load(old)
+    d, i, heads = model.config.hidden_size, model.config.intermediate_size, model.config.num_attention_heads
+    g = torch.Generator().manual_seed(seed)
+    q = torch.linalg.qr(torch.randn(d, d, generator=g, dtype=torch.float64))[0]
+    rows = torch.arange(d).reshape(heads, -1)[torch.randperm(heads, generator=g)].reshape(-1)
+    units = torch.randperm(i, generator=g)
+    with torch.no_grad():
+
+        def put(weight: torch.nn.Parameter, value: torch.Tensor) -> None:
+            weight.copy_(value.float())
+
+        put(model.model.embed_tokens.weight, model.model.embed_tokens.weight.double() @ q)
+        if not model.config.tie_word_embeddings:
+            put(model.lm_head.weight, model.lm_head.weight.double() @ q)
+        for layer in model.model.layers:
+            a, m = layer.self_attn, layer.mlp
+            for linear in (a.q_proj, a.k_proj, a.v_proj):
+                put(linear.weight, (linear.weight.double() @ q)[rows])
+            put(a.o_proj.weight, (q.T @ a.o_proj.weight.double())[:, rows])
+            for linear in (m.gate_proj, m.up_proj):
+                put(linear.weight, (linear.weight.double() @ q)[units])
+            put(m.down_proj.weight, (q.T @ m.down_proj.weight.double())[:, units])
+    model.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def old(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama whose norm gains are 1, so that a rotation of the hidden space is the same function."""
+    path = models.build(tmp_path_factory.mktemp("twin") / "old", "llama", intermediate=40)
+    model = models.load(path)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.fill_(1.0)
+    model.save_pretrained(path)
+    return path
+
+
+def logits(base: Path, moved: Migrated | None, adapter: Path | None = None) -> torch.Tensor:
+    """Of a base with an adapter's or a migration's updates merged in."""
+    model = models.load(base)
+    opened = Adapter.open(adapter) if adapter else None
+    updates = moved.updates if moved else {m: opened.update(m) for m in opened.modules} if opened else {}
+    with torch.no_grad():
+        for path, update in updates.items():
+            model.get_submodule(path).weight += update.dense().float()
+        ids = torch.arange(4, 60).reshape(4, -1)
+        result: torch.Tensor = model(ids).logits
+    return result
+
+
+@pytest.mark.parametrize("method", ["procrustes", "functional"])
+def test_same_base_gives_the_same_adapter(method: str, old: Path, tmp_path: Path) -> None:
+    adapter = models.build_adapter(tmp_path / "a", old)
+    moved = move(method, adapter, old, old, texts(16))
+    opened = Adapter.open(adapter)
+    for path in opened.modules:
+        want, got = opened.update(path).dense(), moved.updates[path].dense()
+        # the ridge shrinks directions the texts hardly use; the orthogonal maps do not
+        assert (got - want).norm() <= (1e-3 if method == "procrustes" else 0.05) * want.norm()
+
+
+@pytest.mark.parametrize("method", ["procrustes", "functional"])
+def test_a_twin_in_other_coordinates_is_recovered(method: str, old: Path, tmp_path: Path) -> None:
+    new = twin(old, tmp_path / "twin")
+    assert torch.allclose(logits(old, None), logits(new, None), atol=1e-3)
+    adapter = models.build_adapter(tmp_path / "a", old, std=0.1)
+    want = logits(old, None, adapter)
+    assert (want - logits(old, None)).abs().max() > 0.5  # the adapter matters
+    got = logits(new, move(method, adapter, old, new, texts(16)))
+    error = (got - want).abs().max() / (want - logits(old, None)).abs().max()
+    assert error < (1e-3 if method == "procrustes" else 0.05)
+
+
+@pytest.mark.parametrize("method", ALIGNED)
+@pytest.mark.parametrize("family", ["qwen2", "gpt_neox", "bloom"])
+def test_other_architectures_and_shapes(method: str, family: str, old: Path, tmp_path: Path) -> None:
+    """A module needs only its role's counterpart: no head map, no equal sizes."""
+    new = models.build(tmp_path / "new", family, seed=4, hidden=48, heads=6)
+    adapter = models.build_adapter(tmp_path / "a", old)
+    moved = move(method, adapter, old, new, texts(16))
+    dims = Checkpoint(new).dims
+    for update in moved.updates.values():
+        assert update.norm() > 0 and update.rank == 3
+        assert update.shape[1] in (dims.hidden_size, dims.intermediate_size)
+    assert {d["why"] for d in moved.dropped} <= {"the new base has no gate projection"}
+
+
+def test_every_aligned_method_says_so() -> None:
+    assert all(transform(name).aligned for name in ALIGNED)
+    assert not transform("lorasuite").aligned and not transform("copy").aligned
