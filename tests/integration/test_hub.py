@@ -1,0 +1,114 @@
+"""Loading by Hub id and revision, over HTTP from a small server that answers like the Hub."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+COMMIT = {"main": "a" * 40, "v1": "b" * 40}
+
+
+def digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+class Hub(BaseHTTPRequestHandler):
+    """``org/old`` and ``org/adapter`` at two revisions each, from the directories in ``repos``."""
+
+    repos: dict[str, Path] = {}  # noqa: RUF012 - set by the fixture
+    asked: list[str] = []  # noqa: RUF012
+
+    def do_HEAD(self) -> None:
+        self.answer(body=False)
+
+    def do_GET(self) -> None:
+        self.answer(body=True)
+
+    def answer(self, body: bool) -> None:
+        self.asked.append(self.path)
+        path = self.path.partition("?")[0]
+        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/revision/([^/]+)", path):
+            folder, revision = self.repos.get(match[1]), match[2]
+            if folder is not None and revision in COMMIT:
+                files = [{"rfilename": file.name} for file in sorted(folder.iterdir())]
+                info = {"id": match[1], "sha": COMMIT[revision], "siblings": files}
+                return self.send(200, json.dumps(info).encode(), {"Content-Type": "application/json"}, body)
+        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/([^/]+)", path):
+            entries = [
+                {"type": "file", "path": file.name, "size": file.stat().st_size, "oid": digest(file)}
+                for file in sorted(self.repos[match[1]].iterdir())
+            ]
+            return self.send(200, json.dumps(entries).encode(), {"Content-Type": "application/json"}, body)
+        if match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+            file = self.repos.get(match[1], Path("/nowhere")) / match[3]
+            if file.is_file():
+                headers = {"ETag": f'"{digest(file)}"', "X-Repo-Commit": match[2]}
+                return self.send(200, file.read_bytes(), headers, body)
+        return self.send(404, b"{}", {"X-Error-Code": "RepoNotFound"}, body)
+
+    def send(self, status: int, content: bytes, headers: dict[str, str], body: bool) -> None:
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": str(len(content))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if body:
+            self.wfile.write(content)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def hub(base: Callable[..., Path], lora: Callable[..., Path], tmp_path: Path) -> Iterator[dict[str, str]]:
+    """The environment of a process that uses the server as its Hub."""
+    old = base("llama")
+    Hub.repos, Hub.asked = {"org/old": old, "org/adapter": lora(old)}, []
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    env = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    yield {
+        **env,
+        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+        "HF_HOME": str(tmp_path / "hf"),
+        "LORASUITE_HOME": str(tmp_path / "home"),
+    }
+    server.shutdown()
+
+
+def lorasuite(env: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
+    code = "from flows.command_line import main; main()"
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=env, check=False
+    )
+
+
+def test_bases_and_adapters_by_id_and_revision(hub: dict[str, str]) -> None:
+    arguments = ("inspect", "--json", "--old-base", "org/old@v1", "--new-base", "org/old", "--adapter", "org/adapter")
+    done = lorasuite(hub, *arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(done.stdout)
+    assert found["vocabulary"]["same"] and all(row["moves"] for row in found["modules"])
+    assert any(f"/resolve/{COMMIT['v1']}/model.safetensors" in path for path in Hub.asked)
+    assert any(f"/resolve/{COMMIT['main']}/config.json" in path for path in Hub.asked)
+
+    Hub.repos = {}  # the Hub is gone: what was downloaded still serves
+    again = lorasuite({**hub, "HF_HUB_OFFLINE": "1"}, *arguments)
+    assert again.returncode == 0, again.stdout + again.stderr
+
+
+def test_what_the_hub_does_not_have(hub: dict[str, str]) -> None:
+    done = lorasuite(hub, "inspect", "--json", "--old-base", "org/none", "--new-base", "org/old@v9")
+    assert done.returncode == 2
+    problems = json.loads(done.stdout)["problems"]
+    assert {p["where"] for p in problems} == {"org/none", "org/old@v9"}
+    assert all("revision" in p["remedy"] for p in problems)
