@@ -368,6 +368,12 @@ def _show_migration(result: dict[str, Any]) -> None:
     from lorasuite.report import task_comparison
 
     _show_pair(result)
+    if result["candidates"]:
+        table = Table("candidate", "scale", "held-out loss", title="method auto")
+        for entry in result["candidates"]:
+            loss = "diverged" if entry["loss"] is None else f"{entry['loss']:.4f}"
+            table.add_row(entry["method"], f"{entry['scale']:g}", loss)
+        Console().print(table)
     _show_timings(result["timings"])
     _show_evaluation(result["evaluation"], arm_seconds(result))
     columns, rows = task_comparison(result["tasks"])
@@ -382,7 +388,7 @@ def _show_migration(result: dict[str, Any]) -> None:
 def arm_seconds(result: dict[str, Any]) -> dict[str, float]:
     """What each arm's adapter cost to make: for a migrated one its transform and, where it was tuned, its LFT."""
     spent = {(row["stage"], row["label"]): row["computed_seconds"] for row in result["timings"]}
-    moved = spent.get(("transform", None), 0.0)
+    moved = sum(seconds for (stage, _), seconds in spent.items() if stage in ("transform", "select"))
     return {
         "migrated": moved,
         "scratch": spent.get(("finetune", "scratch"), 0.0),

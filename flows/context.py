@@ -12,7 +12,7 @@ from prefect.logging.loggers import get_run_logger
 from artifacts import Artifact, Store
 from lorasuite.checkpoint import resolve
 from lorasuite.errors import ConfigError, Problem, did_you_mean
-from tasks.adapter_stages import evaluation, finetune, task_evaluation, transform
+from tasks.adapter_stages import evaluation, finetune, selection, task_evaluation, transform
 from tasks.pair_stages import (
     activations,
     alignment,
@@ -38,6 +38,7 @@ STAGES: dict[str, Stage] = {
         head_mapping,
         alignment,
         transform,
+        selection,
         finetune,
         evaluation,
         task_evaluation,

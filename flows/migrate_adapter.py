@@ -17,12 +17,14 @@ from flows.context import Context, base_record, check_stages
 from flows.prepare_pair import PairRefs, pair_name, pair_record, pair_stages, timings
 from lorasuite import ALGORITHM_VERSION
 from lorasuite.adapter import Adapter
+from lorasuite.architectures import Role
 from lorasuite.checkpoint import Checkpoint, resolve
 from lorasuite.config import MigrationConfig, build, torch_device
-from lorasuite.preflight import Plan, check
+from lorasuite.preflight import AUTO, Plan, check
 from lorasuite.publication import publish
-from lorasuite.transforms import transform
-from tasks.adapter_stages import adapter_folder, evaluation, finetune, task_evaluation
+from lorasuite.selection import NOTHING
+from lorasuite.transforms import names, transform
+from tasks.adapter_stages import adapter_folder, evaluation, finetune, selection, task_evaluation
 from tasks.adapter_stages import transform as transform_stage
 from tasks.fingerprints import (
     fingerprint_adapter,
@@ -77,11 +79,17 @@ def migrate_adapter(config: dict[str, Any], refresh: tuple[str, ...] = ()) -> di
     prints["adapter"] = fingerprint_adapter(paths["adapter"])
     context = Context(where, prints, refreshed, pair=pair_name(settings.old_base, settings.new_base))
     with Recorder() as recorder:
-        adapter, old = Adapter.open(paths["adapter"]), Checkpoint(paths["old_base"])
-        method = transform(settings.method)
+        adapter = Adapter.open(paths["adapter"])
+        old, new = Checkpoint(paths["old_base"]), Checkpoint(paths["new_base"])
         texts = fingerprint_texts(plan.texts) if plan.texts else None
-        pair = pair_stages(context, settings.pair, texts, adapter.roles(old.architecture), method.aligned)
-        arms = _Arms(context, settings, plan, pair, adapter)
+        roles = adapter.roles(old.architecture)
+        moved = tuple(role for role in roles if role in new.architecture.roles)
+        methods = [settings.method]
+        if settings.method == AUTO:
+            usable = [m for m in names() if texts or not transform(m).aligned]
+            methods = [m for m in usable if transform(m).fits(old.dims, new.dims, moved)]
+        pair = pair_stages(context, settings.pair, texts, roles, methods)
+        arms = _Arms(context, settings, plan, pair, adapter, methods, moved)
         final = arms.run()
     record = {
         "old_base": base_record(settings.old_base, prints["old_model"]),
@@ -93,7 +101,6 @@ def migrate_adapter(config: dict[str, Any], refresh: tuple[str, ...] = ()) -> di
             "rank": adapter.rank,
             "modules": len(adapter.modules),
         },
-        "method": settings.method,
         **pair_record(context, pair),
         **arms.record(),
         "timings": timings(recorder),
@@ -132,9 +139,18 @@ class _Arms:
     """The adapter's own stages: transform, fine-tune, the control, and an evaluation of each arm."""
 
     def __init__(
-        self, context: Context, settings: MigrationConfig, plan: Plan, pair: PairRefs, adapter: Adapter
+        self,
+        context: Context,
+        settings: MigrationConfig,
+        plan: Plan,
+        pair: PairRefs,
+        adapter: Adapter,
+        methods: list[str],
+        roles: tuple[Role, ...],
     ) -> None:
         self.context, self.settings, self.plan, self.pair = context, settings, plan, pair
+        self.methods, self.method, self.roles = methods, methods[0], roles
+        self.candidates: list[dict[str, Any]] = []
         self.rank = settings.rank or adapter.rank
         # The scaling α/r (or α/√r) stays what the adapter was trained with, whatever the rank.
         growth = self.rank / adapter.rank
@@ -152,20 +168,19 @@ class _Arms:
     def run(self) -> Ref:
         """Run every arm; the reference to the adapter that is published."""
         context, settings = self.context, self.settings
-        used = {n: ref for n, ref in self.pair.named().items() if n not in ("vocabulary", "similarity")}
-        self.transformed = context.run(
-            transform_stage,
-            {"adapter": "adapter", "old_model": "old_model", "new_model": "new_model", **used},
-            {"method": settings.method, "unmapped": settings.unmapped, "seed": settings.seed, **self.lora},
-        )
+        candidates = {method: self._transform(method) for method in self.methods}
+        self.transformed = self.moved = candidates[self.methods[0]]
+        if settings.method == AUTO:
+            self._select(candidates)
         final = self.transformed
         arms: dict[str, Ref | str | None] = {"old": None, "old+adapter": "adapter", "new": None}
-        arms["migrated"] = self.transformed
+        if self.method != NOTHING:
+            arms["migrated"] = self.transformed
         if settings.samples:
             if settings.controls and (self.plan.evaluation or settings.eval_tasks):
                 scratch = self._finetune("scratch")
                 self.control, arms["scratch"] = context.open(scratch), scratch
-            final = self._finetune("migrated")
+            final = self._finetune("scratch" if self.method == NOTHING else "migrated")
             self.tuned, arms["migrated+lft"] = context.open(final), final
         for arm, adapter in arms.items():
             if self.plan.evaluation:
@@ -174,16 +189,55 @@ class _Arms:
                 self.scores[arm] = context.open(self._evaluate(arm, adapter, settings.eval_tasks)).info
         return final
 
-    def _finetune(self, start: str) -> Ref:
-        settings, context = self.settings, self.context
-        inputs: dict[str, str | Ref] = {
-            "transform": self.transformed,
+    def _transform(self, method: str) -> Ref:
+        pair = self.pair.named()
+        group = "alignment" if transform(method).aligned else "mlp_factors"
+        used = {n: r for n, r in pair.items() if n.startswith(("layer_", "head_", "transfer_", group))}
+        return self.context.run(
+            transform_stage,
+            {"adapter": "adapter", "old_model": "old_model", "new_model": "new_model", **used},
+            {
+                "method": method,
+                "unmapped": self.settings.unmapped,
+                "seed": self.settings.seed,
+                **self.lora,
+            },
+            label=method,
+        )
+
+    def _select(self, candidates: dict[str, Ref]) -> None:
+        """Go on with the best candidate at its best scale; with a fresh LoRA where the bare base is better."""
+        settings = self.settings
+        inputs: dict[str, str | Ref] = {f"transform_{method}": ref for method, ref in candidates.items()}
+        inputs |= {
             "new_model": "new_model",
             "new_tokenizer": "new_tokenizer",
             "train_data": fingerprint_data(self.plan.train),
         }
         values = {
-            "start": start,
+            "methods": list(candidates),
+            "samples": settings.samples,
+            "seed": settings.seed,
+            "cutoff": settings.finetune.cutoff,
+        }
+        self.transformed = self.context.run(selection, inputs, values)
+        info = self.context.open(self.transformed).info
+        self.method, self.candidates = info["method"], info["candidates"]
+        best = next(entry["method"] for entry in self.candidates if entry["method"] != NOTHING)
+        self.moved = candidates[best]
+
+    def _finetune(self, start: str) -> Ref:
+        settings, context = self.settings, self.context
+        inputs: dict[str, str | Ref] = {
+            "new_model": "new_model",
+            "new_tokenizer": "new_tokenizer",
+            "train_data": fingerprint_data(self.plan.train),
+        }
+        if start == "migrated":
+            inputs["transform"] = self.transformed
+        values = {
+            # A fresh LoRA depends on nothing of the adapter but its size and modules.
+            "fresh": None if start == "migrated" else {**self.lora, "roles": list(self.roles)},
             "samples": settings.samples,
             "seed": settings.seed,
             "finetune": settings.finetune.model_dump(mode="json"),
@@ -211,8 +265,10 @@ class _Arms:
 
     def record(self) -> dict[str, Any]:
         """What ``migration.json`` says of the arms."""
-        moved = self.context.open(self.transformed).info
+        moved = self.context.open(self.moved).info
         return {
+            "method": self.method,
+            "candidates": self.candidates,
             "updates": moved["norms"],
             "retained_energy": moved["retained_energy"],
             "dropped": moved["dropped"],

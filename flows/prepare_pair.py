@@ -16,7 +16,7 @@ from lorasuite.checkpoint import Checkpoint, load_tokenizer, resolve
 from lorasuite.config import PairSettings, torch_device
 from lorasuite.data import calibration_texts
 from lorasuite.preflight import inspect
-from lorasuite.transforms import transform
+from lorasuite.transforms import names, transform
 from tasks.fingerprints import fingerprint_bases, fingerprint_texts
 from tasks.pair_stages import (
     activations,
@@ -62,9 +62,9 @@ GROUPS: dict[str, tuple[Role, ...]] = {"attention": ATTENTION, "mlp": ("gate", "
 
 
 def pair_stages(
-    context: Context, settings: PairSettings, calibration: str | None, roles: Sequence[Role], aligned: bool
+    context: Context, settings: PairSettings, calibration: str | None, roles: Sequence[Role], methods: Sequence[str]
 ) -> PairRefs:
-    """Run the pair's stages: MLP factors or, with ``aligned``, activation statistics of the roles that need them."""
+    """Run the pair's stages, those that need it for the adapter's roles and by the methods that read them."""
     old, new = Checkpoint(context.where.path("old_base")), Checkpoint(context.where.path("new_base"))
     both = {"old_model": "old_model", "new_model": "new_model"}
     words = context.run(
@@ -112,7 +112,7 @@ def pair_stages(
     shared = [role for role in roles if role in old.architecture.roles and role in new.architecture.roles]
     factors: dict[Role, Ref] = {}
     moments: dict[str, Ref] = {}
-    if aligned and calibration is not None:
+    if calibration is not None and any(transform(method).aligned for method in methods):
         reading = {"samples": settings.calibration_samples, "cutoff": settings.calibration_cutoff}
         tokenizers = {"old_tokenizer": "old_tokenizer", "new_tokenizer": "new_tokenizer"}
         for group, members in GROUPS.items():
@@ -124,7 +124,7 @@ def pair_stages(
                     {**reading, "roles": kept},
                     label=group,
                 )
-    elif not aligned:
+    if "lorasuite" in methods:
         factors = {
             role: context.run(mlp_factors, {"old_model": "old_model"}, {"role": role}, label=role)
             for role in shared
@@ -164,7 +164,7 @@ def prepare_pair(
     context = Context(where, prints, refreshed, pair=pair_name(old_base, new_base))
     with Recorder() as recorder:
         held = Checkpoint(paths["old_base"]).architecture.roles
-        refs = pair_stages(context, chosen, texts_print, held, transform(method).aligned)
+        refs = pair_stages(context, chosen, texts_print, held, names() if method == "auto" else [method])
     return {
         "old_base": base_record(old_base, prints["old_model"]),
         "new_base": base_record(new_base, prints["new_model"]),

@@ -332,20 +332,20 @@ def write_adapter(
     return output
 
 
-def fresh_config(adapter: Path, architecture: Architecture) -> Any:
-    """The PEFT config of an untrained LoRA like an adapter: its rank, alpha and modules, in every layer of the base.
+def fresh_config(
+    architecture: Architecture, roles: Sequence[Role], rank: int, alpha: float, use_rslora: bool = False
+) -> Any:
+    """The PEFT config of an untrained LoRA on the modules that hold some roles, in every layer of a base.
 
-    What a team without the adapter would train from scratch: the control of a fine-tune that starts from it.
+    What a team without the old adapter would train from scratch: the control of a fine-tune that starts from it.
     """
     from peft import LoraConfig, TaskType
 
-    opened = Adapter.open(adapter)
-    names = {located[1].name for path in opened.modules if (located := architecture.locate(path))}
     return LoraConfig(
-        r=opened.rank,
-        lora_alpha=opened.config["lora_alpha"],
-        use_rslora=bool(opened.config.get("use_rslora")),
-        target_modules=sorted(names),
+        r=rank,
+        lora_alpha=alpha,
+        use_rslora=use_rslora,
+        target_modules=sorted({m.name for m in architecture.modules if set(m.roles) & set(roles)}),
         lora_dropout=0.0,
         bias="none",
         task_type=TaskType.CAUSAL_LM,

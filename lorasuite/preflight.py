@@ -19,6 +19,8 @@ from lorasuite.similarity import SMALLEST_BATCH
 from lorasuite.transforms import transform
 from lorasuite.vocabulary import common_tokens
 
+#: The method that is chosen by measurement.
+AUTO = "auto"
 FLOAT = 4  # bytes of a float32
 
 
@@ -232,7 +234,7 @@ def check(config: MigrationConfig) -> Plan:
 
 def _calibration(result: Inspection, config: MigrationConfig) -> list[str]:
     source = config.calibration_data
-    if source is None and transform(config.method).aligned:
+    if source is None and config.method != AUTO and transform(config.method).aligned:
         result.problems.append(
             Problem(
                 "calibration", f"{config.method} compares activations, and there are no texts", "Give --calibration."
@@ -262,6 +264,10 @@ def _calibration(result: Inspection, config: MigrationConfig) -> list[str]:
 
 def _training_rows(result: Inspection, config: MigrationConfig) -> list[Row]:
     source = config.train_data
+    if config.method == AUTO and (source is None or not config.samples):
+        result.problems.append(
+            Problem("method", "auto chooses on training rows, and there are none", "Give --train-data, or a --method.")
+        )
     if source is None:
         if config.samples:
             result.problems.append(

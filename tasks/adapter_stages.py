@@ -13,12 +13,13 @@ from typing import Any
 
 from lorasuite.adapter import CONFIG, Adapter, fresh_config, write_adapter
 from lorasuite.architectures import ROLES
-from lorasuite.checkpoint import METER, Checkpoint, load_tokenizer
+from lorasuite.checkpoint import METER, Checkpoint, load_model, load_tokenizer
 from lorasuite.data import draw, read_rows
 from lorasuite.evaluation import EvaluationSettings, evaluate, evaluate_tasks
 from lorasuite.finetune import FinetuneSettings
 from lorasuite.migration import migrate
-from lorasuite.sweep import finetune_swept
+from lorasuite.selection import NOTHING, choose, write_scaled
+from lorasuite.sweep import finetune_swept, split
 from tasks.pair_stages import factor_reader, head_maps, layer_map, moments_reader, transfer, trusted
 from tasks.stage import Artifact, StageOutput, Where, stage
 
@@ -74,14 +75,32 @@ def transform(inputs: Inputs, settings: Settings, where: Where) -> StageOutput:
     return StageOutput(info=info, files=files)
 
 
+@stage("select", tags=["adapter"])
+def selection(inputs: Inputs, settings: Settings, where: Where) -> StageOutput:
+    """The candidate and scale with the least loss on a held-out fifth of the training rows, or none of them."""
+    rows = draw(read_rows(where.path("train_data")), settings["samples"], settings["seed"])
+    candidates = {method: adapter_folder(inputs[f"transform_{method}"]) for method in settings["methods"]}
+    tried = choose(
+        load_model(where.path("new_base"), where.device, trust_remote_code=trusted(where)),
+        load_tokenizer(where.path("new_base"), trusted(where)),
+        candidates,
+        split(rows, settings["seed"])[1],
+        cutoff=settings["cutoff"],
+        device=where.device,
+    )
+    best = tried[0]
+    source = candidates[next(e["method"] for e in tried if e["method"] != NOTHING)]
+    with tempfile.TemporaryDirectory() as folder:
+        files = _contents(write_scaled(source, Path(folder), best["scale"]))
+    return StageOutput(info={"candidates": tried, "method": best["method"], "scale": best["scale"]}, files=files)
+
+
 @stage("finetune", tags=["adapter"])
 def finetune(inputs: Inputs, settings: Settings, where: Where) -> StageOutput:
-    """The light fine-tune of a migrated adapter, or of a fresh LoRA (``start: scratch``) on the same rows."""
-    start: Artifact = inputs["transform"]
+    """The light fine-tune of a migrated adapter, or of a fresh LoRA on the same rows."""
     rows = draw(read_rows(where.path("train_data")), settings["samples"], settings["seed"])
-    scratch = settings["start"] == "scratch"
-    adapter = adapter_folder(start)
-    new = Checkpoint(where.path("new_base"))
+    fresh = settings["fresh"]  # None: start from the migrated adapter
+    architecture = Checkpoint(where.path("new_base")).architecture
     with tempfile.TemporaryDirectory() as folder:
         result, sweep = finetune_swept(
             str(where.path("new_base")),
@@ -89,8 +108,8 @@ def finetune(inputs: Inputs, settings: Settings, where: Where) -> StageOutput:
             rows,
             FinetuneSettings.model_validate(settings["finetune"]),
             settings["learning_rates"],
-            adapter=None if scratch else adapter,
-            lora=fresh_config(adapter, new.architecture) if scratch else None,
+            adapter=adapter_folder(inputs["transform"]) if fresh is None else None,
+            lora=None if fresh is None else fresh_config(architecture, **fresh),
             output=Path(folder) / "adapter",
             work_dir=where.path("work"),
             device=where.device,

@@ -53,6 +53,9 @@ class Transform(Protocol):
     #: Whether it looks at activations of both bases (:mod:`lorasuite.alignment`).
     aligned: bool
 
+    def fits(self, old: Dimensions, new: Dimensions, updated: tuple[Role, ...]) -> bool:
+        """Whether it can move updates of the roles ``updated`` between bases of these dimensions."""
+
     def roles(self, updated: tuple[Role, ...]) -> tuple[Role, ...]:
         """The roles whose base weights are needed to move updates of the roles ``updated``."""
 

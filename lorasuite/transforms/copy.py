@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from lorasuite.architectures import Role
+from lorasuite.architectures import Dimensions, Role
 from lorasuite.errors import ConfigError, Problem
 from lorasuite.lowrank import LowRank
 from lorasuite.transforms.base import LayerPair, register
@@ -20,6 +20,10 @@ class Copy:
 
     name = "copy"
     aligned = False
+
+    def fits(self, old: Dimensions, new: Dimensions, updated: tuple[Role, ...]) -> bool:
+        same = all((old.rows(r), old.columns(r)) == (new.rows(r), new.columns(r)) for r in updated)
+        return same and old.head_dim == new.head_dim
 
     def roles(self, updated: tuple[Role, ...]) -> tuple[Role, ...]:
         return ()

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lorasuite.architectures import Role
+from lorasuite.architectures import Dimensions, Role
 from lorasuite.lowrank import LowRank
 from lorasuite.transforms.base import LayerPair, register
 from lorasuite.transforms.procrustes import polar, written
@@ -36,6 +36,9 @@ class Functional:
 
     name = "functional"
     aligned = True
+
+    def fits(self, old: Dimensions, new: Dimensions, updated: tuple[Role, ...]) -> bool:
+        return True
 
     def roles(self, updated: tuple[Role, ...]) -> tuple[Role, ...]:
         return ()

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lorasuite.architectures import Role
+from lorasuite.architectures import Dimensions, Role
 from lorasuite.head_mapping import heads
 from lorasuite.lowrank import LowRank
 from lorasuite.transforms.base import LayerPair, register
@@ -23,6 +23,9 @@ class LoRASuite:
 
     name = "lorasuite"
     aligned = False
+
+    def fits(self, old: Dimensions, new: Dimensions, updated: tuple[Role, ...]) -> bool:
+        return True
 
     def roles(self, updated: tuple[Role, ...]) -> tuple[Role, ...]:
         return updated

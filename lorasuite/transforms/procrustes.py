@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lorasuite.alignment import Moments
-from lorasuite.architectures import Role
+from lorasuite.architectures import Dimensions, Role
 from lorasuite.lowrank import LowRank
 from lorasuite.transforms.base import LayerPair, register
 
@@ -40,6 +40,9 @@ class Procrustes:
 
     name = "procrustes"
     aligned = True
+
+    def fits(self, old: Dimensions, new: Dimensions, updated: tuple[Role, ...]) -> bool:
+        return True
 
     def roles(self, updated: tuple[Role, ...]) -> tuple[Role, ...]:
         return ()

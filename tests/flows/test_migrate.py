@@ -164,7 +164,7 @@ def test_published_adapter_is_the_reported_update(home: Path, settings: Settings
 def test_second_adapter_reuses_every_pair_stage(home: Path, settings: Settings, adapters: Any, tmp_path: Path) -> None:
     migrate_adapter(settings())
     second = states(migrate_adapter(settings(adapter=str(adapters[1]), output=str(tmp_path / "second"))))
-    assert not second.pop("transform")
+    assert not second.pop("transform lorasuite")
     assert all(second.values()) and {name.split()[0] for name in second} == PAIR_STAGES | {"mlp_factors"}
 
 
@@ -198,6 +198,30 @@ def test_damaged_artifact_is_recomputed(home: Path, settings: Settings, tmp_path
     assert [name for name, cached in states(again).items() if not cached] == ["similarity"]
     a, b = (Path(r["output"]) / "adapter_model.safetensors" for r in (first, again))
     assert a.read_bytes() == b.read_bytes()
+
+
+def test_auto_chooses_by_held_out_loss(home: Path, settings: Settings, data: dict[str, Path]) -> None:
+    rows = {"train_data": str(data["train"]), "eval_data": str(data["test"]), "finetune_samples": 20}
+    record = migrate_adapter(
+        settings(**rows, method="auto", finetune={"epochs": 1}, evaluation={"generate": False, "max_new_tokens": 4})
+    )
+    tried = record["candidates"]
+    assert {"none", "lorasuite", "procrustes", "functional"} <= {entry["method"] for entry in tried}
+    assert "copy" not in {entry["method"] for entry in tried}  # shapes differ
+    losses = [entry["loss"] for entry in tried]
+    assert losses == sorted(losses) and record["method"] == tried[0]["method"]
+    assert ("migrated" in record["evaluation"]) == (record["method"] != "none")
+
+
+@pytest.mark.parametrize("method", ["procrustes", "functional"])
+def test_aligned_methods(home: Path, settings: Settings, pair: tuple[Path, Path], method: str, tmp_path: Path) -> None:
+    record = migrate_adapter(settings(method=method))
+    check_loads(Path(record["output"]), pair[1])
+    assert "mlp_factors gate" not in states(record)
+    again = states(migrate_adapter(settings(method="functional-ridge", output=str(tmp_path / "b"))))
+    assert again["alignment attention"] and again["alignment mlp"] and not again["transform functional-ridge"]
+    with pytest.raises(PreflightError, match="Give --calibration"):
+        migrate_adapter(settings(method=method, calibration=None, output=str(tmp_path / "c")))
 
 
 def test_problems_come_at_once_and_nothing_is_written(home: Path, settings: Settings, tmp_path: Path) -> None:
@@ -315,7 +339,7 @@ class TestCommandLine:
         assert done.exit_code == 0, done.output
         record = json.loads(done.stdout)
         assert record["settings"]["rank"] == 5
-        assert [name for name, cached in states(record).items() if not cached] == ["transform"]
+        assert [name for name, cached in states(record).items() if not cached] == ["transform lorasuite"]
 
         listed = json.loads(self.run("artifacts", "ls", "--json").stdout)["artifacts"]
         key = next(row["key"] for row in listed if row["stage"] == "layer_mapping")
