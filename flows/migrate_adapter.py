@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shlex
 import sys
 from pathlib import Path
@@ -18,6 +17,7 @@ from flows.prepare_pair import PairRefs, pair_name, pair_record, pair_stages, ti
 from lorasuite import ALGORITHM_VERSION
 from lorasuite.adapter import Adapter
 from lorasuite.checkpoint import Checkpoint, resolve
+from lorasuite.combination import materialise, split_sources
 from lorasuite.config import MigrationConfig, build, torch_device
 from lorasuite.preflight import Plan, check
 from lorasuite.publication import publish
@@ -56,8 +56,10 @@ def migrate_adapter(config: dict[str, Any], refresh: tuple[str, ...] = ()) -> di
     paths = {
         "old_base": resolve(settings.old_base),
         "new_base": resolve(settings.new_base),
-        "adapter": resolve(settings.adapter),
     }
+    paths["adapter"] = materialise(
+        settings.adapter, Checkpoint(paths["old_base"]), home / "work" / "combined", settings.allow_pickle
+    )
     files = {
         "calibration": settings.calibration_data,
         "train_data": settings.train_data,
@@ -69,13 +71,13 @@ def migrate_adapter(config: dict[str, Any], refresh: tuple[str, ...] = ()) -> di
         home=home,
         device=torch_device(settings.device),
         paths=paths,
-        options={"trust_remote_code": settings.trust_remote_code},
+        options={"trust_remote_code": settings.trust_remote_code, "allow_pickle": settings.allow_pickle},
     )
     prints = fingerprint_bases(home, paths["old_base"], paths["new_base"])
-    prints["adapter"] = fingerprint_adapter(paths["adapter"])
+    prints["adapter"] = fingerprint_adapter(paths["adapter"], settings.allow_pickle)
     context = Context(where, prints, refreshed, pair=pair_name(settings.old_base, settings.new_base))
     with Recorder() as recorder:
-        adapter, old = Adapter.open(paths["adapter"]), Checkpoint(paths["old_base"])
+        adapter, old = Adapter.open(paths["adapter"], settings.allow_pickle), Checkpoint(paths["old_base"])
         texts = fingerprint_texts(plan.texts) if plan.texts else None
         pair = pair_stages(context, settings.pair, texts, adapter.roles(old.architecture))
         arms = _Arms(context, settings, plan, pair, adapter)
@@ -85,7 +87,8 @@ def migrate_adapter(config: dict[str, Any], refresh: tuple[str, ...] = ()) -> di
         "new_base": base_record(settings.new_base, prints["new_model"]),
         "adapter": {
             "id": settings.adapter,
-            "name": paths["adapter"].resolve().name,
+            "name": "+".join(resolve(source).resolve().name for source, _ in split_sources(settings.adapter)),
+            "kind": adapter.kind,
             "fingerprint": prints["adapter"],
             "rank": adapter.rank,
             "modules": len(adapter.modules),
@@ -132,15 +135,12 @@ class _Arms:
         self, context: Context, settings: MigrationConfig, plan: Plan, pair: PairRefs, adapter: Adapter
     ) -> None:
         self.context, self.settings, self.plan, self.pair = context, settings, plan, pair
-        self.rank = settings.rank or adapter.rank
         # The scaling α/r (or α/√r) stays what the adapter was trained with, whatever the rank.
-        growth = self.rank / adapter.rank
-        rslora = bool(adapter.config.get("use_rslora"))
-        self.lora = {
-            "rank": self.rank,
-            "alpha": adapter.config["lora_alpha"] * (math.sqrt(growth) if rslora else growth),
-            "use_rslora": rslora,
-        }
+        self.lora = adapter.lora_settings(settings.rank or adapter.rank)
+        if settings.energy is not None:
+            self.lora["energy"] = settings.energy
+        old = Checkpoint(context.where.path("old_base")).architecture
+        self.unused = {"similarity"} if adapter.vocabulary_modules(old) else {"similarity", "vocabulary"}
         self.evaluated: dict[str, Artifact] = {}
         self.scores: dict[str, dict[str, Any]] = {}
         self.tuned: Artifact | None = None
@@ -149,7 +149,7 @@ class _Arms:
     def run(self) -> Ref:
         """Run every arm; the reference to the adapter that is published."""
         context, settings = self.context, self.settings
-        used = {n: ref for n, ref in self.pair.named().items() if n not in ("vocabulary", "similarity")}
+        used = {name: ref for name, ref in self.pair.named().items() if name not in self.unused}
         self.transformed = context.run(
             transform,
             {"adapter": "adapter", "old_model": "old_model", "new_model": "new_model", **used},
@@ -214,6 +214,8 @@ class _Arms:
             "retained_energy": moved["retained_energy"],
             "dropped": moved["dropped"],
             "fresh": moved["fresh"],
+            "carried": moved.get("carried", []),
+            "rank": moved.get("rank", self.lora["rank"]),
             "loaded_bytes_peak": moved["loaded_bytes_peak"],
             "finetune": None if self.tuned is None else self.tuned.info,
             "control": None if self.control is None else self.control.info,

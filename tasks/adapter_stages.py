@@ -19,7 +19,7 @@ from lorasuite.evaluation import EvaluationSettings, evaluate, evaluate_tasks
 from lorasuite.finetune import FinetuneSettings
 from lorasuite.migration import migrate
 from lorasuite.sweep import finetune_swept
-from tasks.pair_stages import factor_reader, head_maps, layer_map, transfer, trusted
+from tasks.pair_stages import factor_reader, head_maps, layer_map, shared_tokens, transfer, trusted
 from tasks.stage import Artifact, StageOutput, Where, stage
 
 Inputs = Mapping[str, Any]
@@ -33,7 +33,7 @@ ANY_BASE = "base"
 def transform(inputs: Inputs, settings: Settings, where: Where) -> StageOutput:
     """The adapter on the new base, without fine-tuning."""
     METER.reset()
-    adapter = Adapter.open(where.path("adapter"))
+    adapter = Adapter.open(where.path("adapter"), bool(where.options.get("allow_pickle")))
     old, new = Checkpoint(where.path("old_base")), Checkpoint(where.path("new_base"))
     factors = {role: inputs[f"mlp_factors_{role}"] for role in ROLES if f"mlp_factors_{role}" in inputs}
     moved = migrate(
@@ -46,8 +46,10 @@ def transform(inputs: Inputs, settings: Settings, where: Where) -> StageOutput:
         transfer=transfer(inputs["transfer_matrices"]),
         mlp_factor=factor_reader(factors),
         rank=settings["rank"],
+        energy=settings.get("energy"),
         unmapped=settings["unmapped"],
         seed=settings["seed"],
+        common=shared_tokens(inputs["vocabulary"]) if "vocabulary" in inputs else None,
     )
     with tempfile.TemporaryDirectory() as folder:
         path = write_adapter(
@@ -56,10 +58,9 @@ def transform(inputs: Inputs, settings: Settings, where: Where) -> StageOutput:
             architecture=new.architecture,
             dims=new.dims,
             base=ANY_BASE,
-            rank=settings["rank"],
-            alpha=settings["alpha"],
-            use_rslora=settings["use_rslora"],
             extra=moved.fresh,
+            extras=moved.extras,
+            **adapter.lora_settings(moved.rank),
         )
         files = _contents(path)
     info = {
@@ -67,6 +68,8 @@ def transform(inputs: Inputs, settings: Settings, where: Where) -> StageOutput:
         "retained_energy": moved.retained,
         "dropped": moved.dropped,
         "fresh": sorted(moved.fresh),
+        "carried": moved.carried,
+        "rank": moved.rank,
         "loaded_bytes_peak": METER.peak,
     }
     return StageOutput(info=info, files=files)
