@@ -5,3 +5,7 @@ import os
 # Read by Prefect when it is first imported; a user's own setting stays.
 os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
 os.environ.setdefault("DO_NOT_TRACK", "1")
+
+# Read by OpenMP when torch is first imported. Threads that spin while they wait make small models ten times slower on
+# a machine that has other work to do, and hardly help on one that has none.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -84,16 +84,19 @@ def _quiet_libraries() -> None:
 def inspect(
     old_base: Annotated[str, typer.Option(help="base the adapter was trained on")],
     new_base: Annotated[str, typer.Option(help="base to move it to")],
-    adapter: Annotated[str | None, typer.Option(help="LoRA adapter")] = None,
+    adapter: Annotated[str | None, typer.Option(help="PEFT adapter, or several as A:0.7,B:0.3")] = None,
     method: Annotated[str, typer.Option(help="transform that would be used")] = "lorasuite",
     trust_remote_code: Annotated[bool, typer.Option(help="let model repositories run their own code")] = False,
+    allow_pickle: Annotated[
+        bool, typer.Option(help="read adapter_model.bin, a pickle file, with weights_only")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Compare two bases and say what of an adapter would move, with every problem at once."""
     from lorasuite import preflight
 
     with _errors(as_json):
-        found = preflight.inspect(old_base, new_base, adapter, method, trust_remote_code)
+        found = preflight.inspect(old_base, new_base, adapter, method, trust_remote_code, allow_pickle)
         if as_json:
             _print_json(found.to_dict())
         else:
@@ -330,6 +333,9 @@ def _show_inspection(found: dict[str, Any]) -> None:
         console.print(f"[red]problem:[/] {problem['where']}: {problem['what']}. {problem['remedy']}", highlight=False)
     if not found["problems"]:
         console.print("no problems found")
+    for side, draft in found["proposal"].items():
+        console.print(f"\na first draft of an architecture file for {side.replace('_', ' ')}:", highlight=False)
+        console.print(draft["yaml"], highlight=False, markup=False)
 
 
 def _show_pair(result: dict[str, Any]) -> None:

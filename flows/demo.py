@@ -9,8 +9,10 @@ from lorasuite import zoo
 from lorasuite.errors import ConfigError, OutputError, Problem, did_you_mean
 
 #: Learning rates tried for the migrated adapter and for the control alike.
-LEARNING_RATES = [1e-3, 3e-3, 1e-2]
+LEARNING_RATES = [3e-3, 1e-2]
 SAMPLES = 100
+#: The paper's 3 epochs (21 steps) teach the miniature bases nothing from 100 rows, whatever the start.
+EPOCHS = 12
 HELD_OUT = 200
 TEXTS = 256
 
@@ -48,5 +50,6 @@ def run_demo(output: Path, pair_name: str = "llama", task: str | None = None) ->
             "eval_data": str(data / "test.jsonl"),
             "finetune_samples": SAMPLES,
             "learning_rates": LEARNING_RATES,
+            "finetune": {"epochs": EPOCHS},
         }
     )

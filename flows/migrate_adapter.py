@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shlex
 import sys
 from pathlib import Path
@@ -16,9 +15,9 @@ from artifacts import Artifact, default_home
 from flows.context import Context, base_record, check_stages
 from flows.prepare_pair import PairRefs, pair_name, pair_record, pair_stages, timings
 from lorasuite import ALGORITHM_VERSION
-from lorasuite.adapter import Adapter
-from lorasuite.architectures import Role
+from lorasuite.adapter import Adapter, fresh_lora
 from lorasuite.checkpoint import Checkpoint, resolve
+from lorasuite.combination import materialise, split_sources
 from lorasuite.config import MigrationConfig, build, torch_device
 from lorasuite.preflight import AUTO, Plan, check
 from lorasuite.publication import publish
@@ -60,8 +59,10 @@ def migrate_adapter(config: dict[str, Any], refresh: tuple[str, ...] = ()) -> di
     paths = {
         "old_base": resolve(settings.old_base),
         "new_base": resolve(settings.new_base),
-        "adapter": resolve(settings.adapter),
     }
+    paths["adapter"] = materialise(
+        settings.adapter, Checkpoint(paths["old_base"]), home / "work" / "combined", settings.allow_pickle
+    )
     files = {
         "calibration": settings.calibration_data,
         "train_data": settings.train_data,
@@ -73,13 +74,13 @@ def migrate_adapter(config: dict[str, Any], refresh: tuple[str, ...] = ()) -> di
         home=home,
         device=torch_device(settings.device),
         paths=paths,
-        options={"trust_remote_code": settings.trust_remote_code},
+        options={"trust_remote_code": settings.trust_remote_code, "allow_pickle": settings.allow_pickle},
     )
     prints = fingerprint_bases(home, paths["old_base"], paths["new_base"])
-    prints["adapter"] = fingerprint_adapter(paths["adapter"])
+    prints["adapter"] = fingerprint_adapter(paths["adapter"], settings.allow_pickle)
     context = Context(where, prints, refreshed, pair=pair_name(settings.old_base, settings.new_base))
     with Recorder() as recorder:
-        adapter = Adapter.open(paths["adapter"])
+        adapter = Adapter.open(paths["adapter"], settings.allow_pickle)
         old, new = Checkpoint(paths["old_base"]), Checkpoint(paths["new_base"])
         texts = fingerprint_texts(plan.texts) if plan.texts else None
         roles = adapter.roles(old.architecture)
@@ -89,14 +90,15 @@ def migrate_adapter(config: dict[str, Any], refresh: tuple[str, ...] = ()) -> di
             usable = [m for m in names() if texts or not transform(m).aligned]
             methods = [m for m in usable if transform(m).fits(old.dims, new.dims, moved)]
         pair = pair_stages(context, settings.pair, texts, roles, methods)
-        arms = _Arms(context, settings, plan, pair, adapter, methods, moved)
+        arms = _Arms(context, settings, plan, pair, adapter, methods)
         final = arms.run()
     record = {
         "old_base": base_record(settings.old_base, prints["old_model"]),
         "new_base": base_record(settings.new_base, prints["new_model"]),
         "adapter": {
             "id": settings.adapter,
-            "name": paths["adapter"].resolve().name,
+            "name": "+".join(resolve(source).resolve().name for source, _ in split_sources(settings.adapter)),
+            "kind": adapter.kind,
             "fingerprint": prints["adapter"],
             "rank": adapter.rank,
             "modules": len(adapter.modules),
@@ -146,20 +148,16 @@ class _Arms:
         pair: PairRefs,
         adapter: Adapter,
         methods: list[str],
-        roles: tuple[Role, ...],
     ) -> None:
         self.context, self.settings, self.plan, self.pair = context, settings, plan, pair
-        self.methods, self.method, self.roles = methods, methods[0], roles
+        self.methods, self.method = methods, methods[0]
         self.candidates: list[dict[str, Any]] = []
-        self.rank = settings.rank or adapter.rank
         # The scaling α/r (or α/√r) stays what the adapter was trained with, whatever the rank.
-        growth = self.rank / adapter.rank
-        rslora = bool(adapter.config.get("use_rslora"))
-        self.lora = {
-            "rank": self.rank,
-            "alpha": adapter.config["lora_alpha"] * (math.sqrt(growth) if rslora else growth),
-            "use_rslora": rslora,
-        }
+        self.lora = adapter.lora_settings(settings.rank or adapter.rank)
+        if settings.energy is not None:
+            self.lora["energy"] = settings.energy
+        old = Checkpoint(context.where.path("old_base")).architecture
+        self.reads_vocabulary = bool(adapter.vocabulary_modules(old))
         self.evaluated: dict[str, Artifact] = {}
         self.scores: dict[str, dict[str, Any]] = {}
         self.tuned: Artifact | None = None
@@ -192,7 +190,8 @@ class _Arms:
     def _transform(self, method: str) -> Ref:
         pair = self.pair.named()
         group = "alignment" if transform(method).aligned else "mlp_factors"
-        used = {n: r for n, r in pair.items() if n.startswith(("layer_", "head_", "transfer_", group))}
+        groups = ("layer_", "head_", "transfer_", group, *(["vocabulary"] if self.reads_vocabulary else []))
+        used = {n: r for n, r in pair.items() if n.startswith(groups)}
         return self.context.run(
             transform_stage,
             {"adapter": "adapter", "old_model": "old_model", "new_model": "new_model", **used},
@@ -226,6 +225,10 @@ class _Arms:
         best = next(entry["method"] for entry in self.candidates if entry["method"] != NOTHING)
         self.moved = candidates[best]
 
+    def _fresh(self) -> dict[str, Any]:
+        new = Checkpoint(self.context.where.path("new_base"))
+        return fresh_lora(adapter_folder(self.context.open(self.moved)), new.architecture)
+
     def _finetune(self, start: str) -> Ref:
         settings, context = self.settings, self.context
         inputs: dict[str, str | Ref] = {
@@ -237,7 +240,7 @@ class _Arms:
             inputs["transform"] = self.transformed
         values = {
             # A fresh LoRA depends on nothing of the adapter but its size and modules.
-            "fresh": None if start == "migrated" else {**self.lora, "roles": list(self.roles)},
+            "fresh": None if start == "migrated" else self._fresh(),
             "samples": settings.samples,
             "seed": settings.seed,
             "finetune": settings.finetune.model_dump(mode="json"),
@@ -273,6 +276,8 @@ class _Arms:
             "retained_energy": moved["retained_energy"],
             "dropped": moved["dropped"],
             "fresh": moved["fresh"],
+            "carried": moved.get("carried", []),
+            "rank": moved.get("rank", self.lora["rank"]),
             "loaded_bytes_peak": moved["loaded_bytes_peak"],
             "finetune": None if self.tuned is None else self.tuned.info,
             "control": None if self.control is None else self.control.info,

@@ -10,37 +10,41 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lorasuite.adapter_types import (
+    CONFIG,
+    PICKLE,
+    PREFIX,
+    Contents,
+    Tensors,
+    config_problems,
+    initial_adapter,
+    kind_of,
+    read_contents,
+)
+from lorasuite.adapter_types import SAFETENSORS as WEIGHTS
 from lorasuite.architectures import ROLES, Architecture, Dimensions, Module, Role
-from lorasuite.checkpoint import Checkpoint, digest_json, file_digest, read_json, resolve
-from lorasuite.errors import AdapterError, CheckpointError, Problem
+from lorasuite.checkpoint import Checkpoint, auto_class, digest_json, file_digest, read_json, resolve
+from lorasuite.errors import AdapterError, Problem
 from lorasuite.lowrank import LowRank
 
-WEIGHTS = "adapter_model.safetensors"
-CONFIG = "adapter_config.json"
-PREFIX = "base_model.model."
+__all__ = [
+    "CONFIG", "PREFIX", "WEIGHTS", "Adapter", "Extras", "check_loads", "fresh_config", "fresh_lora", "fuse_updates",
+    "split_update", "target_modules", "vocabulary_side", "write_adapter",
+]  # fmt: skip
 
-#: Config fields that do not change what ΔW is, or that are read here.
-UNDERSTOOD = {
-    "alpha_pattern", "arrow_config", "auto_mapping", "base_model_name_or_path", "bias", "corda_config", "eva_config",
-    "exclude_modules", "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform", "lora_alpha",
-    "lora_dropout", "lora_ga_config", "loftq_config", "megatron_core", "modules_to_save", "peft_type", "peft_version",
-    "qalora_group_size", "r", "rank_pattern", "revision", "runtime_config", "target_modules", "task_type", "use_rslora",
-    "ensure_weight_tying", "fan_in_fan_out",
-}  # fmt: skip
-#: Initialisations that change the base weight before training: ΔW would be against another base.
-CHANGES_BASE = re.compile(r"pissa|olora|corda|loftq|lora_ga", re.IGNORECASE)
+#: Config fields that say nothing about what an adapter computes.
+INERT = ("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type")
 
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
-    """A LoRA adapter on disk.
+    """A PEFT adapter on disk, of any kind :mod:`lorasuite.adapter_types` reads.
 
     Raises:
         CheckpointError: if files are missing or unreadable.
@@ -49,91 +53,93 @@ class Adapter:
 
     path: Path
     config: Mapping[str, Any]
-    #: module path in the base model (``model.layers.0.self_attn.q_proj``) → scaling ``s``
-    scaling: Mapping[str, float]
-    _file: Path = field(repr=False)
+    contents: Contents = field(repr=False)
+    tensors: Tensors = field(repr=False)
 
     @classmethod
-    def open(cls, source: str | Path) -> Adapter:
-        """Read the config and the tensor names; factors are read when asked for."""
+    def open(cls, source: str | Path, allow_pickle: bool = False) -> Adapter:
+        """Read the config and the tensor names; factors are read when asked for.
+
+        Args:
+            allow_pickle: read ``adapter_model.bin`` where there is no safetensors file, with ``weights_only=True``.
+        """
         path = resolve(source)
         config = read_json(path / CONFIG)
-        problems = _config_problems(config, str(path / CONFIG))
+        problems = config_problems(config, str(path / CONFIG), initial_adapter(path) is not None)
         file = path / WEIGHTS
-        if not file.is_file():
-            what = (
-                "has pickle weights only (adapter_model.bin)"
-                if (path / "adapter_model.bin").is_file()
-                else f"has no {WEIGHTS}"
-            )
-            problems.append(Problem(str(path), what, "Save it again with PEFT's save_pretrained."))
-            raise AdapterError(problems)
-        shapes = _shapes(file)
-        pairs: dict[str, set[str]] = defaultdict(set)
-        strange: list[str] = []
-        for name in shapes:
-            match = re.fullmatch(re.escape(PREFIX) + r"(.+)\.lora_([AB])\.weight", name)
-            if match:
-                pairs[match[1]].add(match[2])
+        if not file.is_file() and (path / PICKLE).is_file():
+            if allow_pickle:
+                file = path / PICKLE
             else:
-                strange.append(name)
-        if strange and not problems:
-            problems.append(
-                Problem(
-                    str(file),
-                    f"holds {len(strange)} tensors that are not LoRA factors, such as {strange[0]}",
-                    "Only LoRA updates of linear modules are migrated.",
-                )
-            )
-        problems += [
-            Problem(str(file), f"{module} has only lora_{sides.pop()}", "The file is damaged.")
-            for module, sides in pairs.items()
-            if len(sides) == 1
-        ]
-        for module, sides in pairs.items():
-            if len(sides) == 2:
-                ranks = shapes[f"{PREFIX}{module}.lora_B.weight"][1], shapes[f"{PREFIX}{module}.lora_A.weight"][0]
-                if ranks[0] != ranks[1]:
-                    what = f"{module} has lora_B of rank {ranks[0]} and lora_A of rank {ranks[1]}"
-                    problems.append(Problem(str(file), what, "The file is damaged."))
-        if not pairs and not problems:
-            problems.append(Problem(str(file), "holds no LoRA factors", "There is nothing to migrate."))
+                what = f"has pickle weights only ({PICKLE})"
+                fix = "Save it again with PEFT's save_pretrained, or give --allow-pickle if you trust it."
+                problems.append(Problem(str(path), what, fix))
+        elif not file.is_file():
+            problems.append(Problem(str(path), f"has no {WEIGHTS}", "Save it again with PEFT's save_pretrained."))
         if problems:
             raise AdapterError(problems)
-        scaling = {m: _scaling(config, m, shapes[f"{PREFIX}{m}.lora_A.weight"][0]) for m in sorted(pairs)}
-        return cls(path, config, scaling, file)
+        tensors = Tensors(file)
+        contents, problems = read_contents(path, config, tensors)
+        if problems:
+            raise AdapterError(problems)
+        return cls(path, config, contents, tensors)
+
+    @property
+    def kind(self) -> str:
+        """What it is, for people: its PEFT type, or ``DORA``."""
+        return "DORA" if self.contents.magnitudes else kind_of(self.config)
 
     @cached_property
     def modules(self) -> tuple[str, ...]:
         """Paths of the modules it updates, sorted."""
-        return tuple(self.scaling)
+        return tuple(self.contents.updates)
 
     @property
     def rank(self) -> int:
-        return int(self.config["r"])
+        """The largest rank of any module."""
+        return max(update.rank for update in self.contents.updates.values())
 
-    def factors(self, module: str) -> tuple[Tensor, Tensor]:
-        """``B (out, r)`` and ``A (r, in)`` as stored, in float32, without the scaling.
+    @property
+    def scaling(self) -> dict[str, float]:
+        """Module path → the scaling ``s`` of ``ΔW = s·B·A``."""
+        return {module: update.scaling for module, update in self.contents.updates.items()}
+
+    @property
+    def stored(self) -> bool:
+        """Whether its factors lie in its file, and reading them takes no base and no computation."""
+        return all(update.stored for update in self.contents.updates.values())
+
+    def lora_settings(self, rank: int) -> dict[str, Any]:
+        """Arguments of :func:`write_adapter` that keep the scaling it was trained with: ``rank, alpha, use_rslora``."""
+        rslora = bool(self.config.get("use_rslora"))
+        if kind_of(self.config) != "LORA":
+            return {"rank": rank, "alpha": rank, "use_rslora": False}
+        growth = rank / self.config["r"]
+        alpha = self.config["lora_alpha"] * (math.sqrt(growth) if rslora else growth)
+        return {"rank": rank, "alpha": alpha, "use_rslora": rslora}
+
+    def factors(self, module: str, base: Checkpoint | None = None) -> tuple[Tensor, Tensor]:
+        """``B (out, r)`` and ``A (r, in)`` without the scaling.
+
+        Args:
+            base: the old base, which only adapters that are not :attr:`stored` need.
 
         Raises:
-            AdapterError: if they hold NaN or Inf.
+            AdapterError: if they hold NaN or Inf, or the base is needed and missing.
         """
-        with safe_open(self._file, framework="pt") as handle:
-            A = handle.get_tensor(f"{PREFIX}{module}.lora_A.weight").float()
-            B = handle.get_tensor(f"{PREFIX}{module}.lora_B.weight").float()
-        if not (bool(torch.isfinite(A).all()) and bool(torch.isfinite(B).all())):
-            raise AdapterError(
-                Problem(str(self._file), f"{module} holds NaN or Inf", "Training diverged: train it again.")
-            )
-        return B, A
+        return self.contents.updates[module].read(base)
 
-    def update(self, module: str) -> LowRank:
-        """``ΔW = s·B·A`` of one module, float64."""
-        B, A = self.factors(module)
-        return LowRank(B.double() * self.scaling[module], A.double())
+    def update(self, module: str, base: Checkpoint | None = None) -> LowRank:
+        """``ΔW = s·B·A`` of one module, float64. See :meth:`factors`."""
+        B, A = self.factors(module, base)
+        return LowRank(B.double() * self.contents.updates[module].scaling, A.double())
+
+    def extra(self, name: str) -> Tensor:
+        """A tensor beside the updates (see :class:`lorasuite.adapter_types.Contents`), float64."""
+        return self.tensors.tensor(name).double()
 
     def by_layer(self, checkpoint: Checkpoint) -> dict[int, dict[str, Module]]:
-        """Its modules by layer of a base model: ``{layer: {path: module}}``.
+        """Its block modules by layer of a base model: ``{layer: {path: module}}``.
 
         Raises:
             AdapterError: naming every module the architecture does not describe or whose shape differs.
@@ -144,48 +150,83 @@ class Adapter:
         found: dict[int, dict[str, Module]] = defaultdict(dict)
         for path in self.modules:
             located = checkpoint.architecture.locate(path)
-            assert located is not None
-            found[located[0]][path] = located[1]
+            if located is not None:
+                found[located[0]][path] = located[1]
         return dict(sorted(found.items()))
+
+    def vocabulary_modules(self, architecture: Architecture) -> list[str]:
+        """Paths of the embeddings it changes, in whatever way."""
+        c = self.contents
+        return sorted(path for path in {*c.updates, *c.saved, *c.tokens} if vocabulary_side(architecture, path))
 
     def check(self, checkpoint: Checkpoint) -> list[Problem]:
         """Why this adapter does not fit a base model; empty if it does."""
         problems: list[Problem] = []
-        shapes = _shapes(self._file)
-        for path in self.modules:
+        wrong_base = "The adapter was trained on another base: give that one as --old-base."
+        where, shapes = str(self.tensors.file), self.tensors.shapes
+        if self.vocabulary_modules(checkpoint.architecture) and self.config.get("ensure_weight_tying"):
+            problems.append(
+                Problem(
+                    f"{self.path / CONFIG}: ensure_weight_tying",
+                    "ties the changes of two embeddings, which is not migrated",
+                    "Train without it, or without the embeddings.",
+                )
+            )
+        for path, update in self.contents.updates.items():
+            if vocabulary_side(checkpoint.architecture, path) is not None:
+                wanted: tuple[int, ...] = vocabulary_shape(checkpoint, path)
+                if update.shape is not None and update.shape != wanted:
+                    what = f"{path} updates a {update.shape} weight, the old base has {wanted}"
+                    problems.append(Problem(where, what, wrong_base))
+                continue
             located = checkpoint.architecture.locate(path)
             if located is None:
                 problems.append(
                     Problem(
-                        str(self._file),
+                        where,
                         f"{path} is not a linear module of a {checkpoint.architecture.family} block",
-                        "Only block projections can be migrated: train without it.",
+                        checkpoint.architecture.refusal(path)
+                        or "Only block projections and embeddings can be migrated: train without it.",
                     )
                 )
                 continue
             layer, module = located
             if layer >= checkpoint.dims.layers:
-                problems.append(
-                    Problem(
-                        str(self._file),
-                        f"{path} is beyond the old base's {checkpoint.dims.layers} layers",
-                        "The adapter was trained on another base: give that one as --old-base.",
-                    )
-                )
+                what = f"{path} is beyond the old base's {checkpoint.dims.layers} layers"
+                problems.append(Problem(where, what, wrong_base))
                 continue
-            wanted = (
-                sum(checkpoint.dims.rows(role) for role in module.roles),
-                checkpoint.dims.columns(module.roles[0]),
-            )
-            got = (shapes[f"{PREFIX}{path}.lora_B.weight"][0], shapes[f"{PREFIX}{path}.lora_A.weight"][1])
-            if got != wanted:
+            if module not in checkpoint.modules(layer):
+                what = f"{path} is not in the old base, whose layer {layer} has another kind of MLP"
+                problems.append(Problem(where, what, wrong_base))
+                continue
+            dims = checkpoint.layer_dims(layer)
+            wanted = sum(dims.rows(role) for role in module.roles), dims.columns(module.roles[0])
+            if update.shape is not None and update.shape != wanted:
+                what = f"{path} updates a {update.shape} weight, the old base has {wanted}"
+                problems.append(Problem(where, what, wrong_base))
+        for path, name in self.contents.saved.items():
+            if vocabulary_side(checkpoint.architecture, path) is None:
                 problems.append(
                     Problem(
-                        str(self._file),
-                        f"{path} updates a {got} weight, the old base has {wanted}",
-                        "The adapter was trained on another base: give that one as --old-base.",
+                        f"{self.path / CONFIG}: modules_to_save",
+                        f"{path} is trained as a whole, and is neither the input nor the output embedding",
+                        "Only embeddings are carried over, by their shared tokens: train without it.",
                     )
                 )
+            elif shapes[name] != (wanted := vocabulary_shape(checkpoint, path)):
+                problems.append(
+                    Problem(
+                        f"{self.path / CONFIG}: modules_to_save",
+                        f"{path} is {shapes[name]}, the old base has {wanted}",
+                        "Tokens that the adapter added have no counterpart in the new base: train without them.",
+                    )
+                )
+        for path, (name, ids) in self.contents.tokens.items():
+            side = vocabulary_side(checkpoint.architecture, path)
+            wanted = (0, 0) if side is None else vocabulary_shape(checkpoint, path)
+            if side is None or shapes[name][1] != wanted[1] or any(n >= wanted[0] for n in ids):
+                what = f"{path} has trained tokens that the old base does not have"
+                problems.append(Problem(f"{self.path / CONFIG}: trainable_token_indices", what, wrong_base))
         return problems
 
     def roles(self, architecture: Architecture) -> tuple[Role, ...]:
@@ -194,61 +235,37 @@ class Adapter:
         return tuple(role for role in ROLES if role in held)
 
     def fingerprint(self) -> str:
-        """What the adapter computes, as a digest of its weights and its scalings."""
-        return digest_json([file_digest(self._file), dict(self.scaling)])
+        """What the adapter computes, as a digest of its weights and its scalings (of its config, if it is no LoRA)."""
+        parts: list[Any] = [file_digest(self.tensors.file), self.scaling]
+        plain = kind_of(self.config) == "LORA" and self.stored and not self.contents.tokens
+        if not plain:
+            parts.append({name: value for name, value in self.config.items() if name not in INERT})
+        start = initial_adapter(self.path)
+        if start is not None:
+            parts.append(file_digest(start / WEIGHTS))
+        return digest_json(parts)
 
 
-def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
-    try:
-        with safe_open(file, framework="pt") as handle:
-            return {name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys()}  # noqa: SIM118
-    except Exception as error:
-        raise CheckpointError(
-            Problem(str(file), f"is not a readable safetensors file ({error})", "Save or download it again.")
-        ) from error
+def vocabulary_side(architecture: Architecture, path: str) -> Literal["input", "output"] | None:
+    """Which embedding a module path is, if it is one."""
+    if path in architecture.names(architecture.embedding):
+        return "input"
+    return "output" if path in architecture.names(architecture.unembedding) else None
 
 
-def _config_problems(config: Mapping[str, Any], where: str) -> list[Problem]:
-    """Everything in an adapter config that this version does not migrate."""
-    kind = str(config.get("peft_type", "")).upper()
-    if kind != "LORA":
-        return [Problem(f"{where}: peft_type", f"{kind or 'none'} adapters are not supported", "Train a LoRA adapter.")]
-    problems: list[Problem] = []
-    for name in ("r", "lora_alpha"):
-        value = config.get(name)
-        if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
-            problems.append(Problem(f"{where}: {name}", f"is {value!r}", "It must be a positive number."))
-    for name, value in config.items():
-        empty = value in (None, False, {}, [], "", "none")
-        if name in ("modules_to_save", "bias", "fan_in_fan_out") and not empty:
-            problems.append(Problem(f"{where}: {name}", f"{value!r} is not supported", "Train without it."))
-        elif name not in UNDERSTOOD and not empty:
-            problems.append(
-                Problem(
-                    f"{where}: {name}",
-                    f"{value!r} is not understood",
-                    "It may change what the adapter computes, so it is refused.",
-                )
-            )
-    init = config.get("init_lora_weights")
-    if isinstance(init, str) and CHANGES_BASE.search(init):
-        problems.append(
-            Problem(
-                f"{where}: init_lora_weights",
-                f"{init!r} changes the base weights before training",
-                "Convert it with PEFT's save_pretrained(path_initial_model_for_weight_conversion=…).",
-            )
-        )
-    return problems
+def vocabulary_weight(checkpoint: Checkpoint, path: str) -> str:
+    """The name of an embedding's tensor: a tied output embedding is the input one."""
+    names = [path + ".weight"]
+    if vocabulary_side(checkpoint.architecture, path) == "output":
+        names.append(checkpoint.architecture.unembedding + ".weight")
+    names.append(checkpoint.architecture.embedding + ".weight")
+    return next((found for name in names if (found := checkpoint.find(name)) is not None), names[0])
 
 
-def _scaling(config: Mapping[str, Any], module: str, rank: int) -> float:
-    """``α/r``, or ``α/√r`` for rank-stabilised LoRA, with the module's own α where a pattern names it."""
-    from peft.utils.other import get_pattern_key
-
-    patterns = config.get("alpha_pattern") or {}
-    alpha = float(patterns.get(get_pattern_key(list(patterns), module), config["lora_alpha"]))
-    return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+def vocabulary_shape(checkpoint: Checkpoint, path: str) -> tuple[int, int]:
+    """``(V, d)`` of an embedding."""
+    rows, columns = checkpoint.shape(vocabulary_weight(checkpoint, path))
+    return rows, columns
 
 
 def split_update(update: LowRank, module: Module, dims: Dimensions) -> dict[Role, LowRank]:
@@ -266,6 +283,38 @@ def fuse_updates(parts: Mapping[Role, LowRank], module: Module, dims: Dimensions
     return LowRank(module.fuse(rows, dims), stacked.A)
 
 
+@dataclass(eq=False)
+class Extras:
+    """What a written adapter holds beside its updates, by module path of the new base.
+
+    ``magnitudes`` ``(out,)`` of every module make it a DoRA; ``biases`` ``(out,)`` replace those of its modules;
+    ``saved`` ``(V, d)`` replace embeddings; ``tokens`` are ids and the rows ``(n, d)`` that replace theirs.
+    """
+
+    magnitudes: dict[str, Tensor] = field(default_factory=dict)
+    biases: dict[str, Tensor] = field(default_factory=dict)
+    saved: dict[str, Tensor] = field(default_factory=dict)
+    tokens: dict[str, tuple[list[int], Tensor]] = field(default_factory=dict)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Its tensors by the names PEFT gives them."""
+        named = {f"{path}.lora_magnitude_vector": value for path, value in self.magnitudes.items()}
+        named |= {f"{path}.base_layer.bias": value for path, value in self.biases.items()}
+        named |= {f"{path}.weight": value for path, value in self.saved.items()}
+        named |= {f"{path}.token_adapter.trainable_tokens_delta": rows for path, (_, rows) in self.tokens.items()}
+        return {PREFIX + name: value.float().contiguous() for name, value in named.items()}
+
+    def settings(self) -> dict[str, Any]:
+        """The fields of PEFT's ``LoraConfig`` that go with it."""
+        leaves = {path: path.rpartition(".")[2] for path in [*self.saved, *self.tokens]}
+        return {
+            "use_dora": bool(self.magnitudes),
+            "bias": "lora_only" if self.biases else "none",
+            "modules_to_save": sorted(leaves[path] for path in self.saved) or None,
+            "trainable_token_indices": {leaves[path]: ids for path, (ids, _) in self.tokens.items()} or None,
+        }
+
+
 def write_adapter(
     output: Path,
     updates: Mapping[str, LowRank],
@@ -278,18 +327,22 @@ def write_adapter(
     alpha: float,
     use_rslora: bool = False,
     extra: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+    extras: Extras | None = None,
 ) -> Path:
     """Write updates as a PEFT LoRA adapter directory.
 
     Args:
-        updates: module path → update of at most ``rank``; the scaling is divided out of the factors.
+        updates: module path → update ``(out, in)``, of an embedding ``(V, d)``, cut to ``rank``; the scaling is divided
+            out of the factors.
         extra: module path → ``(B, A)`` to store as they are (fresh initialisations of layers without a partner).
+        extras: what lies beside the updates.
 
     Raises:
         AdapterError: if every update is zero (an adapter that does nothing), or one holds NaN or Inf.
     """
     scaling = alpha / math.sqrt(rank) if use_rslora else alpha / rank
-    tensors: dict[str, Tensor] = {}
+    beside = extras or Extras()
+    tensors: dict[str, Tensor] = beside.tensors()
     total = 0.0
     problems: list[Problem] = []
     for path, update in updates.items():
@@ -299,8 +352,13 @@ def write_adapter(
         total += size
         low = update if update.rank == rank else update.compress(rank)[0]
         root = math.sqrt(scaling)
-        tensors[f"{PREFIX}{path}.lora_A.weight"] = (low.A / root).float().contiguous()
-        tensors[f"{PREFIX}{path}.lora_B.weight"] = (low.B / root).float().contiguous()
+        B, A = low.B / root, low.A / root
+        if vocabulary_side(architecture, path) == "input":  # (V, d) is (in, out), and PEFT adds the transpose of B·A
+            tensors[f"{PREFIX}{path}.lora_embedding_A"] = B.T.float().contiguous()
+            tensors[f"{PREFIX}{path}.lora_embedding_B"] = A.T.float().contiguous()
+            continue
+        tensors[f"{PREFIX}{path}.lora_A.weight"] = A.float().contiguous()
+        tensors[f"{PREFIX}{path}.lora_B.weight"] = B.float().contiguous()
     if not problems and not total > 0:
         problems.append(Problem("adapter", "every migrated update is zero", "It would do nothing: it is not written."))
     if problems:
@@ -318,12 +376,13 @@ def write_adapter(
         target_modules=targets,
         layers_to_transform=layers,
         use_rslora=use_rslora,
+        fan_in_fan_out=_fan_in_fan_out(architecture),
         lora_dropout=0.0,
-        bias="none",
         task_type=TaskType.CAUSAL_LM,
         base_model_name_or_path=base,
         revision=revision,
         inference_mode=True,
+        **beside.settings(),
     ).to_dict()
     config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
     output.mkdir(parents=True, exist_ok=True)
@@ -332,24 +391,35 @@ def write_adapter(
     return output
 
 
-def fresh_config(
-    architecture: Architecture, roles: Sequence[Role], rank: int, alpha: float, use_rslora: bool = False
-) -> Any:
-    """The PEFT config of an untrained LoRA on the modules that hold some roles, in every layer of a base.
+def fresh_lora(adapter: Path, architecture: Architecture) -> dict[str, Any]:
+    """Settings of an untrained LoRA like an adapter: its rank, alpha and modules, in every layer of the base.
 
-    What a team without the old adapter would train from scratch: the control of a fine-tune that starts from it.
+    What a team without the adapter would train from scratch: the control of a fine-tune that starts from it. JSON.
     """
+    opened = Adapter.open(adapter)
+    names = sorted({located[1].name for path in opened.modules if (located := architecture.locate(path))})
+    # A name alone would match a vision tower's modules, too: PEFT takes one string as a pattern of whole paths.
+    pattern = rf"{re.escape(architecture.layers)}\.\d+\.({'|'.join(map(re.escape, names))})"
+    return {
+        "r": opened.rank,
+        "lora_alpha": opened.config["lora_alpha"],
+        "use_rslora": bool(opened.config.get("use_rslora")),
+        "use_dora": bool(opened.config.get("use_dora")),
+        "fan_in_fan_out": _fan_in_fan_out(architecture),
+        "target_modules": pattern if architecture.text_config else names,
+    }
+
+
+def fresh_config(settings: Mapping[str, Any]) -> Any:
+    """The PEFT config of :func:`fresh_lora`."""
     from peft import LoraConfig, TaskType
 
-    return LoraConfig(
-        r=rank,
-        lora_alpha=alpha,
-        use_rslora=use_rslora,
-        target_modules=sorted({m.name for m in architecture.modules if set(m.roles) & set(roles)}),
-        lora_dropout=0.0,
-        bias="none",
-        task_type=TaskType.CAUSAL_LM,
-    )
+    return LoraConfig(**settings, lora_dropout=0.0, bias="none", task_type=TaskType.CAUSAL_LM)
+
+
+def _fan_in_fan_out(architecture: Architecture) -> bool:
+    """Whether its weights are stored ``(in, out)``, which PEFT asks to be told."""
+    return any(module.transposed for module in architecture.modules)
 
 
 def target_modules(
@@ -358,21 +428,28 @@ def target_modules(
     """The shortest PEFT ``target_modules`` and ``layers_to_transform`` that match exactly these modules.
 
     Short names (``q_proj``) where every covered layer has the same ones, as serving engines expect; full paths where
-    layers differ.
+    layers differ, or where a multimodal base may have the same names elsewhere.
     """
+    if architecture.text_config:
+        return sorted(paths), None
     by_layer: dict[int, set[str]] = defaultdict(set)
     leaves = [m.name.rsplit(".", 1)[-1] for m in architecture.modules]
+    embeddings = [path for path in paths if vocabulary_side(architecture, path)]
     for path in paths:
+        if path in embeddings:
+            continue
         located = architecture.locate(path)
         if located is None:
             return sorted(paths), None
         leaf = located[1].name.rsplit(".", 1)[-1]
         by_layer[located[0]].add(leaf if leaves.count(leaf) == 1 else located[1].name)
     kinds = {frozenset(names) for names in by_layer.values()}
-    if len(kinds) != 1:
-        return sorted(paths), None
     covered = sorted(by_layer)
-    return sorted(kinds.pop()), None if covered == list(range(dims.layers)) else covered
+    everywhere = covered == list(range(dims.layers))
+    # layers_to_transform would leave out the embeddings, which are in no layer
+    if len(kinds) != 1 or (embeddings and not everywhere):
+        return sorted(paths), None
+    return sorted({*kinds.pop(), *(path.rpartition(".")[2] for path in embeddings)}), None if everywhere else covered
 
 
 def check_loads(adapter: Path, base: Path, trust_remote_code: bool = False) -> None:
@@ -383,15 +460,16 @@ def check_loads(adapter: Path, base: Path, trust_remote_code: bool = False) -> N
     Raises:
         AdapterError: naming the tensors that do not match.
     """
-    from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+    from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(str(base), trust_remote_code=trust_remote_code)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-        model = inject_adapter_in_model(LoraConfig.from_pretrained(str(adapter)), model)
-    wanted = {PREFIX + name: tuple(t.shape) for name, t in get_peft_model_state_dict(model).items()}
-    found = _shapes(adapter / WEIGHTS)
+        model = auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
+        model = PeftModel(model, LoraConfig.from_pretrained(str(adapter)))
+    state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    wanted = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    found = Tensors(adapter / WEIGHTS).shapes
     problems = [
         Problem(
             str(adapter),

@@ -99,7 +99,10 @@ class Recorder:
     def __enter__(self) -> Recorder:
         for layer in self.layers:
             for module in self.architecture.modules:
-                linear = self.model.get_submodule(self.architecture.path(layer, module))
+                try:
+                    linear = self.model.get_submodule(self.architecture.path(layer, module))
+                except AttributeError:  # some layers lack it: a mixture of experts where others have an MLP
+                    continue
                 self._handles.append(linear.register_forward_hook(self._hook(layer, module)))
         return self
 
@@ -160,9 +163,10 @@ def align(
             for o, n in layers.items():
                 for role in roles:
                     for end in ("in", "out"):
-                        x = recorders[0].seen[o, role, end].reshape(-1, recorders[0].seen[o, role, end].shape[-1])
-                        y = recorders[1].seen[n, role, end].reshape(-1, recorders[1].seen[n, role, end].shape[-1])
                         key = (o, role, end)
+                        if key not in recorders[0].seen or (n, role, end) not in recorders[1].seen:
+                            continue
+                        x, y = recorders[0].seen[key].flatten(0, -2), recorders[1].seen[n, role, end].flatten(0, -2)
                         if key not in found:
                             found[key] = Moments.empty(x.shape[1], y.shape[1])
                         found[key].add(x.cpu()[rows[:, 0]], y.cpu()[rows[:, 1]])

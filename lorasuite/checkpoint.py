@@ -18,7 +18,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from lorasuite.architectures import Architecture, Dimensions, Module, Role, architecture_for
+from lorasuite.architectures import ROLES, Architecture, Dimensions, Module, Role, architecture_for
 from lorasuite.errors import CheckpointError, Problem
 
 #: What a base model needs on disk; nothing else is fetched from the Hub.
@@ -96,23 +96,17 @@ def resolve(source: str | Path, revision: str | None = None) -> Path:
         ) from error
 
 
-class Checkpoint:
-    """A base model's weights on disk, opened lazily.
-
-    Tensors come one at a time, in float32, and are freed when the caller drops them; only the headers of the shards
-    are kept.
+class Weights:
+    """The safetensors files of a model directory and the tensors they name, of any architecture.
 
     Raises:
         CheckpointError: if config, index, shards or safetensors weights are missing.
-        ArchitectureError: if no architecture file describes the model.
     """
 
     def __init__(self, source: str | Path) -> None:
         self.source = str(source)
         self.path = resolve(source)
         self.config = read_json(self.path / "config.json")
-        self.architecture: Architecture = architecture_for(self.config, str(self.path / "config.json"))
-        self.dims: Dimensions = self.architecture.dimensions(self.config, str(self.path / "config.json"))
 
     @property
     def _index(self) -> Path | None:
@@ -162,16 +156,57 @@ class Checkpoint:
             Problem(str(self.path), "has no safetensors weights", "Give a directory with model.safetensors.")
         )
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Tensor name → shape, from the headers alone."""
+        tables = {file: dict(_shapes(file)) for file in sorted(set(self.shards.values()))}
+        # a name counts where the index says it is, as it does when it is read
+        return {name: tables[file][name] for name, file in self.shards.items() if name in tables[file]}
+
+
+class Checkpoint(Weights):
+    """A base model's weights on disk, opened lazily.
+
+    Tensors come one at a time, in float32, and are freed when the caller drops them; only the headers of the shards
+    are kept.
+
+    Raises:
+        CheckpointError: if config, index, shards or safetensors weights are missing.
+        ArchitectureError: if no architecture file describes the model.
+    """
+
+    def __init__(self, source: str | Path) -> None:
+        super().__init__(source)
+        where = str(self.path / "config.json")
+        self.architecture: Architecture = architecture_for(self.config, where)
+        self.dims: Dimensions = self.architecture.dimensions(self.config, where)
+
     def find(self, name: str) -> str | None:
-        """The name a tensor has in this checkpoint (families may leave a prefix out), or None."""
-        prefix = self.architecture.optional_prefix
-        names = [name]
-        if self.config.get("tie_word_embeddings") and name == self.architecture.embedding + ".weight":
-            names.append(self.architecture.unembedding + ".weight")  # a tied pair may be stored under either name
-        for candidate in [*names, *(n.removeprefix(prefix) for n in names)]:
-            if candidate in self.shards:
-                return candidate
-        return None
+        """The name a tensor has in this checkpoint (a family's checkpoints may differ in prefixes), or None."""
+        names = [*self.architecture.names(name)]
+        if name == self.architecture.embedding + ".weight" and self.architecture.tied(self.config):
+            # a tied pair may be stored under either name
+            names += self.architecture.names(self.architecture.unembedding + ".weight")
+        return next((candidate for candidate in names if candidate in self.shards), None)
+
+    def modules(self, layer: int) -> tuple[Module, ...]:
+        """The modules one layer has: optional ones where the checkpoint holds them, each role once."""
+        present: list[Module] = []
+        for module in self.architecture.modules:
+            held = {role for other in present for role in other.roles}
+            if not module.optional or (
+                not held & set(module.roles) and self.find(self.architecture.path(layer, module) + ".weight")
+            ):
+                present.append(module)
+        return tuple(present)
+
+    def roles(self, layer: int) -> tuple[Role, ...]:
+        """The roles one layer has."""
+        held = {role for module in self.modules(layer) for role in module.roles}
+        return tuple(role for role in ROLES if role in held)
+
+    def layer_dims(self, layer: int) -> Dimensions:
+        """The dimensions of one layer, whose MLP width may be its own."""
+        return self.architecture.widths(self.dims, self.modules(layer), self.config)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """A tensor's shape, from the header alone."""
@@ -203,42 +238,41 @@ class Checkpoint:
         return METER.watch(tensor)
 
     def weight(self, layer: int, module: Module) -> Tensor:
-        """A block's weight ``(out, in)`` in float32."""
-        return self.tensor(self.architecture.path(layer, module) + ".weight")
+        """A block's weight ``(out, in)`` in float32, however it is stored."""
+        stored = self.tensor(self.architecture.path(layer, module) + ".weight")
+        return stored.T if module.transposed else stored
 
     def layer(self, layer: int, roles: tuple[Role, ...]) -> dict[Role, Tensor]:
         """The weights of some roles of one block, fused ones split; each ``(out, in)``, float32."""
         found: dict[Role, Tensor] = {}
-        for module in self.architecture.modules:
+        dims = self.layer_dims(layer)
+        for module in self.modules(layer):
             if set(module.roles) & set(roles):
                 whole = self.weight(layer, module)
-                for role, part in module.split(whole, self.dims).items():
+                for role, part in module.split(whole, dims).items():
                     if role in roles:
                         shared = part.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
                         found[role] = part if shared else METER.watch(part)
         return found
 
     def embedding(self) -> Tensor:
-        """The input embedding ``(V, d)``, float32."""
-        return self.tensor(self.architecture.embedding + ".weight")
+        """The input embedding ``(V, d)`` as the first block reads it, with the family's scale; float32."""
+        rows = self.tensor(self.architecture.embedding + ".weight")
+        scale = self.architecture.scale(self.config)
+        return rows if scale == 1 else rows.mul_(scale)
 
     def check(self) -> list[Problem]:
         """Everything the architecture file expects that the checkpoint does not have, from headers only."""
         problems: list[Problem] = []
         expected: list[tuple[str, tuple[int, int]]] = []
-        for layer in range(self.dims.layers):
-            for module in self.architecture.modules:
-                rows = sum(self.dims.rows(role) for role in module.roles)
-                expected.append(
-                    (
-                        self.architecture.path(layer, module) + ".weight",
-                        (rows, self.dims.columns(module.roles[0])),
-                    )
-                )
         try:
-            tables = {file: dict(_shapes(file)) for file in sorted(set(self.shards.values()))}
-            # a name counts where the index says it is, as it does when it is read
-            shapes = {name: tables[file][name] for name, file in self.shards.items() if name in tables[file]}
+            shapes = self.shapes()
+            for layer in range(self.dims.layers):
+                dims, modules = self.layer_dims(layer), self.modules(layer)
+                for module in (*modules, *self._siblings(modules)):
+                    shape = sum(dims.rows(role) for role in module.roles), dims.columns(module.roles[0])
+                    name = self.architecture.path(layer, module) + ".weight"
+                    expected.append((name, shape[::-1] if module.transposed else shape))
         except CheckpointError as error:
             return error.problems
         embedding = self.find(self.architecture.embedding + ".weight")
@@ -249,7 +283,8 @@ class Checkpoint:
                 Problem(
                     embedding,
                     f"is {shapes[embedding]}, config says hidden size {self.dims.hidden_size}",
-                    "The config does not belong to these weights.",
+                    "The config does not belong to these weights, or the embedding is projected to the hidden size, "
+                    "which is not supported.",
                 )
             )
         for name, shape in expected:
@@ -265,6 +300,15 @@ class Checkpoint:
                     )
                 )
         return problems
+
+    def _siblings(self, modules: tuple[Module, ...]) -> list[Module]:
+        """Optional modules a layer lacks although it has others of the same parent: they are missing, not absent."""
+        parents = {module.name.rpartition(".")[0] for module in modules if module.optional}
+        return [
+            module
+            for module in self.architecture.modules
+            if module.optional and module not in modules and module.name.rpartition(".")[0] in parents
+        ]
 
     def _missing(self, name: str) -> Problem:
         return Problem(str(self.path), f"tensor {name} is missing", "The checkpoint is incomplete: download it again.")
@@ -403,6 +447,23 @@ def load_tokenizer(source: str | Path, trust_remote_code: bool = False) -> Any:
         ) from error
 
 
+def auto_class(config: Any) -> Any:
+    """The transformers Auto class for a config: the causal one, or the multimodal one where there is no causal one."""
+    from transformers import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+    )
+
+    multimodal = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    return (
+        AutoModelForImageTextToText
+        if multimodal and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
+        else AutoModelForCausalLM
+    )
+
+
 def load_model(
     source: str | Path, device: str = "cpu", dtype: torch.dtype | None = None, trust_remote_code: bool = False
 ) -> Any:
@@ -414,12 +475,14 @@ def load_model(
     Raises:
         CheckpointError: if it cannot be loaded.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
     path = resolve(source)
     wanted = dtype or (torch.float32 if torch.device(device).type == "cpu" else "auto")
     try:
-        model = AutoModelForCausalLM.from_pretrained(str(path), dtype=wanted, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code)
+        loader = auto_class(config)
+        model = loader.from_pretrained(str(path), dtype=wanted, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(
             Problem(

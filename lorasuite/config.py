@@ -45,7 +45,9 @@ class PairSettings(Strict):
 class MigrationConfig(Strict):
     """One adapter from one base to another."""
 
-    adapter: str = Field(description="LoRA adapter: directory or hub-id[@revision]")
+    adapter: str = Field(
+        description="PEFT adapter: directory or hub-id[@revision]; several, with optional weights, as A:0.7,B:0.3"
+    )
     old_base: str = Field(description="base model it was trained on: directory or hub-id[@revision]")
     new_base: str = Field(description="base model to move it to: directory or hub-id[@revision]")
     output: str = Field(description="directory to create")
@@ -61,6 +63,9 @@ class MigrationConfig(Strict):
         "lorasuite", description="transform to use, or auto: the one that does best on a fifth of the training rows"
     )
     rank: int | None = Field(None, ge=1, description="rank of the new adapter; the old one's if unset")
+    energy: float | None = Field(
+        None, gt=0, le=1, description="in place of rank: the smallest at which every module keeps this share of ‖ΔW‖²"
+    )
     unmapped: Unmapped = Field("freeze", description="new layers without a partner: left out, or a fresh LoRA")
     controls: bool = Field(True, description="also fine-tune a fresh LoRA on the same rows, as the control")
     learning_rates: tuple[float, ...] = Field(
@@ -69,6 +74,7 @@ class MigrationConfig(Strict):
     seed: int = Field(42, ge=0, lt=2**32, description="of the row draw, fresh initialisations and fine-tuning")
     device: str = Field("auto", description="cpu, cuda, cuda:N, or auto")
     trust_remote_code: bool = Field(False, description="let model repositories run their own code")
+    allow_pickle: bool = Field(False, description="read adapter_model.bin, a pickle file, with weights_only")
     pair: PairSettings = PairSettings()
     finetune: FinetuneSettings = FinetuneSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
@@ -83,6 +89,12 @@ class MigrationConfig(Strict):
         if isinstance(tuning, dict) and "seed" not in tuning:
             values = {**values, "finetune": {**tuning, "seed": values.get("seed", cls.model_fields["seed"].default)}}
         return values
+
+    @model_validator(mode="after")
+    def _rank_or_energy(self) -> MigrationConfig:
+        if self.rank is not None and self.energy is not None:
+            raise ValueError("give rank or energy, not both")
+        return self
 
     @field_validator("method")
     @classmethod

@@ -148,16 +148,26 @@ def attach_adapter(
     # Checked first: PEFT would load such a tensor into the base itself, and taking the adapter out leaves it there.
     prefix = "base_model.model."
     inside = {name.removeprefix(prefix) for name in saved if not any(module in f".{name}" for module in own)}
-    overwritten = sorted(inside & set(model.state_dict()))
+    before = model.state_dict()
+    overwritten = sorted(inside & set(before))
     if overwritten:
         what = f"would overwrite {len(overwritten)} tensors of the base, such as {overwritten[0]!r}"
         raise AdapterError([Problem(str(adapter), what, "Save it with save_embedding_layers=False")])
+    # What PEFT changes of the base on purpose (trained biases, weights of PiSSA and its like) is put back on leaving.
+    replaced = {name.replace(".base_layer.", ".") for name in inside if ".base_layer." in name}
+    if _changes_weights(adapter):
+        factor = ".lora_A.weight"
+        replaced |= {name.removesuffix(factor) + ".weight" for name in inside if name.endswith(factor)}
+    kept = {name: before[name].detach().to("cpu", copy=True) for name in sorted(replaced & set(before))}
     try:
         wrapped = PeftModel.from_pretrained(model, str(adapter), is_trainable=trainable, torch_device=str(device))
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         _unwrap(model)
+        model.load_state_dict(kept, strict=False)
         raise AdapterError([Problem(str(adapter), f"does not fit the base model ({error})", remedy)]) from error
-    expected = set(get_peft_model_state_dict(wrapped, save_embedding_layers=False))
+    wrapped.lorasuite_base_tensors = kept
+    copies = {name for name in saved if name.endswith(".base_layer.weight")}  # of the embeddings, beside their LoRA
+    expected = set(get_peft_model_state_dict(wrapped, save_embedding_layers=False)) | copies
     problems = [
         Problem(str(adapter), f"{len(names)} {what} tensors, such as {sorted(names)[0]!r}", remedy)
         for what, names in (("missing", expected - saved), ("unexpected", saved - expected))
@@ -175,8 +185,19 @@ def detach_adapter(wrapped: PeftModel) -> PreTrainedModel:
     Not PEFT's ``unload``: that one leaves an adapter's fully trained modules (``modules_to_save``) in the base.
     """
     model: PreTrainedModel = wrapped.get_base_model()
+    kept = getattr(wrapped, "lorasuite_base_tensors", {})
     _unwrap(model)
+    model.load_state_dict(kept, strict=False)
     return model
+
+
+def _changes_weights(adapter: Path) -> bool:
+    """Whether PEFT changes the base's weights when it loads the adapter, as PiSSA's initialisation does."""
+    from lorasuite.adapter_types import CHANGES_BASE
+    from lorasuite.checkpoint import read_json
+
+    init = read_json(adapter / "adapter_config.json").get("init_lora_weights")
+    return isinstance(init, str) and bool(CHANGES_BASE.search(init))
 
 
 def _unwrap(model: PreTrainedModel) -> None:

@@ -35,6 +35,19 @@ class LowRank:
             torch.zeros(0, in_features, dtype=torch.float64),
         )
 
+    @classmethod
+    def from_dense(cls, delta: Tensor) -> LowRank:
+        """A dense update ``(out, in)`` as its SVD, without the directions that are rounding errors only.
+
+        Float64 up to 1,024 rows or columns, float32 above, where an SVD takes seconds to minutes.
+        """
+        working = torch.float64 if min(delta.shape) <= 1024 else torch.float32
+        u, s, vh = torch.linalg.svd(delta.to(working), full_matrices=False)
+        # ΔW comes in float32: what is a millionth of its largest direction is not of the adapter's making.
+        keep = int((s > 1e-6 * s[0]).sum()) if s.numel() and bool(s[0] > 0) else 0
+        root = s[:keep].sqrt()
+        return cls((u[:, :keep] * root).double(), (root[:, None] * vh[:keep]).double())
+
     @property
     def shape(self) -> tuple[int, int]:
         """``(out, in)`` of the product."""
@@ -73,23 +86,30 @@ class LowRank:
         u, s, vh = torch.linalg.svd(rb @ ra.T, full_matrices=False)
         return qb @ u, s, vh @ qa.T
 
-    def compress(self, rank: int) -> tuple[LowRank, float]:
+    def compress(self, rank: int | None = None, energy: float | None = None) -> tuple[LowRank, float]:
         """The best approximation of at most ``rank``, singular values split evenly, and the energy it keeps.
+
+        Args:
+            energy: in place of ``rank``, the smallest one (at least 1) that keeps this share of ``‖ΔW‖²``.
 
         Returns:
             the update, padded with zero columns when the product has fewer than ``rank`` directions, and the kept
             share of ``‖ΔW‖²`` (1.0 for a zero update).
         """
         u, s, vh = self.svd()
+        kept = (s**2).cumsum(0)
+        if rank is None:
+            share = 1.0 if energy is None else energy
+            # rounding must not ask for a direction that adds nothing
+            rank = min(int((kept < (share - 1e-12) * kept[-1]).sum()) + 1, s.numel()) if s.numel() else 1
         keep = min(rank, s.numel())
         root = s[:keep].sqrt()
         B = torch.zeros(self.shape[0], rank, dtype=torch.float64)
         A = torch.zeros(rank, self.shape[1], dtype=torch.float64)
         B[:, :keep] = u[:, :keep] * root
         A[:keep] = root[:, None] * vh[:keep]
-        total = float((s**2).sum())
-        kept = float((s[:keep] ** 2).sum()) / total if total > 0 else 1.0
-        return LowRank(B, A), kept
+        total = float(kept[-1]) if s.numel() else 0.0
+        return LowRank(B, A), float(kept[keep - 1]) / total if total > 0 else 1.0
 
     @staticmethod
     def sum(parts: Sequence[LowRank]) -> LowRank:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import shutil
 from collections import Counter
 from collections.abc import Callable
@@ -10,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from lorasuite.adapter import Adapter
-from lorasuite.architectures import ROLES, Role
-from lorasuite.checkpoint import Checkpoint, load_tokenizer
+from lorasuite.adapter_types import weight_shape
+from lorasuite.architectures import ROLES, Role, architectures, propose
+from lorasuite.checkpoint import Checkpoint, Weights, load_tokenizer
+from lorasuite.combination import open_adapters
 from lorasuite.config import MigrationConfig, torch_device
 from lorasuite.data import Row, calibration_texts, draw, encode_rows, read_rows
 from lorasuite.errors import LoRASuiteError, PreflightError, Problem
@@ -37,6 +41,8 @@ class Inspection:
     memory: dict[str, int] = field(default_factory=dict)
     notices: list[str] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
+    #: for a base of an unknown architecture: ``{"old_base": {"yaml": a draft of its file, "questions": […]}}``
+    proposal: dict[str, Any] = field(default_factory=dict)
     old_tokenizer: Any = field(default=None, repr=False)
     new_tokenizer: Any = field(default=None, repr=False)
 
@@ -55,24 +61,34 @@ class Inspection:
 
 
 def inspect(
-    old_base: str, new_base: str, adapter: str | None = None, method: str = "lorasuite", trust_remote_code: bool = False
+    old_base: str,
+    new_base: str,
+    adapter: str | None = None,
+    method: str = "lorasuite",
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
 ) -> Inspection:
     """Compare two bases, and say what of an adapter would move. Headers and configs only: no weight is read."""
     result = Inspection(old_base, new_base)
     old = _attempt(result, lambda: Checkpoint(old_base))
     new = _attempt(result, lambda: Checkpoint(new_base))
-    opened = _attempt(result, lambda: Adapter.open(adapter)) if adapter else None
+    for side, source, checkpoint in (("old_base", old_base, old), ("new_base", new_base, new)):
+        if checkpoint is None:
+            _propose(result, side, source)
+    opened = _attempt(result, lambda: open_adapters(adapter, allow_pickle)) if adapter else None
     for checkpoint in (old, new):
         if checkpoint is not None:
-            result.problems += checkpoint.check()
+            result.problems += checkpoint.check() + _own_code(checkpoint, trust_remote_code)
     if old is not None and new is not None:
         _factors(result, old, new)
         _vocabulary(result, old, new, trust_remote_code)
-        _memory(result, old, new)
+        with contextlib.suppress(LoRASuiteError):  # what cannot be read has been noted
+            _memory(result, old, new)
     if old is not None and opened is not None:
         result.problems += opened.check(old) or _attempt(result, lambda: _something_to_move(opened)) or []
         result.adapter = {
             "path": str(opened.path),
+            "kind": opened.kind,
             "rank": opened.rank,
             "alpha": opened.config.get("lora_alpha"),
             "modules": len(opened.modules),
@@ -80,6 +96,7 @@ def inspect(
         }
         if new is not None and not result.problems:
             _modules(result, old, new, opened, method)
+            _beside(result, old, opened)
     return result
 
 
@@ -92,12 +109,35 @@ def _attempt(result: Inspection, action: Callable[[], Any]) -> Any:
         return None
 
 
+def _propose(result: Inspection, side: str, source: str) -> None:
+    """A draft of an architecture file, if what stopped the base from being read is that there is none."""
+    with contextlib.suppress(LoRASuiteError):  # noted already
+        weights = Weights(source)
+        if weights.config.get("model_type") not in architectures():
+            draft = propose(weights.config, weights.shapes())
+            result.proposal[side] = {"yaml": draft.text, "questions": draft.questions}
+
+
+def _own_code(checkpoint: Checkpoint, trust_remote_code: bool) -> list[Problem]:
+    """Whether a base runs code of its own without leave."""
+    from transformers import CONFIG_MAPPING
+
+    if trust_remote_code or not checkpoint.config.get("auto_map"):
+        return []
+    if checkpoint.config.get("model_type") in CONFIG_MAPPING:
+        return []
+    what = "is a model with code of its own, which running it takes"
+    return [Problem(checkpoint.source, what, "Read that code, and give --trust-remote-code if you trust it.")]
+
+
 def _something_to_move(adapter: Adapter) -> list[Problem]:
     """Whether the adapter does anything: a problem if every update is zero (it was never trained).
 
     Raises:
         AdapterError: if a factor holds NaN or Inf.
     """
+    if not adapter.stored:  # known only after a computation for each module
+        return []
     if sum(adapter.update(path).norm() for path in adapter.modules) > 0:
         return []
     return [Problem(str(adapter.path), "every update is zero", "It was never trained: there is nothing to migrate.")]
@@ -145,16 +185,18 @@ def _memory(result: Inspection, old: Checkpoint, new: Checkpoint) -> None:
     """Bytes of weights each kind of stage holds at once, in float32."""
 
     def layer(checkpoint: Checkpoint) -> int:
-        return FLOAT * sum(
-            checkpoint.dims.rows(role) * checkpoint.dims.columns(role) for role in checkpoint.architecture.roles
-        )
+        sizes = []
+        for n in range(checkpoint.dims.layers):
+            dims = checkpoint.layer_dims(n)
+            sizes.append(sum(dims.rows(role) * dims.columns(role) for role in checkpoint.roles(n)))
+        return FLOAT * max(sizes)
 
     def embedding(checkpoint: Checkpoint) -> int:
         return FLOAT * checkpoint.dims.vocab_size * checkpoint.dims.hidden_size
 
     def model(checkpoint: Checkpoint) -> int:
         # on disk in half precision as a rule; a forward pass on a CPU is in float32
-        return embedding(checkpoint) * 2 + checkpoint.dims.layers * layer(checkpoint)
+        return FLOAT * sum(math.prod(shape) for shape in checkpoint.shapes().values())
 
     result.memory = {
         "transfer_matrices": embedding(old) + embedding(new),
@@ -204,6 +246,28 @@ def _modules(result: Inspection, old: Checkpoint, new: Checkpoint, adapter: Adap
         result.problems += unlike
 
 
+def _beside(result: Inspection, old: Checkpoint, adapter: Adapter) -> None:
+    """What of an adapter is not stored as factors of block weights: what that costs, and what becomes of it."""
+    if not adapter.stored:
+        largest = max(math.prod(weight_shape(old, path)) for path in adapter.modules if old.architecture.locate(path))
+        # the dense ΔW, its base weight, both in float32, and an SVD of it in float64
+        result.memory["read_adapter"] = 10 * FLOAT * largest
+        result.notices.append(
+            f"{adapter.kind}: ΔW is computed and decomposed for each of {len(adapter.modules)} modules, one at a time"
+        )
+    embeddings = adapter.vocabulary_modules(old.architecture)
+    common = result.vocabulary.get("common", 0)
+    if embeddings and not common:
+        what = f"changes embeddings ({', '.join(embeddings)}), and the two tokenizers share no token"
+        result.problems.append(Problem(str(adapter.path), what, "Train without the embeddings."))
+    elif embeddings:
+        result.notices.append(
+            f"{', '.join(embeddings)}: changes are carried over for {common} of {old.dims.vocab_size} tokens"
+        )
+    if adapter.contents.biases:
+        result.notices.append("biases: changes are carried over where the new base has a bias of the same size")
+
+
 @dataclass
 class Plan:
     """A checked migration: the texts, training rows and held-out rows it will use."""
@@ -220,7 +284,14 @@ def check(config: MigrationConfig) -> Plan:
     Raises:
         PreflightError: with every problem.
     """
-    result = inspect(config.old_base, config.new_base, config.adapter, config.method, config.trust_remote_code)
+    result = inspect(
+        config.old_base,
+        config.new_base,
+        config.adapter,
+        config.method,
+        config.trust_remote_code,
+        config.allow_pickle,
+    )
     _attempt(result, lambda: torch_device(config.device))
     texts = _calibration(result, config)
     train = _training_rows(result, config)

@@ -20,7 +20,15 @@ from lorasuite.finetune import FinetuneSettings
 from lorasuite.migration import migrate
 from lorasuite.selection import NOTHING, choose, write_scaled
 from lorasuite.sweep import finetune_swept, split
-from tasks.pair_stages import factor_reader, head_maps, layer_map, moments_reader, transfer, trusted
+from tasks.pair_stages import (
+    factor_reader,
+    head_maps,
+    layer_map,
+    moments_reader,
+    shared_tokens,
+    transfer,
+    trusted,
+)
 from tasks.stage import Artifact, StageOutput, Where, stage
 
 Inputs = Mapping[str, Any]
@@ -34,7 +42,7 @@ ANY_BASE = "base"
 def transform(inputs: Inputs, settings: Settings, where: Where) -> StageOutput:
     """The adapter on the new base, without fine-tuning."""
     METER.reset()
-    adapter = Adapter.open(where.path("adapter"))
+    adapter = Adapter.open(where.path("adapter"), bool(where.options.get("allow_pickle")))
     old, new = Checkpoint(where.path("old_base")), Checkpoint(where.path("new_base"))
     factors = {role: inputs[f"mlp_factors_{role}"] for role in ROLES if f"mlp_factors_{role}" in inputs}
     aligned = [artifact for name, artifact in inputs.items() if name.startswith("alignment_")]
@@ -49,8 +57,10 @@ def transform(inputs: Inputs, settings: Settings, where: Where) -> StageOutput:
         mlp_factor=factor_reader(factors),
         alignment=moments_reader(aligned) if aligned else None,
         rank=settings["rank"],
+        energy=settings.get("energy"),
         unmapped=settings["unmapped"],
         seed=settings["seed"],
+        common=shared_tokens(inputs["vocabulary"]) if "vocabulary" in inputs else None,
     )
     with tempfile.TemporaryDirectory() as folder:
         path = write_adapter(
@@ -59,10 +69,9 @@ def transform(inputs: Inputs, settings: Settings, where: Where) -> StageOutput:
             architecture=new.architecture,
             dims=new.dims,
             base=ANY_BASE,
-            rank=settings["rank"],
-            alpha=settings["alpha"],
-            use_rslora=settings["use_rslora"],
             extra=moved.fresh,
+            extras=moved.extras,
+            **adapter.lora_settings(moved.rank),
         )
         files = _contents(path)
     info = {
@@ -70,6 +79,8 @@ def transform(inputs: Inputs, settings: Settings, where: Where) -> StageOutput:
         "retained_energy": moved.retained,
         "dropped": moved.dropped,
         "fresh": sorted(moved.fresh),
+        "carried": moved.carried,
+        "rank": moved.rank,
         "loaded_bytes_peak": METER.peak,
     }
     return StageOutput(info=info, files=files)
@@ -100,7 +111,6 @@ def finetune(inputs: Inputs, settings: Settings, where: Where) -> StageOutput:
     """The light fine-tune of a migrated adapter, or of a fresh LoRA on the same rows."""
     rows = draw(read_rows(where.path("train_data")), settings["samples"], settings["seed"])
     fresh = settings["fresh"]  # None: start from the migrated adapter
-    architecture = Checkpoint(where.path("new_base")).architecture
     with tempfile.TemporaryDirectory() as folder:
         result, sweep = finetune_swept(
             str(where.path("new_base")),
@@ -109,7 +119,7 @@ def finetune(inputs: Inputs, settings: Settings, where: Where) -> StageOutput:
             FinetuneSettings.model_validate(settings["finetune"]),
             settings["learning_rates"],
             adapter=adapter_folder(inputs["transform"]) if fresh is None else None,
-            lora=None if fresh is None else fresh_config(architecture, **fresh),
+            lora=None if fresh is None else fresh_config(fresh),
             output=Path(folder) / "adapter",
             work_dir=where.path("work"),
             device=where.device,

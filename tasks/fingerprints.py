@@ -43,9 +43,9 @@ def fingerprint_bases(home: Path, old_base: Path, new_base: Path) -> dict[str, s
     return found
 
 
-def fingerprint_adapter(path: Path) -> str:
+def fingerprint_adapter(path: Path, allow_pickle: bool = False) -> str:
     """What the adapter computes."""
-    return Adapter.open(path).fingerprint()
+    return Adapter.open(path, allow_pickle).fingerprint()
 
 
 def fingerprint_texts(texts: Sequence[str]) -> str:

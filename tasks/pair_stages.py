@@ -40,10 +40,7 @@ def vocabulary(inputs: Inputs, settings: Settings, where: Where) -> StageOutput:
 @stage("transfer_matrices", tags=["pair"])
 def transfer_matrices(inputs: Inputs, settings: Settings, where: Where) -> StageOutput:
     """``W_h`` from the embeddings of the common tokens."""
-    shared: Artifact = inputs["vocabulary"]
-    common = CommonTokens(
-        shared.tensor("old"), shared.tensor("new"), shared.info["same"], shared.info["old"], shared.info["new"]
-    )
+    common = shared_tokens(inputs["vocabulary"])
     fitted = fit_transfer_matrix(*_checkpoints(where), common, settings["when"])
     tensors = {} if fitted.matrix is None or fitted.inverse is None else {
         "matrix": fitted.matrix, "inverse": fitted.inverse
@@ -56,7 +53,8 @@ def mlp_factors(inputs: Inputs, settings: Settings, where: Where) -> StageOutput
     """One MLP projection's Gram pseudo-inverses, layer by layer, of the old base (for any new one)."""
     old = Checkpoint(where.path("old_base"))
     role: Any = settings["role"]
-    return StageOutput((str(layer), mlp_factor(old, layer, role)) for layer in range(old.dims.layers))
+    held = (layer for layer in range(old.dims.layers) if role in old.roles(layer))
+    return StageOutput((str(layer), mlp_factor(old, layer, role)) for layer in held)
 
 
 @stage("activations", tags=["pair"])
@@ -153,6 +151,12 @@ BASES = ("old_base", "new_base")
 
 def _checkpoints(where: Where) -> tuple[Checkpoint, Checkpoint]:
     return Checkpoint(where.path("old_base")), Checkpoint(where.path("new_base"))
+
+
+def shared_tokens(artifact: Artifact) -> CommonTokens:
+    """The paired ids of a vocabulary artifact."""
+    info = artifact.info
+    return CommonTokens(artifact.tensor("old"), artifact.tensor("new"), info["same"], info["old"], info["new"])
 
 
 def layer_map(artifact: Artifact) -> dict[int, int]:

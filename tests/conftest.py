@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 
 os.environ["PREFECT_SERVER_ANALYTICS_ENABLED"] = "false"
 os.environ["DO_NOT_TRACK"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Threads cost tiny models more than they give, and on a busy machine far more. Processes that tests start inherit it.
+os.environ["OMP_NUM_THREADS"] = "1"
+# where transformers copies the code of fixtures that bring their own: not into the user's cache
+os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="lorasuite-test-code-")
 
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +25,8 @@ import torch
 
 from tests import models
 
-torch.set_num_threads(2)
+atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
+torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -17,24 +17,67 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import (
-    AutoModelForCausalLM,
-    BloomConfig,
-    GPTNeoXConfig,
-    LlamaConfig,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-)
+from transformers import CONFIG_MAPPING, AutoConfig, BloomConfig, GPT2Config, PreTrainedTokenizerFast
+from transformers.pytorch_utils import Conv1D
 
-FAMILIES = ("llama", "qwen2", "gpt_neox", "bloom")
+from lorasuite.checkpoint import auto_class
+from tests.minicpm.configuration_minicpm import MiniCPMConfig
+from tests.minicpm.modeling_minicpm import MiniCPMForCausalLM
 
-#: Every linear module of a block, by PEFT target name.
-ALL_TARGETS: dict[str, list[str]] = {
-    "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-    "qwen2": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-    "gpt_neox": ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"],
-    "bloom": ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"],
+#: Every model type of the architecture files, each with a fixture.
+FAMILIES = (
+    "llama", "qwen2", "gpt_neox", "bloom", "mistral", "ministral", "ministral3", "mistral3", "mixtral", "qwen3",
+    "qwen3_moe", "qwen2_moe", "llama4_text", "llama4", "phi", "phi3", "gemma", "gemma2", "gemma3_text", "gemma3",
+    "olmo", "olmo2", "olmo3", "smollm3", "stablelm", "granite", "cohere", "cohere2", "minicpm", "gpt2", "opt",
+)  # fmt: skip
+MULTIMODAL = ("llama4", "gemma3", "mistral3")
+MOE = ("mixtral", "qwen3_moe", "qwen2_moe", "llama4_text", "llama4")
+FUSED = ("gpt_neox", "bloom", "phi3", "gpt2")
+
+LLAMA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+NEOX_TARGETS = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
+#: Every linear module of a block, by PEFT target name (or pattern, where a vision tower has the same names).
+ALL_TARGETS: dict[str, list[str] | str] = {
+    **dict.fromkeys(FAMILIES, LLAMA_TARGETS),
+    **dict.fromkeys(("gemma3", "mistral3"), r"model\.language_model\..*(q|k|v|o|gate|up|down)_proj"),
+    "gpt_neox": NEOX_TARGETS,
+    "bloom": NEOX_TARGETS,
+    **dict.fromkeys(("mixtral", "qwen3_moe"), LLAMA_TARGETS[:4]),
+    "phi": ["q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"],
+    "phi3": ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"],
+    "gpt2": ["c_attn", "c_proj", "c_fc"],
+    "opt": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
 }
+
+EXPERTS: dict[str, Any] = {"num_local_experts": 2, "num_experts_per_tok": 1}
+#: What a family's fixture has beside the common numbers: what sets the family apart.
+PECULIAR: dict[str, dict[str, Any]] = {
+    "ministral": {"head_dim": 8},
+    "mistral": {"head_dim": 12},
+    "mixtral": EXPERTS,
+    "qwen3": {"head_dim": 12},
+    "qwen3_moe": {**EXPERTS, "moe_intermediate_size": 8, "mlp_only_layers": [1], "head_dim": 12},
+    "qwen2_moe": {
+        **EXPERTS, "num_experts": 2, "moe_intermediate_size": 8, "mlp_only_layers": [1],
+        "shared_expert_intermediate_size": 20,
+    },
+    "llama4_text": {**EXPERTS, "interleave_moe_layer_step": 2, "intermediate_size_mlp": 40, "head_dim": 8},
+    "gemma": {"head_dim": 16},
+    "gemma2": {"head_dim": 16, "query_pre_attn_scalar": 16},
+    "gemma3_text": {"head_dim": 16, "query_pre_attn_scalar": 16},
+    "granite": {"embedding_multiplier": 3.0, "residual_multiplier": 0.5},
+    "minicpm": {"scale_emb": 12, "scale_depth": 1.4},
+}  # fmt: skip
+NO_KV_HEADS = ("gpt_neox", "bloom", "gpt2", "opt")
+VISION: dict[str, dict[str, Any]] = {
+    "gemma3": {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+               "image_size": 28, "patch_size": 14},
+    "mistral3": {"model_type": "pixtral", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+                 "num_attention_heads": 2, "head_dim": 8, "image_size": 28, "patch_size": 14},
+    "llama4": {"hidden_size": 16, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
+               "image_size": 28, "patch_size": 14, "projector_input_dim": 16, "projector_output_dim": 16,
+               "vision_output_dim": 16},
+}  # fmt: skip
 
 SPECIAL = ("<pad>", "<unk>", "<s>", "</s>")
 
@@ -70,11 +113,26 @@ def config_for(
     heads: int = 4,
     kv_heads: int | None = None,
     head_dim: int | None = None,
+    **extra: Any,
 ) -> Any:
     """A transformers config of the family. Bloom's MLP is always 4 × hidden, whatever ``intermediate`` says."""
     ids = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
+    if family in VISION:
+        inner = {"gemma3": "gemma3_text", "mistral3": "mistral", "llama4": "llama4_text"}[family]
+        text = config_for(
+            inner, vocab=vocab, hidden=hidden, intermediate=intermediate, layers=layers, heads=heads,
+            kv_heads=kv_heads, head_dim=head_dim, **extra,
+        )  # fmt: skip
+        nested = {key: value for key, value in text.to_dict().items() if key != "layer_types"}
+        more = {"mm_tokens_per_image": 1} if family == "gemma3" else {}
+        return CONFIG_MAPPING[family](text_config=nested, vision_config=VISION[family], **more)
     if family == "bloom":
-        return BloomConfig(vocab_size=vocab, hidden_size=hidden, n_layer=layers, n_head=heads, **ids)
+        return BloomConfig(vocab_size=vocab, hidden_size=hidden, n_layer=layers, n_head=heads, **ids, **extra)
+    if family == "gpt2":
+        return GPT2Config(
+            vocab_size=vocab, n_embd=hidden, n_layer=layers, n_head=heads, n_inner=intermediate, n_positions=128,
+            **ids, **extra,
+        )  # fmt: skip
     common: dict[str, Any] = {
         "vocab_size": vocab,
         "hidden_size": hidden,
@@ -83,13 +141,21 @@ def config_for(
         "num_attention_heads": heads,
         "max_position_embeddings": 128,
         **ids,
+        **PECULIAR.get(family, {}),
+        **extra,
     }
-    if family == "gpt_neox":
-        return GPTNeoXConfig(**common)
-    common["num_key_value_heads"] = kv_heads or heads
+    if family == "opt":
+        common["ffn_dim"] = common.pop("intermediate_size")
+        common.setdefault("word_embed_proj_dim", hidden)
+    if family not in NO_KV_HEADS:
+        common["num_key_value_heads"] = kv_heads or heads
     if head_dim is not None:
         common["head_dim"] = head_dim
-    return {"llama": LlamaConfig, "qwen2": Qwen2Config}[family](**common)
+    if family in ("ministral3", "cohere2") and head_dim is None:
+        common["head_dim"] = hidden // heads
+    if family == "minicpm":
+        return MiniCPMConfig(**common)
+    return CONFIG_MAPPING[family](**common)
 
 
 def randomise(model: torch.nn.Module, seed: int, std: float = 0.2) -> None:
@@ -118,16 +184,28 @@ def build(
 ) -> Path:
     """A random model and its tokenizer, saved with ``save_pretrained``; ``shard`` is a ``max_shard_size``."""
     config = config_for(family, **numbers)
-    model = AutoModelForCausalLM.from_config(config)
+    if family == "minicpm":  # its code goes beside its weights
+        MiniCPMConfig.register_for_auto_class()
+        MiniCPMForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+        model: Any = MiniCPMForCausalLM(config)
+    else:
+        model = auto_class(config).from_config(config)
     randomise(model, seed)
     model.to(dtype).save_pretrained(path, max_shard_size=shard or "1GB")
-    build_tokenizer(path, tokens if tokens is not None else words(config.vocab_size))
+    build_tokenizer(path, tokens if tokens is not None else words(config.get_text_config().vocab_size))
     return path
 
 
 def load(path: Path) -> Any:
     """The transformers model, float32, evaluation mode."""
-    return AutoModelForCausalLM.from_pretrained(str(path), dtype=torch.float32).eval()
+    trust = needs_code(path)
+    config = AutoConfig.from_pretrained(str(path), trust_remote_code=trust)
+    return auto_class(config).from_pretrained(str(path), dtype=torch.float32, trust_remote_code=trust).eval()
+
+
+def needs_code(path: Path) -> bool:
+    """Whether a model directory brings its own code."""
+    return "auto_map" in json.loads((path / "config.json").read_text())
 
 
 def build_adapter(
@@ -181,10 +259,15 @@ def peft_deltas(adapter: Path, model: Path) -> dict[str, torch.Tensor]:
     """Module path → ΔW, as PEFT itself computes it (``get_delta_weight``), float64."""
     tuned = load_tuned(adapter, model)
     return {
-        name.removeprefix("base_model.model."): module.get_delta_weight("default").detach().double()
+        name.removeprefix("base_model.model."): out_in(module, module.get_delta_weight("default")).detach().double()
         for name, module in tuned.named_modules()
         if hasattr(module, "get_delta_weight") and "default" in getattr(module, "lora_A", {})
     }
+
+
+def out_in(module: Any, weight: torch.Tensor) -> torch.Tensor:
+    """A module's weight as ``(out, in)``: transformers' ``Conv1D`` stores the transpose."""
+    return weight.T if isinstance(getattr(module, "base_layer", module), Conv1D) else weight
 
 
 def edit_json(path: Path, **changes: Any) -> None:

@@ -10,6 +10,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -18,18 +19,86 @@ from torch import Tensor
 QKV = ("q", "k", "v")
 
 
+LLAMA = {
+    "q": "self_attn.q_proj",
+    "k": "self_attn.k_proj",
+    "v": "self_attn.v_proj",
+    "o": "self_attn.o_proj",
+    "gate": "mlp.gate_proj",
+    "up": "mlp.up_proj",
+    "down": "mlp.down_proj",
+}
+DENSE_MLP = {"up": "mlp.dense_h_to_4h", "down": "mlp.dense_4h_to_h"}
+
+
+def under(parent: str) -> dict[str, str]:
+    return {role: f"{parent}.{role}_proj" for role in ("gate", "up", "down")}
+
+
+#: Model type → the module that holds each role (two roles joined by a space: their rows one after the other; "qkv":
+#: head by head), as the transformers source has them. Several entries: layers differ, and the tensors say which.
+BLOCKS: dict[str, list[dict[str, str]]] = {
+    "gpt_neox": [{"qkv": "attention.query_key_value", "o": "attention.dense", **DENSE_MLP}],
+    "bloom": [{"qkv": "self_attention.query_key_value", "o": "self_attention.dense", **DENSE_MLP}],
+    **{family: [{role: LLAMA[role] for role in "qkvo"}] for family in ("mixtral", "qwen3_moe")},
+    "qwen2_moe": [LLAMA, {**LLAMA, **under("mlp.shared_expert")}],
+    "llama4_text": [{**LLAMA, **under("feed_forward")}, {**LLAMA, **under("feed_forward.shared_expert")}],
+    "phi": [{**{r: LLAMA[r] for r in "qkv"}, "o": "self_attn.dense", "up": "mlp.fc1", "down": "mlp.fc2"}],
+    "phi3": [
+        {"q k v": "self_attn.qkv_proj", "o": "self_attn.o_proj", "gate up": "mlp.gate_up_proj", "down": "mlp.down_proj"}
+    ],
+    "gpt2": [{"q k v": "attn.c_attn", "o": "attn.c_proj", "up": "mlp.c_fc", "down": "mlp.c_proj"}],
+    "opt": [{**{r: LLAMA[r] for r in "qkv"}, "o": "self_attn.out_proj", "up": "fc1", "down": "fc2"}],
+}
+BLOCKS["llama4"] = BLOCKS["llama4_text"]
+#: Model type → where PEFT finds the blocks, and where they and the embedding are on disk; the others are as Llama.
+PLACES: dict[str, tuple[str, str, str]] = {
+    "gpt_neox": ("gpt_neox.layers", "gpt_neox.layers", "gpt_neox.embed_in"),
+    "bloom": ("transformer.h", "transformer.h", "transformer.word_embeddings"),
+    "gpt2": ("transformer.h", "transformer.h", "transformer.wte"),
+    "opt": ("model.decoder.layers", "model.decoder.layers", "model.decoder.embed_tokens"),
+    **dict.fromkeys(
+        ("gemma3", "mistral3"),
+        ("model.language_model.layers", "language_model.model.layers", "language_model.model.embed_tokens"),
+    ),
+}
+#: What the embedding's rows are multiplied with before the first block.
+SCALES = {
+    **dict.fromkeys(("gemma", "gemma2", "gemma3_text", "gemma3"), lambda c: math.sqrt(c["hidden_size"])),
+    "granite": lambda c: c["embedding_multiplier"],
+    "minicpm": lambda c: c["scale_emb"],
+}
+
+
 @dataclass
 class Dense:
     """A whole model in memory: every block's weights by role, float64, fused ones taken apart."""
 
     family: str
     d: int
-    i: int
     H: int
     K: int
     e: int
     E: Tensor
     layers: list[dict[str, Tensor]]
+    names: list[dict[str, str]]
+
+    def path(self, layer: int, name: str) -> str:
+        return f"{PLACES.get(self.family, ('model.layers',))[0]}.{layer}.{name}"
+
+    def cut(self, group: str, rows: Tensor) -> dict[str, Tensor]:
+        """A module's rows as one matrix a role."""
+        if group == "qkv":
+            return cut_fused(rows, self.H, self.e)
+        roles = group.split()
+        width = {"q": self.H * self.e, "k": self.K * self.e, "v": self.K * self.e}
+        found, start = {}, 0
+        for role in roles:
+            size = width.get(role, len(rows) // len(roles)) if len(roles) > 1 else len(rows)
+            found[role] = rows[start : start + size]
+            start += size
+        assert start == len(rows)
+        return found
 
 
 def cut_fused(rows: Tensor, H: int, e: int) -> dict[str, Tensor]:
@@ -46,6 +115,10 @@ def join_fused(parts: dict[str, Tensor], H: int, e: int) -> Tensor:
     return torch.cat([parts[role][a * e : (a + 1) * e] for a in range(H) for role in QKV])
 
 
+def first(config: dict[str, Any], *keys: str) -> Any:
+    return next((config[key] for key in keys if config.get(key) is not None), None)
+
+
 def read(path: Path) -> Dense:
     """A model directory, from its raw tensors."""
     config = json.loads((path / "config.json").read_text())
@@ -53,77 +126,49 @@ def read(path: Path) -> Dense:
     for file in sorted(path.glob("*.safetensors")):
         state.update({name: tensor.double() for name, tensor in load_file(file).items()})
     family = config["model_type"]
-    blocks: list[dict[str, Tensor]] = []
-    if family in ("llama", "qwen2"):
-        H, d, i = config["num_attention_heads"], config["hidden_size"], config["intermediate_size"]
-        K, e = config["num_key_value_heads"], config.get("head_dim") or d // H
-        for n in range(config["num_hidden_layers"]):
-            block = {r: state[f"model.layers.{n}.self_attn.{r}_proj.weight"] for r in ("q", "k", "v", "o")}
-            block.update({r: state[f"model.layers.{n}.mlp.{r}_proj.weight"] for r in ("gate", "up", "down")})
-            blocks.append(block)
-        return Dense(family, d, i, H, K, e, state["model.embed_tokens.weight"], blocks)
-    if family == "gpt_neox":
-        H, L = config["num_attention_heads"], config["num_hidden_layers"]
-        root, attention = "gpt_neox.layers", "attention"
-        E = state["gpt_neox.embed_in.weight"]
-    else:
-        H, L = config["n_head"], config["n_layer"]
-        root, attention = "transformer.h", "self_attention"
-        E = state["transformer.word_embeddings.weight"]
-    d = config["hidden_size"]
-    e = d // H
-    for n in range(L):
-        block = cut_fused(state[f"{root}.{n}.{attention}.query_key_value.weight"], H, e)
-        block["o"] = state[f"{root}.{n}.{attention}.dense.weight"]
-        block["up"] = state[f"{root}.{n}.mlp.dense_h_to_4h.weight"]
-        block["down"] = state[f"{root}.{n}.mlp.dense_4h_to_h.weight"]
-        blocks.append(block)
-    return Dense(family, d, blocks[0]["up"].shape[0], H, H, e, E, blocks)
-
-
-LLAMA_NAMES = {
-    "q": "self_attn.q_proj",
-    "k": "self_attn.k_proj",
-    "v": "self_attn.v_proj",
-    "o": "self_attn.o_proj",
-    "gate": "mlp.gate_proj",
-    "up": "mlp.up_proj",
-    "down": "mlp.down_proj",
-}
+    config.update(config.get("text_config", {}))
+    d, H = first(config, "hidden_size", "n_embd"), first(config, "num_attention_heads", "n_head")
+    K = config["num_key_value_heads"] if family not in ("gpt_neox", "bloom", "gpt2", "opt") else H
+    _, root, embedding = PLACES.get(family, ("", "model.layers", "model.embed_tokens"))
+    E = state[embedding + ".weight"] * SCALES.get(family, lambda _: 1.0)(config)
+    model = Dense(family, d, H, K, first(config, "head_dim") or d // H, E, [], [])
+    for n in range(first(config, "num_hidden_layers", "n_layer")):
+        names: dict[str, str] = {}
+        for kind in BLOCKS.get(family, [LLAMA]):
+            names.update({group: name for group, name in kind.items() if f"{root}.{n}.{name}.weight" in state})
+        block: dict[str, Tensor] = {}
+        for group, name in names.items():
+            weight = state[f"{root}.{n}.{name}.weight"]
+            block.update(model.cut(group, weight.T if family == "gpt2" else weight))
+        model.layers.append(block)
+        model.names.append(names)
+    return model
 
 
 def take_apart(deltas: dict[str, Tensor], model: Dense) -> dict[int, dict[str, Tensor]]:
     """Module path → ΔW to layer → role → ΔW."""
     found: dict[int, dict[str, Tensor]] = {}
-    for path, delta in deltas.items():
-        parts = path.split(".")
-        layer, leaf = int(next(p for p in parts if p.isdigit())), parts[-1]
-        if leaf == "query_key_value":
-            roles = cut_fused(delta, model.H, model.e)
-        else:
-            names = {"dense": "o", "dense_h_to_4h": "up", "dense_4h_to_h": "down"}
-            roles = {names.get(leaf) or leaf.removesuffix("_proj"): delta}
-        found.setdefault(layer, {}).update(roles)
+    left = dict(deltas)
+    for layer, names in enumerate(model.names):
+        for group, name in names.items():
+            delta = left.pop(model.path(layer, name), None)
+            if delta is not None:
+                found.setdefault(layer, {}).update(model.cut(group, delta))
+    assert not left, sorted(left)
     return found
 
 
 def put_together(updates: dict[int, dict[str, Tensor]], model: Dense) -> dict[str, Tensor]:
     """Layer → role → ΔW to module path → ΔW; missing roles of a fused module are zero, roles without a home vanish."""
     found: dict[str, Tensor] = {}
-    for layer, roles in updates.items():
-        if model.family in ("llama", "qwen2"):
-            found.update({f"model.layers.{layer}.{LLAMA_NAMES[r]}": delta for r, delta in roles.items()})
-            continue
-        root = "gpt_neox.layers" if model.family == "gpt_neox" else "transformer.h"
-        attention = "attention" if model.family == "gpt_neox" else "self_attention"
-        if set(roles) & set(QKV):
-            zero = torch.zeros(model.d, model.d, dtype=torch.float64)
-            found[f"{root}.{layer}.{attention}.query_key_value"] = join_fused(
-                {r: roles.get(r, zero) for r in QKV}, model.H, model.e
-            )
-        for role, name in (("o", f"{attention}.dense"), ("up", "mlp.dense_h_to_4h"), ("down", "mlp.dense_4h_to_h")):
-            if role in roles:
-                found[f"{root}.{layer}.{name}"] = roles[role]
+    for layer, deltas in updates.items():
+        for group, name in model.names[layer].items():
+            roles = QKV if group == "qkv" else group.split()
+            if not set(roles) & set(deltas):
+                continue
+            parts = {r: deltas.get(r, torch.zeros_like(model.layers[layer][r])) for r in roles}
+            whole = join_fused(parts, model.H, model.e) if group == "qkv" else torch.cat([parts[r] for r in roles])
+            found[model.path(layer, name)] = whole
     return found
 
 
@@ -228,7 +273,7 @@ def move(
     for role in ("gate", "up"):
         if role in delta and role in new_w:
             moved[role] = new_w[role] @ back @ torch.linalg.pinv(old_w[role]) @ delta[role] @ W
-    if "down" in delta:
+    if "down" in delta and "down" in new_w:
         moved["down"] = back @ delta["down"] @ torch.linalg.pinv(old_w["down"]) @ W @ new_w["down"]
     return moved
 

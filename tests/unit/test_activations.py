@@ -20,7 +20,8 @@ TEXTS = [
 
 
 def states(path: Path, texts: list[str] = TEXTS, **settings: Any) -> torch.Tensor:
-    return hidden_states(load_model(path), models.tokenizer_of(path), Checkpoint(path).architecture, texts, **settings)
+    model = load_model(path, trust_remote_code=models.needs_code(path))
+    return hidden_states(model, models.tokenizer_of(path), Checkpoint(path).architecture, texts, **settings)
 
 
 def one_at_a_time(path: Path, pooling: str, cutoff: int = 256) -> torch.Tensor:

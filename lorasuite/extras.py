@@ -1,0 +1,188 @@
+"""What an adapter holds beside updates of block weights, moved to the new base (docs/adapters.md).
+
+Embeddings go by the tokens both vocabularies share; magnitudes and biases by the rows that correspond.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lorasuite.adapter import Adapter, Extras, vocabulary_side, vocabulary_weight
+from lorasuite.adapter_types import base_weight
+from lorasuite.architectures import Dimensions, Module, Role
+from lorasuite.checkpoint import Checkpoint
+from lorasuite.errors import AdapterError, Problem
+from lorasuite.lowrank import LowRank
+from lorasuite.transfer_matrix import TransferMatrix
+from lorasuite.vocabulary import CommonTokens
+
+Rows = Literal["ratio", "shift"]
+
+
+@dataclass(eq=False)
+class Embeddings:
+    """The moved embeddings: updates by path of the new base, the rest, and one row a thing carried or dropped."""
+
+    updates: dict[str, LowRank] = field(default_factory=dict)
+    extras: Extras = field(default_factory=Extras)
+    carried: list[dict[str, object]] = field(default_factory=list)
+    dropped: list[dict[str, str]] = field(default_factory=list)
+
+
+def move_embeddings(
+    adapter: Adapter, old: Checkpoint, new: Checkpoint, common: CommonTokens | None, transfer: TransferMatrix
+) -> Embeddings:
+    """Carry every change of an embedding over by the shared tokens: ``ΔE_n[new id] = ΔE_o[old id]·W_h``.
+
+    What is carried is always the change against the old base, never an absolute row, so a token that only one of the
+    vocabularies has keeps the new base's own row.
+
+    Raises:
+        AdapterError: if it changes embeddings and ``common`` is not given, or no token is shared.
+    """
+    result = Embeddings()
+    paths = adapter.vocabulary_modules(old.architecture)
+    if not paths:
+        return result
+    if common is None or not len(common):
+        raise AdapterError(
+            Problem(str(adapter.path), "changes embeddings, and the vocabularies share no token", "Train without them.")
+        )
+    for path in paths:
+        side = vocabulary_side(old.architecture, path)
+        target = new.architecture.embedding if side == "input" else new.architecture.unembedding
+        scale = _scale(old, new) if side == "input" else 1.0
+        rows = new.shape(vocabulary_weight(new, target))[0]
+        if path in adapter.contents.updates:
+            update = adapter.update(path, old)
+            B = torch.zeros(rows, update.rank, dtype=torch.float64)
+            B[common.new] = update.B[common.old]
+            result.updates[target] = LowRank(B, transfer.forward(update.A) * scale)
+            result.carried.append(_carried(target, "LoRA", len(common), update.shape[0]))
+        if path in adapter.contents.saved:
+            change = adapter.extra(adapter.contents.saved[path]) - old.tensor(vocabulary_weight(old, path)).double()
+            whole = new.tensor(vocabulary_weight(new, target)).double()
+            whole[common.new] += transfer.forward(change[common.old]) * scale
+            result.extras.saved[target] = whole.float()
+            result.carried.append(_carried(target, "modules_to_save", len(common), change.shape[0]))
+        if path in adapter.contents.tokens:
+            name, ids = adapter.contents.tokens[path]
+            _move_tokens(result, target, adapter.extra(name), ids, common, transfer, scale, old, new, path)
+    return result
+
+
+def _scale(old: Checkpoint, new: Checkpoint) -> float:
+    """``W_h`` maps what the first blocks read; rows are stored before the family's scaling of them."""
+    return old.architecture.scale(old.config) / new.architecture.scale(new.config)
+
+
+def _carried(path: str, what: str, rows: int, of: int) -> dict[str, object]:
+    return {"module": path, "what": what, "rows": rows, "of": of}
+
+
+def _move_tokens(
+    result: Embeddings,
+    target: str,
+    rows: Tensor,
+    ids: tuple[int, ...],
+    common: CommonTokens,
+    transfer: TransferMatrix,
+    scale: float,
+    old: Checkpoint,
+    new: Checkpoint,
+    path: str,
+) -> None:
+    partner = dict(zip(common.old.tolist(), common.new.tolist(), strict=True))
+    kept = [(row, id_, partner[id_]) for row, id_ in enumerate(ids) if id_ in partner]
+    lost = [id_ for id_ in ids if id_ not in partner]
+    if lost:
+        why = f"{len(lost)} of its {len(ids)} trained tokens are not in the new vocabulary, such as id {lost[0]}"
+        result.dropped.append({"module": path, "why": why})
+    if not kept:
+        return
+    before = old.tensor(vocabulary_weight(old, path))
+    after = new.tensor(vocabulary_weight(new, target))
+    kept.sort(key=lambda item: item[2])
+    change = torch.stack([rows[row] - before[id_].double() for row, id_, _ in kept])
+    values = torch.stack([after[n].double() for _, _, n in kept]) + transfer.forward(change) * scale
+    result.extras.tokens[target] = [n for _, _, n in kept], values.float()
+    result.carried.append(_carried(target, "trainable tokens", len(kept), len(ids)))
+
+
+def move_rows(
+    values: Tensor, role: Role, old: Dimensions, new: Dimensions, heads: Mapping[int, int], kind: Rows
+) -> Tensor | None:
+    """Per-output values of one role ``(rows_o,)`` for the new base's rows ``(rows_n,)``.
+
+    Rows of q, k and v go with their heads, place by place within a head; key/value heads are repeated to the query
+    heads, mapped, and averaged back, a new head without a partner counting as unchanged. Rows of the others go place
+    by place. Where sizes differ, places mean nothing: a ``ratio`` is then averaged over the head or the module, a
+    ``shift`` has no counterpart (None).
+    """
+    neutral = 1.0 if kind == "ratio" else 0.0
+    if role not in ("q", "k", "v"):
+        if old.rows(role) == new.rows(role):
+            return values.clone()
+        return None if kind == "shift" else values.mean().expand(new.rows(role)).clone()
+    if old.head_dim != new.head_dim and kind == "shift":
+        return None
+    count_o, count_n = (old.heads, new.heads) if role == "q" else (old.kv_heads, new.kv_heads)
+    by_head = values.reshape(count_o, old.head_dim)
+    if old.head_dim != new.head_dim:
+        by_head = by_head.mean(1, keepdim=True).expand(count_o, new.head_dim)
+    result = torch.full((new.heads, new.head_dim), neutral, dtype=values.dtype)
+    for a, b in heads.items():
+        result[b] = by_head[a * count_o // old.heads]
+    return result.reshape(count_n, new.heads // count_n, new.head_dim).mean(1).reshape(-1)
+
+
+def relative_magnitudes(
+    adapter: Adapter, modules: Mapping[str, Module], old: Checkpoint, dims: Dimensions
+) -> dict[Role, Tensor]:
+    """How DoRA training changed the norm of each row, ``m / ‖W_o‖``, by role of one old layer."""
+    found: dict[Role, Tensor] = {}
+    for path, module in modules.items():
+        norms = base_weight(old, path).double().norm(dim=1)
+        ratio = adapter.extra(adapter.contents.magnitudes[path]).reshape(-1) / norms.clamp(min=1e-12)
+        found.update(module.split(ratio, dims))
+    return found
+
+
+def bias_changes(
+    adapter: Adapter, modules: Mapping[str, Module], old: Checkpoint, dims: Dimensions
+) -> dict[Role, Tensor]:
+    """What training added to each bias, by role of one old layer."""
+    found: dict[Role, Tensor] = {}
+    for path, module in modules.items():
+        name = adapter.contents.biases.get(path)
+        if name is not None:
+            before = old.tensor(f"{path}.bias").double()
+            found.update(module.split(adapter.extra(name) - before, dims))
+    return found
+
+
+def new_magnitudes(
+    ratios: Mapping[Role, Tensor],
+    module: Module,
+    weight: Tensor,
+    old: Dimensions,
+    new: Dimensions,
+    heads: Mapping[int, int],
+) -> Tensor:
+    """``‖W_n‖`` of each row times the moved relative change; rows of roles the adapter did not train keep ``‖W_n‖``."""
+    moved: dict[Role, Tensor] = {}
+    for role in module.roles:
+        ratio = move_rows(ratios[role], role, old, new, heads, "ratio") if role in ratios else None
+        moved[role] = torch.ones(new.rows(role), dtype=torch.float64) if ratio is None else ratio
+    norms: Tensor = weight.double().norm(dim=1)
+    return norms * module.fuse(moved, new)
+
+
+def own_biases(paths: Iterable[str], new: Checkpoint) -> dict[str, Tensor]:
+    """The new base's own biases of those modules that have one."""
+    return {path: new.tensor(f"{path}.bias") for path in paths if new.find(f"{path}.bias") is not None}

@@ -1,0 +1,109 @@
+"""Drafts of architecture files: told that a family is unknown, its names and shapes give most of it away."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from typer.testing import CliRunner
+
+from flows.command_line import app
+from lorasuite.architectures import Architecture, architectures, load, propose
+from lorasuite.checkpoint import Checkpoint, Weights
+from lorasuite.preflight import inspect
+from tests import models
+
+
+@pytest.mark.parametrize("family", models.FAMILIES)
+def test_a_known_family_is_found_again(family: str, base: Callable[..., Path], tmp_path: Path) -> None:
+    """Everything but the layout of head-by-head projections, which shapes cannot tell, and is asked."""
+    path, known = base(family), architectures()[family]
+    weights = Weights(path)
+    draft = propose({**weights.config, "model_type": "unseen"}, weights.shapes())
+    (tmp_path / "unseen.yaml").write_text(draft.text)
+    found = load(tmp_path / "unseen.yaml")
+    assert found.model_types == ("unseen",)
+    stored = Checkpoint(path).find(known.embedding + ".weight")
+    assert found.embedding + ".weight" == stored
+    if family == "qwen3_moe":  # its dense MLPs are refused for a reason that lies in PEFT
+        found = found.model_copy(update={"modules": tuple(m for m in found.modules if not m.optional)})
+    asked = [m for m in known.modules if m.layout == "interleaved"]
+    alike = {m.model_copy(update={"layout": "stacked"}) if m in asked else m for m in known.modules}
+    assert set(found.modules) == alike
+    assert set(found.refused) <= set(known.refused)
+    fused = [m.name for m in known.modules if m.layout != "plain"]
+    for name in fused:
+        assert any(question.startswith(f"{name} holds") for question in draft.questions)
+    config = {**weights.config, "model_type": "unseen"}
+    if not asked:
+        assert found.dimensions(config) == known.dimensions(weights.config)
+    assert found.tied(config) == known.tied(weights.config)
+
+
+def test_what_cannot_be_told_is_asked() -> None:
+    shapes = {
+        "decoder.tok.weight": (50, 16), "decoder.h.0.attn.Wqkv.weight": (48, 16),
+        "decoder.h.0.attn.proj.weight": (16, 16),
+        "decoder.h.0.ffn.alpha.weight": (40, 16), "decoder.h.0.ffn.wo.weight": (16, 40),
+        "decoder.h.0.norm.weight": (16,),
+    }  # fmt: skip
+    draft = propose({"vocab_size": 50, "dim": 16, "n_heads": 4, "emb_scale": 2.0}, shapes)
+    text = " ".join(draft.questions)
+    for wanted in (
+        "no model_type", "Which config key holds layers", "alpha [40, 16]", "No output embedding", "attn.Wqkv holds",
+        "No module was recognised for up", "no MLP width: is it always 2.5", "emb_scale", "hidden size / heads",
+    ):  # fmt: skip
+        assert wanted in text
+    assert draft.text.startswith("# Proposed") and all(f"#  - {q}" in draft.text for q in draft.questions)
+    Architecture.model_validate(yaml.safe_load(draft.text))
+    nothing = propose({}, {})
+    assert any("No stack of numbered layers" in question for question in nothing.questions)
+
+
+@pytest.fixture
+def unknown(base: Callable[..., Path], tmp_path: Path) -> Path:
+    path = tmp_path / "unknown"
+    shutil.copytree(base("phi3"), path)
+    models.edit_json(path / "config.json", model_type="unseen", architectures=None)
+    return path
+
+
+@pytest.fixture
+def fresh() -> Iterator[None]:
+    architectures.cache_clear()
+    yield
+    architectures.cache_clear()
+
+
+def test_inspect_proposes_a_file(unknown: Path, base: Callable[..., Path]) -> None:
+    found = inspect(str(unknown), str(base("llama")))
+    assert list(found.proposal) == ["old_base"]
+    assert "mlp.gate_up_proj" in found.proposal["old_base"]["yaml"] and found.proposal["old_base"]["questions"]
+    assert any("unknown architecture" in str(problem) for problem in found.problems)
+    assert json.dumps(found.to_dict()["proposal"])
+    assert inspect(str(base("llama")), str(base("llama"))).proposal == {}
+    command = ["inspect", "--old-base", str(unknown), "--new-base", str(base("llama"))]
+    shown = CliRunner().invoke(app, command)
+    assert shown.exit_code == 2
+    assert "first draft of an architecture file for old base" in shown.output
+    assert "mlp.gate_up_proj" in shown.output
+    as_json = CliRunner().invoke(app, [*command, "--json"])
+    assert json.loads(as_json.stdout)["proposal"]["old_base"]["yaml"].startswith("# Proposed")
+
+
+def test_files_of_a_users_own_directory_count(
+    unknown: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh: None
+) -> None:
+    draft = propose(Weights(unknown).config, Weights(unknown).shapes())
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "unseen.yaml").write_text(draft.text)
+    monkeypatch.setenv("LORASUITE_ARCHITECTURES", str(tmp_path / "own"))
+    checkpoint = Checkpoint(unknown)
+    assert checkpoint.architecture.family == "unseen" and checkpoint.check() == []
+    fused = checkpoint.tensor("model.layers.0.mlp.gate_up_proj.weight")
+    assert torch.equal(checkpoint.layer(0, ("gate",))["gate"], fused[:48])
