@@ -19,6 +19,7 @@ from lorasuite import ALGORITHM_VERSION
 from lorasuite.adapter import Adapter
 from lorasuite.checkpoint import Checkpoint, resolve
 from lorasuite.config import MigrationConfig, build, torch_device
+from lorasuite.gate import judge
 from lorasuite.preflight import Plan, check
 from lorasuite.publication import publish
 from tasks.adapter_stages import adapter_folder, evaluation, finetune, task_evaluation, transform
@@ -27,6 +28,7 @@ from tasks.fingerprints import (
     fingerprint_bases,
     fingerprint_data,
     fingerprint_folder,
+    fingerprint_migration,
     fingerprint_texts,
 )
 from tasks.stage import Recorder, Ref, Where
@@ -92,7 +94,8 @@ def migrate_adapter(config: dict[str, Any], refresh: tuple[str, ...] = ()) -> di
         },
         "method": settings.method,
         **pair_record(context, pair),
-        **arms.record(),
+        **(measured := arms.record()),
+        "verdict": judge(measured["evaluation"], measured["tasks"], settings.gate).model_dump(mode="json"),
         "timings": timings(recorder),
         "peak_memory_bytes": {row["stage"]: row["peak_memory_bytes"] for row in sorted(timings(recorder), key=_memory)},
         "notices": plan.inspection.notices,
@@ -100,6 +103,7 @@ def migrate_adapter(config: dict[str, Any], refresh: tuple[str, ...] = ()) -> di
         "versions": context.store.manifest(arms.transformed.key).libraries,
         "algorithm_version": ALGORITHM_VERSION,
         "settings": settings.model_dump(mode="json"),
+        "key": fingerprint_migration(settings, prints),
         "command": "lorasuite " + shlex.join(sys.argv[1:]) if Path(sys.argv[0]).name == "lorasuite" else "",
     }
     output = Path(settings.output)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from prefect import flow
+from prefect.runtime import flow_run
 
 from artifacts import default_home
 from flows.context import Context, base_record, check_stages
@@ -107,7 +108,11 @@ def pair_stages(context: Context, settings: PairSettings, calibration: str | Non
     return PairRefs(words, matrices, table, layers, heads, factors)
 
 
-@flow(name="prepare-pair", validate_parameters=False)
+def _run_name() -> str:
+    return pair_name(str(flow_run.parameters.get("old_base")), str(flow_run.parameters.get("new_base")))
+
+
+@flow(name="prepare-pair", flow_run_name=_run_name, validate_parameters=False)
 def prepare_pair(
     old_base: str,
     new_base: str,
@@ -116,8 +121,12 @@ def prepare_pair(
     device: str = "auto",
     refresh: tuple[str, ...] = (),
     trust_remote_code: bool = False,
+    roles: Sequence[Role] | None = None,
 ) -> dict[str, Any]:
     """Compute, or find, every artifact of a pair of bases.
+
+    Args:
+        roles: the projections that the adapters to come have updates of; all of the architecture's if None.
 
     Returns:
         the pair's layer map, transfer matrix, artifact keys and timings, as JSON.
@@ -136,7 +145,8 @@ def prepare_pair(
     where = Where(home=home, device=torch_device(device), paths=paths, options={"trust_remote_code": trust_remote_code})
     context = Context(where, prints, refreshed, pair=pair_name(old_base, new_base))
     with Recorder() as recorder:
-        refs = pair_stages(context, chosen, texts_print, Checkpoint(paths["old_base"]).architecture.roles)
+        every = Checkpoint(paths["old_base"]).architecture.roles
+        refs = pair_stages(context, chosen, texts_print, every if roles is None else roles)
     return {
         "old_base": base_record(old_base, prints["old_model"]),
         "new_base": base_record(new_base, prints["new_model"]),
