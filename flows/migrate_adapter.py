@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from prefect import flow
+from prefect.logging.loggers import get_run_logger
 from prefect.runtime import flow_run
 from torch import Tensor
 
 from artifacts import Artifact, default_home
-from flows.context import Context, base_record, check_stages
+from flows.context import Context, base_record, check_stages, fetch
+from flows.dashboard import show_migration, show_pair
 from flows.prepare_pair import PairRefs, pair_name, pair_record, pair_stages, timings
 from lorasuite import ALGORITHM_VERSION
 from lorasuite.adapter import Adapter
@@ -53,6 +55,7 @@ def migrate_adapter(config: dict[str, Any], refresh: tuple[str, ...] = ()) -> di
     """
     settings: MigrationConfig = build(MigrationConfig, config)
     refreshed = check_stages(tuple(refresh))
+    fetch(settings.old_base, settings.new_base, settings.adapter)
     plan = check(settings)
     home = default_home()
     paths = {
@@ -116,6 +119,9 @@ def migrate_adapter(config: dict[str, Any], refresh: tuple[str, ...] = ()) -> di
         samples={arm: artifact.file("samples.jsonl") for arm, artifact in arms.evaluated.items()},
         trust_remote_code=settings.trust_remote_code,
     )
+    show_pair(context, record, pair.similarity)
+    show_migration(record, output)
+    get_run_logger().info("%s: %s", record["verdict"]["verdict"], record["verdict"]["reason"])
     return {**record, "output": str(output)}
 
 

@@ -11,7 +11,8 @@ from prefect import flow
 from prefect.runtime import flow_run
 
 from artifacts import default_home
-from flows.context import Context, base_record, check_stages
+from flows.context import Context, base_record, check_stages, fetch
+from flows.dashboard import show_pair
 from lorasuite.architectures import ATTENTION, Role
 from lorasuite.checkpoint import Checkpoint, load_tokenizer, resolve
 from lorasuite.config import PairSettings, torch_device
@@ -133,6 +134,7 @@ def prepare_pair(
     """
     refreshed = check_stages(tuple(refresh))
     chosen = PairSettings.model_validate(settings or {})
+    fetch(old_base, new_base)
     inspect(old_base, new_base, trust_remote_code=trust_remote_code).raise_problems()
     home = default_home()
     paths = {"old_base": resolve(old_base), "new_base": resolve(new_base)}
@@ -147,10 +149,12 @@ def prepare_pair(
     with Recorder() as recorder:
         every = Checkpoint(paths["old_base"]).architecture.roles
         refs = pair_stages(context, chosen, texts_print, every if roles is None else roles)
+    maps = pair_record(context, refs)
+    show_pair(context, maps, refs.similarity)
     return {
         "old_base": base_record(old_base, prints["old_model"]),
         "new_base": base_record(new_base, prints["new_model"]),
-        **pair_record(context, refs),
+        **maps,
         "artifacts": {name: ref.key for name, ref in refs.named().items()},
         "timings": timings(recorder),
     }

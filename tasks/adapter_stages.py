@@ -20,6 +20,8 @@ from lorasuite.finetune import FinetuneSettings
 from lorasuite.migration import migrate
 from lorasuite.sweep import finetune_swept
 from tasks.pair_stages import factor_reader, head_maps, layer_map, transfer, trusted
+from tasks.progress import Progress
+from tasks.retries import halved
 from tasks.stage import Artifact, StageOutput, Where, stage
 
 Inputs = Mapping[str, Any]
@@ -80,22 +82,28 @@ def finetune(inputs: Inputs, settings: Settings, where: Where) -> StageOutput:
     scratch = settings["start"] == "scratch"
     adapter = adapter_folder(start)
     new = Checkpoint(where.path("new_base"))
+    tuning = FinetuneSettings.model_validate(settings["finetune"])
+    if where.halvings:
+        smaller = halved(tuning.micro_batch_size or tuning.batch_size, where.halvings)
+        tuning = tuning.model_copy(update={"micro_batch_size": smaller})
     with tempfile.TemporaryDirectory() as folder:
         result, sweep = finetune_swept(
             str(where.path("new_base")),
             load_tokenizer(where.path("new_base"), trusted(where)),
             rows,
-            FinetuneSettings.model_validate(settings["finetune"]),
+            tuning,
             settings["learning_rates"],
             adapter=None if scratch else adapter,
             lora=fresh_config(adapter, new.architecture) if scratch else None,
             output=Path(folder) / "adapter",
             work_dir=where.path("work"),
+            progress=Progress(f"fine-tuning ({settings['start']})").training,
             device=where.device,
             trust_remote_code=trusted(where),
         )
         files = _contents(Path(folder) / "adapter")
-    return StageOutput(info={**result.model_dump(), "sweep": sweep}, files=files)
+    info = {**result.model_dump(), "sweep": sweep, "micro_batch_size": tuning.micro_batch_size or tuning.batch_size}
+    return StageOutput(info=info, files=files)
 
 
 @stage("evaluate", tags=["adapter"])
@@ -105,8 +113,9 @@ def evaluation(inputs: Inputs, settings: Settings, where: Where) -> StageOutput:
         str(where.path("base")),
         load_tokenizer(where.path("base"), trusted(where)),
         read_rows(where.path("eval_data")),
-        EvaluationSettings.model_validate(settings),
+        _smaller(EvaluationSettings.model_validate(settings), where),
         adapters={"it": _evaluated(inputs, where)},
+        progress=Progress("evaluation").evaluation,
         device=where.device,
         trust_remote_code=trusted(where),
     )
@@ -124,13 +133,20 @@ def task_evaluation(inputs: Inputs, settings: Settings, where: Where) -> StageOu
         str(where.path("base")),
         load_tokenizer(where.path("base"), trusted(where)),
         tasks,
-        EvaluationSettings.model_validate({k: v for k, v in settings.items() if k != "tasks"}),
+        _smaller(EvaluationSettings.model_validate({k: v for k, v in settings.items() if k != "tasks"}), where),
         adapters={"it": _evaluated(inputs, where)},
         include_path=where.path("include_path") if "include_path" in inputs else None,
         device=where.device,
         trust_remote_code=trusted(where),
     )
     return StageOutput(info={task: score.model_dump(mode="json") for task, score in scores["it"].items()})
+
+
+def _smaller(settings: EvaluationSettings, where: Where) -> EvaluationSettings:
+    """Fewer rows at once after running out of memory; results say how many it were."""
+    if not where.halvings:
+        return settings
+    return settings.model_copy(update={"batch_size": halved(settings.batch_size, where.halvings)})
 
 
 def _evaluated(inputs: Inputs, where: Where) -> Path | None:

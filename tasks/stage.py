@@ -2,7 +2,7 @@
 
     from tasks.stage import Artifact, Recorder, StageOutput, Where, stage
 
-    @stage("similarity", version=1, retries=1, tags=["pair"])
+    @stage("similarity", version=1, tags=["pair"])
     def similarity(inputs, settings, where):
         grams = inputs["activations"].tensors()              # a Ref arrives as an opened Artifact
         model = where.path("old_base")                       # locations never enter the key
@@ -28,7 +28,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar, Token
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -46,6 +46,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator
 
 from artifacts import Artifact, ArtifactDamaged, ArtifactMissing, Store, default_home, stage_key
 from tasks.locks import FileLockManager
+from tasks.retries import DELAYS, halvings, note_out_of_memory, retry_stage
 
 __all__ = ["Artifact", "Recorder", "Ref", "Stage", "StageOutput", "StageRun", "Where", "stage"]
 
@@ -74,6 +75,8 @@ class Where(BaseModel):
     paths: dict[str, Path] = Field(default_factory=dict)
     #: Anything else that must not change the result: batch sizes, worker counts.
     options: dict[str, JsonValue] = Field(default_factory=dict)
+    #: How often an earlier attempt ran out of memory: halve the micro-batch so often.
+    halvings: int = 0
 
     @field_validator("home")
     @classmethod
@@ -164,8 +167,7 @@ class Stage:
         name: str,
         version: int,
         settings: type[BaseModel] | None,
-        retries: int,
-        retry_delay_seconds: float,
+        retry_delays: Sequence[float],
         tags: Iterable[str],
     ) -> None:
         self.fn = fn
@@ -190,8 +192,9 @@ class Stage:
             description=fn.__doc__,
             version=str(version),
             tags={name, *tags},
-            retries=retries,
-            retry_delay_seconds=retry_delay_seconds,
+            retries=len(retry_delays),
+            retry_delay_seconds=list(retry_delays),
+            retry_condition_fn=retry_stage,
             persist_result=True,
             result_serializer="json",
             cache_result_in_memory=False,
@@ -280,20 +283,25 @@ class Stage:
         resolved = {name: _resolve(store, value) for name, value in inputs.items()}
         model = settings if self.settings is None else self.settings.model_validate(settings)
         measure = _Measure()
-        made = self.fn(resolved, model, where)
-        output = made if isinstance(made, StageOutput) else StageOutput(info=made)
-        store.put(
-            key,
-            stage=self.name,
-            version=self.version,
-            inputs=fingerprints,
-            settings=settings,
-            tensors=measure.through(output.tensors),
-            info=output.info,
-            files=output.files,
-            run=measure.results,
-            replace=refresh,
-        )
+        where = where.model_copy(update={"halvings": halvings(key)})
+        try:
+            made = self.fn(resolved, model, where)
+            output = made if isinstance(made, StageOutput) else StageOutput(info=made)
+            store.put(
+                key,
+                stage=self.name,
+                version=self.version,
+                inputs=fingerprints,
+                settings=settings,
+                tensors=measure.through(output.tensors),
+                info=output.info,
+                files=output.files,
+                run=measure.results,
+                replace=refresh,
+            )
+        except torch.OutOfMemoryError as error:
+            note_out_of_memory(key, error)
+            raise
         return ref
 
 
@@ -302,8 +310,7 @@ def stage(
     version: int = 1,
     *,
     settings: type[BaseModel] | None = None,
-    retries: int = 0,
-    retry_delay_seconds: float = 0,
+    retry_delays: Sequence[float] = DELAYS,
     tags: Iterable[str] = (),
 ) -> Callable[[StageFunction], Stage]:
     """Make a :class:`Stage` of a function ``fn(inputs, settings, where)``.
@@ -311,11 +318,12 @@ def stage(
     ``inputs`` reach the function by name: a fingerprint as the text it is, a :class:`Ref` as an opened,
     verified artifact. ``settings`` is a dictionary, or with ``settings=Model`` that pydantic model. It
     returns a :class:`StageOutput`, or a dictionary of JSON results. Raise ``version`` when the same settings
-    must give other results.
+    must give other results. Failures that can pass (:func:`tasks.retries.can_pass`) are tried again after each of
+    ``retry_delays`` seconds.
     """
 
     def decorate(fn: StageFunction) -> Stage:
-        return Stage(fn, name, version, settings, retries, retry_delay_seconds, tags)
+        return Stage(fn, name, version, settings, retry_delays, tags)
 
     return decorate
 

@@ -254,7 +254,7 @@ def test_a_failed_stage_resumes_with_the_earlier_ones_cached() -> None:
 
 
 def test_retries_run_the_function_again() -> None:
-    @stage("flaky", retries=2)
+    @stage("flaky", retry_delays=[0, 0])
     def flaky(inputs: Any, settings: Any, where: Where) -> dict[str, Any]:
         calls.append("flaky")
         if len(calls) < 3:
