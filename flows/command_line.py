@@ -174,6 +174,29 @@ def fleet(
 
 
 @app.command()
+def up(
+    host: Annotated[str, typer.Option(help="address the server listens on")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="port of the server and its dashboard")] = 4200,
+    as_json: Json = False,
+) -> None:
+    """Start server, work pool, a worker for each GPU (or one for the CPU) and all deployments; Ctrl-C stops them."""
+    with _errors(as_json):
+        from flows.host import running, stay
+
+        with running(host, port) as started:
+            workers = [name for name in started.processes if name != "server"]
+            if as_json:
+                _print_json({"dashboard": started.dashboard, "api": started.api, "workers": workers})
+            else:
+                Console().print(f"dashboard  {started.dashboard}\napi        {started.api}", highlight=False)
+                Console().print(f"in other terminals: export PREFECT_API_URL={started.api}", highlight=False)
+            sys.stdout.flush()
+            code = stay(started)
+    if code:
+        raise typer.Exit(code)
+
+
+@app.command()
 def evaluate(
     base: Annotated[str, typer.Option(help="base model: directory or hub-id[@revision]")],
     adapter: Annotated[list[str] | None, typer.Option(help="LoRA adapter (repeatable)")] = None,

@@ -92,6 +92,7 @@ def migrate_fleet(
         ConfigError: if the fleet cannot be read.
         FleetIncomplete: if adapters failed, after all others were migrated.
     """
+    new_base, old_base = new_base or None, old_base or None  # an event without one gives an empty text
     refreshed = tuple(sorted(check_stages(tuple(refresh))))
     parts = chosen(read_fleet(fleet, old_base=old_base, new_base=new_base), tuple(only))
     log = get_run_logger()
