@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from prefect import flow
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate
+from prefect.concurrency.sync import concurrency
+from prefect.exceptions import ObjectAlreadyExists
 from prefect.runtime import flow_run
 
 from artifacts import default_home
 from flows.context import Context, base_record, check_stages, fetch
 from flows.dashboard import show_pair
 from lorasuite.architectures import ATTENTION, Role
-from lorasuite.checkpoint import Checkpoint, load_tokenizer, resolve
+from lorasuite.checkpoint import Checkpoint, digest_json, load_tokenizer, resolve
 from lorasuite.config import PairSettings, torch_device
 from lorasuite.data import calibration_texts
 from lorasuite.preflight import inspect
@@ -29,6 +34,9 @@ from tasks.pair_stages import (
     vocabulary,
 )
 from tasks.stage import Recorder, Ref, Where
+
+#: A host that dies while it computes a pair's artifacts holds the others up for so long.
+LEASE_SECONDS = 60
 
 
 @dataclass(frozen=True)
@@ -56,7 +64,29 @@ class PairRefs:
 
 
 def pair_stages(context: Context, settings: PairSettings, calibration: str | None, roles: Sequence[Role]) -> PairRefs:
-    """Run the pair's stages, the MLP factors for the roles that need them."""
+    """Run the pair's stages, the MLP factors for the roles that need them.
+
+    On one host, locks see to it that each is computed once; hosts that share a store take turns at a pair.
+    """
+    with one_host_at_a_time(context):
+        return _pair_stages(context, settings, calibration, roles)
+
+
+@contextlib.contextmanager
+def one_host_at_a_time(context: Context) -> Iterator[None]:
+    """Hold the pair's global concurrency limit, where artifacts are shared between hosts."""
+    if context.where.remote is None:
+        yield
+        return
+    name = "lorasuite-pair-" + digest_json([context.prints["old_model"], context.prints["new_model"]])[:16]
+    with get_client(sync_client=True) as client, contextlib.suppress(ObjectAlreadyExists):
+        client.create_global_concurrency_limit(GlobalConcurrencyLimitCreate(name=name, limit=1))
+    # strict: without it a limit that does not exist would be ignored. The lease of a killed host runs out.
+    with concurrency(name, strict=True, lease_duration=LEASE_SECONDS):
+        yield
+
+
+def _pair_stages(context: Context, settings: PairSettings, calibration: str | None, roles: Sequence[Role]) -> PairRefs:
     old, new = Checkpoint(context.where.path("old_base")), Checkpoint(context.where.path("new_base"))
     both = {"old_model": "old_model", "new_model": "new_model"}
     words = context.run(

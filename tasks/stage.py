@@ -44,7 +44,16 @@ from prefect.logging.loggers import get_run_logger
 from prefect.states import Completed
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator
 
-from artifacts import Artifact, ArtifactDamaged, ArtifactMissing, Store, default_home, stage_key
+from artifacts import (
+    Artifact,
+    ArtifactDamaged,
+    ArtifactMissing,
+    Store,
+    default_home,
+    default_remote,
+    open_store,
+    stage_key,
+)
 from tasks.locks import FileLockManager
 from tasks.retries import DELAYS, halvings, note_out_of_memory, retry_stage
 
@@ -70,6 +79,8 @@ class Where(BaseModel):
 
     #: Of the artifact store, the result records and the locks.
     home: Path = Field(default_factory=default_home)
+    #: Shared store that the one under ``home`` mirrors, if any.
+    remote: str | None = Field(default_factory=default_remote)
     device: str = "cpu"
     #: Name to local path: checkpoints, adapters, data files.
     paths: dict[str, Path] = Field(default_factory=dict)
@@ -90,8 +101,8 @@ class Where(BaseModel):
         return self.paths[name]
 
     def store(self) -> Store:
-        """The artifact store under ``home``."""
-        return Store(self.home)
+        """The artifact store under ``home``, which mirrors ``remote`` where there is one."""
+        return open_store(self.home, self.remote)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 A request is one JSON line: ``config`` of the migration, ``home``, ``out`` (where the record goes), ``log`` (a line a
 computed stage), ``name`` of the flow run, and what is to go wrong: ``kill``, ``hang`` or ``fail`` a stage by name, or
-``slow`` seconds for every stage. The process's id is printed.
+``slow`` seconds for every stage; ``env`` is added to the environment. The process's id is printed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from flows.context import STAGES
 
 
 def work(request: dict[str, Any]) -> None:
-    os.environ["LORASUITE_HOME"] = request["home"]
+    os.environ.update(LORASUITE_HOME=request["home"], **request.get("env", {}))
     for stage in STAGES.values():
         stage.fn = disturbed(stage.name, stage.fn, request)
     if request.get("kill") == "publish":

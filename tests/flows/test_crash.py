@@ -20,6 +20,7 @@ from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId, FlowR
 
 from artifacts import Store
 from tests.flows.small import Small
+from tests.s3 import bucket
 
 ROOT = Path(__file__).parents[2]
 ENTRYPOINT = "flows/migrate_adapter.py:migrate_adapter"
@@ -194,6 +195,27 @@ def test_killed_in_each_stage_in_turn(
     assert all(row["cached"] for row in last.record()["timings"]) and last.computed() == []
     assert contents(home) == contents(undisturbed[0])
     assert same_bytes(tmp_path / "out", undisturbed[1])
+
+
+def test_hosts_share_a_pair_over_s3(
+    mother: Mother, small: Small, undisturbed: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Two homes that share nothing but a bucket, at once; then a third one that has yet to download everything."""
+    with bucket() as address:
+        env = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+        env["LORASUITE_STORE"] = f"{address}/store"
+        hosts = [
+            mother.start(tmp_path / f"{name}-home", tmp_path, config(small, tmp_path / name, name), slow=0.2, env=env)
+            for name in ("one", "two")
+        ]
+        for child in hosts:
+            child.record()
+        together = Counter(stage for child in hosts for stage in child.computed())
+        assert {stage: together[stage] for stage in PAIR} == dict.fromkeys(PAIR, 1) | {"activations": 2}
+        third = mother.start(tmp_path / "third", tmp_path, config(small, tmp_path / "again"), env=env)
+        assert all(row["cached"] for row in third.record()["timings"]) and third.computed() == []
+    assert contents(tmp_path / "third") == contents(undisturbed[0])
+    assert same_bytes(tmp_path / "again", undisturbed[1])
 
 
 def test_retry_of_the_same_flow_run(mother: Mother, small: Small, prefect_server: str, tmp_path: Path) -> None:
