@@ -101,7 +101,7 @@ class Context:
         self.done.add(key)
         log, name = get_run_logger(), f"{stage.name} ({label})" if label else stage.name
         log.info("%s …", name)
-        tags = [f"stage:{stage.name}", *([f"pair:{self.pair}"] if self.pair else [])]
+        tags = [f"pair:{self.pair}"] if self.pair else []
         begun = time.perf_counter()
         ref = stage.run(inputs=values, settings=settings, where=where, refresh=refresh, label=label, tags=tags)
         log.info("%s: %.2f s", name, time.perf_counter() - begun)

@@ -80,7 +80,8 @@ class Host:
 
     @property
     def dashboard(self) -> str:
-        return f"http://{self.host}:{self.port}"
+        """Its address for this host's own processes, also where the server listens on every interface."""
+        return f"http://{'127.0.0.1' if self.host == '0.0.0.0' else self.host}:{self.port}"
 
     @property
     def api(self) -> str:
@@ -90,6 +91,7 @@ class Host:
         """Of every process started here."""
         settings = {
             "PREFECT_API_URL": self.api,
+            "PREFECT_SERVER_UI_API_URL": "/api",  # where the browser found the page, whatever host name it used
             "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
             "DO_NOT_TRACK": "1",
             "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT),
@@ -179,10 +181,8 @@ def set_up(api: str, plans: Sequence[WorkerPlan], crash_after: float = CRASH_AFT
     from prefect.exceptions import ObjectAlreadyExists
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
-    limits: dict[str, int] = {}
-    for plan in plans:
-        for queue in plan.queues:
-            limits[queue] = limits.get(queue, 0) + plan.limit
+    # shared queues have no limit of their own: each worker has one, and other hosts may take from them as well
+    limits = {queue: None if queue in (CONTROL, ANY_GPU) else 1 for plan in plans for queue in plan.queues}
     with temporary_settings({PREFECT_API_URL: api}), get_client(sync_client=True) as client:
         with contextlib.suppress(ObjectAlreadyExists):
             client.create_work_pool(WorkPoolCreate(name=POOL, type="process", base_job_template=_job_template()))

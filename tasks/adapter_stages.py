@@ -31,7 +31,7 @@ Settings = Mapping[str, Any]
 ANY_BASE = "base"
 
 
-@stage("transform", tags=["adapter"])
+@stage("transform")
 def transform(inputs: Inputs, settings: Settings, where: Where) -> StageOutput:
     """The adapter on the new base, without fine-tuning."""
     METER.reset()
@@ -74,7 +74,7 @@ def transform(inputs: Inputs, settings: Settings, where: Where) -> StageOutput:
     return StageOutput(info=info, files=files)
 
 
-@stage("finetune", tags=["adapter"])
+@stage("finetune")
 def finetune(inputs: Inputs, settings: Settings, where: Where) -> StageOutput:
     """The light fine-tune of a migrated adapter, or of a fresh LoRA (``start: scratch``) on the same rows."""
     start: Artifact = inputs["transform"]
@@ -106,7 +106,7 @@ def finetune(inputs: Inputs, settings: Settings, where: Where) -> StageOutput:
     return StageOutput(info=info, files=files)
 
 
-@stage("evaluate", tags=["adapter"])
+@stage("evaluate")
 def evaluation(inputs: Inputs, settings: Settings, where: Where) -> StageOutput:
     """One base, bare or with one adapter, on the held-out rows."""
     results = evaluate(
@@ -125,7 +125,7 @@ def evaluation(inputs: Inputs, settings: Settings, where: Where) -> StageOutput:
         return StageOutput(info=results["it"].summary(), files={file.name: file.read_bytes()})
 
 
-@stage("evaluate_tasks", tags=["adapter"])
+@stage("evaluate_tasks")
 def task_evaluation(inputs: Inputs, settings: Settings, where: Where) -> StageOutput:
     """One base, bare or with one adapter, on lm-eval tasks by name."""
     tasks = settings["tasks"]

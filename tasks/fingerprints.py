@@ -23,7 +23,7 @@ MEMORY = "fingerprints.json"
 DATA_FILES = ("calibration", "train_data", "eval_data", "include_path")
 
 
-@task(name="fingerprint", cache_policy=None, persist_result=False, tags=["pair"])
+@task(name="fingerprint", cache_policy=None, persist_result=False)
 def fingerprint_bases(home: Path, old_base: Path, new_base: Path) -> dict[str, str]:
     """Fingerprints of both models and tokenizers, and a look at every weight that was not seen before.
 

@@ -2,7 +2,7 @@
 
     from tasks.stage import Artifact, Recorder, StageOutput, Where, stage
 
-    @stage("similarity", version=1, tags=["pair"])
+    @stage("similarity", version=1)
     def similarity(inputs, settings, where):
         grams = inputs["activations"].tensors()              # a Ref arrives as an opened Artifact
         model = where.path("old_base")                       # locations never enter the key
@@ -179,7 +179,6 @@ class Stage:
         version: int,
         settings: type[BaseModel] | None,
         retry_delays: Sequence[float],
-        tags: Iterable[str],
     ) -> None:
         self.fn = fn
         self.name = name
@@ -202,7 +201,6 @@ class Stage:
             name=name,
             description=fn.__doc__,
             version=str(version),
-            tags={name, *tags},
             retries=len(retry_delays),
             retry_delay_seconds=list(retry_delays),
             retry_condition_fn=retry_stage,
@@ -232,7 +230,9 @@ class Stage:
         """Run the stage as a Prefect task, or take its result from the store. Call it from a flow.
 
         ``inputs`` are fingerprints, or references to the artifacts of earlier stages. ``refresh`` computes
-        again, ``label`` tells task runs of one stage apart. Returns the reference; raises what the function
+        again, ``label`` tells task runs of one stage apart. ``tags`` should be the same for all stages of a run:
+        Prefect opens a connection to its concurrency limits for each set of tags it meets, a tenth of a second to
+        two; the task's name says which stage it is. Returns the reference; raises what the function
         raises, and ``TypeError`` or ``ValueError`` for inputs or settings that make no key.
         """
         where = where or Where()
@@ -247,7 +247,7 @@ class Stage:
         name = f"{self.name} {label}" if label else self.name
         task = self.task.with_options(
             task_run_name=lambda: name,
-            tags={*self.task.tags, *tags},
+            tags=set(tags),
             result_storage=results,
             refresh_cache=refresh or problem is not None,
             cache_policy=self.task.cache_policy.configure(
@@ -322,7 +322,6 @@ def stage(
     *,
     settings: type[BaseModel] | None = None,
     retry_delays: Sequence[float] = DELAYS,
-    tags: Iterable[str] = (),
 ) -> Callable[[StageFunction], Stage]:
     """Make a :class:`Stage` of a function ``fn(inputs, settings, where)``.
 
@@ -334,7 +333,7 @@ def stage(
     """
 
     def decorate(fn: StageFunction) -> Stage:
-        return Stage(fn, name, version, settings, retry_delays, tags)
+        return Stage(fn, name, version, settings, retry_delays)
 
     return decorate
 

@@ -17,6 +17,9 @@ os.environ.update(
 import pytest
 
 from tests.flows.small import Small
+from tests.flows.upped import environment, up
+
+__all__ = ["environment", "up"]
 
 
 @pytest.fixture(scope="session", autouse=True)

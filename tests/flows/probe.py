@@ -14,7 +14,7 @@ from artifacts import default_home
 from tasks.stage import Where, stage
 
 
-@stage("probe", tags=["probe"])
+@stage("probe")
 def look(inputs: Mapping[str, Any], settings: Any, where: Where) -> dict[str, Any]:
     """The environment; or nothing for a long time, where a file says so."""
     wait = where.path("wait")

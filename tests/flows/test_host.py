@@ -6,124 +6,25 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from uuid import UUID
 
-import httpx
 import pytest
+from PIL import Image
 from prefect import flow as prefect_flow
-from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.client.schemas.filters import FlowFilter, FlowFilterName
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from prefect.deployments import run_deployment
-from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows.host import POOL, Host, plan_workers, set_up, visible_gpus
 from flows.watch_base_models import EVENT, complete, watch_base_models
 from tests.flows.small import Small
+from tests.flows.upped import GPUS, MAIN, Up, until
 
 ROOT = Path(__file__).parents[2]
-#: Numbers no machine has, so that the runs stay on the CPU.
-GPUS = ("61", "62")
-MAIN = "from flows.command_line import main; main()"
-
-
-def until(condition: Callable[[], Any], what: str, seconds: float = 150) -> Any:
-    deadline = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < deadline, f"{what} took too long"
-        time.sleep(0.2)
-    return found
-
-
-@dataclass
-class Up:
-    """A running ``lorasuite up``."""
-
-    process: subprocess.Popen[str]
-    told: dict[str, Any]
-    home: Path
-    log: Path
-
-    @property
-    def api(self) -> str:
-        return str(self.told["api"])
-
-    def client(self) -> SyncPrefectClient:
-        return get_client(sync_client=True)
-
-    def runs(self, flow: str) -> list[Any]:
-        with self.client() as client:
-            named = FlowFilter(name=FlowFilterName(any_=[flow]))
-            return sorted(client.read_flow_runs(flow_filter=named), key=lambda run: run.created)
-
-    def finished(self, run_id: UUID, seconds: float = 240) -> Any:
-        def look() -> Any:
-            with self.client() as client:
-                run = client.read_flow_run(run_id)
-            return run if run.state is not None and run.state.is_final() else None
-
-        try:
-            return until(look, "a flow run", seconds)
-        except AssertionError:
-            raise AssertionError(self.log.read_text()[-6000:]) from None
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-@pytest.fixture(scope="module")
-def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    root = tmp_path_factory.mktemp("up")
-    given = {name: value for name, value in os.environ.items() if name != "PREFECT_API_URL"}
-    return given | {
-        "LORASUITE_HOME": str(root / "home"),
-        "PREFECT_HOME": str(root / "prefect"),
-        "CUDA_VISIBLE_DEVICES": ",".join(GPUS),
-        "PREFECT_WORKER_QUERY_SECONDS": "1",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-    }
-
-
-@pytest.fixture(scope="module")
-def up(environment: dict[str, str]) -> Iterator[Up]:
-    home = Path(environment["LORASUITE_HOME"])
-    log = home.parent / "log"
-    with log.open("w") as file:
-        process = subprocess.Popen(
-            [
-                sys.executable,
-                "-c",
-                "from flows.command_line import main; main()",
-                *f"up --json --port {free_port()}".split(),
-            ],
-            cwd=ROOT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=file,
-            text=True,
-        )
-    assert process.stdout is not None
-    line = process.stdout.readline()
-    assert line, log.read_text()[-6000:]
-    started = Up(process, json.loads(line), home, log)
-    with temporary_settings({PREFECT_API_URL: started.api}):
-        yield started
-    process.terminate()
-    assert process.wait(60) == 0, "stopped cleanly"
-    with pytest.raises(httpx.ConnectError):
-        httpx.get(f"{started.api}/health")
-    left = subprocess.run(["pgrep", "-f", f"PREFECT_API_URL={started.api}"], capture_output=True, check=False)
-    assert not left.stdout
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 def test_what_up_starts(up: Up) -> None:
@@ -131,7 +32,7 @@ def test_what_up_starts(up: Up) -> None:
     with up.client() as client:
         queues = {queue.name: queue.concurrency_limit for queue in client.read_work_queues(work_pool_name=POOL)}
         names = {d.name: d for d in client.read_deployments()}
-    assert queues == {"default": None, "gpu-61": 1, "gpu-62": 1, "any-gpu": 2, "control": 4}
+    assert queues == {"default": None, "gpu-61": 1, "gpu-62": 1, "any-gpu": None, "control": None}
     assert set(names) == {"migrate-adapter", "prepare-pair", "migrate-fleet", "watch-base-models"}
     assert {name for name, d in names.items() if d.schedules} == {"migrate-fleet", "watch-base-models"}
     assert not any(schedule.active for d in names.values() for schedule in d.schedules)
@@ -230,6 +131,52 @@ def test_the_watcher_starts_the_fleet_for_a_new_checkpoint(
     assert run.parameters["new_base"] == str(bases / "half") and run.parameters["fleet"] == str(file)
     assert up.finished(run.id).state.name == "Completed"
     assert (tmp_path / "migrated" / "half" / "two" / "report.html").is_file()
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="there is no Chromium on this machine")
+def test_the_dashboard_shows_cached_stages_and_the_heat_map(
+    up: Up, small: Small, environment: dict[str, str], tmp_path: Path
+) -> None:
+    bases = ["--old-base", str(small.old), "--new-base", str(small.new)]
+    texts = ["--calibration", str(small.root / "texts.jsonl")]
+    logged = {"PREFECT_API_URL": up.api, "PREFECT_LOGGING_TO_API_ENABLED": "true", "PREFECT_LOGGING_LEVEL": "INFO"}
+    for _ in range(2):
+        subprocess.run(
+            [sys.executable, "-c", MAIN, "prepare", *bases, *texts, "--json"],
+            cwd=ROOT,
+            env=environment | logged,
+            capture_output=True,
+            check=True,
+        )
+    run = up.runs("prepare-pair")[-1]
+    with up.client() as client:
+        of_run = FlowRunFilter(id=FlowRunFilterId(any_=[run.id]))
+        (page,) = [a for a in client.read_artifacts(flow_run_filter=of_run) if (a.key or "").startswith("pair-")]
+    dashboard = str(up.told["dashboard"])
+    seen = browse(f"{dashboard}/runs/flow-run/{run.id}", tmp_path / "run.png", "Cached")
+    assert "small-old→small-new" in seen and "head_mapping" in seen
+    browse(f"{dashboard}/artifacts/artifact/{page.id}", tmp_path / "heat-map.png", "data:image/png;base64")
+    picture = Image.open(tmp_path / "heat-map.png").convert("RGB")
+    colours = {colour: count for count, colour in picture.getcolors(1 << 24)}
+    # the plot's white paper, and the dark end of its colour scale (CKA 0: the models are random)
+    assert colours.get((255, 255, 255), 0) > 10_000
+    assert sum(n for (r, g, b), n in colours.items() if abs(r - 68) < 8 and g < 16 and abs(b - 84) < 8) > 1_000
+
+
+def browse(address: str, picture: Path, text: str) -> str:
+    """Save a picture of a page once ``text`` is in it; the page as the browser has it."""
+    options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--window-size=1400,1600"]
+    command = [CHROMIUM or "", *options, "--virtual-time-budget=20000", f"--user-data-dir={picture.parent / 'profile'}"]
+
+    def load() -> str | None:
+        done = subprocess.run(
+            [*command, "--dump-dom", address], capture_output=True, text=True, check=False, timeout=120
+        )
+        return done.stdout if text in done.stdout else None
+
+    found: str = until(load, f"{text!r} in {address}")
+    subprocess.run([*command, f"--screenshot={picture}", address], capture_output=True, check=True, timeout=120)
+    return found
 
 
 def test_half_written_checkpoints(small: Small, tmp_path: Path) -> None:
