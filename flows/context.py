@@ -7,9 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 from prefect import task
+from prefect.client.orchestration import get_client
 from prefect.logging.loggers import get_run_logger
+from prefect.runtime import flow_run
 
 from artifacts import Artifact, Store
 from lorasuite.checkpoint import resolve
@@ -70,6 +73,15 @@ def fetch(*sources: str) -> None:
             download(source)
 
 
+def tag_run(**tags: str) -> None:
+    """Tag this flow run ``name:value``, so that the dashboard finds all runs of a pair or an adapter.
+
+    The flow run and not its tasks: each set of tags on a task costs a connection to Prefect's concurrency limits.
+    """
+    with get_client(sync_client=True) as client:
+        client.update_flow_run(UUID(flow_run.id), tags=[*flow_run.tags, *(f"{k}:{v}" for k, v in tags.items())])
+
+
 @dataclass
 class Context:
     """One flow run's store, locations and fingerprints."""
@@ -101,9 +113,8 @@ class Context:
         self.done.add(key)
         log, name = get_run_logger(), f"{stage.name} ({label})" if label else stage.name
         log.info("%s …", name)
-        tags = [f"pair:{self.pair}"] if self.pair else []
         begun = time.perf_counter()
-        ref = stage.run(inputs=values, settings=settings, where=where, refresh=refresh, label=label, tags=tags)
+        ref = stage.run(inputs=values, settings=settings, where=where, refresh=refresh, label=label)
         log.info("%s: %.2f s", name, time.perf_counter() - begun)
         return ref
 

@@ -23,9 +23,12 @@ POOL = "lorasuite"
 CONTROL, ANY_GPU = "control", "any-gpu"
 CRASH_AUTOMATION = "lorasuite: a run without a heartbeat has crashed"
 
-#: Seconds between two heartbeats of a flow run (Prefect's minimum), and without one until it counts as crashed.
+#: Seconds between two heartbeats of a worker's flow run.
 HEARTBEAT = 30
-CRASH_AFTER = 100
+
+#: Seconds without a heartbeat until a run counts as crashed. More than 180, Prefect's own interval, which runs have
+#: that a command line started outside `lorasuite up`: these must not be taken for dead.
+CRASH_AFTER = 240
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from prefect.runtime import flow_run
 from torch import Tensor
 
 from artifacts import Artifact, default_home
-from flows.context import Context, base_record, check_stages, fetch
+from flows.context import Context, base_record, check_stages, fetch, tag_run
 from flows.dashboard import show_migration, show_pair
 from flows.prepare_pair import PairRefs, pair_name, pair_record, pair_stages, timings
 from lorasuite import ALGORITHM_VERSION
@@ -55,6 +55,7 @@ def migrate_adapter(config: dict[str, Any], refresh: tuple[str, ...] = ()) -> di
     """
     settings: MigrationConfig = build(MigrationConfig, config)
     refreshed = check_stages(tuple(refresh))
+    tag_run(pair=pair_name(settings.old_base, settings.new_base), adapter=Path(settings.adapter).name)
     fetch(settings.old_base, settings.new_base, settings.adapter)
     plan = check(settings)
     home = default_home()

@@ -16,7 +16,7 @@ from prefect.exceptions import ObjectAlreadyExists
 from prefect.runtime import flow_run
 
 from artifacts import default_home
-from flows.context import Context, base_record, check_stages, fetch
+from flows.context import Context, base_record, check_stages, fetch, tag_run
 from flows.dashboard import show_pair
 from lorasuite.architectures import ATTENTION, Role
 from lorasuite.checkpoint import Checkpoint, digest_json, load_tokenizer, resolve
@@ -164,6 +164,7 @@ def prepare_pair(
     """
     refreshed = check_stages(tuple(refresh))
     chosen = PairSettings.model_validate(settings or {})
+    tag_run(pair=pair_name(old_base, new_base))
     fetch(old_base, new_base)
     inspect(old_base, new_base, trust_remote_code=trust_remote_code).raise_problems()
     home = default_home()

@@ -230,10 +230,10 @@ class Stage:
         """Run the stage as a Prefect task, or take its result from the store. Call it from a flow.
 
         ``inputs`` are fingerprints, or references to the artifacts of earlier stages. ``refresh`` computes
-        again, ``label`` tells task runs of one stage apart. ``tags`` should be the same for all stages of a run:
-        Prefect opens a connection to its concurrency limits for each set of tags it meets, a tenth of a second to
-        two; the task's name says which stage it is. Returns the reference; raises what the function
-        raises, and ``TypeError`` or ``ValueError`` for inputs or settings that make no key.
+        again, ``label`` tells task runs of one stage apart. ``tags`` cost time: for each set of them Prefect opens a
+        connection to its concurrency limits, a tenth of a second to two; the task's name says the stage. Returns
+        the reference; raises what the function raises, and ``TypeError`` or ``ValueError`` for inputs or settings
+        that make no key.
         """
         where = where or Where()
         # the key is made here because Prefect only logs an error in a cache policy, and then does not cache
