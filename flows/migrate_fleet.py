@@ -17,7 +17,7 @@ from prefect.runtime import flow_run
 from prefect.states import State
 
 from artifacts import default_home
-from flows.context import check_stages
+from flows.context import check_stages, fetch
 from flows.migrate_adapter import migrate_adapter
 from flows.prepare_pair import prepare_pair
 from lorasuite.adapter import Adapter
@@ -136,6 +136,7 @@ def _look(parts: Fleet) -> tuple[set[str], dict[str, Failure], dict[str, Migrati
     for name, config in parts.items():
         try:
             pair = (config.old_base, config.new_base)
+            fetch(*pair, config.adapter)
             if pair not in bases:
                 bases[pair] = fingerprint_bases.fn(default_home(), resolve(pair[0]), resolve(pair[1]))
             adapter = {"adapter": fingerprint_adapter(resolve(config.adapter))}

@@ -17,9 +17,9 @@ os.environ.update(
 import pytest
 
 from tests.flows.small import Small
-from tests.flows.upped import environment, up
+from tests.flows.upped import environment, server_up, up
 
-__all__ = ["environment", "up"]
+__all__ = ["environment", "server_up", "up"]
 
 
 @pytest.fixture(scope="session", autouse=True)

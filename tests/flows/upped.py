@@ -19,6 +19,7 @@ import psutil
 import pytest
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import FlowFilter, FlowFilterName
+from prefect.events.worker import EventsWorker
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 ROOT = Path(__file__).parents[2]
@@ -88,7 +89,8 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 @pytest.fixture(scope="session")
-def up(environment: dict[str, str]) -> Iterator[Up]:
+def server_up(environment: dict[str, str]) -> Iterator[Up]:
+    """Started once a session."""
     home = Path(environment["LORASUITE_HOME"])
     log = home.parent / "log"
     with log.open("w") as file:
@@ -109,8 +111,7 @@ def up(environment: dict[str, str]) -> Iterator[Up]:
     line = process.stdout.readline()
     assert line, log.read_text()[-6000:]
     started = Up(process, json.loads(line), home, log)
-    with temporary_settings({PREFECT_API_URL: started.api}):
-        yield started
+    yield started
     below = psutil.Process(process.pid).children(recursive=True)
     assert len(below) > len(started.told["workers"])
     process.terminate()
@@ -119,3 +120,12 @@ def up(environment: dict[str, str]) -> Iterator[Up]:
     assert not left
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{started.api}/health")
+
+
+@pytest.fixture
+def up(server_up: Up) -> Iterator[Up]:
+    """The running ``lorasuite up``, and Prefect in this process talking to it for the time of the test."""
+    EventsWorker.drain_all()  # what sends events keeps the server it first met
+    with temporary_settings({PREFECT_API_URL: server_up.api}):
+        yield server_up
+        EventsWorker.drain_all()
