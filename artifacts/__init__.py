@@ -13,6 +13,7 @@ Knows neither the library nor Prefect.
 from artifacts.errors import ArtifactDamaged, ArtifactError, ArtifactMissing
 from artifacts.keys import canonical_json, stage_key
 from artifacts.manifest import FileEntry, Manifest
+from artifacts.remote import MirroredStore, default_remote, open_store
 from artifacts.store import Artifact, GcReport, Listed, Removal, Store, default_home
 
 __all__ = [
@@ -24,9 +25,12 @@ __all__ = [
     "GcReport",
     "Listed",
     "Manifest",
+    "MirroredStore",
     "Removal",
     "Store",
     "canonical_json",
     "default_home",
+    "default_remote",
+    "open_store",
     "stage_key",
 ]

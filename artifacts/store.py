@@ -56,7 +56,7 @@ def default_home() -> Path:
     if not home:
         return Path.home() / ".cache" / "lorasuite"
     if "://" in home:
-        raise ValueError(f"LORASUITE_HOME={home}: the store needs a local directory")
+        raise ValueError(f"LORASUITE_HOME={home}: give a local directory, and the shared store as LORASUITE_STORE")
     return Path(home).expanduser().absolute()
 
 

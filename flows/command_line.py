@@ -150,6 +150,58 @@ def migrate(values: dict[str, Any], config: ConfigFile = None, refresh: Refresh 
 
 
 @app.command()
+def fleet(
+    file: Annotated[Path, typer.Argument(help="YAML file: pairs of bases, their adapters, settings, gate")],
+    only: Annotated[list[str] | None, typer.Option("--only", help="adapter's name (repeatable)")] = None,
+    new_base: Annotated[str | None, typer.Option(help="new base in place of the file's")] = None,
+    old_base: Annotated[str | None, typer.Option(help="only the pairs with this old base")] = None,
+    workers: Annotated[bool, typer.Option("--workers", help="spread over the workers of `lorasuite up`")] = False,
+    refresh: Refresh = None,
+    as_json: Json = False,
+) -> None:
+    """Migrate what is missing of a fleet of adapters, and print a verdict on each."""
+    with _errors(as_json):
+        from lorasuite.fleet import chosen, read_fleet
+
+        # before a flow run exists: a mistake in the file should cost nothing
+        chosen(read_fleet(file, old_base=old_base, new_base=new_base), only or [])
+        from flows.migrate_fleet import FleetIncomplete, migrate_fleet
+
+        try:
+            result = migrate_fleet(
+                str(file.absolute()), new_base, old_base, tuple(only or ()), workers, tuple(refresh or ())
+            )
+        except FleetIncomplete as error:
+            result = error.result
+        _print_json(result) if as_json else _show_fleet(result)
+    if result["verdicts"].get("failed"):
+        raise typer.Exit(1)
+
+
+@app.command()
+def up(
+    host: Annotated[str, typer.Option(help="address the server listens on")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="port of the server and its dashboard")] = 4200,
+    as_json: Json = False,
+) -> None:
+    """Start server, work pool, a worker for each GPU (or one for the CPU) and all deployments; Ctrl-C stops them."""
+    with _errors(as_json):
+        from flows.host import running, stay
+
+        with running(host, port) as started:
+            workers = [name for name in started.processes if name != "server"]
+            if as_json:
+                _print_json({"dashboard": started.dashboard, "api": started.api, "workers": workers})
+            else:
+                Console().print(f"dashboard  {started.dashboard}\napi        {started.api}", highlight=False)
+                Console().print(f"in other terminals: export PREFECT_API_URL={started.api}", highlight=False)
+            sys.stdout.flush()
+            code = stay(started)
+    if code:
+        raise typer.Exit(code)
+
+
+@app.command()
 def evaluate(
     base: Annotated[str, typer.Option(help="base model: directory or hub-id[@revision]")],
     adapter: Annotated[list[str] | None, typer.Option(help="LoRA adapter (repeatable)")] = None,
@@ -389,6 +441,18 @@ def _show_migration(result: dict[str, Any]) -> None:
             table.add_row(row["name"], *row["cells"])
         Console().print(table)
     Console().print(f"\nwritten to {result['output']}", highlight=False)
+
+
+def _show_fleet(result: dict[str, Any]) -> None:
+    console = Console()
+    table = Table("adapter", "pair", "verdict", "why", "seconds")
+    for row in result["adapters"]:
+        seconds = "done before" if row["cached"] else f"{row['seconds']:.1f}"
+        table.add_row(row["name"], row["pair"], row["verdict"], row["reason"], seconds)
+    console.print(table)
+    for row in result["adapters"]:
+        if row["retry"]:
+            console.print(f"try {row['name']} again: {row['retry']}", highlight=False, soft_wrap=True)
 
 
 def arm_seconds(result: dict[str, Any]) -> dict[str, float]:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
+from prefect import task
+from prefect.client.orchestration import get_client
 from prefect.logging.loggers import get_run_logger
+from prefect.runtime import flow_run
 
 from artifacts import Artifact, Store
 from lorasuite.checkpoint import resolve
@@ -23,6 +28,7 @@ from tasks.pair_stages import (
     transfer_matrices,
     vocabulary,
 )
+from tasks.retries import DELAYS, retry_download
 from tasks.stage import Ref, Stage, Where
 
 #: Every cached stage by name, in the order they run.
@@ -44,6 +50,39 @@ STAGES: dict[str, Stage] = {
         task_evaluation,
     )
 }
+
+
+@task(
+    name="download",
+    cache_policy=None,
+    persist_result=False,
+    retries=len(DELAYS),
+    retry_delay_seconds=list(DELAYS),
+    retry_condition_fn=retry_download,
+)
+def download(source: str) -> None:
+    """Get a model or adapter from the Hub into its local cache.
+
+    Raises:
+        CheckpointError: if the Hub does not give it.
+    """
+    resolve(source)
+
+
+def fetch(*sources: str) -> None:
+    """Download what is not a local directory, with retries, before anything looks at it."""
+    for source in sources:
+        if not Path(source).expanduser().exists():
+            download(source)
+
+
+def tag_run(**tags: str) -> None:
+    """Tag this flow run ``name:value``, so that the dashboard finds all runs of a pair or an adapter.
+
+    The flow run and not its tasks: each set of tags on a task costs a connection to Prefect's concurrency limits.
+    """
+    with get_client(sync_client=True) as client:
+        client.update_flow_run(UUID(flow_run.id), tags=[*flow_run.tags, *(f"{k}:{v}" for k, v in tags.items())])
 
 
 @dataclass
@@ -75,9 +114,12 @@ class Context:
         key = stage.key(values, settings)
         refresh = stage.name in self.refresh and key not in self.done
         self.done.add(key)
-        get_run_logger().info("%s%s …", stage.name, f" ({label})" if label else "")
-        tags = [f"stage:{stage.name}", *([f"pair:{self.pair}"] if self.pair else [])]
-        return stage.run(inputs=values, settings=settings, where=where, refresh=refresh, label=label, tags=tags)
+        log, name = get_run_logger(), f"{stage.name} ({label})" if label else stage.name
+        log.info("%s …", name)
+        begun = time.perf_counter()
+        ref = stage.run(inputs=values, settings=settings, where=where, refresh=refresh, label=label)
+        log.info("%s: %.2f s", name, time.perf_counter() - begun)
+        return ref
 
     def open(self, ref: Ref) -> Artifact:
         return self.store.open(ref.key)

@@ -8,17 +8,20 @@ from pathlib import Path
 from typing import Any
 
 from prefect import flow
+from prefect.logging.loggers import get_run_logger
 from prefect.runtime import flow_run
 from torch import Tensor
 
 from artifacts import Artifact, default_home
-from flows.context import Context, base_record, check_stages
+from flows.context import Context, base_record, check_stages, fetch, tag_run
+from flows.dashboard import show_migration, show_pair
 from flows.prepare_pair import PairRefs, pair_name, pair_record, pair_stages, timings
 from lorasuite import ALGORITHM_VERSION
 from lorasuite.adapter import Adapter, fresh_lora
 from lorasuite.checkpoint import Checkpoint, resolve
 from lorasuite.combination import materialise, split_sources
 from lorasuite.config import MigrationConfig, build, torch_device
+from lorasuite.gate import judge
 from lorasuite.preflight import AUTO, Plan, check
 from lorasuite.publication import publish
 from lorasuite.selection import NOTHING
@@ -30,6 +33,7 @@ from tasks.fingerprints import (
     fingerprint_bases,
     fingerprint_data,
     fingerprint_folder,
+    fingerprint_migration,
     fingerprint_texts,
 )
 from tasks.stage import Recorder, Ref, Where
@@ -54,6 +58,8 @@ def migrate_adapter(config: dict[str, Any], refresh: tuple[str, ...] = ()) -> di
     """
     settings: MigrationConfig = build(MigrationConfig, config)
     refreshed = check_stages(tuple(refresh))
+    tag_run(pair=pair_name(settings.old_base, settings.new_base), adapter=Path(settings.adapter).name)
+    fetch(settings.old_base, settings.new_base, settings.adapter)
     plan = check(settings)
     home = default_home()
     paths = {
@@ -104,7 +110,8 @@ def migrate_adapter(config: dict[str, Any], refresh: tuple[str, ...] = ()) -> di
             "modules": len(adapter.modules),
         },
         **pair_record(context, pair),
-        **arms.record(),
+        **(measured := arms.record()),
+        "verdict": judge(measured["evaluation"], measured["tasks"], settings.gate).model_dump(mode="json"),
         "timings": timings(recorder),
         "peak_memory_bytes": {row["stage"]: row["peak_memory_bytes"] for row in sorted(timings(recorder), key=_memory)},
         "notices": plan.inspection.notices,
@@ -112,6 +119,7 @@ def migrate_adapter(config: dict[str, Any], refresh: tuple[str, ...] = ()) -> di
         "versions": context.store.manifest(arms.transformed.key).libraries,
         "algorithm_version": ALGORITHM_VERSION,
         "settings": settings.model_dump(mode="json"),
+        "key": fingerprint_migration(settings, prints),
         "command": "lorasuite " + shlex.join(sys.argv[1:]) if Path(sys.argv[0]).name == "lorasuite" else "",
     }
     output = Path(settings.output)
@@ -124,6 +132,9 @@ def migrate_adapter(config: dict[str, Any], refresh: tuple[str, ...] = ()) -> di
         samples={arm: artifact.file("samples.jsonl") for arm, artifact in arms.evaluated.items()},
         trust_remote_code=settings.trust_remote_code,
     )
+    show_pair(context, record, pair.similarity)
+    show_migration(record, output)
+    get_run_logger().info("%s: %s", record["verdict"]["verdict"], record["verdict"]["reason"])
     return {**record, "output": str(output)}
 
 

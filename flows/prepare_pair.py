@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from prefect import flow
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate
+from prefect.concurrency.sync import concurrency
+from prefect.exceptions import ObjectAlreadyExists
+from prefect.runtime import flow_run
 
 from artifacts import default_home
-from flows.context import Context, base_record, check_stages
+from flows.context import Context, base_record, check_stages, fetch, tag_run
+from flows.dashboard import show_pair
 from lorasuite.architectures import ATTENTION, Role
-from lorasuite.checkpoint import Checkpoint, load_tokenizer, resolve
+from lorasuite.checkpoint import Checkpoint, digest_json, load_tokenizer, resolve
 from lorasuite.config import PairSettings, torch_device
 from lorasuite.data import calibration_texts
-from lorasuite.preflight import inspect
+from lorasuite.preflight import AUTO, inspect
 from lorasuite.transforms import names, transform
 from tasks.fingerprints import fingerprint_bases, fingerprint_texts
 from tasks.pair_stages import (
@@ -29,6 +36,9 @@ from tasks.pair_stages import (
     vocabulary,
 )
 from tasks.stage import Recorder, Ref, Where
+
+#: A host that dies while it computes a pair's artifacts holds the others up for so long.
+LEASE_SECONDS = 60
 
 
 @dataclass(frozen=True)
@@ -64,7 +74,32 @@ GROUPS: dict[str, tuple[Role, ...]] = {"attention": ATTENTION, "mlp": ("gate", "
 def pair_stages(
     context: Context, settings: PairSettings, calibration: str | None, roles: Sequence[Role], methods: Sequence[str]
 ) -> PairRefs:
-    """Run the pair's stages, those that need it for the adapter's roles and by the methods that read them."""
+    """Run the pair's stages, those that need it for the adapter's roles and by the methods that read them.
+
+    On one host, locks see to it that each is computed once; hosts that share a store take turns at a pair.
+    """
+    with one_host_at_a_time(context):
+        return _pair_stages(context, settings, calibration, roles, methods)
+
+
+@contextlib.contextmanager
+def one_host_at_a_time(context: Context) -> Iterator[None]:
+    """Hold the pair's global concurrency limit, where artifacts are shared between hosts."""
+    if context.where.remote is None:
+        yield
+        return
+    name = "lorasuite-pair-" + digest_json([context.prints["old_model"], context.prints["new_model"]])[:16]
+    with get_client(sync_client=True) as client, contextlib.suppress(ObjectAlreadyExists):
+        client.create_global_concurrency_limit(GlobalConcurrencyLimitCreate(name=name, limit=1))
+    # Strict: without it a limit that does not exist would be ignored. The lease of a killed host runs out; one that
+    # could not be renewed stops nothing, for computing a stage twice gives the same object twice.
+    with concurrency(name, strict=True, lease_duration=LEASE_SECONDS, raise_on_lease_renewal_failure=False):
+        yield
+
+
+def _pair_stages(
+    context: Context, settings: PairSettings, calibration: str | None, roles: Sequence[Role], methods: Sequence[str]
+) -> PairRefs:
     old, new = Checkpoint(context.where.path("old_base")), Checkpoint(context.where.path("new_base"))
     both = {"old_model": "old_model", "new_model": "new_model"}
     words = context.run(
@@ -133,7 +168,11 @@ def pair_stages(
     return PairRefs(words, matrices, table, layers, heads, factors, moments)
 
 
-@flow(name="prepare-pair", validate_parameters=False)
+def _run_name() -> str:
+    return pair_name(str(flow_run.parameters.get("old_base")), str(flow_run.parameters.get("new_base")))
+
+
+@flow(name="prepare-pair", flow_run_name=_run_name, validate_parameters=False)
 def prepare_pair(
     old_base: str,
     new_base: str,
@@ -143,14 +182,20 @@ def prepare_pair(
     device: str = "auto",
     refresh: tuple[str, ...] = (),
     trust_remote_code: bool = False,
+    roles: Sequence[Role] | None = None,
 ) -> dict[str, Any]:
     """Compute, or find, every artifact of a pair of bases.
+
+    Args:
+        roles: the projections that the adapters to come have updates of; all of the architecture's if None.
 
     Returns:
         the pair's layer map, transfer matrix, artifact keys and timings, as JSON.
     """
     refreshed = check_stages(tuple(refresh))
     chosen = PairSettings.model_validate(settings or {})
+    tag_run(pair=pair_name(old_base, new_base))
+    fetch(old_base, new_base)
     inspect(old_base, new_base, trust_remote_code=trust_remote_code).raise_problems()
     home = default_home()
     paths = {"old_base": resolve(old_base), "new_base": resolve(new_base)}
@@ -163,12 +208,15 @@ def prepare_pair(
     where = Where(home=home, device=torch_device(device), paths=paths, options={"trust_remote_code": trust_remote_code})
     context = Context(where, prints, refreshed, pair=pair_name(old_base, new_base))
     with Recorder() as recorder:
-        held = Checkpoint(paths["old_base"]).architecture.roles
-        refs = pair_stages(context, chosen, texts_print, held, names() if method == "auto" else [method])
+        every = Checkpoint(paths["old_base"]).architecture.roles
+        methods = names() if method == AUTO else [method]
+        refs = pair_stages(context, chosen, texts_print, every if roles is None else roles, methods)
+    maps = pair_record(context, refs)
+    show_pair(context, maps, refs.similarity)
     return {
         "old_base": base_record(old_base, prints["old_model"]),
         "new_base": base_record(new_base, prints["new_model"]),
-        **pair_record(context, refs),
+        **maps,
         "artifacts": {name: ref.key for name, ref in refs.named().items()},
         "timings": timings(recorder),
     }

@@ -13,6 +13,7 @@ from lorasuite.activations import Pooling
 from lorasuite.errors import ConfigError, Problem, did_you_mean
 from lorasuite.evaluation import EvaluationSettings
 from lorasuite.finetune import FinetuneSettings
+from lorasuite.gate import Gate
 from lorasuite.layer_mapping import Strategy
 from lorasuite.migration import Unmapped
 from lorasuite.similarity import Metric
@@ -78,6 +79,7 @@ class MigrationConfig(Strict):
     pair: PairSettings = PairSettings()
     finetune: FinetuneSettings = FinetuneSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
+    gate: Gate = Gate()
 
     @model_validator(mode="before")
     @classmethod

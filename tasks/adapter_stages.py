@@ -29,6 +29,8 @@ from tasks.pair_stages import (
     transfer,
     trusted,
 )
+from tasks.progress import Progress
+from tasks.retries import halved
 from tasks.stage import Artifact, StageOutput, Where, stage
 
 Inputs = Mapping[str, Any]
@@ -38,7 +40,7 @@ Settings = Mapping[str, Any]
 ANY_BASE = "base"
 
 
-@stage("transform", tags=["adapter"])
+@stage("transform")
 def transform(inputs: Inputs, settings: Settings, where: Where) -> StageOutput:
     """The adapter on the new base, without fine-tuning."""
     METER.reset()
@@ -86,7 +88,7 @@ def transform(inputs: Inputs, settings: Settings, where: Where) -> StageOutput:
     return StageOutput(info=info, files=files)
 
 
-@stage("select", tags=["adapter"])
+@stage("select")
 def selection(inputs: Inputs, settings: Settings, where: Where) -> StageOutput:
     """The candidate and scale with the least loss on a held-out fifth of the training rows, or none of them."""
     rows = draw(read_rows(where.path("train_data")), settings["samples"], settings["seed"])
@@ -106,38 +108,45 @@ def selection(inputs: Inputs, settings: Settings, where: Where) -> StageOutput:
     return StageOutput(info={"candidates": tried, "method": best["method"], "scale": best["scale"]}, files=files)
 
 
-@stage("finetune", tags=["adapter"])
+@stage("finetune")
 def finetune(inputs: Inputs, settings: Settings, where: Where) -> StageOutput:
     """The light fine-tune of a migrated adapter, or of a fresh LoRA on the same rows."""
     rows = draw(read_rows(where.path("train_data")), settings["samples"], settings["seed"])
     fresh = settings["fresh"]  # None: start from the migrated adapter
+    tuning = FinetuneSettings.model_validate(settings["finetune"])
+    if where.halvings:
+        smaller = halved(tuning.micro_batch_size or tuning.batch_size, where.halvings)
+        tuning = tuning.model_copy(update={"micro_batch_size": smaller})
     with tempfile.TemporaryDirectory() as folder:
         result, sweep = finetune_swept(
             str(where.path("new_base")),
             load_tokenizer(where.path("new_base"), trusted(where)),
             rows,
-            FinetuneSettings.model_validate(settings["finetune"]),
+            tuning,
             settings["learning_rates"],
             adapter=adapter_folder(inputs["transform"]) if fresh is None else None,
             lora=None if fresh is None else fresh_config(fresh),
             output=Path(folder) / "adapter",
             work_dir=where.path("work"),
+            progress=Progress("fine-tuning from scratch" if fresh else "fine-tuning").training,
             device=where.device,
             trust_remote_code=trusted(where),
         )
         files = _contents(Path(folder) / "adapter")
-    return StageOutput(info={**result.model_dump(), "sweep": sweep}, files=files)
+    info = {**result.model_dump(), "sweep": sweep, "micro_batch_size": tuning.micro_batch_size or tuning.batch_size}
+    return StageOutput(info=info, files=files)
 
 
-@stage("evaluate", tags=["adapter"])
+@stage("evaluate")
 def evaluation(inputs: Inputs, settings: Settings, where: Where) -> StageOutput:
     """One base, bare or with one adapter, on the held-out rows."""
     results = evaluate(
         str(where.path("base")),
         load_tokenizer(where.path("base"), trusted(where)),
         read_rows(where.path("eval_data")),
-        EvaluationSettings.model_validate(settings),
+        _smaller(EvaluationSettings.model_validate(settings), where),
         adapters={"it": _evaluated(inputs, where)},
+        progress=Progress("evaluation").evaluation,
         device=where.device,
         trust_remote_code=trusted(where),
     )
@@ -147,7 +156,7 @@ def evaluation(inputs: Inputs, settings: Settings, where: Where) -> StageOutput:
         return StageOutput(info=results["it"].summary(), files={file.name: file.read_bytes()})
 
 
-@stage("evaluate_tasks", tags=["adapter"])
+@stage("evaluate_tasks")
 def task_evaluation(inputs: Inputs, settings: Settings, where: Where) -> StageOutput:
     """One base, bare or with one adapter, on lm-eval tasks by name."""
     tasks = settings["tasks"]
@@ -155,13 +164,20 @@ def task_evaluation(inputs: Inputs, settings: Settings, where: Where) -> StageOu
         str(where.path("base")),
         load_tokenizer(where.path("base"), trusted(where)),
         tasks,
-        EvaluationSettings.model_validate({k: v for k, v in settings.items() if k != "tasks"}),
+        _smaller(EvaluationSettings.model_validate({k: v for k, v in settings.items() if k != "tasks"}), where),
         adapters={"it": _evaluated(inputs, where)},
         include_path=where.path("include_path") if "include_path" in inputs else None,
         device=where.device,
         trust_remote_code=trusted(where),
     )
     return StageOutput(info={task: score.model_dump(mode="json") for task, score in scores["it"].items()})
+
+
+def _smaller(settings: EvaluationSettings, where: Where) -> EvaluationSettings:
+    """Fewer rows at once after running out of memory; results say how many it were."""
+    if not where.halvings:
+        return settings
+    return settings.model_copy(update={"batch_size": halved(settings.batch_size, where.halvings)})
 
 
 def _evaluated(inputs: Inputs, where: Where) -> Path | None:

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from prefect import task
 
+from lorasuite import ALGORITHM_VERSION
 from lorasuite.adapter import Adapter
 from lorasuite.checkpoint import check_finite, digest_json, file_digest, fingerprint_model, fingerprint_tokenizer
+from lorasuite.config import MigrationConfig
 from lorasuite.data import Row, fingerprint_rows
+from lorasuite.errors import DataError, Problem
 
 #: sha256 by path, size and modification time: checkpoints of many gigabytes are not read again for every adapter.
 MEMORY = "fingerprints.json"
 
+#: Settings of a migration that name data.
+DATA_FILES = ("calibration", "train_data", "eval_data", "include_path")
 
-@task(name="fingerprint", cache_policy=None, persist_result=False, tags=["pair"])
+
+@task(name="fingerprint", cache_policy=None, persist_result=False)
 def fingerprint_bases(home: Path, old_base: Path, new_base: Path) -> dict[str, str]:
     """Fingerprints of both models and tokenizers, and a look at every weight that was not seen before.
 
@@ -62,3 +68,32 @@ def fingerprint_folder(path: Path) -> str:
     """Every file below a directory, by its place in it and its content."""
     files = sorted(file for file in path.rglob("*") if file.is_file())
     return digest_json({str(file.relative_to(path)): file_digest(file) for file in files})
+
+
+def fingerprint_migration(config: MigrationConfig, prints: Mapping[str, str]) -> str:
+    """What a whole migration computes: its inputs by content, its settings where they are not the defaults.
+
+    Raises:
+        DataError: if a data file cannot be read.
+    """
+    elsewhere = {"adapter", "old_base", "new_base", "output", "device", "gate", *DATA_FILES}
+    data = {}
+    for name in DATA_FILES:
+        source = getattr(config, name)
+        if source is not None:
+            path = Path(source)
+            data[name] = fingerprint_folder(path) if path.is_dir() else fingerprint_file(path)
+    settings = config.model_dump(mode="json", exclude=elsewhere, exclude_defaults=True)
+    return digest_json({"version": ALGORITHM_VERSION, "inputs": dict(prints), "data": data, "settings": settings})
+
+
+def fingerprint_file(path: Path) -> str:
+    """A file's content.
+
+    Raises:
+        DataError: if it cannot be read.
+    """
+    try:
+        return file_digest(path)
+    except OSError as error:
+        raise DataError(Problem(str(path), f"cannot be read ({error})", "Check the path.")) from None

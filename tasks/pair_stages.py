@@ -28,7 +28,7 @@ Inputs = Mapping[str, Any]
 Settings = Mapping[str, Any]
 
 
-@stage("vocabulary", tags=["pair"])
+@stage("vocabulary")
 def vocabulary(inputs: Inputs, settings: Settings, where: Where) -> StageOutput:
     """Token ids of the two bases that stand for the same string."""
     tokenizers = [load_tokenizer(where.path(name), trusted(where)) for name in BASES]
@@ -37,7 +37,7 @@ def vocabulary(inputs: Inputs, settings: Settings, where: Where) -> StageOutput:
     return StageOutput({"old": common.old, "new": common.new}, info)
 
 
-@stage("transfer_matrices", tags=["pair"])
+@stage("transfer_matrices")
 def transfer_matrices(inputs: Inputs, settings: Settings, where: Where) -> StageOutput:
     """``W_h`` from the embeddings of the common tokens."""
     common = shared_tokens(inputs["vocabulary"])
@@ -48,7 +48,7 @@ def transfer_matrices(inputs: Inputs, settings: Settings, where: Where) -> Stage
     return StageOutput(tensors, {"identity": fitted.identity, "residual": fitted.residual, "tokens": fitted.tokens})
 
 
-@stage("mlp_factors", tags=["pair"])
+@stage("mlp_factors")
 def mlp_factors(inputs: Inputs, settings: Settings, where: Where) -> StageOutput:
     """One MLP projection's Gram pseudo-inverses, layer by layer, of the old base (for any new one)."""
     old = Checkpoint(where.path("old_base"))
@@ -57,7 +57,7 @@ def mlp_factors(inputs: Inputs, settings: Settings, where: Where) -> StageOutput
     return StageOutput((str(layer), mlp_factor(old, layer, role)) for layer in held)
 
 
-@stage("activations", tags=["pair"])
+@stage("activations")
 def activations(inputs: Inputs, settings: Settings, where: Where) -> StageOutput:
     """One base's hidden states of the calibration texts, pooled by example."""
     path = where.path("base")
@@ -78,7 +78,7 @@ def activations(inputs: Inputs, settings: Settings, where: Where) -> StageOutput
     return StageOutput({"pooled": pooled}, {"layers": pooled.shape[0], "texts": pooled.shape[1]})
 
 
-@stage("similarity", tags=["pair"])
+@stage("similarity")
 def similarity(inputs: Inputs, settings: Settings, where: Where) -> StageOutput:
     """How alike every old layer is to every new one: minibatch CKA, or another metric."""
     old, new = inputs["old"].tensor("pooled"), inputs["new"].tensor("pooled")
@@ -86,7 +86,7 @@ def similarity(inputs: Inputs, settings: Settings, where: Where) -> StageOutput:
     return StageOutput({"similarity": table}, {"metric": settings["metric"], "mean": float(table.mean())})
 
 
-@stage("layer_mapping", tags=["pair"])
+@stage("layer_mapping")
 def layer_mapping(inputs: Inputs, settings: Settings, where: Where) -> StageOutput:
     """The layer map; without similarities only the strategies that need none, or equal depths."""
     known: Artifact | None = inputs.get("similarity")
@@ -96,7 +96,7 @@ def layer_mapping(inputs: Inputs, settings: Settings, where: Where) -> StageOutp
     return StageOutput(info={"layers": {str(o): n for o, n in layers.items()}, "similarity": values})
 
 
-@stage("head_mapping", tags=["pair"])
+@stage("head_mapping")
 def head_mapping(inputs: Inputs, settings: Settings, where: Where) -> StageOutput:
     """Matched heads of every mapped layer pair."""
     layers = layer_map(inputs["layer_mapping"])
@@ -110,7 +110,7 @@ def trusted(where: Where) -> bool:
     return bool(where.options.get("trust_remote_code"))
 
 
-@stage("alignment", tags=["pair"])
+@stage("alignment")
 def alignment(inputs: Inputs, settings: Settings, where: Where) -> StageOutput:
     """What mapped modules of both bases read and write at positions that have read the same text."""
     old, new = _checkpoints(where)

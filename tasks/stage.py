@@ -2,7 +2,7 @@
 
     from tasks.stage import Artifact, Recorder, StageOutput, Where, stage
 
-    @stage("similarity", version=1, retries=1, tags=["pair"])
+    @stage("similarity", version=1)
     def similarity(inputs, settings, where):
         grams = inputs["activations"].tensors()              # a Ref arrives as an opened Artifact
         model = where.path("old_base")                       # locations never enter the key
@@ -28,7 +28,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar, Token
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -44,8 +44,18 @@ from prefect.logging.loggers import get_run_logger
 from prefect.states import Completed
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator
 
-from artifacts import Artifact, ArtifactDamaged, ArtifactMissing, Store, default_home, stage_key
+from artifacts import (
+    Artifact,
+    ArtifactDamaged,
+    ArtifactMissing,
+    Store,
+    default_home,
+    default_remote,
+    open_store,
+    stage_key,
+)
 from tasks.locks import FileLockManager
+from tasks.retries import DELAYS, halvings, note_out_of_memory, retry_stage
 
 __all__ = ["Artifact", "Recorder", "Ref", "Stage", "StageOutput", "StageRun", "Where", "stage"]
 
@@ -69,11 +79,15 @@ class Where(BaseModel):
 
     #: Of the artifact store, the result records and the locks.
     home: Path = Field(default_factory=default_home)
+    #: Shared store that the one under ``home`` mirrors, if any.
+    remote: str | None = Field(default_factory=default_remote)
     device: str = "cpu"
     #: Name to local path: checkpoints, adapters, data files.
     paths: dict[str, Path] = Field(default_factory=dict)
     #: Anything else that must not change the result: batch sizes, worker counts.
     options: dict[str, JsonValue] = Field(default_factory=dict)
+    #: How often an earlier attempt ran out of memory: halve the micro-batch so often.
+    halvings: int = 0
 
     @field_validator("home")
     @classmethod
@@ -87,8 +101,8 @@ class Where(BaseModel):
         return self.paths[name]
 
     def store(self) -> Store:
-        """The artifact store under ``home``."""
-        return Store(self.home)
+        """The artifact store under ``home``, which mirrors ``remote`` where there is one."""
+        return open_store(self.home, self.remote)
 
 
 @dataclass(frozen=True)
@@ -164,9 +178,7 @@ class Stage:
         name: str,
         version: int,
         settings: type[BaseModel] | None,
-        retries: int,
-        retry_delay_seconds: float,
-        tags: Iterable[str],
+        retry_delays: Sequence[float],
     ) -> None:
         self.fn = fn
         self.name = name
@@ -189,9 +201,9 @@ class Stage:
             name=name,
             description=fn.__doc__,
             version=str(version),
-            tags={name, *tags},
-            retries=retries,
-            retry_delay_seconds=retry_delay_seconds,
+            retries=len(retry_delays),
+            retry_delay_seconds=list(retry_delays),
+            retry_condition_fn=retry_stage,
             persist_result=True,
             result_serializer="json",
             cache_result_in_memory=False,
@@ -218,8 +230,10 @@ class Stage:
         """Run the stage as a Prefect task, or take its result from the store. Call it from a flow.
 
         ``inputs`` are fingerprints, or references to the artifacts of earlier stages. ``refresh`` computes
-        again, ``label`` tells task runs of one stage apart. Returns the reference; raises what the function
-        raises, and ``TypeError`` or ``ValueError`` for inputs or settings that make no key.
+        again, ``label`` tells task runs of one stage apart. ``tags`` cost time: for each set of them Prefect opens a
+        connection to its concurrency limits, a tenth of a second to two; the task's name says the stage. Returns
+        the reference; raises what the function raises, and ``TypeError`` or ``ValueError`` for inputs or settings
+        that make no key.
         """
         where = where or Where()
         # the key is made here because Prefect only logs an error in a cache policy, and then does not cache
@@ -233,7 +247,7 @@ class Stage:
         name = f"{self.name} {label}" if label else self.name
         task = self.task.with_options(
             task_run_name=lambda: name,
-            tags={*self.task.tags, *tags},
+            tags=set(tags),
             result_storage=results,
             refresh_cache=refresh or problem is not None,
             cache_policy=self.task.cache_policy.configure(
@@ -280,20 +294,25 @@ class Stage:
         resolved = {name: _resolve(store, value) for name, value in inputs.items()}
         model = settings if self.settings is None else self.settings.model_validate(settings)
         measure = _Measure()
-        made = self.fn(resolved, model, where)
-        output = made if isinstance(made, StageOutput) else StageOutput(info=made)
-        store.put(
-            key,
-            stage=self.name,
-            version=self.version,
-            inputs=fingerprints,
-            settings=settings,
-            tensors=measure.through(output.tensors),
-            info=output.info,
-            files=output.files,
-            run=measure.results,
-            replace=refresh,
-        )
+        where = where.model_copy(update={"halvings": halvings(key)})
+        try:
+            made = self.fn(resolved, model, where)
+            output = made if isinstance(made, StageOutput) else StageOutput(info=made)
+            store.put(
+                key,
+                stage=self.name,
+                version=self.version,
+                inputs=fingerprints,
+                settings=settings,
+                tensors=measure.through(output.tensors),
+                info=output.info,
+                files=output.files,
+                run=measure.results,
+                replace=refresh,
+            )
+        except torch.OutOfMemoryError as error:
+            note_out_of_memory(key, error)
+            raise
         return ref
 
 
@@ -302,20 +321,19 @@ def stage(
     version: int = 1,
     *,
     settings: type[BaseModel] | None = None,
-    retries: int = 0,
-    retry_delay_seconds: float = 0,
-    tags: Iterable[str] = (),
+    retry_delays: Sequence[float] = DELAYS,
 ) -> Callable[[StageFunction], Stage]:
     """Make a :class:`Stage` of a function ``fn(inputs, settings, where)``.
 
     ``inputs`` reach the function by name: a fingerprint as the text it is, a :class:`Ref` as an opened,
     verified artifact. ``settings`` is a dictionary, or with ``settings=Model`` that pydantic model. It
     returns a :class:`StageOutput`, or a dictionary of JSON results. Raise ``version`` when the same settings
-    must give other results.
+    must give other results. Failures that can pass (:func:`tasks.retries.can_pass`) are tried again after each of
+    ``retry_delays`` seconds.
     """
 
     def decorate(fn: StageFunction) -> Stage:
-        return Stage(fn, name, version, settings, retries, retry_delay_seconds, tags)
+        return Stage(fn, name, version, settings, retry_delays)
 
     return decorate
 

@@ -16,6 +16,11 @@ os.environ.update(
 
 import pytest
 
+from tests.flows.small import Small
+from tests.flows.upped import environment, server_up, up
+
+__all__ = ["environment", "server_up", "up"]
+
 
 @pytest.fixture(scope="session", autouse=True)
 def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
@@ -45,3 +50,9 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty LORASUITE_HOME."""
     monkeypatch.setenv("LORASUITE_HOME", str(tmp_path / "home"))
     return tmp_path / "home"
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Small:
+    """A pair of tiny bases, adapters of the old one, and data. Read-only."""
+    return Small.build(tmp_path_factory.mktemp("small"))

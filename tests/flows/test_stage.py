@@ -35,7 +35,7 @@ def _fresh(home: Path) -> None:
     calls.clear()
 
 
-@stage("numbers", version=1, tags=["pair"])
+@stage("numbers", version=1)
 def numbers(inputs: Any, settings: Any, where: Where) -> StageOutput:
     calls.append("numbers")
     assert inputs == {"text": "f" * 8}
@@ -135,7 +135,7 @@ def test_the_task_runs_are_named_tagged_and_cached() -> None:
                 break
             time.sleep(0.1)
     assert {run.name: run.state_name for run in runs} == {"numbers a {label}": "Cached", "doubled": "Cached"}
-    assert {tag for run in runs for tag in run.tags} == {"numbers", "doubled", "pair", "adapter-x"}
+    assert {tag for run in runs for tag in run.tags} == {"adapter-x"}
 
 
 def test_settings_and_inputs_change_the_key_and_locations_do_not() -> None:
@@ -254,7 +254,7 @@ def test_a_failed_stage_resumes_with_the_earlier_ones_cached() -> None:
 
 
 def test_retries_run_the_function_again() -> None:
-    @stage("flaky", retries=2)
+    @stage("flaky", retry_delays=[0, 0])
     def flaky(inputs: Any, settings: Any, where: Where) -> dict[str, Any]:
         calls.append("flaky")
         if len(calls) < 3:

@@ -1,0 +1,267 @@
+"""Many adapters, one or more pairs of bases: each pair prepared once, each adapter migrated, one table of verdicts."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from prefect import flow
+from prefect.artifacts import create_table_artifact
+from prefect.client.orchestration import get_client
+from prefect.deployments import run_deployment
+from prefect.logging.loggers import get_run_logger
+from prefect.runtime import flow_run
+from prefect.states import State
+
+from artifacts import default_home
+from flows.context import check_stages, fetch
+from flows.migrate_adapter import migrate_adapter
+from flows.prepare_pair import prepare_pair
+from lorasuite.adapter import Adapter
+from lorasuite.checkpoint import Checkpoint, read_json, resolve
+from lorasuite.config import MigrationConfig
+from lorasuite.errors import LoRASuiteError, OutputError, Problem
+from lorasuite.fleet import chosen, read_fleet
+from lorasuite.gate import judge
+from lorasuite.report import RECORD, REPORT
+from tasks.fingerprints import fingerprint_adapter, fingerprint_bases, fingerprint_migration
+
+#: Deployments that a fleet's runs go to when it is spread over workers.
+MIGRATE, PREPARE = "migrate-adapter/migrate-adapter", "prepare-pair/prepare-pair"
+
+#: Seconds between two looks at the runs of a fleet.
+POLL = 1.0
+
+Fleet = Mapping[str, MigrationConfig]
+#: Starts runs of a deployment by name, waits for all of them, and gives each one's outcome, None where it went well.
+Start = Callable[[str, Mapping[str, dict[str, Any]]], dict[str, "Failure | None"]]
+
+
+class Failure(Exception):
+    """Why one adapter failed, and the command that tries it again where it is not the fleet's own."""
+
+    def __init__(self, reason: str, retry: str | None = None) -> None:
+        super().__init__(reason)
+        self.reason, self.retry = reason, retry
+
+
+class FleetIncomplete(LoRASuiteError, RuntimeError):
+    """Some adapters failed; ``result`` holds every adapter's verdict."""
+
+    def __init__(self, result: dict[str, Any]) -> None:
+        failed = [row for row in result["adapters"] if row["verdict"] == "failed"]
+        problems = [Problem(row["name"], row["reason"], f"Retry: {row['retry']}") for row in failed]
+        super().__init__(problems)
+        self.result = result
+
+
+def _run_name() -> str:
+    given = flow_run.parameters
+    source = given.get("fleet")
+    name = Path(source).stem if isinstance(source, str) else "fleet"
+    return f"{name} → {Path(given['new_base']).name}" if given.get("new_base") else name
+
+
+@flow(name="migrate-fleet", flow_run_name=_run_name, validate_parameters=False)
+def migrate_fleet(
+    fleet: str | dict[str, Any],
+    new_base: str | None = None,
+    old_base: str | None = None,
+    only: Sequence[str] = (),
+    workers: bool = False,
+    refresh: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Migrate what is missing of a fleet, and give a verdict on every adapter.
+
+    Args:
+        fleet: the YAML file, or its content.
+        new_base: take this new base in place of the file's.
+        old_base: only the pairs with this old base.
+        only: names of adapters.
+        workers: run pairs and adapters as runs of their deployments, on the workers of those; else in this process.
+        refresh: names of stages to compute again, in adapters that are not done yet.
+
+    Returns:
+        ``adapters``: a row each with ``name``, ``verdict``, ``reason``, ``output``, ``cached``, ``seconds``, ``retry``;
+        ``verdicts``: how many of each.
+
+    Raises:
+        ConfigError: if the fleet cannot be read.
+        FleetIncomplete: if adapters failed, after all others were migrated.
+    """
+    new_base, old_base = new_base or None, old_base or None  # an event without one gives an empty text
+    refreshed = tuple(sorted(check_stages(tuple(refresh))))
+    parts = chosen(read_fleet(fleet, old_base=old_base, new_base=new_base), tuple(only))
+    log = get_run_logger()
+    start: Start = _deployed if workers else _in_process
+    done, failures, missing = _look(parts)
+    log.info("%d adapters: %d done before, %d to migrate", len(parts), len(done), len(missing))
+    failures |= _prepare(missing, start, refreshed)
+    todo = {name: config for name, config in missing.items() if name not in failures}
+    begun = time.perf_counter()
+    outcomes = start(
+        MIGRATE,
+        {name: {"config": c.model_dump(mode="json"), "refresh": list(refreshed)} for name, c in todo.items()},
+    )
+    log.info("%d adapters migrated in %.1f s", len(todo), time.perf_counter() - begun)
+    failures |= {name: failure for name, failure in outcomes.items() if failure is not None}
+    again = _retry_command(fleet, old_base, new_base)
+    rows = [_row(name, config, failures.get(name), name in done, again) for name, config in parts.items()]
+    result = {
+        "adapters": rows,
+        "verdicts": {v: sum(row["verdict"] == v for row in rows) for v in dict.fromkeys(r["verdict"] for r in rows)},
+    }
+    create_table_artifact(
+        [{key: row[key] for key in SHOWN} for row in rows], key="fleet-verdicts", description="Verdicts of the fleet"
+    )
+    for row in rows:
+        log.info("%s: %s (%s)", row["name"], row["verdict"], row["reason"])
+    if failures:
+        raise FleetIncomplete(result)
+    return result
+
+
+SHOWN = ("name", "pair", "verdict", "reason", "cached", "output", "retry")
+
+
+def _look(parts: Fleet) -> tuple[set[str], dict[str, Failure], dict[str, MigrationConfig]]:
+    """Which adapters are done, which cannot be begun, and which are to be migrated."""
+    done: set[str] = set()
+    failures: dict[str, Failure] = {}
+    missing: dict[str, MigrationConfig] = {}
+    bases: dict[tuple[str, str], dict[str, str]] = {}
+    for name, config in parts.items():
+        try:
+            pair = (config.old_base, config.new_base)
+            fetch(*pair, config.adapter)
+            if pair not in bases:
+                bases[pair] = fingerprint_bases.fn(default_home(), resolve(pair[0]), resolve(pair[1]))
+            adapter = {"adapter": fingerprint_adapter(resolve(config.adapter))}
+            if _finished(config, fingerprint_migration(config, bases[pair] | adapter)):
+                done.add(name)
+            else:
+                missing[name] = config
+        except Exception as error:  # one adapter's trouble is not another's
+            failures[name] = Failure(_reason(error))
+    return done, failures, missing
+
+
+def _finished(config: MigrationConfig, key: str) -> bool:
+    """Whether the output is there already, made of the same inputs.
+
+    Raises:
+        OutputError: if the directory holds anything else, which a migration would not overwrite.
+    """
+    output = Path(config.output)
+    if not output.exists():
+        return False
+    record = read_json(output / RECORD) if (output / RECORD).is_file() else {}
+    if record.get("key") != key:
+        raise OutputError(
+            Problem(str(output), "holds something other than these inputs' migration", "Move it, or change `output`.")
+        )
+    return True
+
+
+def _prepare(parts: Fleet, start: Start, refresh: tuple[str, ...]) -> dict[str, Failure]:
+    """Compute each pair's artifacts once, before adapters race for them; the adapters of pairs that failed."""
+    groups: dict[str, dict[str, Any]] = {}
+    members: dict[str, list[str]] = {}
+    for name, config in parts.items():
+        given = {
+            "old_base": config.old_base,
+            "new_base": config.new_base,
+            "calibration": config.calibration_data,
+            "settings": config.pair.model_dump(mode="json"),
+            "device": config.device,
+            "trust_remote_code": config.trust_remote_code,
+        }
+        group = repr(given)
+        roles = Adapter.open(resolve(config.adapter)).roles(Checkpoint(resolve(config.old_base)).architecture)
+        known = groups.setdefault(group, {**given, "roles": [], "refresh": list(refresh)})
+        known["roles"] += [role for role in roles if role not in known["roles"]]
+        members.setdefault(group, []).append(name)
+    outcomes = start(PREPARE, groups)
+    return {name: failure for group, failure in outcomes.items() if failure is not None for name in members[group]}
+
+
+def _in_process(deployment: str, runs: Mapping[str, dict[str, Any]]) -> dict[str, Failure | None]:
+    """One run after another, as subflows of this one."""
+    started: Any = {MIGRATE: migrate_adapter, PREPARE: prepare_pair}[deployment]
+    outcomes: dict[str, Failure | None] = {}
+    for name, parameters in runs.items():
+        state: State[Any] = started(**parameters, return_state=True)
+        outcomes[name] = None
+        if not state.is_completed():
+            error = state.result(raise_on_failure=False)
+            outcomes[name] = Failure(_reason(error) if isinstance(error, Exception) else str(state.message))
+    return outcomes
+
+
+def _deployed(deployment: str, runs: Mapping[str, dict[str, Any]]) -> dict[str, Failure | None]:
+    """All runs at once, as runs of a deployment: its workers take them as they are free."""
+    attempt = f"{flow_run.id}-{flow_run.run_count}"
+    waiting: dict[str, Any] = {}
+    for name, parameters in runs.items():
+        run: Any = run_deployment(
+            deployment, parameters=parameters, timeout=0, idempotency_key=f"{attempt}-{deployment}-{name}"
+        )
+        waiting[name] = run.id
+    outcomes: dict[str, Failure | None] = {}
+    with get_client(sync_client=True) as client:
+        while waiting:
+            for name, run_id in list(waiting.items()):
+                state = client.read_flow_run(run_id).state
+                if state is not None and state.is_final():
+                    del waiting[name]
+                    why = (state.message or state.name or "").removeprefix("Flow run encountered an exception: ")
+                    retry = f"prefect flow-run retry {run_id}"
+                    outcomes[name] = None if state.is_completed() else Failure(_one_line(why), retry)
+            if waiting:
+                time.sleep(POLL)
+    return outcomes
+
+
+def _row(name: str, config: MigrationConfig, failure: Failure | None, cached: bool, again: str) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "name": name,
+        "pair": f"{Path(config.old_base).name} → {Path(config.new_base).name}",
+        "adapter": config.adapter,
+        "output": config.output,
+        "cached": cached,
+        "seconds": 0.0,
+        "retry": None,
+    }
+    if failure is None:
+        try:
+            record = read_json(Path(config.output) / RECORD)
+        except LoRASuiteError as error:  # made by a worker whose disk is not this one's
+            failure = Failure(_reason(error))
+        else:
+            # judged here, so that a changed gate needs no new migration
+            judged = judge(record["evaluation"], record["tasks"], config.gate)
+            if not cached:
+                row["seconds"] = round(sum(t["seconds"] for t in record["timings"]), 2)
+            report = str(Path(config.output) / REPORT)
+            return row | {"verdict": judged.verdict, "reason": judged.reason, "kept": judged.kept, "report": report}
+    retry = failure.retry or f"{again} --only {shlex.quote(name)}"
+    return row | {"verdict": "failed", "reason": failure.reason, "kept": None, "report": None, "retry": retry}
+
+
+def _retry_command(fleet: str | dict[str, Any], old_base: str | None, new_base: str | None) -> str:
+    """The command that migrates what is missing."""
+    source = shlex.quote(fleet) if isinstance(fleet, str) else "FLEET.yaml"
+    options = {"--old-base": old_base, "--new-base": new_base}
+    return f"lorasuite fleet {source}" + "".join(f" {k} {shlex.quote(v)}" for k, v in options.items() if v)
+
+
+def _reason(error: BaseException) -> str:
+    return _one_line(f"{type(error).__name__}: {error}")
+
+
+def _one_line(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= 400 else line[:399] + "…"

@@ -1,0 +1,58 @@
+"""Live progress of a long stage: a Prefect progress artifact, and lines in the run's log."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+from uuid import UUID
+
+from prefect.artifacts import create_progress_artifact, update_progress_artifact
+from prefect.context import TaskRunContext
+from prefect.logging.loggers import get_run_logger
+
+#: Seconds between two updates.
+EVERY = 2.0
+
+
+class Progress:
+    """Shows how far the running task is. Does nothing outside a task run."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+        self._artifact: UUID | None = None
+        self._shown = float("-inf")
+        self._last = 0
+        self._round = 0
+        self._in_run = TaskRunContext.get() is not None
+
+    def step(self, done: int, total: int, text: str = "") -> None:
+        """``done`` of ``total``; starting over begins a new round."""
+        if not self._in_run:
+            return
+        if done <= self._last:
+            self._round += 1
+        self._last = done
+        if done < total and time.monotonic() - self._shown < EVERY:
+            return
+        self._shown = time.monotonic()
+        told = f"{self.what}: {done} of {total}" + (f" (round {self._round + 1})" if self._round else "")
+        told += f", {text}" if text else ""
+        get_run_logger().info("%s", told)
+        percent = 100.0 * done / max(total, 1)
+        if self._artifact is None:
+            self._artifact = _identity(create_progress_artifact(percent, description=told))
+        else:
+            update_progress_artifact(self._artifact, percent, description=told)
+
+    def training(self, step: int, total: int, loss: float) -> None:
+        """As :data:`lorasuite.finetune.Progress`."""
+        self.step(step, total, f"loss {loss:.4f}")
+
+    def evaluation(self, arm: str, done: int, total: int) -> None:
+        """As :data:`lorasuite.evaluation.Progress`."""
+        self.step(done, total)
+
+
+def _identity(value: Any) -> UUID:
+    assert isinstance(value, UUID)  # Prefect types it as perhaps awaitable
+    return value

@@ -1,0 +1,220 @@
+"""``lorasuite up`` as a user starts it: workers pinned to GPUs, events, the watcher, crashes and retries."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import pytest
+from PIL import Image
+from prefect import flow as prefect_flow
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
+from prefect.deployments import run_deployment
+
+from flows.host import POOL, Host, plan_workers, set_up, visible_gpus
+from flows.watch_base_models import EVENT, complete, watch_base_models
+from tests.flows.small import Small
+from tests.flows.upped import GPUS, MAIN, Up, until
+
+ROOT = Path(__file__).parents[2]
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+def test_what_up_starts(up: Up) -> None:
+    assert up.told["workers"] == ["worker gpu-61", "worker gpu-62", "worker control"]
+    with up.client() as client:
+        queues = {queue.name: queue.concurrency_limit for queue in client.read_work_queues(work_pool_name=POOL)}
+        names = {d.name: d for d in client.read_deployments()}
+    assert queues == {"default": None, "gpu-61": 1, "gpu-62": 1, "any-gpu": None, "control": None}
+    assert set(names) == {"migrate-adapter", "prepare-pair", "migrate-fleet", "watch-base-models"}
+    assert {name for name, d in names.items() if d.schedules} == {"migrate-fleet", "watch-base-models"}
+    assert not any(schedule.active for d in names.values() for schedule in d.schedules)
+    assert names["migrate-fleet"].concurrency_options.collision_strategy.value == "ENQUEUE"
+
+
+def start_probe(up: Up, folder: Path, queue: str, name: str) -> UUID:
+    source: Any = prefect_flow.from_source(source=str(ROOT), entrypoint="tests/flows/probe.py:probe")
+    source.deploy(name=queue, work_pool_name=POOL, work_queue_name=queue, print_next_steps=False)
+    run: Any = run_deployment(f"probe/{queue}", parameters={"name": name, "folder": str(folder)}, timeout=0)
+    return UUID(str(run.id))
+
+
+def test_a_worker_pins_its_gpu_and_a_dead_ones_run_waits_and_is_retried(
+    up: Up, environment: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LORASUITE_HOME", str(up.home))  # for the worker that this test starts itself
+    pinned = start_probe(up, tmp_path, "gpu-61", "pinned")
+    assert up.finished(pinned).state.name == "Completed"
+    assert (tmp_path / "pinned").read_text() == f"61 {up.home}"
+
+    set_up(up.api, plan_workers(GPUS), crash_after=10)  # before the run's only heartbeat
+    (tmp_path / "wait-hangs").touch()
+    hanging = start_probe(up, tmp_path, "gpu-62", "hangs")
+    # kill -9 of the run and of its worker, which could otherwise still report it
+    pid_file = tmp_path / "wait-hangs.pid"
+    run_pid, worker_pid = map(int, until(lambda: pid_file.is_file() and pid_file.read_text(), "the run").split())
+    os.kill(worker_pid, signal.SIGKILL)
+    os.kill(run_pid, signal.SIGKILL)
+    waiting = start_probe(up, tmp_path, "gpu-62", "waits")
+    assert up.finished(hanging).state.name == "Crashed"
+    set_up(up.api, plan_workers(GPUS))
+    with up.client() as client:
+        state = client.read_flow_run(waiting).state
+        assert state is not None and state.type.value == "SCHEDULED", "nobody else takes it"
+
+    (tmp_path / "wait-hangs").unlink()
+    done = subprocess.run(
+        [sys.executable, "-m", "prefect", "flow-run", "retry", str(hanging)],
+        env={**environment, "PREFECT_API_URL": up.api},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    port = int(up.api.split(":")[2].split("/")[0])
+    again = Host(port=port, root=ROOT)
+    try:
+        again.start_worker(plan_workers(GPUS)[1])
+        states = [up.finished(run).state for run in (hanging, waiting)]
+        assert [state.name for state in states] == ["Completed", "Completed"], states
+    finally:
+        again.stop()
+    assert (tmp_path / "hangs").read_text() == f"62 {up.home}"
+
+
+def test_an_event_over_http_starts_the_fleet(up: Up, small: Small, tmp_path: Path) -> None:
+    file = small.fleet(tmp_path / "fleet.yaml", ("one",))
+    payload = {"new_base": str(small.new), "fleet": str(file), "old_base": ""}
+    event = {"event": EVENT, "resource": {"prefect.resource.id": "lorasuite.base-model.x"}, "payload": payload}
+    command = ["curl", "-sS", "--fail", "-X", "POST", f"{up.api}/events", "-H", "content-type: application/json"]
+    event |= {"id": "5d0f1c1e-8f1b-4b55-9a53-0d5ff2b1a001", "occurred": "2026-01-01T00:00:00Z"}
+    subprocess.run([*command, "-d", json.dumps([event])], check=True)
+    run = until(lambda: up.runs("migrate-fleet"), "the trigger")[-1]
+    assert run.parameters["fleet"] == str(file) and run.parameters["new_base"] == str(small.new)
+    assert run.deployment_id is not None
+    state = up.finished(run.id).state
+    assert state.name == "Completed", up.log.read_text()[-6000:]
+    assert (tmp_path / "migrated" / "small-new" / "one" / "migration.json").is_file()
+    assert [r.work_queue_name for r in up.runs("migrate-adapter")] == ["any-gpu"], "spread over the workers"
+
+
+def test_the_watcher_starts_the_fleet_for_a_new_checkpoint(
+    up: Up, small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LORASUITE_HOME", str(tmp_path / "home"))
+    bases = tmp_path / "bases"
+    shutil.copytree(small.new, bases / "known")
+    file = small.fleet(tmp_path / "fleet.yaml", ("two",))
+
+    def look() -> dict[str, Any]:
+        found: dict[str, Any] = watch_base_models([str(bases)], fleet=str(file), settle_seconds=0)
+        return found
+
+    assert look() == {"announced": [], "unfinished": []}, "the first look only remembers"
+    shutil.copytree(small.new, bases / "half")
+    weights = bases / "half" / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    assert look() == {"announced": [], "unfinished": [str(bases / "half")]}
+    before = len(up.runs("migrate-fleet"))
+    weights.write_bytes(whole)
+    assert look() == {"announced": [str(bases / "half")], "unfinished": []}
+    assert look() == {"announced": [], "unfinished": []}, "once"
+    run = until(lambda: up.runs("migrate-fleet")[before:], "the trigger")[0]
+    assert run.parameters["new_base"] == str(bases / "half") and run.parameters["fleet"] == str(file)
+    assert up.finished(run.id).state.name == "Completed"
+    assert (tmp_path / "migrated" / "half" / "two" / "report.html").is_file()
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="there is no Chromium on this machine")
+def test_the_dashboard_shows_cached_stages_and_the_heat_map(
+    up: Up, small: Small, environment: dict[str, str], tmp_path: Path
+) -> None:
+    bases = ["--old-base", str(small.old), "--new-base", str(small.new)]
+    texts = ["--calibration", str(small.root / "texts.jsonl")]
+    logged = {"PREFECT_API_URL": up.api, "PREFECT_LOGGING_TO_API_ENABLED": "true", "PREFECT_LOGGING_LEVEL": "INFO"}
+    for _ in range(2):
+        subprocess.run(
+            [sys.executable, "-c", MAIN, "prepare", *bases, *texts, "--json"],
+            cwd=ROOT,
+            env=environment | logged,
+            capture_output=True,
+            check=True,
+        )
+    run = up.runs("prepare-pair")[-1]
+    with up.client() as client:
+        of_run = FlowRunFilter(id=FlowRunFilterId(any_=[run.id]))
+        (page,) = [a for a in client.read_artifacts(flow_run_filter=of_run) if (a.key or "").startswith("pair-")]
+    dashboard = str(up.told["dashboard"])
+    seen = browse(f"{dashboard}/runs/flow-run/{run.id}", tmp_path / "run.png", "Cached")
+    assert "small-old→small-new" in seen and "head_mapping" in seen
+    browse(f"{dashboard}/artifacts/artifact/{page.id}", tmp_path / "heat-map.png", "data:image/png;base64")
+    picture = Image.open(tmp_path / "heat-map.png").convert("RGB")
+    colours = {colour: count for count, colour in picture.getcolors(1 << 24)}
+    # the plot's white paper, and the dark end of its colour scale (CKA 0: the models are random)
+    assert colours.get((255, 255, 255), 0) > 10_000
+    assert sum(n for (r, g, b), n in colours.items() if abs(r - 68) < 8 and g < 16 and abs(b - 84) < 8) > 1_000
+
+
+def browse(address: str, picture: Path, text: str) -> str:
+    """Save a picture of a page once ``text`` is in it; the page as the browser has it."""
+    options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--window-size=1400,1600"]
+    command = [CHROMIUM or "", *options, "--virtual-time-budget=20000", f"--user-data-dir={picture.parent / 'profile'}"]
+
+    def load() -> str | None:
+        done = subprocess.run(
+            [*command, "--dump-dom", address], capture_output=True, text=True, check=False, timeout=120
+        )
+        return done.stdout if text in done.stdout else None
+
+    found: str = until(load, f"{text!r} in {address}")
+    subprocess.run([*command, f"--screenshot={picture}", address], capture_output=True, check=True, timeout=120)
+    return found
+
+
+def test_half_written_checkpoints(small: Small, tmp_path: Path) -> None:
+    def copy(name: str) -> Path:
+        return Path(shutil.copytree(small.new, tmp_path / name, copy_function=shutil.copyfile))
+
+    assert complete(copy("whole"))
+    assert not complete(tmp_path / "whole", settle_seconds=3600), "written a moment ago"
+    (copy("loading") / "model.safetensors.incomplete").touch()
+    (copy("unweighted") / "model.safetensors").unlink()
+    (copy("unconfigured") / "config.json").unlink()
+    (copy("torn") / "config.json").write_text('{"model_type": "lla')
+    for name in ("loading", "unweighted", "unconfigured", "torn"):
+        assert not complete(tmp_path / name), name
+
+
+def test_deploy_from_a_plain_checkout(up: Up, environment: dict[str, str], tmp_path: Path) -> None:
+    for name in ("flows", "tasks", "artifacts", "lorasuite"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("models", "__pycache__"))
+    shutil.copyfile(ROOT / "prefect.yaml", tmp_path / "prefect.yaml")
+    done = subprocess.run(
+        [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"],
+        cwd=tmp_path,
+        env={**environment, "PREFECT_API_URL": up.api, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    with up.client() as client:
+        paths = {d.path or json.dumps(d.pull_steps) for d in client.read_deployments() if "lorasuite" in d.tags}
+    assert len(paths) == 1 and str(tmp_path) in paths.pop()
+
+
+def test_gpus_are_read_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0, 3,GPU-1a")
+    assert visible_gpus() == ["0", "3", "GPU-1a"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    assert visible_gpus() == []
+    assert [(plan.name, plan.devices) for plan in plan_workers([])] == [("cpu", None), ("control", None)]
