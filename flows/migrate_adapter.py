@@ -212,7 +212,7 @@ class _Arms:
                 "seed": self.settings.seed,
                 **self.lora,
             },
-            label=method,
+            label=method if len(self.methods) > 1 else None,
         )
 
     def _select(self, candidates: dict[str, Ref]) -> None:

@@ -128,7 +128,7 @@ def finetune(inputs: Inputs, settings: Settings, where: Where) -> StageOutput:
             lora=None if fresh is None else fresh_config(fresh),
             output=Path(folder) / "adapter",
             work_dir=where.path("work"),
-            progress=Progress("fine-tuning from scratch" if fresh else "fine-tuning").training,
+            progress=Progress(f"fine-tuning ({'scratch' if fresh else 'migrated'})").training,
             device=where.device,
             trust_remote_code=trusted(where),
         )

@@ -23,6 +23,8 @@ from flows.watch_base_models import EVENT, complete, watch_base_models
 from tests.flows.small import Small
 from tests.flows.upped import GPUS, MAIN, Up, until
 
+pytestmark = pytest.mark.host
+
 ROOT = Path(__file__).parents[2]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 

@@ -164,7 +164,7 @@ def test_published_adapter_is_the_reported_update(home: Path, settings: Settings
 def test_second_adapter_reuses_every_pair_stage(home: Path, settings: Settings, adapters: Any, tmp_path: Path) -> None:
     migrate_adapter(settings())
     second = states(migrate_adapter(settings(adapter=str(adapters[1]), output=str(tmp_path / "second"))))
-    assert not second.pop("transform lorasuite")
+    assert not second.pop("transform")
     assert all(second.values()) and {name.split()[0] for name in second} == PAIR_STAGES | {"mlp_factors"}
 
 
@@ -219,7 +219,7 @@ def test_aligned_methods(home: Path, settings: Settings, pair: tuple[Path, Path]
     check_loads(Path(record["output"]), pair[1])
     assert "mlp_factors gate" not in states(record)
     again = states(migrate_adapter(settings(method="functional-ridge", output=str(tmp_path / "b"))))
-    assert again["alignment attention"] and again["alignment mlp"] and not again["transform functional-ridge"]
+    assert again["alignment attention"] and again["alignment mlp"] and not again["transform"]
     with pytest.raises(PreflightError, match="Give --calibration"):
         migrate_adapter(settings(method=method, calibration=None, output=str(tmp_path / "c")))
 
@@ -339,7 +339,7 @@ class TestCommandLine:
         assert done.exit_code == 0, done.output
         record = json.loads(done.stdout)
         assert record["settings"]["rank"] == 5
-        assert [name for name, cached in states(record).items() if not cached] == ["transform lorasuite"]
+        assert [name for name, cached in states(record).items() if not cached] == ["transform"]
 
         listed = json.loads(self.run("artifacts", "ls", "--json").stdout)["artifacts"]
         key = next(row["key"] for row in listed if row["stage"] == "layer_mapping")
