@@ -8,15 +8,12 @@ fitted from the new inputs: ``min ‖X_n ΔW_nᵀ − D T_out‖² + λ‖ΔW_n�
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
-from lorasuite.architectures import Dimensions, Role
-from lorasuite.lowrank import LowRank
+from lorasuite.architectures import Role
 from lorasuite.transforms.base import LayerPair, register
-from lorasuite.transforms.procrustes import polar, written
+from lorasuite.transforms.procrustes import Procrustes, written
 
 #: λ relative to the mean variance of the new inputs, ``tr(X_nᵀX_n)/d``.
 RIDGE = 1e-3
@@ -31,31 +28,14 @@ def ridge(xx: Tensor, xy: Tensor, strength: float = RIDGE) -> Tensor:
 
 
 @register
-class Functional:
-    """Ridge regression of the adapter's effect; outputs mapped by an orthogonal map."""
+class Functional(Procrustes):
+    """Ridge regression of the adapter's effect; outputs mapped by an orthogonal map, as Procrustes does."""
 
     name = "functional"
-    aligned = True
 
-    def fits(self, old: Dimensions, new: Dimensions, updated: tuple[Role, ...]) -> bool:
-        return True
-
-    def roles(self, updated: tuple[Role, ...]) -> tuple[Role, ...]:
-        return ()
-
-    def layer(self, pair: LayerPair, updates: Mapping[Role, LowRank]) -> dict[Role, LowRank]:
-        moved = {}
-        inputs: dict[int, Tensor] = {}  # projections of one fused module share A, and go on sharing its image
-        for role, update in updates.items():
-            if id(update.A) not in inputs:
-                reads = pair.moments(role, "in")
-                inputs[id(update.A)] = update.A @ ridge(reads.yy, reads.xy.T).T
-            moved[role] = LowRank(self.output_map(pair, role).T @ update.B, inputs[id(update.A)])
-        return moved
-
-    def output_map(self, pair: LayerPair, role: Role) -> Tensor:
-        """``T_out (out_o, out_n)``."""
-        return polar(written(pair, role).centred()[1])
+    def input_map(self, pair: LayerPair, role: Role) -> Tensor:
+        reads = pair.moments(role, "in")
+        return ridge(reads.yy, reads.xy.T).T
 
 
 @register

@@ -52,7 +52,14 @@ class Procrustes:
         inputs: dict[int, Tensor] = {}  # projections of one fused module share A, and go on sharing A·T_in
         for role, update in updates.items():
             if id(update.A) not in inputs:
-                inputs[id(update.A)] = update.A @ polar(pair.moments(role, "in").centred()[1])
-            outputs = polar(written(pair, role).centred()[1])
-            moved[role] = LowRank(outputs.T @ update.B, inputs[id(update.A)])
+                inputs[id(update.A)] = update.A @ self.input_map(pair, role)
+            moved[role] = LowRank(self.output_map(pair, role).T @ update.B, inputs[id(update.A)])
         return moved
+
+    def input_map(self, pair: LayerPair, role: Role) -> Tensor:
+        """``T_in (in_o, in_n)``."""
+        return polar(pair.moments(role, "in").centred()[1])
+
+    def output_map(self, pair: LayerPair, role: Role) -> Tensor:
+        """``T_out (out_o, out_n)``."""
+        return polar(written(pair, role).centred()[1])
