@@ -471,15 +471,15 @@ def _show_tasks(tasks: dict[str, Any]) -> None:
 def _show_comparisons(comparisons: list[dict[str, Any]]) -> None:
     if not comparisons:
         return
-    table = Table("from", "to", "on", "metric", "difference", "95 % interval", "p", "lost", "gained", title="paired")
+    table = Table("from → to", "on", "difference, 95 % interval", "p", "lost", "gained", title="sample by sample")
     for row in comparisons:
-        interval = "–" if row["interval"] is None else "{:+.3f} … {:+.3f}".format(*row["interval"])
         counts = ("–", "–", "–")
         if row["mcnemar_p"] is not None:
             flips = (str(len(row["negative_flips"])), str(len(row["positive_flips"])))
             counts = (f"{row['mcnemar_p']:.2g}", *flips)
-        metric, difference = row["metric"].split(",")[0], f"{row['difference']:+.3f}"
-        table.add_row(row["first"], row["second"], row["task"] or "rows", metric, difference, interval, *counts)
+        interval = "" if row["interval"] is None else " ({:+.3f} … {:+.3f})".format(*row["interval"])
+        on = f"{row['task'] or 'rows'}: {row['metric'].split(',')[0]}"
+        table.add_row(f"{row['first']} → {row['second']}", on, f"{row['difference']:+.3f}{interval}", *counts)
     Console().print(table)
 
 

@@ -126,8 +126,10 @@ def evaluate_tasks(
         with base_model(base, adapters, device, trust_remote_code) as model:
             context = context_length(model, tokenizer)
             generation = {name: _fit(task, model, tokenizer, context) for name, task in loaded["tasks"].items()}
+            requests = sum(_requests(task, settings.limit) for task in loaded["tasks"].values())
             for label, adapter in adapters.items():
                 started = time.perf_counter()
+                counter = RequestCounter(label, progress, requests)
                 with adapted(model, adapter, device) as tuned:
                     lm = lm_class()(tuned, tokenizer, settings.batch_size, special=None)
                     for task in loaded["tasks"].values():
@@ -139,8 +141,9 @@ def evaluate_tasks(
                         limit=settings.limit,
                         bootstrap_iters=1000,
                         apply_chat_template=apply_chat_template,
-                        progress=RequestCounter(label, progress, None),
+                        progress=counter,
                     )
+                counter.finish()
                 seconds = time.perf_counter() - started
                 results[label] = {
                     name: _score(name, outcome, settings, generation.get(name), tokenizer, context, seconds)
@@ -267,6 +270,13 @@ def _fit(task: Any, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     settings.setdefault("eos_token_id", end_tokens(model, tokenizer))
     task.set_config(key="generation_kwargs", value=settings)
     return copy.deepcopy(settings)
+
+
+def _requests(task: Any, limit: int | None) -> int:
+    """What the model will be asked, about: options are counted as the first document's."""
+    documents = min(len(task.eval_docs), limit or sys.maxsize)
+    many = task.OUTPUT_TYPE == "multiple_choice" and documents
+    return documents * (len(task.doc_to_choice(task.eval_docs[0])) if many else 1)
 
 
 # --------------------------------------------------------------------------------------------------------- results
