@@ -64,6 +64,7 @@ class TaskScore(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     task: str
+    group: bool = Field(False, description="a mean over tasks that are scored beside it")
     metrics: dict[str, float]
     stderr: dict[str, float] = Field(description="standard errors; none where there are fewer than two documents")
     n: int | None = Field(description="documents evaluated")
@@ -186,6 +187,7 @@ def group_score(group: str, scores: Mapping[str, TaskScore]) -> TaskScore:
     common = [key for key in parts[0].metrics if all(key in part.metrics for part in parts)]
     return TaskScore(
         task=group,
+        group=True,
         metrics={key: sum(part.metrics[key] for part in parts) / len(parts) for key in common},
         stderr={
             key: math.sqrt(sum(part.stderr[key] ** 2 for part in parts)) / len(parts)
@@ -315,6 +317,7 @@ def _score(
             logger.warning(what, task, truncated, len(samples), room)
     return TaskScore(
         task=task,
+        group=entries is None,
         metrics=metrics,
         stderr=stderr,
         n=values.get("sample_len", len(samples) or None),
