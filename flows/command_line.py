@@ -22,6 +22,7 @@ from artifacts import ArtifactError, Store
 from flows.options import with_settings
 from lorasuite.config import MigrationConfig, build, read_config
 from lorasuite.errors import LoRASuiteError, NumericalError
+from lorasuite.evaluation import EvaluationSettings
 
 app = typer.Typer(
     name="lorasuite",
@@ -204,40 +205,57 @@ def up(
 @app.command()
 def evaluate(
     base: Annotated[str, typer.Option(help="base model: directory or hub-id[@revision]")],
-    adapter: Annotated[list[str] | None, typer.Option(help="LoRA adapter (repeatable)")] = None,
+    adapter: Annotated[list[str] | None, typer.Option(help="PEFT adapter (repeatable)")] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(help="lm-eval tasks, comma-separated; the paper's are lorasuite_math and lorasuite_commonsense"),
+    ] = None,
+    eval_dir: Annotated[
+        Path | None, typer.Option(help="rows of the paper's tasks, as <task>/test.json; the Hub if unset")
+    ] = None,
     eval_data: Annotated[str | None, typer.Option(help="held-out rows")] = None,
-    tasks: Annotated[str | None, typer.Option(help="lm-eval tasks, comma-separated")] = None,
     include_path: Annotated[Path | None, typer.Option(help="directory of lm-eval task files")] = None,
+    output: Annotated[Path | None, typer.Option(help="directory to create: results and per-sample outputs")] = None,
     batch_size: Annotated[int | None, typer.Option(help="fixed batch size")] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(help="tokens generated at most")] = None,
-    limit: Annotated[int | None, typer.Option(help="rows evaluated at most")] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="tokens generated at most for held-out rows; tasks have their own")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="rows evaluated at most, held-out or of a task")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N or auto")] = "auto",
-    samples: Annotated[Path | None, typer.Option(help="directory for per-sample outputs")] = None,
     trust_remote_code: Annotated[bool, typer.Option(help="let model repositories run their own code")] = False,
+    refresh: Refresh = None,
     as_json: Json = False,
 ) -> None:
-    """Evaluate a base, bare and with adapters, on held-out rows or lm-eval tasks, in one model load."""
+    """Evaluate a base, bare and with adapters, on held-out rows or lm-eval tasks, in one model load; compare them."""
     with _errors(as_json):
-        from flows.evaluate_adapters import evaluate_adapters
-
         given = {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "limit": limit}
+        options = build(EvaluationSettings, {name: value for name, value in given.items() if value is not None})
+        names = tuple(t.strip() for t in (tasks or "").split(",") if t.strip())
+        from flows.evaluate_adapters import check, evaluate_adapters
+
+        # before a flow run exists: bad input should cost nothing
+        check(base, tuple(adapter or ()), eval_data, names, eval_dir, include_path, output, device)
         results = evaluate_adapters(
             base,
-            adapter or [],
+            tuple(adapter or ()),
             eval_data,
-            [t.strip() for t in (tasks or "").split(",") if t.strip()],
+            names,
+            eval_dir,
             include_path,
-            {name: value for name, value in given.items() if value is not None},
+            options.model_dump(mode="json"),
             device,
-            samples,
+            output,
+            tuple(refresh or ()),
             trust_remote_code,
         )
         if as_json:
             _print_json(results)
         else:
             _show_evaluation(results["results"])
-            if results["tasks"]:
-                Console().print_json(data=results["tasks"])
+            _show_tasks(results["tasks"])
+            _show_comparisons(results["comparisons"])
+            if output is not None:
+                Console().print(f"\nwritten to {output}", highlight=False)
 
 
 @app.command()
@@ -423,8 +441,6 @@ def _show_evaluation(evaluation: dict[str, Any], seconds: dict[str, float] | Non
 
 
 def _show_migration(result: dict[str, Any]) -> None:
-    from lorasuite.report import task_comparison
-
     _show_pair(result)
     if result["candidates"]:
         table = Table("candidate", "scale", "held-out loss", title="method auto")
@@ -434,13 +450,37 @@ def _show_migration(result: dict[str, Any]) -> None:
         Console().print(table)
     _show_timings(result["timings"])
     _show_evaluation(result["evaluation"], arm_seconds(result))
-    columns, rows = task_comparison(result["tasks"])
-    if rows:
-        table = Table("arm", *columns)
-        for row in rows:
-            table.add_row(row["name"], *row["cells"])
-        Console().print(table)
+    _show_tasks(result["tasks"])
+    _show_comparisons(result.get("comparisons", []))
     Console().print(f"\nwritten to {result['output']}", highlight=False)
+
+
+def _show_tasks(tasks: dict[str, Any]) -> None:
+    from lorasuite.report import task_comparison
+
+    columns, rows = task_comparison(tasks)
+    if not rows:
+        return
+    # a row a task and metric: there may be many, and few arms
+    table = Table("task", *[row["name"] for row in rows])
+    for at, column in enumerate(columns):
+        table.add_row(column, *[row["cells"][at] for row in rows])
+    Console().print(table)
+
+
+def _show_comparisons(comparisons: list[dict[str, Any]]) -> None:
+    if not comparisons:
+        return
+    table = Table("from → to", "on", "difference, 95 % interval", "p", "lost", "gained", title="sample by sample")
+    for row in comparisons:
+        counts = ("–", "–", "–")
+        if row["mcnemar_p"] is not None:
+            flips = (str(len(row["negative_flips"])), str(len(row["positive_flips"])))
+            counts = (f"{row['mcnemar_p']:.2g}", *flips)
+        interval = "" if row["interval"] is None else " ({:+.3f} … {:+.3f})".format(*row["interval"])
+        on = f"{row['task'] or 'rows'}: {row['metric'].split(',')[0]}"
+        table.add_row(f"{row['first']} → {row['second']}", on, f"{row['difference']:+.3f}{interval}", *counts)
+    Console().print(table)
 
 
 def _show_fleet(result: dict[str, Any]) -> None:

@@ -1,60 +1,159 @@
-"""Evaluation outside a migration: one base, bare and with any number of adapters."""
+"""Evaluation outside a migration: one base, bare and with any number of adapters, in one model load."""
 
 from __future__ import annotations
 
+import json
+import shutil
+import uuid
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lorasuite.checkpoint import load_tokenizer, resolve
+from prefect import flow
+
+from artifacts import default_home
+from flows.context import Context, base_record, check_stages, fetch, tag_run
+from flows.measure import Measured
+from flows.prepare_pair import timings
+from lorasuite.checkpoint import Checkpoint, resolve
 from lorasuite.config import torch_device
-from lorasuite.data import read_rows
-from lorasuite.errors import ConfigError, Problem
-from lorasuite.evaluation import EvaluationSettings, evaluate, evaluate_tasks
+from lorasuite.data import Row, read_rows
+from lorasuite.errors import ConfigError, LoRASuiteError, OutputError, PreflightError, Problem
+from lorasuite.evaluation import EvaluationSettings
+from lorasuite.harness import shared_load
+from lorasuite.publication import copy_samples
+from lorasuite.task_evaluation import check_tasks
+from tasks.fingerprints import fingerprint_any_adapter, fingerprint_bases
+from tasks.stage import Recorder, Ref, Where
+
+#: Name of the arm without an adapter.
+BARE = "base"
+RESULTS = "results.json"
 
 
+@flow(name="evaluate-adapters", validate_parameters=False)
 def evaluate_adapters(
     base: str,
-    adapters: list[str],
-    eval_data: str | None,
-    tasks: list[str],
-    include_path: Path | None,
-    settings: dict[str, Any],
-    device: str,
-    samples: Path | None,
-    trust_remote_code: bool,
+    adapters: tuple[str, ...] = (),
+    eval_data: str | None = None,
+    tasks: tuple[str, ...] = (),
+    eval_dir: Path | None = None,
+    include_path: Path | None = None,
+    settings: dict[str, Any] | None = None,
+    device: str = "auto",
+    output: Path | None = None,
+    refresh: tuple[str, ...] = (),
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
-    """Results by arm (``base`` and each adapter's directory name) on rows, and by task where lm-eval tasks are given.
+    """Results by arm (``base`` and each adapter's directory name) on rows and on lm-eval tasks, and arms compared.
+
+    Cached by model, adapter and what is asked, and nothing is loaded where everything is. With ``output``, the
+    directory gets ``results.json`` (what is returned) and ``samples/``.
 
     Raises:
-        ConfigError: if there is nothing to evaluate on.
+        PreflightError: with everything that is wrong with the input, before a model is loaded.
     """
-    if not eval_data and not tasks:
-        raise ConfigError(Problem("evaluate", "there is nothing to evaluate on", "Give --eval-data or --tasks."))
-    path = resolve(base)
-    arms: dict[str, Path | None] = {"base": None}
-    for adapter in adapters:
-        folder = resolve(adapter)
-        name = folder.resolve().name
-        arms[name if name not in arms else str(folder)] = folder
-    tokenizer = load_tokenizer(path, trust_remote_code)
-    options = EvaluationSettings.model_validate(settings)
-    common: dict[str, Any] = {
-        "adapters": arms,
-        "device": torch_device(device),
-        "trust_remote_code": trust_remote_code,
-    }
-    results: dict[str, Any] = {}
+    options = EvaluationSettings.model_validate(settings or {})
+    rows = check(base, tuple(adapters), eval_data, tuple(tasks), eval_dir, include_path, output, device)
+    refreshed = check_stages(tuple(refresh))
+    tag_run(base=Path(base).name)
+    fetch(base, *adapters)
+    paths = {"base": resolve(base)}
+    paths |= {n: p for n, p in (("eval_dir", eval_dir), ("include_path", include_path)) if p is not None}
     if eval_data:
-        found = evaluate(str(path), tokenizer, read_rows(eval_data), options, **common)
-        for arm, result in found.items():
-            results[arm] = result.summary()
-            if samples is not None:
-                samples.mkdir(parents=True, exist_ok=True)
-                result.write_samples(samples / f"{Path(arm).name}.jsonl")
-    scored = {}
-    if tasks:
-        scored = evaluate_tasks(str(path), tokenizer, tasks, options, include_path=include_path, **common)
-    by_task = {
-        arm: {task: score.model_dump(mode="json") for task, score in scores.items()} for arm, scores in scored.items()
+        paths["eval_data"] = Path(eval_data)
+    where = Where(
+        home=default_home(),
+        device=torch_device(device),
+        paths=paths,
+        options={"trust_remote_code": trust_remote_code},
+    )
+    both = fingerprint_bases(where.home, paths["base"], paths["base"])
+    prints = {"model": both["new_model"], "tokenizer": both["new_tokenizer"]}
+    measured = Measured(Context(where, prints, refreshed), options, rows, tasks, eval_dir, include_path)
+    model: dict[str, str | Ref] = {"model": "model", "tokenizer": "tokenizer"}
+    named = {}
+    with Recorder() as recorder, shared_load():
+        measured.measure(BARE, model)
+        for adapter in adapters:
+            folder = resolve(adapter)
+            name = folder.resolve().name
+            arm = name if name not in (BARE, *named) else f"{name}-{len(named) + 1}"
+            named[arm] = {"id": adapter, "fingerprint": fingerprint_any_adapter(folder)}
+            measured.measure(arm, {**model, "adapter": named[arm]["fingerprint"]}, adapter=folder)
+    record = {
+        "base": base_record(base, prints["model"]),
+        "adapters": named,
+        "results": measured.evaluation,
+        "tasks": measured.scores,
+        "comparisons": measured.comparisons(),
+        "settings": options.model_dump(mode="json"),
+        "timings": timings(recorder),
     }
-    return {"base": base, "results": results, "tasks": by_task}
+    if output is not None:
+        _write(output, record, measured)
+    return {**record, "output": None if output is None else str(output)}
+
+
+def check(
+    base: str,
+    adapters: tuple[str, ...],
+    eval_data: str | None,
+    tasks: tuple[str, ...],
+    eval_dir: Path | None,
+    include_path: Path | None,
+    output: Path | None,
+    device: str,
+) -> list[Row]:
+    """The held-out rows, if there are any.
+
+    Raises:
+        PreflightError: with every problem.
+    """
+    problems: list[Problem] = []
+
+    def attempt(action: Callable[[], Any]) -> Any:
+        try:
+            return action()
+        except LoRASuiteError as error:
+            problems.extend(error.problems)
+
+    if not eval_data and not tasks:
+        problems.append(Problem("evaluate", "there is nothing to evaluate on", "Give --eval-data or --tasks."))
+    attempt(lambda: torch_device(device))
+    attempt(lambda: Checkpoint(base))
+    for adapter in adapters:
+        attempt(partial(_adapter, adapter))
+    rows: list[Row] = (attempt(lambda: read_rows(eval_data)) if eval_data else None) or []
+    if include_path is not None and not include_path.is_dir():
+        problems.append(Problem(str(include_path), "is not a directory", "Give one with lm-eval task files."))
+    elif tasks:
+        attempt(lambda: check_tasks(tasks, eval_dir, include_path))
+    if output is not None and output.exists():
+        problems.append(Problem(str(output), "exists already", "Give a new directory: nothing is overwritten."))
+    if problems:
+        raise PreflightError(problems)
+    return rows
+
+
+def _adapter(source: str) -> None:
+    folder = resolve(source)
+    if not (folder / "adapter_config.json").is_file():
+        raise ConfigError(Problem(source, "holds no adapter_config.json", "Give a PEFT adapter directory."))
+
+
+def _write(output: Path, record: dict[str, Any], measured: Measured) -> None:
+    """The output directory, which appears only when it is whole."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    scratch = output.parent / f".{output.name}.{uuid.uuid4().hex[:8]}.partial"
+    scratch.mkdir()
+    try:
+        copy_samples(measured.samples(), scratch)
+        text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
+        (scratch / RESULTS).write_text(text, encoding="utf-8")
+        if output.exists():
+            raise OutputError(Problem(str(output), "appeared meanwhile", "Give another directory."))
+        scratch.rename(output)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)

@@ -15,28 +15,32 @@ from torch import Tensor
 from artifacts import Artifact, default_home
 from flows.context import Context, base_record, check_stages, fetch, tag_run
 from flows.dashboard import show_migration, show_pair
+from flows.measure import Measured
 from flows.prepare_pair import PairRefs, pair_name, pair_record, pair_stages, timings
 from lorasuite import ALGORITHM_VERSION
 from lorasuite.adapter import Adapter, fresh_lora
 from lorasuite.checkpoint import Checkpoint, resolve
 from lorasuite.combination import materialise, split_sources
 from lorasuite.config import MigrationConfig, build, torch_device
-from lorasuite.gate import judge
+from lorasuite.gate import BOTH, judge
+from lorasuite.harness import shared_load
 from lorasuite.preflight import AUTO, Plan, check
 from lorasuite.publication import publish
 from lorasuite.selection import NOTHING
 from lorasuite.transforms import names, transform
-from tasks.adapter_stages import adapter_folder, evaluation, finetune, selection, task_evaluation
+from tasks.adapter_stages import adapter_folder, finetune, selection
 from tasks.adapter_stages import transform as transform_stage
 from tasks.fingerprints import (
     fingerprint_adapter,
     fingerprint_bases,
     fingerprint_data,
-    fingerprint_folder,
     fingerprint_migration,
     fingerprint_texts,
 )
 from tasks.stage import Recorder, Ref, Where
+
+#: Arms the published adapter is compared with, sample by sample.
+COMPARED = (*BOTH, "scratch")
 
 
 def _run_name() -> str:
@@ -73,6 +77,7 @@ def migrate_adapter(config: dict[str, Any], refresh: tuple[str, ...] = ()) -> di
         "calibration": settings.calibration_data,
         "train_data": settings.train_data,
         "eval_data": settings.eval_data,
+        "eval_dir": settings.eval_dir,
         "include_path": settings.include_path,
     }
     paths |= {name: Path(file) for name, file in files.items() if file}
@@ -129,7 +134,7 @@ def migrate_adapter(config: dict[str, Any], refresh: tuple[str, ...] = ()) -> di
         record,
         new_base=paths["new_base"],
         figures=_figures(context, pair),
-        samples={arm: artifact.file("samples.jsonl") for arm, artifact in arms.evaluated.items()},
+        samples=arms.measured.samples(),
         trust_remote_code=settings.trust_remote_code,
     )
     show_pair(context, record, pair.similarity)
@@ -169,8 +174,14 @@ class _Arms:
             self.lora["energy"] = settings.energy
         old = Checkpoint(context.where.path("old_base")).architecture
         self.reads_vocabulary = bool(adapter.vocabulary_modules(old))
-        self.evaluated: dict[str, Artifact] = {}
-        self.scores: dict[str, dict[str, Any]] = {}
+        self.measured = Measured(
+            context,
+            settings.evaluation,
+            plan.evaluation,
+            settings.eval_tasks,
+            *settings.task_folders,
+        )
+        self.comparisons: list[dict[str, Any]] = []
         self.tuned: Artifact | None = None
         self.control: Artifact | None = None
 
@@ -191,11 +202,11 @@ class _Arms:
                 self.control, arms["scratch"] = context.open(scratch), scratch
             final = self._finetune("scratch" if self.method == NOTHING else "migrated")
             self.tuned, arms["migrated+lft"] = context.open(final), final
-        for arm, adapter in arms.items():
-            if self.plan.evaluation:
-                self.evaluated[arm] = context.open(self._evaluate(arm, adapter))
-            if settings.eval_tasks:
-                self.scores[arm] = context.open(self._evaluate(arm, adapter, settings.eval_tasks)).info
+        with shared_load():
+            for arm, adapter in arms.items():
+                self._measure(arm, adapter)
+        published = "migrated+lft" if "migrated+lft" in arms else "migrated"
+        self.comparisons = self.measured.comparisons([(arm, published) for arm in COMPARED])
         return final
 
     def _transform(self, method: str) -> Ref:
@@ -261,21 +272,13 @@ class _Arms:
         work = context.where.home / "work" / finetune.key(prints, values)[:32]
         return context.run(finetune, inputs, values, label=start, work=work)
 
-    def _evaluate(self, arm: str, adapter: Ref | str | None, tasks: tuple[str, ...] = ()) -> Ref:
-        """One arm on the held-out rows, or on lm-eval tasks by name."""
+    def _measure(self, arm: str, adapter: Ref | str | None) -> None:
+        """One arm on the held-out rows and the tasks there are."""
         side = "old" if arm.startswith("old") else "new"
         inputs: dict[str, str | Ref] = {"model": f"{side}_model", "tokenizer": f"{side}_tokenizer"}
         if adapter is not None:
             inputs["adapter"] = adapter
-        values = self.settings.evaluation.model_dump(mode="json")
-        base = self.context.where.path(f"{side}_base")
-        if tasks:
-            folder = self.settings.include_path
-            if folder is not None:
-                inputs["include_path"] = fingerprint_folder(Path(folder))
-            return self.context.run(task_evaluation, inputs, {**values, "tasks": list(tasks)}, label=arm, base=base)
-        inputs["eval_data"] = fingerprint_data(self.plan.evaluation)
-        return self.context.run(evaluation, inputs, values, label=arm, base=base)
+        self.measured.measure(arm, inputs, base=self.context.where.path(f"{side}_base"))
 
     def record(self) -> dict[str, Any]:
         """What ``migration.json`` says of the arms."""
@@ -292,6 +295,7 @@ class _Arms:
             "loaded_bytes_peak": moved["loaded_bytes_peak"],
             "finetune": None if self.tuned is None else self.tuned.info,
             "control": None if self.control is None else self.control.info,
-            "evaluation": {arm: artifact.info for arm, artifact in self.evaluated.items()},
-            "tasks": self.scores,
+            "evaluation": self.measured.evaluation,
+            "tasks": self.measured.scores,
+            "comparisons": self.comparisons,
         }

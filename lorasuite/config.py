@@ -58,7 +58,12 @@ class MigrationConfig(Strict):
         None, ge=0, description=f"training rows used; {LFT_SAMPLES} where there is training data, else 0"
     )
     eval_data: str | None = Field(None, description="held-out rows for evaluation")
-    eval_tasks: tuple[str, ...] = Field((), description="lm-eval tasks, by name")
+    eval_tasks: tuple[str, ...] = Field(
+        (), description="lm-eval tasks, by name; the paper's are lorasuite_math and lorasuite_commonsense"
+    )
+    eval_dir: str | None = Field(
+        None, description="rows of the paper's tasks, as <task>/test.json (LLM-Adapters); the Hub if unset"
+    )
     include_path: str | None = Field(None, description="directory of lm-eval task files, searched for --eval-tasks")
     method: str = Field(
         "lorasuite", description="transform to use, or auto: the one that does best on a fifth of the training rows"
@@ -119,6 +124,14 @@ class MigrationConfig(Strict):
         if self.finetune_samples is None:
             return LFT_SAMPLES if self.train_data else 0
         return self.finetune_samples
+
+    @property
+    def task_folders(self) -> tuple[Path | None, Path | None]:
+        """Where tasks find rows and task files: ``eval_dir`` and ``include_path``."""
+        return (
+            Path(self.eval_dir) if self.eval_dir else None,
+            Path(self.include_path) if self.include_path else None,
+        )
 
     @property
     def calibration_data(self) -> str | None:

@@ -92,7 +92,8 @@ def _scores(
 ) -> dict[str, float]:
     """The metric by arm, higher is better, for the arms that have it."""
     if metric == "tasks":
-        found = {arm: [_task_score(score) for score in scores.values()] for arm, scores in tasks.items()}
+        leaves = {arm: [s for s in scores.values() if not s.get("group")] for arm, scores in tasks.items()}
+        found = {arm: [_task_score(score) for score in scores] for arm, scores in leaves.items()}
         known = {arm: [value for value in values if value is not None] for arm, values in found.items()}
         return {arm: sum(values) / len(values) for arm, values in known.items() if values}
     sign = -1 if metric == "bits_per_byte" else 1

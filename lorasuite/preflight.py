@@ -20,6 +20,7 @@ from lorasuite.config import MigrationConfig, torch_device
 from lorasuite.data import Row, calibration_texts, draw, encode_rows, read_rows
 from lorasuite.errors import LoRASuiteError, PreflightError, Problem
 from lorasuite.similarity import SMALLEST_BATCH
+from lorasuite.task_evaluation import check_tasks
 from lorasuite.transforms import transform
 from lorasuite.vocabulary import common_tokens
 
@@ -298,6 +299,8 @@ def check(config: MigrationConfig) -> Plan:
     held_out = _held_out_rows(result, config)
     if config.include_path is not None and not Path(config.include_path).is_dir():
         result.problems.append(Problem(config.include_path, "is not a directory", "Give one with lm-eval task files."))
+    elif config.eval_tasks:
+        _attempt(result, lambda: check_tasks(config.eval_tasks, *config.task_folders))
     _output(result, Path(config.output))
     result.raise_problems()
     return Plan(result, texts, train, held_out)

@@ -36,7 +36,7 @@ def publish(
         adapter: PEFT directory; its base model's name is replaced by the new base's id and revision.
         record: the content of ``migration.json``.
         figures: tensors the report draws.
-        samples: arm → per-sample evaluation outputs (JSONL).
+        samples: arm, or arm/task → per-sample evaluation outputs (JSONL).
 
     Raises:
         OutputError: if the directory exists.
@@ -59,9 +59,7 @@ def publish(
         _write(scratch / "README.md", model_card(record))
         if figures:
             save_file({name: tensor.contiguous() for name, tensor in figures.items()}, scratch / FIGURE_DATA)
-        for arm, path in samples.items():
-            (scratch / "samples").mkdir(exist_ok=True)
-            shutil.copyfile(path, scratch / "samples" / f"{arm}.jsonl")
+        copy_samples(samples, scratch)
         write_report(scratch)
         for file in scratch.rglob("*"):
             _fsync(file)
@@ -73,6 +71,14 @@ def publish(
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return output
+
+
+def copy_samples(samples: Mapping[str, Path], folder: Path) -> None:
+    """Copy per-sample outputs to ``samples/<arm>.jsonl`` and ``samples/<arm>/<task>.jsonl`` in a directory."""
+    for name, path in samples.items():
+        target = folder / "samples" / f"{name}.jsonl"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target)
 
 
 def _write(path: Path, text: str) -> None:

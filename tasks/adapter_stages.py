@@ -1,7 +1,8 @@
 """The stages that are run for each adapter: transform, fine-tune, evaluate.
 
 Names of paths: ``old_base``, ``new_base``, ``adapter``, ``base`` (the model evaluated), and the data files
-``train_data`` and ``eval_data``. Locations never enter a key: rows do, by their fingerprint.
+``train_data``, ``eval_data``, ``eval_dir`` and ``include_path``. Locations never enter a key: rows and task files do,
+by their fingerprint.
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ from lorasuite.adapter import CONFIG, Adapter, fresh_config, write_adapter
 from lorasuite.architectures import ROLES
 from lorasuite.checkpoint import METER, Checkpoint, load_model, load_tokenizer
 from lorasuite.data import draw, read_rows
-from lorasuite.evaluation import EvaluationSettings, evaluate, evaluate_tasks
+from lorasuite.evaluation import EvaluationSettings, evaluate
 from lorasuite.finetune import FinetuneSettings
 from lorasuite.migration import migrate
 from lorasuite.selection import NOTHING, choose, write_scaled
 from lorasuite.sweep import finetune_swept, split
+from lorasuite.task_evaluation import evaluate_tasks, write_task_samples
 from tasks.pair_stages import (
     factor_reader,
     head_maps,
@@ -156,21 +158,27 @@ def evaluation(inputs: Inputs, settings: Settings, where: Where) -> StageOutput:
         return StageOutput(info=results["it"].summary(), files={file.name: file.read_bytes()})
 
 
-@stage("evaluate_tasks")
+@stage("evaluate_tasks", version=2)
 def task_evaluation(inputs: Inputs, settings: Settings, where: Where) -> StageOutput:
-    """One base, bare or with one adapter, on lm-eval tasks by name."""
-    tasks = settings["tasks"]
+    """One base, bare or with one adapter, on an lm-eval task (or group, or tag) by name."""
+    options = {name: value for name, value in settings.items() if name not in ("task", "lm_eval")}
     scores = evaluate_tasks(
         str(where.path("base")),
         load_tokenizer(where.path("base"), trusted(where)),
-        tasks,
-        _smaller(EvaluationSettings.model_validate({k: v for k, v in settings.items() if k != "tasks"}), where),
+        [settings["task"]],
+        _smaller(EvaluationSettings.model_validate(options), where),
         adapters={"it": _evaluated(inputs, where)},
-        include_path=where.path("include_path") if "include_path" in inputs else None,
+        eval_dir=where.paths.get("eval_dir"),
+        include_path=where.paths.get("include_path"),
+        progress=Progress(f"evaluation ({settings['task']})").evaluation,
         device=where.device,
         trust_remote_code=trusted(where),
-    )
-    return StageOutput(info={task: score.model_dump(mode="json") for task, score in scores["it"].items()})
+    )["it"]
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "samples.jsonl"
+        write_task_samples(scores, file)
+        info = {task: score.summary() for task, score in scores.items()}
+        return StageOutput(info=info, files={file.name: file.read_bytes()})
 
 
 def _smaller(settings: EvaluationSettings, where: Where) -> EvaluationSettings:

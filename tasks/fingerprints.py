@@ -14,13 +14,17 @@ from lorasuite.adapter import Adapter
 from lorasuite.checkpoint import check_finite, digest_json, file_digest, fingerprint_model, fingerprint_tokenizer
 from lorasuite.config import MigrationConfig
 from lorasuite.data import Row, fingerprint_rows
-from lorasuite.errors import DataError, Problem
+from lorasuite.errors import AdapterError, DataError, Problem
+from lorasuite.eval_tasks import TASKS, expand
+from lorasuite.eval_tasks import fingerprint as fingerprint_own
 
 #: sha256 by path, size and modification time: checkpoints of many gigabytes are not read again for every adapter.
 MEMORY = "fingerprints.json"
 
 #: Settings of a migration that name data.
 DATA_FILES = ("calibration", "train_data", "eval_data", "include_path")
+#: What a PEFT adapter consists of.
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 
 
 @task(name="fingerprint", cache_policy=None, persist_result=False)
@@ -54,6 +58,14 @@ def fingerprint_adapter(path: Path, allow_pickle: bool = False) -> str:
     return Adapter.open(path, allow_pickle).fingerprint()
 
 
+def fingerprint_any_adapter(path: Path, allow_pickle: bool = False) -> str:
+    """As :func:`fingerprint_adapter`; of kinds that PEFT loads and migration does not know, the files."""
+    try:
+        return fingerprint_adapter(path, allow_pickle)
+    except AdapterError:
+        return digest_json({name: file_digest(path / name) for name in ADAPTER_FILES if (path / name).is_file()})
+
+
 def fingerprint_texts(texts: Sequence[str]) -> str:
     """The calibration texts that are read, in order."""
     return digest_json(list(texts))
@@ -70,19 +82,34 @@ def fingerprint_folder(path: Path) -> str:
     return digest_json({str(file.relative_to(path)): file_digest(file) for file in files})
 
 
+def fingerprint_task(task: str, eval_dir: Path | None, include_path: Path | None) -> str:
+    """What an lm-eval task asks: its files and local rows; lm-eval's own tasks go by their names.
+
+    Raises:
+        DataError: if ``eval_dir`` lacks the task's rows.
+    """
+    if task in TASKS:
+        return fingerprint_own(task, eval_dir)
+    if Path(task).is_file():
+        return fingerprint_folder(Path(task).parent)
+    return digest_json([task, None if include_path is None else fingerprint_folder(include_path)])
+
+
 def fingerprint_migration(config: MigrationConfig, prints: Mapping[str, str]) -> str:
     """What a whole migration computes: its inputs by content, its settings where they are not the defaults.
 
     Raises:
         DataError: if a data file cannot be read.
     """
-    elsewhere = {"adapter", "old_base", "new_base", "output", "device", "gate", *DATA_FILES}
+    elsewhere = {"adapter", "old_base", "new_base", "output", "device", "gate", "eval_dir", *DATA_FILES}
     data = {}
     for name in DATA_FILES:
         source = getattr(config, name)
         if source is not None:
             path = Path(source)
             data[name] = fingerprint_folder(path) if path.is_dir() else fingerprint_file(path)
+    for name in expand(config.eval_tasks):
+        data[f"task {name}"] = fingerprint_task(name, *config.task_folders)
     settings = config.model_dump(mode="json", exclude=elsewhere, exclude_defaults=True)
     return digest_json({"version": ALGORITHM_VERSION, "inputs": dict(prints), "data": data, "settings": settings})
 

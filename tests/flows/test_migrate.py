@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -18,11 +19,13 @@ from typer.testing import CliRunner
 from artifacts import Store
 from flows.command_line import app
 from flows.migrate_adapter import migrate_adapter
+from lorasuite import checkpoint
 from lorasuite.adapter import Adapter, check_loads
 from lorasuite.checkpoint import Checkpoint
 from lorasuite.errors import ConfigError, PreflightError
 from tests import models
 
+EVAL_DIR = Path(__file__).parents[1] / "data" / "eval_tasks"
 PAIR_STAGES = {"vocabulary", "transfer_matrices", "activations", "similarity", "layer_mapping", "head_mapping"}
 
 
@@ -280,6 +283,24 @@ metric_list: [{{metric: acc}}]
     score = record["tasks"]["migrated"]["local_choice"]
     assert score["n"] == 6 and 0 <= score["metrics"]["acc,none"] <= 1
     assert "local_choice acc" in (Path(record["output"]) / "report.html").read_text()
+    found = {(row["first"], row["second"], row["task"]): row for row in record["comparisons"]}
+    assert set(found) == {(arm, "migrated", "local_choice") for arm in ("old+adapter", "new")}
+    row = found["new", "migrated", "local_choice"]
+    scores = [record["tasks"][arm]["local_choice"]["metrics"]["acc,none"] for arm in ("new", "migrated")]
+    assert (row["metric"], row["n"], [row["first_score"], row["second_score"]]) == ("acc,none", 6, scores)
+    assert row["difference"] == pytest.approx((len(row["positive_flips"]) - len(row["negative_flips"])) / 6)
+    assert len((Path(record["output"]) / "samples/migrated/local_choice.jsonl").read_text().splitlines()) == 6
+
+    # the paper's tasks, each cached by itself
+    both = ["lorasuite_boolq", "lorasuite_aqua"]
+    again = migrate_adapter(
+        settings(eval_tasks=both, eval_dir=str(EVAL_DIR), evaluation={"limit": 2}, output=str(tmp_path / "out2"))
+    )
+    assert set(again["tasks"]["migrated"]) == set(both)
+    third = migrate_adapter(
+        settings(eval_tasks=both[:1], eval_dir=str(EVAL_DIR), evaluation={"limit": 2}, output=str(tmp_path / "out3"))
+    )
+    assert all(states(third).values())
 
 
 @pytest.mark.parametrize("strategy, expected", [("first", [0, 1, 2]), ("last", [1, 2, 3])])
@@ -351,16 +372,47 @@ class TestCommandLine:
         assert self.run("report", s["output"], "--json").exit_code == 0
         assert (Path(s["output"]) / "report.html").is_file()
 
-    def test_evaluate(self, settings: Settings, data: dict[str, Path], tmp_path: Path) -> None:
-        s = settings()
-        result = self.run(
-            "evaluate", "--base", s["old_base"], "--adapter", s["adapter"], "--eval-data", data["test"],
-            "--max-new-tokens", "4", "--samples", tmp_path / "samples", "--json",
-        )  # fmt: skip
+    def test_evaluate(
+        self, home: Path, settings: Settings, data: dict[str, Path], adapters: Any, tmp_path: Path, monkeypatch: Any
+    ) -> None:
+        loads = []
+        load = checkpoint.load_model
+        monkeypatch.setattr(checkpoint, "load_model", lambda *a, **k: loads.append(a) or load(*a, **k))
+        arguments = [
+            "evaluate", "--base", settings()["old_base"], "--adapter", adapters[0], "--adapter", adapters[1],
+            "--eval-data", data["test"], "--max-new-tokens", "4", "--tasks", "lorasuite_boolq,lorasuite_addsub",
+            "--eval-dir", EVAL_DIR, "--limit", "3", "--json", "--output",
+        ]  # fmt: skip
+        result = self.run(*arguments, tmp_path / "one")
         assert result.exit_code == 0, result.output
-        results = json.loads(result.stdout)["results"]
-        assert set(results) == {"base", "first"} and results["base"]["loss"] != results["first"]["loss"]
-        assert len((tmp_path / "samples" / "first.jsonl").read_text().splitlines()) == 6
+        found = json.loads(result.stdout)
+        assert len(loads) == 1  # nine stages
+        results = found["results"]
+        assert list(results) == ["base", "first", "second"] and results["base"]["loss"] != results["first"]["loss"]
+        assert set(found["tasks"]["second"]) == {"lorasuite_boolq", "lorasuite_addsub"}
+        pairs = [("base", "first"), ("base", "second"), ("first", "second")]
+        assert [(row["first"], row["second"]) for row in found["comparisons"]] == [
+            pair for pair in pairs for _ in "abc"
+        ]
+        kept = tmp_path / "one" / "samples"
+        assert sorted(str(path.relative_to(kept)) for path in kept.rglob("*.jsonl"))[-3:] == [
+            "second.jsonl", "second/lorasuite_addsub.jsonl", "second/lorasuite_boolq.jsonl",
+        ]  # fmt: skip
+        assert json.loads((tmp_path / "one" / "results.json").read_text())["tasks"] == found["tasks"]
+        for arm, task in itertools.product(results, found["tasks"]["base"]):
+            lines = [json.loads(line) for line in (kept / arm / f"{task}.jsonl").open()]
+            for metric, value in found["tasks"][arm][task]["metrics"].items():
+                assert value == pytest.approx(sum(line["scores"][metric] for line in lines) / 3)
+
+        again = json.loads(self.run(*arguments, tmp_path / "two").stdout)
+        assert all(states(again).values()) and len(states(again)) == 9 and len(loads) == 1
+        assert again["comparisons"] == found["comparisons"]
+
+        result = self.run(*arguments[:-1], "--tasks", "lorasuite_bolq", "--adapter", tmp_path, "--output", tmp_path)
+        assert result.exit_code == 2
+        message = json.loads(result.stdout)["message"]
+        assert "holds no adapter_config.json" in message and "exists already" in message
+        assert "Did you mean 'lorasuite_boolq'" in message
 
     def test_mistakes(self, settings: Settings, tmp_path: Path) -> None:
         s = settings()

@@ -9,11 +9,10 @@ import sys
 
 import pytest
 import torch
-import yaml
 
 from lorasuite.data import Message, Row, encode_pair, prompt_ids
 from lorasuite.errors import AdapterError, ConfigError, DataError, NumericalError
-from lorasuite.evaluation import EvaluationSettings, evaluate, evaluate_tasks
+from lorasuite.evaluation import EvaluationSettings, evaluate
 from lorasuite.finetune import FinetuneSettings, attach_adapter, detach_adapter, finetune
 from tests.integration.tiny import digit_rows, tiny_lora, tiny_model, tiny_tokenizer
 
@@ -236,37 +235,8 @@ def test_refusals(tuned, tmp_path):
         evaluate(broken, tokenizer, rows, EvaluationSettings(generate=False), adapters={"base": None})
 
 
-def test_named_lm_eval_tasks(tuned, tmp_path, capfd):
-    base, adapter = tuned
-    rows = [{"question": f"Question: say {word}\nAnswer:", "choices": ["one", "two"], "gold": 0} for word in "abc"]
-    (tmp_path / "rows.json").write_text(json.dumps(rows))
-    task = {
-        "task": "local_choice",
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.json")}, "cache_dir": str(tmp_path)},
-        "test_split": "test",
-        "output_type": "multiple_choice",
-        "doc_to_text": "question",
-        "doc_to_choice": "choices",
-        "doc_to_target": "gold",
-        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
-        "metadata": {"version": 1.0},
-    }
-    (tmp_path / "local_choice.yaml").write_text(yaml.safe_dump(task))
-    arguments = {"adapters": {"base": None, "tuned": adapter}, "include_path": tmp_path}
-    results = evaluate_tasks(base, tiny_tokenizer(), ["local_choice"], SETTINGS, **arguments)
-    assert capfd.readouterr().out == ""
-    for label in ("base", "tuned"):
-        score = results[label]["local_choice"]
-        assert score.n == 3
-        assert set(score.metrics) == set(score.stderr) == {"acc,none"}
-        assert score.num_fewshot == 0
-        assert score.version == "1.0"
-    with pytest.raises(ConfigError, match=r"'local_choise'.*Did you mean 'local_choice'"):
-        evaluate_tasks(base, tiny_tokenizer(), ["local_choise"], SETTINGS, **arguments)
-
-
 def test_importing_the_module_is_cheap():
-    code = "import sys, lorasuite.evaluation; print(sorted({'torch', 'transformers', 'lm_eval'} & set(sys.modules)))"
+    code = "import sys, lorasuite.evaluation, lorasuite.task_evaluation as _; "
+    code += "print(sorted({'torch', 'transformers', 'lm_eval'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
