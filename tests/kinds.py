@@ -1,11 +1,11 @@
-"""Every kind of adapter PEFT writes, on tiny models: how to make one, and what becomes of it.
+"""Every kind of adapter PEFT writes, on tiny models: how to make one of any architecture, and what becomes of it.
 
-The table is what ``docs/adapters.md`` shows: :func:`table` renders it, and a test keeps the two in step.
+The table is what ``docs/adapters.md`` shows: :func:`table` renders it, and a test keeps the two in step. What becomes of
+each kind on each architecture is in :mod:`tests.cross`.
 """
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,12 +17,37 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from lorasuite.adapter_types import REFUSED, config_problems
+from lorasuite.checkpoint import Checkpoint
 from tests import models
 
-TARGETS = ["q_proj", "v_proj", "o_proj", "down_proj"]
-ATTENTION = ["q_proj", "v_proj"]
+TARGETS = ("q", "v", "o", "down")
+ATTENTION = ("q", "v")
 
-Config = Callable[[], Any]
+
+class Names:
+    """What a base calls the modules of some roles (``"embedding"`` and ``"unembedding"`` among them)."""
+
+    def __init__(self, model: Path) -> None:
+        self.checkpoint = Checkpoint(model)
+
+    def __call__(self, *roles: str) -> list[str]:
+        """Their names as PEFT's ``target_modules`` take them: whole paths where a vision tower has the same ones."""
+        a = self.checkpoint.architecture
+        modules = [m for m in a.modules if set(m.roles) & set(roles)]
+        names = dict.fromkeys(m.name.rpartition(".")[2] for m in modules)
+        if a.text_config:
+            depth = range(self.checkpoint.dims.layers)
+            names = {a.path(n, m): None for n in depth for m in self.checkpoint.modules(n) if m in modules}
+        ends = {"embedding": a.embedding, "unembedding": a.unembedding}
+        return [*names, *(path.rpartition(".")[2] for name, path in ends.items() if name in roles)]
+
+    def pattern(self, layers: str, *roles: str) -> str:
+        """A regular expression of the modules of some layers."""
+        ends = "|".join(name.rpartition(".")[2] for name in self(*roles))
+        return rf"{self.checkpoint.architecture.layers}\.({layers})\..*({ends})"
+
+
+Config = Callable[[Names], Any]
 
 
 @dataclass(frozen=True)
@@ -40,11 +65,18 @@ class Kind:
 
 
 def lora(**settings: Any) -> Config:
-    return lambda: LoraConfig(**{"r": 3, "lora_alpha": 6, "target_modules": TARGETS, **settings})
+    """A ``LoraConfig``; a setting that is a function is given the base's names."""
+    return other("LoraConfig", **{"r": 3, "lora_alpha": 6, **settings})
 
 
-def other(name: str, **settings: Any) -> Config:
-    return lambda: getattr(peft, name)(**{"target_modules": TARGETS, **settings})
+def other(name: str, targets: tuple[str, ...] = TARGETS, **settings: Any) -> Config:
+    """A config of that PEFT class for the modules of some roles."""
+
+    def config(names: Names) -> Any:
+        values = {key: value(names) if callable(value) else value for key, value in settings.items()}
+        return getattr(peft, name)(**{"target_modules": names(*targets), **values})
+
+    return config
 
 
 def keep_initial(path: Path, tuned: Any) -> None:
@@ -70,15 +102,18 @@ MIGRATED: dict[str, Kind] = {
     "LoRA": Kind(lora(), "factors as stored"),
     "rsLoRA (use_rslora)": Kind(lora(use_rslora=True), "scaling α/√r, kept in the output"),
     "rank_pattern, alpha_pattern": Kind(
-        lora(rank_pattern={"q_proj": 2, r".*\.1\.mlp\.down_proj": 5}, alpha_pattern={"v_proj": 1}),
+        lora(
+            rank_pattern=lambda names: {names("q")[0]: 2, names.pattern("1", "o"): 5},
+            alpha_pattern=lambda names: {names("v")[-1]: 1},
+        ),
         "each module with its own rank and α; written with the largest rank",
     ),
-    "layers_to_transform": Kind(lora(layers_to_transform=[0, 2]), "the modules in the file count"),
-    "regex target_modules": Kind(lora(target_modules=r".*\.(0|2)\..*(q|v)_proj"), "the modules in the file count"),
+    "layers_to_transform": Kind(lora(layers_to_transform=[1]), "the modules in the file count"),
+    "regex target_modules": Kind(lora(target_modules=lambda names: names.pattern("1|2", "q", "v")), "the modules in the file count"),
     "all-linear": Kind(lora(target_modules="all-linear"), "the modules in the file count"),
-    "exclude_modules": Kind(lora(exclude_modules=r".*\.1\..*"), "the modules in the file count"),
+    "exclude_modules": Kind(lora(exclude_modules=r".*\.0\..*"), "the modules in the file count"),
     "fan_in_fan_out (GPT-2)": Kind(
-        lora(target_modules=["c_attn", "c_fc"], fan_in_fan_out=True), "weights turned to (out, in) and back", "gpt2"
+        lora(targets=("q", "up"), fan_in_fan_out=True), "weights turned to (out, in) and back", "gpt2"
     ),
     "bias='lora_only'": Kind(
         lora(bias="lora_only"),
@@ -88,17 +123,17 @@ MIGRATED: dict[str, Kind] = {
         out="LoRA with biases",
     ),
     "modules_to_save (embeddings)": Kind(
-        lora(modules_to_save=["embed_tokens", "lm_head"]),
+        lora(modules_to_save=lambda names: names("embedding", "unembedding")),
         "the change of each shared token's row, through W_h, added to the new base's row",
         out="LoRA with whole embeddings",
     ),
     "LoRA on embeddings": Kind(
-        lora(target_modules=["q_proj", "embed_tokens", "lm_head"]),
+        lora(targets=("q", "embedding", "unembedding")),
         "rows of shared tokens re-indexed, the hidden side through W_h",
         out="LoRA on embeddings",
     ),
     "trainable_token_indices": Kind(
-        lora(trainable_token_indices={"embed_tokens": [5, 9, 33]}),
+        lora(trainable_token_indices=lambda names: {names("embedding")[0]: [5, 9, 33]}),
         "the change of each token's row, through W_h, for tokens the new vocabulary has",
         out="LoRA with trained tokens",
     ),
@@ -130,21 +165,21 @@ MIGRATED: dict[str, Kind] = {
         other("LoHaConfig", r=2, alpha=4, init_weights=False), "ΔW by PEFT, one module at a time, then an SVD"
     ),
     "LoKr": Kind(other("LoKrConfig", r=2, alpha=4, init_weights=False), "as LoHa"),
-    "VeRA": Kind(other("VeraConfig", r=4, target_modules=ATTENTION), "as LoHa"),
-    "RandLoRA": Kind(other("RandLoraConfig", r=4, target_modules=ATTENTION), "as LoHa"),
+    "VeRA": Kind(other("VeraConfig", r=4, targets=ATTENTION), "as LoHa"),
+    "RandLoRA": Kind(other("RandLoraConfig", r=4, targets=ATTENTION), "as LoHa"),
     "VB-LoRA": Kind(
-        other("VBLoRAConfig", r=2, num_vectors=8, vector_length=8, topk=2, target_modules=ATTENTION), "as LoHa"
+        other("VBLoRAConfig", r=2, num_vectors=8, vector_length=8, topk=2, targets=ATTENTION), "as LoHa"
     ),
-    "TinyLoRA": Kind(other("TinyLoraConfig", r=2, u=4, target_modules=ATTENTION), "as LoHa"),
+    "TinyLoRA": Kind(other("TinyLoraConfig", r=2, u=4, targets=ATTENTION), "as LoHa"),
     "FourierFT": Kind(other("FourierFTConfig", n_frequency=50, scaling=30.0), "as LoHa; no rank of its own"),
     "WaveFT": Kind(other("WaveFTConfig", n_frequency=64), "as LoHa; no rank of its own"),
     "C3A": Kind(other("C3AConfig", block_size=8), "as LoHa; no rank of its own"),
     "GraLoRA": Kind(other("GraloraConfig", r=4, gralora_k=2), "as LoHa"),
     "DeLoRA": Kind(other("DeloraConfig", r=2), "as LoHa"),
     "MiSS": Kind(other("MissConfig", r=2), "as LoHa"),
-    "MiSS (mini)": Kind(other("MissConfig", r=2, init_weights="mini", mini_r=4, target_modules=ATTENTION), "as LoHa"),
+    "MiSS (mini)": Kind(other("MissConfig", r=2, init_weights="mini", mini_r=4, targets=ATTENTION), "as LoHa"),
     "MiSS (bat)": Kind(
-        other("MissConfig", r=4, init_weights="bat", target_modules=ATTENTION), "as LoHa, with the old base's weight"
+        other("MissConfig", r=4, init_weights="bat", targets=ATTENTION), "as LoHa, with the old base's weight"
     ),
     "PSOFT": Kind(other("PsoftConfig", r=4), "as LoHa, with the old base's weight"),
 }
@@ -169,12 +204,13 @@ REFUSED_SETTINGS: dict[str, Any] = {
 
 def build(kind: Kind, path: Path, model: Path, seed: int = 1) -> Path:
     """An adapter of this kind, every trainable parameter moved from where it began, saved by PEFT itself."""
-    config = copy.deepcopy(kind.config())
+    config = kind.config(Names(model))
     config.task_type = "CAUSAL_LM"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.manual_seed(seed)
         tuned = get_peft_model(models.load(model), config)
+        tuned.create_or_update_model_card = lambda *_: None  # a third of the time of saving
         if kind.before is not None:
             kind.before(path, tuned)
         generator = torch.Generator().manual_seed(seed)

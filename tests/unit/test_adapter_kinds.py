@@ -29,8 +29,8 @@ from lorasuite.preflight import inspect
 from lorasuite.transfer_matrix import fit_transfer_matrix, mlp_factor
 from lorasuite.vocabulary import CommonTokens, common_tokens
 from tests import kinds, models
+from tests.cross import check_tensors, close, logits, merged, move, opened, pair, read, trained, write
 
-IDS = torch.tensor([[5, 9, 33, 71, 8, 40]])
 KINDS = kinds.MIGRATED
 
 
@@ -48,102 +48,6 @@ def made(base: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) ->
         return built[name]
 
     return make
-
-
-def opened(path: Path) -> Adapter:
-    return Adapter.open(path, allow_pickle=True)
-
-
-def merged(model: Path, updates: Mapping[str, LowRank], extras: Extras) -> Any:
-    """The plain model with everything merged by definition, float64: what PEFT's forward is held against."""
-    plain = models.load(model).double()
-    modules = dict(plain.named_modules())
-    with torch.no_grad():
-        for path, update in updates.items():
-            weight = modules[path].weight
-            whole = models.out_in(modules[path], weight) + update.dense()
-            if path in extras.magnitudes:
-                whole = whole * (extras.magnitudes[path].double() / whole.norm(dim=1))[:, None]
-            weight.copy_(models.out_in(modules[path], whole))
-        for path, bias in extras.biases.items():
-            modules[path].bias.copy_(bias)
-        for path, rows in extras.saved.items():
-            modules[path].weight.copy_(rows)
-        for path, (ids, rows) in extras.tokens.items():
-            modules[path].weight[ids] = rows.double()
-    return plain
-
-
-def read(adapter: Adapter, base: Checkpoint) -> tuple[dict[str, LowRank], Extras]:
-    """All that an adapter holds, as lorasuite reads it."""
-    c = adapter.contents
-    return {path: adapter.update(path, base) for path in adapter.modules}, Extras(
-        {path: adapter.extra(name) for path, name in c.magnitudes.items()},
-        {path: adapter.extra(name) for path, name in c.biases.items()},
-        {path: adapter.extra(name) for path, name in c.saved.items()},
-        {path: (list(ids), adapter.extra(name)) for path, (name, ids) in c.tokens.items()},
-    )
-
-
-def logits(model: Any) -> Tensor:
-    with torch.no_grad():
-        return model(IDS).logits.double()
-
-
-def tuned(adapter: Path, model: Path) -> Any:
-    """PEFT's own model, float64."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*(missing|unexpected).*")
-        warnings.filterwarnings("ignore", message=".*SVD.*")
-        return PeftModel.from_pretrained(models.load(model), str(adapter)).double().eval()
-
-
-@cache
-def pair(old: Path, new: Path) -> dict[str, Any]:
-    """What a migration needs of two bases."""
-    a, b = Checkpoint(old), Checkpoint(new)
-    common = common_tokens(models.tokenizer_of(old), models.tokenizer_of(new), a.dims.vocab_size, b.dims.vocab_size)
-    transfer = fit_transfer_matrix(a, b, common)
-    layers = {n: n for n in range(min(a.dims.layers, b.dims.layers))}
-    heads = {o: match.heads for o, match in map_heads(a, b, layers, transfer).items()}
-    return {"layers": layers, "heads": heads, "transfer": transfer, "common": common}
-
-
-def move(adapter: Adapter, old: Path, new: Path, method: str = "lorasuite", **settings: Any) -> Migrated:
-    a, b = Checkpoint(old), Checkpoint(new)
-    settings = {"method": method, "rank": adapter.rank, **pair(old, new), **settings}
-    return migrate(adapter, a, b, mlp_factor=lambda layer, role: mlp_factor(a, layer, role), **settings)
-
-
-def write(output: Path, moved: Migrated, adapter: Adapter, new: Path) -> Path:
-    target = Checkpoint(new)
-    return write_adapter(
-        output, moved.updates, architecture=target.architecture, dims=target.dims, base=str(new), extra=moved.fresh,
-        extras=moved.extras, **adapter.lora_settings(moved.rank),
-    )  # fmt: skip
-
-
-def close(ours: Tensor, theirs: Tensor, tolerance: float = 1e-5) -> None:
-    """Equal to the tolerance, relative to the largest logit where that is above 1."""
-    assert float((ours - theirs).abs().max()) <= tolerance * max(1.0, float(theirs.abs().max()))
-
-
-def trained(path: Path, model: Path) -> Tensor:
-    """PEFT's logits of an adapter on its base: of the model it was saved from, where loading cannot repeat that."""
-    kept = path / "logits.pt"
-    return torch.load(kept) if kept.is_file() else logits(tuned(path, model))
-
-
-def check_tensors(adapter: Path, model: Path) -> Any:
-    """PEFT finds every tensor: none missing, none unexpected."""
-    check_loads(adapter, model)
-    live = tuned(adapter, model)
-    expected = get_peft_model_state_dict(live, save_embedding_layers=False)
-    stored = Adapter.open(adapter).tensors
-    assert set(expected) == set(stored.shapes)
-    for name, tensor in expected.items():
-        torch.testing.assert_close(stored.tensor(name).double(), tensor.double(), rtol=0, atol=0)
-    return live
 
 
 @pytest.mark.parametrize("name", KINDS)
