@@ -159,10 +159,10 @@ def bias_changes(
     """What training added to each bias, by role of one old layer."""
     found: dict[Role, Tensor] = {}
     for path, module in modules.items():
-        name = adapter.contents.biases.get(path)
-        if name is not None:
-            before = old.tensor(f"{path}.bias").double()
-            found.update(module.split(adapter.extra(name) - before, dims))
+        read = adapter.contents.biases.get(path)
+        change = None if read is None else read(old)
+        if change is not None:
+            found.update(module.split(change, dims))
     return found
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from lorasuite.adapter import Adapter
+from lorasuite.adapter import Adapter, OutputType, not_in_adalora
 from lorasuite.adapter_types import weight_shape
 from lorasuite.architectures import ROLES, Role, architectures, propose
 from lorasuite.checkpoint import Checkpoint, Weights, load_tokenizer
@@ -67,6 +67,7 @@ def inspect(
     method: str = "lorasuite",
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
+    output_type: OutputType = "lora",
 ) -> Inspection:
     """Compare two bases, and say what of an adapter would move. Headers and configs only: no weight is read."""
     result = Inspection(old_base, new_base)
@@ -86,6 +87,10 @@ def inspect(
             _memory(result, old, new)
     if old is not None and opened is not None:
         result.problems += opened.check(old) or _attempt(result, lambda: _something_to_move(opened)) or []
+        if output_type == "adalora":
+            c = opened.contents
+            biases = [path for path in c.biases if old.find(f"{path}.bias")]
+            result.problems += not_in_adalora(opened.vocabulary_modules(old.architecture), c.magnitudes, biases)
         result.adapter = {
             "path": str(opened.path),
             "kind": opened.kind,
@@ -264,7 +269,7 @@ def _beside(result: Inspection, old: Checkpoint, adapter: Adapter) -> None:
         result.notices.append(
             f"{', '.join(embeddings)}: changes are carried over for {common} of {old.dims.vocab_size} tokens"
         )
-    if adapter.contents.biases:
+    if any(old.find(f"{path}.bias") for path in adapter.contents.biases):
         result.notices.append("biases: changes are carried over where the new base has a bias of the same size")
 
 
@@ -291,6 +296,7 @@ def check(config: MigrationConfig) -> Plan:
         config.method,
         config.trust_remote_code,
         config.allow_pickle,
+        config.output_type,
     )
     _attempt(result, lambda: torch_device(config.device))
     texts = _calibration(result, config)

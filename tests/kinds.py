@@ -1,7 +1,7 @@
 """Every kind of adapter PEFT writes, on tiny models: how to make one of any architecture, and what becomes of it.
 
-The table is what ``docs/adapters.md`` shows: :func:`table` renders it, and a test keeps the two in step. What becomes of
-each kind on each architecture is in :mod:`tests.cross`.
+The table is what ``docs/adapters.md`` shows: :func:`table` renders it, and a test keeps the two in step. What becomes
+of each kind on each architecture is in :mod:`tests.cross`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from typing import Any
 
 import peft
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import get_peft_model
 
+from lorasuite.adapter import OutputType
 from lorasuite.adapter_types import REFUSED, config_problems
 from lorasuite.checkpoint import Checkpoint
 from tests import models
@@ -59,6 +60,7 @@ class Kind:
     family: str = "llama"
     numbers: dict[str, Any] = field(default_factory=dict)
     out: str = "LoRA"
+    output_type: OutputType = "lora"
     #: done with the path and the model before it is trained, and after it is saved
     before: Callable[[Path, Any], None] | None = None
     after: Callable[[Path, Any], None] | None = None
@@ -90,6 +92,13 @@ def keep_logits(path: Path, tuned: Any) -> None:
         torch.save(tuned.double().eval()(torch.tensor([[5, 9, 33, 71, 8, 40]])).logits, path / "logits.pt")
 
 
+def prune(_path: Path, tuned: Any) -> None:
+    """A rank for each module, as AdaLoRA's schedule leaves it: every second one loses one direction more."""
+    modules = [name.partition("base_model.model.")[2] for name, m in tuned.named_modules() if hasattr(m, "ranknum")]
+    pattern = {f"{name}.lora_E": [True, n % 2 == 0, True, False] for n, name in enumerate(modules)}
+    tuned.peft_config["default"].rank_pattern = pattern
+
+
 def as_pickle(path: Path, tuned: Any) -> None:
     from safetensors.torch import load_file
 
@@ -97,6 +106,7 @@ def as_pickle(path: Path, tuned: Any) -> None:
     (path / "adapter_model.safetensors").unlink()
 
 
+OWN_WEIGHT = "as LoHa, with the old base's weight"
 #: Migrated kinds.
 MIGRATED: dict[str, Kind] = {
     "LoRA": Kind(lora(), "factors as stored"),
@@ -109,7 +119,9 @@ MIGRATED: dict[str, Kind] = {
         "each module with its own rank and α; written with the largest rank",
     ),
     "layers_to_transform": Kind(lora(layers_to_transform=[1]), "the modules in the file count"),
-    "regex target_modules": Kind(lora(target_modules=lambda names: names.pattern("1|2", "q", "v")), "the modules in the file count"),
+    "regex target_modules": Kind(
+        lora(target_modules=lambda names: names.pattern("1|2", "q", "v")), "the modules in the file count"
+    ),
     "all-linear": Kind(lora(target_modules="all-linear"), "the modules in the file count"),
     "exclude_modules": Kind(lora(exclude_modules=r".*\.0\..*"), "the modules in the file count"),
     "fan_in_fan_out (GPT-2)": Kind(
@@ -159,7 +171,16 @@ MIGRATED: dict[str, Kind] = {
     ),
     "adapter_model.bin": Kind(lora(), "with `--allow-pickle`, read with `weights_only=True`", after=as_pickle),
     "AdaLoRA": Kind(
-        other("AdaLoraConfig", init_r=4, target_r=2, total_step=10), "ΔW = α/(init_r + 1e-5)·B(E∘A); written as LoRA"
+        other("AdaLoraConfig", init_r=4, target_r=2, total_step=10),
+        "ΔW = α/(init_r + 1e-5)·B(E∘A); written as LoRA",
+        before=prune,
+    ),
+    "AdaLoRA, `--output-type adalora`": Kind(
+        other("AdaLoraConfig", init_r=4, target_r=2, total_step=10),
+        "the SVD of each new ΔW, with the rank it has in the rank pattern",
+        out="AdaLoRA",
+        before=prune,
+        output_type="adalora",
     ),
     "LoHa": Kind(
         other("LoHaConfig", r=2, alpha=4, init_weights=False), "ΔW by PEFT, one module at a time, then an SVD"
@@ -167,9 +188,7 @@ MIGRATED: dict[str, Kind] = {
     "LoKr": Kind(other("LoKrConfig", r=2, alpha=4, init_weights=False), "as LoHa"),
     "VeRA": Kind(other("VeraConfig", r=4, targets=ATTENTION), "as LoHa"),
     "RandLoRA": Kind(other("RandLoraConfig", r=4, targets=ATTENTION), "as LoHa"),
-    "VB-LoRA": Kind(
-        other("VBLoRAConfig", r=2, num_vectors=8, vector_length=8, topk=2, targets=ATTENTION), "as LoHa"
-    ),
+    "VB-LoRA": Kind(other("VBLoRAConfig", r=2, num_vectors=8, vector_length=8, topk=2, targets=ATTENTION), "as LoHa"),
     "TinyLoRA": Kind(other("TinyLoraConfig", r=2, u=4, targets=ATTENTION), "as LoHa"),
     "FourierFT": Kind(other("FourierFTConfig", n_frequency=50, scaling=30.0), "as LoHa; no rank of its own"),
     "WaveFT": Kind(other("WaveFTConfig", n_frequency=64), "as LoHa; no rank of its own"),
@@ -178,10 +197,37 @@ MIGRATED: dict[str, Kind] = {
     "DeLoRA": Kind(other("DeloraConfig", r=2), "as LoHa"),
     "MiSS": Kind(other("MissConfig", r=2), "as LoHa"),
     "MiSS (mini)": Kind(other("MissConfig", r=2, init_weights="mini", mini_r=4, targets=ATTENTION), "as LoHa"),
-    "MiSS (bat)": Kind(
-        other("MissConfig", r=4, init_weights="bat", targets=ATTENTION), "as LoHa, with the old base's weight"
+    "MiSS (bat)": Kind(other("MissConfig", r=4, init_weights="bat", targets=ATTENTION), OWN_WEIGHT),
+    "PSOFT": Kind(other("PsoftConfig", r=4), OWN_WEIGHT),
+    "OFT": Kind(other("OFTConfig", oft_block_size=8), OWN_WEIGHT + "; no rank of its own"),
+    "OFT (coft, block_share)": Kind(
+        other("OFTConfig", oft_block_size=8, block_share=True, coft=True, eps=0.1, use_cayley_neumann=False),
+        OWN_WEIGHT + "; no rank of its own",
     ),
-    "PSOFT": Kind(other("PsoftConfig", r=4), "as LoHa, with the old base's weight"),
+    "BOFT": Kind(
+        other("BOFTConfig", boft_block_size=4, boft_n_butterfly_factor=2), OWN_WEIGHT + "; no rank of its own"
+    ),
+    "HRA": Kind(other("HRAConfig", r=4, apply_GS=True), OWN_WEIGHT),
+    "IA3": Kind(
+        other("IA3Config", feedforward_modules=lambda names: names("down")),
+        OWN_WEIGHT + "; no rank of its own; scales biases, too",
+    ),
+    "HiRA": Kind(other("HiraConfig", r=4), OWN_WEIGHT),
+    "RoAd": Kind(
+        other("RoadConfig", group_size=8, variant="road_4"),
+        OWN_WEIGHT + "; no rank of its own; turns biases, too",
+    ),
+    "DEFT": Kind(other("DeftConfig", r=4), OWN_WEIGHT),
+    "GLoRA": Kind(other("GloraConfig", r=4), OWN_WEIGHT + "; changes biases, too"),
+    "PEANuT": Kind(other("PeanutConfig", r=4, depth=1), OWN_WEIGHT),
+    "OSF": Kind(other("OSFConfig", effective_rank=12), OWN_WEIGHT + "; no rank of its own"),
+    "SHiRA": Kind(other("ShiraConfig", r=4), "as LoHa; single entries, no rank of its own"),
+    "Super, Supra": Kind(
+        other("SupertuningConfig", sparsity=0.9, r=2, lora_alpha=4), OWN_WEIGHT + "; single entries, no rank of its own"
+    ),
+    "Uni-LoRA": Kind(
+        other("UniLoraConfig", r=4, theta_d_length=64, save_indices=True), "as LoHa; with `save_indices` only"
+    ),
 }
 
 #: Settings of a LoRA that are refused, by field.

@@ -211,9 +211,9 @@ def load(path: Path) -> Any:
 def _loaded(path: Path, _changed: tuple[int, ...]) -> Any:
     trust = needs_code(path)
     config = AutoConfig.from_pretrained(str(path), trust_remote_code=trust)
-    inner = config.get_text_config()
-    inner._experts_implementation = "eager"
-    return auto_class(config).from_pretrained(str(path), config=config, dtype=torch.float32, trust_remote_code=trust).eval()
+    config.get_text_config()._experts_implementation = "eager"
+    loader = auto_class(config)
+    return loader.from_pretrained(str(path), config=config, dtype=torch.float32, trust_remote_code=trust).eval()
 
 
 def needs_code(path: Path) -> bool:

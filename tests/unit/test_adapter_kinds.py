@@ -5,18 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
-from collections.abc import Callable, Mapping
-from functools import cache
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
-from peft.utils.save_and_load import get_peft_model_state_dict
-from torch import Tensor
 
-from lorasuite.adapter import CONFIG, Adapter, Extras, check_loads, write_adapter
+from lorasuite.adapter import CONFIG, Adapter
 from lorasuite.adapter_types import config_problems
 from lorasuite.checkpoint import Checkpoint
 from lorasuite.combination import materialise, open_adapters, split_sources
@@ -24,12 +20,12 @@ from lorasuite.config import MigrationConfig, build
 from lorasuite.errors import AdapterError, CheckpointError, ConfigError
 from lorasuite.finetune import attach_adapter, detach_adapter
 from lorasuite.lowrank import LowRank
-from lorasuite.migration import Migrated, map_heads, migrate
+from lorasuite.migration import Migrated, migrate
 from lorasuite.preflight import inspect
-from lorasuite.transfer_matrix import fit_transfer_matrix, mlp_factor
-from lorasuite.vocabulary import CommonTokens, common_tokens
-from tests import kinds, models
-from tests.cross import check_tensors, close, logits, merged, move, opened, pair, read, trained, write
+from lorasuite.transfer_matrix import fit_transfer_matrix
+from lorasuite.vocabulary import CommonTokens
+from tests import cross, kinds, models
+from tests.cross import check_tensors, close, logits, merged, move, opened, trained, write
 
 KINDS = kinds.MIGRATED
 
@@ -51,19 +47,6 @@ def made(base: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) ->
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_old_base_and_adapter_are_base_weight_plus_what_is_read(
-    name: str, made: Callable[[str], tuple[Path, Path]]
-) -> None:
-    model, path = made(name)
-    adapter, checkpoint = opened(path), Checkpoint(model)
-    assert adapter.check(checkpoint) == []
-    updates, extras = read(adapter, checkpoint)
-    theirs = trained(path, model)
-    assert float((theirs - logits(models.load(model).double())).abs().max()) > 1e-2
-    close(logits(merged(model, updates, extras)), theirs)
-
-
-@pytest.mark.parametrize("name", KINDS)
 def test_old_base_is_new_base(name: str, made: Callable[[str], tuple[Path, Path]], tmp_path: Path) -> None:
     """``copy`` to the same base gives an adapter that computes the same."""
     model, path = made(name)
@@ -75,22 +58,20 @@ def test_old_base_is_new_base(name: str, made: Callable[[str], tuple[Path, Path]
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_migrated_weights_are_the_reported_ones(
-    name: str, made: Callable[[str], tuple[Path, Path]], base: Callable[..., Path], tmp_path: Path
-) -> None:
-    """To a base with other hidden, MLP and head numbers and another vocabulary."""
-    model, path = made(name)
+def test_every_kind(name: str, base: Callable[..., Path], tmp_path: Path) -> None:
+    """Read as PEFT computes it, and moved as reported; the checks are in :func:`tests.cross.cell`."""
     kind = KINDS[name]
-    tokens = tuple(reversed(models.words(120)))
-    new = base(kind.family, seed=7, hidden=48, intermediate=56, heads=6, vocab=120, tokens=tokens)
-    adapter = opened(path)
-    moved = move(adapter, model, new)
-    out = write(tmp_path / "out", moved, adapter, new)
-    live = check_tensors(out, new)
-    close(logits(live), logits(merged(new, moved.updates, moved.extras)))
-    again = Adapter.open(out)
-    assert again.check(Checkpoint(new)) == [] and again.rank == adapter.rank
-    assert {"DoRA": "DORA"}.get(kind.out, "LORA") == again.kind
+    old, new = cross.bases(kind.family, base)
+    held = {"LoRA on embeddings": "LoRA", "whole embeddings": "embeddings", "trained tokens": "tokens"}
+    words = [held.get(part, part) for part in kind.out.split(" with ")]
+    assert cross.cell(kind, old, new, tmp_path) == " + ".join(words) == cross.stored()[name][kind.family]
+
+
+@pytest.mark.parametrize(("family", "name"), cross.some())
+def test_kinds_on_other_architectures(family: str, name: str, base: Callable[..., Path], tmp_path: Path) -> None:
+    """A part of the table in docs/adapters.md; ``python -m tests.cross`` runs all of it."""
+    found, shown = cross.cell(KINDS[name], *cross.bases(family, base), tmp_path), cross.stored()[name][family]
+    assert found == shown, "run python -m tests.cross"
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -402,7 +383,11 @@ def test_published_target_patterns(pattern: str, base: Callable[..., Path], tmp_
     assert set(moved.updates) == set(adapter.modules)
 
 
-def test_the_table_in_the_docs() -> None:
+def test_the_tables_in_the_docs() -> None:
     text = (Path(__file__).parents[2] / "docs" / "adapters.md").read_text()
-    shown = text.partition("<!-- kinds -->\n")[2].partition("<!-- /kinds -->")[0]
-    assert shown == kinds.table(), "rewrite it with: python -m tests.kinds"
+    results = cross.stored()
+    for mark, expected in (("kinds", kinds.table()), ("architectures", cross.table(results))):
+        shown = text.partition(f"<!-- {mark} -->\n")[2].partition(f"<!-- /{mark} -->")[0]
+        assert shown == expected, f"rewrite it with: python -m tests.{'kinds' if mark == 'kinds' else 'cross'}"
+    assert list(results) == list(KINDS) and {tuple(row) for row in results.values()} == {models.FAMILIES}
+    assert {family for family, _ in cross.some()} == set(models.FAMILIES) and {n for _, n in cross.some()} == set(KINDS)
