@@ -19,6 +19,7 @@ from lorasuite.combination import open_adapters
 from lorasuite.config import MigrationConfig, torch_device
 from lorasuite.data import Row, calibration_texts, draw, encode_rows, read_rows
 from lorasuite.errors import LoRASuiteError, PreflightError, Problem
+from lorasuite.estimate import estimate, measure
 from lorasuite.similarity import SMALLEST_BATCH
 from lorasuite.transforms import transform
 from lorasuite.vocabulary import common_tokens
@@ -39,6 +40,8 @@ class Inspection:
     adapter: dict[str, Any] = field(default_factory=dict)
     modules: list[dict[str, Any]] = field(default_factory=list)
     memory: dict[str, int] = field(default_factory=dict)
+    #: seconds a stage, see :func:`lorasuite.estimate.estimate`
+    time: dict[str, Any] = field(default_factory=dict)
     notices: list[str] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     #: for a base of an unknown architecture: ``{"old_base": {"yaml": a draft of its file, "questions": […]}}``
@@ -68,8 +71,13 @@ def inspect(
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
     output_type: OutputType = "lora",
+    timed: bool = False,
 ) -> Inspection:
-    """Compare two bases, and say what of an adapter would move. Headers and configs only: no weight is read."""
+    """Compare two bases, and say what of an adapter would move. Headers and configs only: no weight is read.
+
+    Args:
+        timed: also estimate the time, which takes a second to measure this machine.
+    """
     result = Inspection(old_base, new_base)
     old = _attempt(result, lambda: Checkpoint(old_base))
     new = _attempt(result, lambda: Checkpoint(new_base))
@@ -102,6 +110,8 @@ def inspect(
         if new is not None and not result.problems:
             _modules(result, old, new, opened, method)
             _beside(result, old, opened)
+    if timed and old is not None and new is not None and not result.problems:
+        result.time = estimate(old, new, opened, measure(old))
     return result
 
 

@@ -134,6 +134,44 @@ def test_trained_tokens_without_a_counterpart_are_dropped_and_named(
     ]
 
 
+EMBEDDING_KINDS = {
+    "LoRA on embeddings": "LoRA",
+    "modules_to_save (embeddings)": "LoRA + embeddings",
+    "trainable_token_indices": "LoRA + tokens",
+}
+
+
+@pytest.mark.parametrize("name", EMBEDDING_KINDS)
+@pytest.mark.parametrize(("old_tied", "new_tied"), [(True, True), (True, False), (False, True)])
+def test_tied_embeddings(name: str, old_tied: bool, new_tied: bool, base: Callable[..., Path], tmp_path: Path) -> None:
+    old = base("llama", tie_word_embeddings=old_tied, layers=2)
+    tokens = tuple(reversed(models.words(120)))
+    new = base("llama", seed=7, vocab=120, tokens=tokens, tie_word_embeddings=new_tied, layers=2)
+    assert cross.cell(KINDS[name], old, new, tmp_path) == EMBEDDING_KINDS[name]
+
+
+def test_tokens_trained_in_tied_embeddings_count_at_both_ends(base: Callable[..., Path], tmp_path: Path) -> None:
+    """Moved to an untied base, the output rows change as well; the other way, two changes of a row cannot be told."""
+    tokens = tuple(reversed(models.words(120)))
+    tied, untied = base("llama", tie_word_embeddings=True), base("llama")
+    adapter = opened(kinds.build(KINDS["trainable_token_indices"], tmp_path / "tied", tied))
+    new = base("llama", seed=7, vocab=120, tokens=tokens)
+    moved = move(adapter, tied, new)
+    name, ids = adapter.contents.tokens["model.embed_tokens"]
+    change = adapter.extra(name) - Checkpoint(tied).embedding()[list(ids)]
+    assert set(moved.extras.tokens) == {"model.embed_tokens", "lm_head"}
+    for path, (found, rows) in moved.extras.tokens.items():
+        assert found == sorted(119 - id_ for id_ in ids)
+        torch.testing.assert_close(
+            rows.double().flip(0), Checkpoint(new).tensor(f"{path}.weight")[found].flip(0) + change
+        )
+    both = kinds.lora(trainable_token_indices={"embed_tokens": [5, 9], "lm_head": [5, 9]})
+    adapter = opened(kinds.build(kinds.Kind(both, ""), tmp_path / "both", untied))
+    moved = move(adapter, untied, base("llama", seed=7, tie_word_embeddings=True))
+    assert list(moved.extras.tokens) == ["model.embed_tokens"] and "the new base ties them" in str(moved.carried)
+    assert [d["module"] for d in moved.dropped] == ["lm_head"] and "ties its embeddings" in moved.dropped[0]["why"]
+
+
 def test_embeddings_need_shared_tokens(made: Callable[..., Any]) -> None:
     model, path = made("LoRA on embeddings")
     adapter, checkpoint = opened(path), Checkpoint(model)
