@@ -97,7 +97,7 @@ def inspect(
     from lorasuite import preflight
 
     with _errors(as_json):
-        found = preflight.inspect(old_base, new_base, adapter, method, trust_remote_code, allow_pickle)
+        found = preflight.inspect(old_base, new_base, adapter, method, trust_remote_code, allow_pickle, timed=True)
         if as_json:
             _print_json(found.to_dict())
         else:
@@ -397,6 +397,14 @@ def _show_inspection(found: dict[str, Any]) -> None:
         for stage, size in found["memory"].items():
             table.add_row(stage, f"{size / 2**20:.1f}")
         console.print(table)
+    if found["time"]:
+        table = Table("stage", "time, about")
+        for stage, seconds in [*found["time"]["seconds"].items(), ("all", found["time"]["total"])]:
+            table.add_row(stage, _duration(seconds))
+        console.print(table)
+        speed = found["time"]["measured"]
+        text = f"{speed['forward'] / 1e9:.3g} GFLOP/s on {speed['device']}, {speed['read'] / 2**20:.3g} MiB/s read"
+        console.print(f"times: an order of magnitude, from {found['time']['assumes']} ({text})", highlight=False)
     for notice in found["notices"]:
         console.print(f"note: {notice}", highlight=False)
     for problem in found["problems"]:
@@ -406,6 +414,14 @@ def _show_inspection(found: dict[str, Any]) -> None:
     for side, draft in found["proposal"].items():
         console.print(f"\na first draft of an architecture file for {side.replace('_', ' ')}:", highlight=False)
         console.print(draft["yaml"], highlight=False, markup=False)
+
+
+def _duration(seconds: float) -> str:
+    """A duration to the precision of an estimate."""
+    if seconds < 1:
+        return "under 1 s"
+    unit, size = next((u, s) for u, s in (("h", 3600), ("min", 60), ("s", 1)) if seconds >= 1.5 * s or u == "s")
+    return f"{seconds / size:.2g} {unit}" if seconds / size < 100 else f"{seconds / size:.0f} {unit}"
 
 
 def _show_pair(result: dict[str, Any]) -> None:

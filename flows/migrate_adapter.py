@@ -172,6 +172,8 @@ class _Arms:
         self.lora = adapter.lora_settings(settings.rank or adapter.rank)
         if settings.energy is not None:
             self.lora["energy"] = settings.energy
+        if settings.output_type != "lora":
+            self.lora["output_type"] = settings.output_type
         old = Checkpoint(context.where.path("old_base")).architecture
         self.reads_vocabulary = bool(adapter.vocabulary_modules(old))
         self.measured = Measured(

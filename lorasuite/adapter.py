@@ -34,10 +34,12 @@ from lorasuite.errors import AdapterError, Problem
 from lorasuite.lowrank import LowRank
 
 __all__ = [
-    "CONFIG", "PREFIX", "WEIGHTS", "Adapter", "Extras", "check_loads", "fresh_config", "fresh_lora", "fuse_updates",
-    "split_update", "target_modules", "vocabulary_side", "write_adapter",
+    "CONFIG", "PREFIX", "WEIGHTS", "Adapter", "Extras", "OutputType", "check_loads", "fresh_config", "fresh_lora",
+    "fuse_updates", "not_in_adalora", "split_update", "target_modules", "vocabulary_side", "write_adapter",
 ]  # fmt: skip
 
+#: What an adapter is written as; a DoRA stays one.
+OutputType = Literal["lora", "adalora"]
 #: Config fields that say nothing about what an adapter computes.
 INERT = ("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type")
 
@@ -111,10 +113,10 @@ class Adapter:
 
     def lora_settings(self, rank: int) -> dict[str, Any]:
         """Arguments of :func:`write_adapter` that keep the scaling it was trained with: ``rank, alpha, use_rslora``."""
-        rslora = bool(self.config.get("use_rslora"))
-        if kind_of(self.config) != "LORA":
+        kind, rslora = kind_of(self.config), bool(self.config.get("use_rslora"))
+        if kind not in ("LORA", "ADALORA"):
             return {"rank": rank, "alpha": rank, "use_rslora": False}
-        growth = rank / self.config["r"]
+        growth = rank / self.config["r" if kind == "LORA" else "init_r"]
         alpha = self.config["lora_alpha"] * (math.sqrt(growth) if rslora else growth)
         return {"rank": rank, "alpha": alpha, "use_rslora": rslora}
 
@@ -328,28 +330,82 @@ def write_adapter(
     use_rslora: bool = False,
     extra: Mapping[str, tuple[Tensor, Tensor]] | None = None,
     extras: Extras | None = None,
+    output_type: OutputType = "lora",
 ) -> Path:
-    """Write updates as a PEFT LoRA adapter directory.
+    """Write updates as a PEFT adapter directory.
 
     Args:
         updates: module path → update ``(out, in)``, of an embedding ``(V, d)``, cut to ``rank``; the scaling is divided
             out of the factors.
         extra: module path → ``(B, A)`` to store as they are (fresh initialisations of layers without a partner).
         extras: what lies beside the updates.
+        output_type: ``adalora`` writes each update as its SVD, every module with the rank it has.
 
     Raises:
-        AdapterError: if every update is zero (an adapter that does nothing), or one holds NaN or Inf.
+        AdapterError: if every update is zero (an adapter that does nothing), or one holds NaN or Inf, or the output
+            type cannot hold it.
     """
-    scaling = alpha / math.sqrt(rank) if use_rslora else alpha / rank
-    beside = extras or Extras()
-    tensors: dict[str, Tensor] = beside.tensors()
-    total = 0.0
-    problems: list[Problem] = []
+    beside, fresh = extras or Extras(), extra or {}
+    sizes = {path: update.norm() for path, update in updates.items()}
+    problems = [
+        Problem(path, "its migrated update holds NaN or Inf", "Try another method.")
+        for path, size in sizes.items()
+        if not math.isfinite(size)
+    ]
+    if not problems and not sum(sizes.values()) > 0:
+        problems.append(Problem("adapter", "every migrated update is zero", "It would do nothing: it is not written."))
+    if output_type == "adalora":
+        outside = [path for path in updates if vocabulary_side(architecture, path)]
+        problems += not_in_adalora(outside or beside.saved or beside.tokens, beside.magnitudes, beside.biases)
+    if problems:
+        raise AdapterError(problems)
+    if output_type == "adalora":
+        tensors, own = _adalora_tensors(updates, fresh, rank, alpha)
+    else:
+        scaling = alpha / math.sqrt(rank) if use_rslora else alpha / rank
+        tensors = {**beside.tensors(), **_lora_tensors(updates, fresh, rank, scaling, architecture)}
+        own = {"r": rank, "use_rslora": use_rslora, **beside.settings()}
+    from peft import AdaLoraConfig, LoraConfig, TaskType
+
+    targets, layers = target_modules(sorted([*updates, *fresh]), architecture, dims)
+    config = (AdaLoraConfig if output_type == "adalora" else LoraConfig)(
+        lora_alpha=alpha if alpha != int(alpha) else int(alpha),
+        target_modules=targets,
+        layers_to_transform=layers,
+        fan_in_fan_out=_fan_in_fan_out(architecture),
+        lora_dropout=0.0,
+        task_type=TaskType.CAUSAL_LM,
+        base_model_name_or_path=base,
+        revision=revision,
+        inference_mode=True,
+        **own,
+    ).to_dict()
+    config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+    output.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, output / WEIGHTS, metadata={"format": "pt"})
+    (output / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    return output
+
+
+def not_in_adalora(embeddings: object, magnitudes: object, biases: object) -> list[Problem]:
+    """Why an adapter cannot be written as AdaLoRA: what it holds that PEFT's has no place for."""
+    found = {"changes of embeddings": embeddings, "magnitudes (DoRA)": magnitudes, "biases": biases}
+    return [
+        Problem("output_type", f"an AdaLoRA cannot hold {what}", "Use --output-type lora.")
+        for what, held in found.items()
+        if held
+    ]
+
+
+def _lora_tensors(
+    updates: Mapping[str, LowRank],
+    fresh: Mapping[str, tuple[Tensor, Tensor]],
+    rank: int,
+    scaling: float,
+    architecture: Architecture,
+) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
     for path, update in updates.items():
-        size = update.norm()
-        if not math.isfinite(size):
-            problems.append(Problem(path, "its migrated update holds NaN or Inf", "Try another method."))
-        total += size
         low = update if update.rank == rank else update.compress(rank)[0]
         root = math.sqrt(scaling)
         B, A = low.B / root, low.A / root
@@ -359,36 +415,38 @@ def write_adapter(
             continue
         tensors[f"{PREFIX}{path}.lora_A.weight"] = A.float().contiguous()
         tensors[f"{PREFIX}{path}.lora_B.weight"] = B.float().contiguous()
-    if not problems and not total > 0:
-        problems.append(Problem("adapter", "every migrated update is zero", "It would do nothing: it is not written."))
-    if problems:
-        raise AdapterError(problems)
-    for path, (B, A) in (extra or {}).items():
+    for path, (B, A) in fresh.items():
         tensors[f"{PREFIX}{path}.lora_A.weight"] = A.float().contiguous()
         tensors[f"{PREFIX}{path}.lora_B.weight"] = B.float().contiguous()
-    paths = sorted([*updates, *(extra or {})])
-    from peft import LoraConfig, TaskType
+    return tensors
 
-    targets, layers = target_modules(paths, architecture, dims)
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=alpha if alpha != int(alpha) else int(alpha),
-        target_modules=targets,
-        layers_to_transform=layers,
-        use_rslora=use_rslora,
-        fan_in_fan_out=_fan_in_fan_out(architecture),
-        lora_dropout=0.0,
-        task_type=TaskType.CAUSAL_LM,
-        base_model_name_or_path=base,
-        revision=revision,
-        inference_mode=True,
-        **beside.settings(),
-    ).to_dict()
-    config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
-    output.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, output / WEIGHTS, metadata={"format": "pt"})
-    (output / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    return output
+
+def _adalora_tensors(
+    updates: Mapping[str, LowRank], fresh: Mapping[str, tuple[Tensor, Tensor]], rank: int, alpha: float
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """``ΔW = α/(r + 10⁻⁵)·B·diag(E)·A`` with ``B``, ``A`` orthonormal, and the config fields that go with it.
+
+    The rank pattern says how many of the ``r`` directions a module has, as PEFT's own pruning writes it.
+    """
+    tensors: dict[str, Tensor] = {}
+    pattern: dict[str, list[bool]] = {}
+    scaling = alpha / (rank + 1e-5)
+    generator = torch.Generator().manual_seed(0)
+    for path, update in updates.items():
+        u, s, vh = update.svd()
+        kept = min(max(int((s > 1e-9 * s[0]).sum()), 1), rank)  # below is rounding in float64
+        parts = u[:, :kept], s[:kept, None] / scaling, vh[:kept]
+        pattern[f"{path}.lora_E"] = [n < kept for n in range(rank)]
+        tensors |= {f"{PREFIX}{path}.lora_{side}": t.float().contiguous() for side, t in zip("BEA", parts, strict=True)}
+    for path, (B, A) in fresh.items():
+        # E is what starts at zero here, and B must not: PEFT draws it like this
+        start = torch.empty(B.shape).normal_(std=0.02, generator=generator)
+        parts = start, torch.zeros(rank, 1), A
+        pattern[f"{path}.lora_E"] = [True] * rank
+        tensors |= {f"{PREFIX}{path}.lora_{side}": t.float().contiguous() for side, t in zip("BEA", parts, strict=True)}
+    mean = round(sum(map(sum, pattern.values())) / len(pattern))
+    # The schedule is over: one step, of which PEFT asks for at least one.
+    return tensors, {"init_r": rank, "target_r": mean, "total_step": 1, "rank_pattern": pattern}
 
 
 def fresh_lora(adapter: Path, architecture: Architecture) -> dict[str, Any]:
@@ -460,15 +518,25 @@ def check_loads(adapter: Path, base: Path, trust_remote_code: bool = False) -> N
     Raises:
         AdapterError: naming the tensors that do not match.
     """
-    from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+    from peft import PeftConfig, PeftModel, get_peft_model_state_dict
     from transformers import AutoConfig
 
+    own = PeftConfig.from_pretrained(str(adapter))
+    # A pattern of ranks is applied to values, which a meta tensor has not: it is counted below.
+    pattern = getattr(own, "rank_pattern", None) if kind_of({"peft_type": own.peft_type.value}) == "ADALORA" else None
+    if pattern:
+        own.rank_pattern = None
     config = AutoConfig.from_pretrained(str(base), trust_remote_code=trust_remote_code)
     with torch.device("meta"):
         model = auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
-        model = PeftModel(model, LoraConfig.from_pretrained(str(adapter)))
+        model = PeftModel(model, own)
     state = get_peft_model_state_dict(model, save_embedding_layers=False)
     wanted = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    for name, mask in (pattern or {}).items():
+        path = PREFIX + name.rpartition(".")[0]
+        (rows, _), (_, columns) = wanted[f"{path}.lora_B"], wanted[f"{path}.lora_A"]
+        shapes = {"A": (sum(mask), columns), "B": (rows, sum(mask)), "E": (sum(mask), 1)}
+        wanted |= {f"{path}.lora_{side}": shape for side, shape in shapes.items()}
     found = Tensors(adapter / WEIGHTS).shapes
     problems = [
         Problem(

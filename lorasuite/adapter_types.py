@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lorasuite.checkpoint import Checkpoint, read_json
 from lorasuite.errors import AdapterError, CheckpointError, Problem
-from lorasuite.peft_delta import DeltaReader, needs_weights
+from lorasuite.peft_delta import BIASED, WEIGHTED, DeltaReader, needs_weights
 
 SAFETENSORS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
@@ -63,47 +63,36 @@ CHANGES_BASE = re.compile(r"pissa|olora|corda|loftq|lora_ga", re.IGNORECASE)
 #: Those of them that can be computed again from the old base's weight.
 REPRODUCIBLE = ("pissa", "olora")
 
-#: Methods with an additive ΔW that PEFT can convert to LoRA: read through PEFT's own classes.
+#: Methods that leave each weight with a ΔW, read through PEFT's own classes.
 DELTA = (
-    "C3A", "DELORA", "FOURIERFT", "GRALORA", "LOHA", "LOKR", "MISS", "PSOFT", "RANDLORA", "TINYLORA", "VBLORA", "VERA",
-    "WAVEFT",
+    "C3A", "DELORA", "FOURIERFT", "GRALORA", "LOHA", "LOKR", "MISS", "RANDLORA", "TINYLORA", "VBLORA", "VERA", "WAVEFT",
+    *WEIGHTED,
 )  # fmt: skip
 
+#: Methods whose ``r`` is not a rank.
+OTHER_R = ("OFT", "SHIRA", "SUPERTUNING")
+
 _PROMPT = "trains virtual tokens in the old base's hidden space, not weights"
-_MULTIPLIES = "multiplies the old base's own weights instead of adding to them"
 _ACTIVATION = "computes its update from each input: there is no ΔW"
 _ROUTES = "mixes several adapters by a router, whose inputs the new base does not have"
 #: PEFT type → why there is no update to move.
 REFUSED = {
-    "ADAMSS": "updates subspaces of an SVD of the old base's own weights",
+    "ADAMSS": "writes to rows found by clustering the old base's weights, and which rows is not in the file",
     "ADAPTION_PROMPT": _PROMPT,
     "BEFT": "trains biases only",
-    "BOFT": _MULTIPLIES,
     "CARTRIDGE": _PROMPT,
     "CPT": _PROMPT,
-    "DEFT": _MULTIPLIES,
-    "FROD": "replaces the whole weight by one in a basis of its own",
-    "GLORA": _MULTIPLIES,
-    "HIRA": _MULTIPLIES,
-    "HRA": _MULTIPLIES,
-    "IA3": _MULTIPLIES,
+    "FROD": "writes each weight in a basis made of the weights of all layers, which is not in the file",
     "LILY": _ACTIVATION,
     "LN_TUNING": "trains norm gains only",
     "MULTITASK_PROMPT_TUNING": _PROMPT,
-    "OFT": _MULTIPLIES,
-    "OSF": "trains the whole weight in the basis of its own SVD",
-    "PEANUT": "computes its update from the old base's own weights",
     "POLY": _ROUTES,
     "PREFIX_TUNING": _PROMPT,
     "PROMPT_TUNING": _PROMPT,
     "PVERA": "learns a distribution of updates, not one",
     "P_TUNING": _PROMPT,
-    "ROAD": _MULTIPLIES,
     "SHADOW": _ACTIVATION,
-    "SHIRA": "changes single entries of a weight, which no low rank holds",
-    "SUPERTUNING": "changes single entries of a weight, which no low rank holds",
     "TRAINABLE_TOKENS": "trains token embeddings only: train them with a LoRA (trainable_token_indices)",
-    "UNILORA": "keeps one vector for all modules, which says nothing without the model it was made in",
     "XLORA": _ROUTES,
 }
 
@@ -179,16 +168,20 @@ class Update:
     stored: bool = True
 
 
+#: Reads from the old base what was added to a module's bias ``(out,)`` float64; None where it has none, or keeps it.
+BiasChange = Callable[[Checkpoint], Tensor | None]
+
+
 @dataclass(frozen=True, eq=False)
 class Contents:
-    """What an adapter holds, by module path of the base model. Values other than updates are names of tensors.
+    """What an adapter holds, by module path of the base model: updates, changes of biases, names of other tensors.
 
     ``tokens``: embedding path → its tensor, and the ids its rows stand for.
     """
 
     updates: dict[str, Update] = field(default_factory=dict)
     magnitudes: dict[str, str] = field(default_factory=dict)
-    biases: dict[str, str] = field(default_factory=dict)
+    biases: dict[str, BiasChange] = field(default_factory=dict)
     saved: dict[str, str] = field(default_factory=dict)
     tokens: dict[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)
 
@@ -285,12 +278,13 @@ def _delta_problems(config: Mapping[str, Any], where: str) -> list[Problem]:
         for name, value in _set(config)
         if name in ("bias", "modules_to_save", "trainable_token_indices")
     ]
-    if config.get("save_projection") is False:
+    needed = "save_indices" if kind == "UNILORA" else "save_projection"
+    if needed in known and not config.get(needed, needed == "save_projection"):
         problems.append(
             Problem(
-                f"{where}: save_projection",
-                "is false: the random matrices ΔW is made of are not in the file",
-                "Train with save_projection=True.",
+                f"{where}: {needed}",
+                "is false: the random numbers ΔW is made of are not in the file",
+                f"Train with {needed}=True.",
             )
         )
     return problems
@@ -318,7 +312,7 @@ def _lora(folder: Path, config: Mapping[str, Any], weights: Tensors) -> Read:
     linear: dict[str, dict[str, str]] = defaultdict(dict)
     embedded: dict[str, dict[str, str]] = defaultdict(dict)
     magnitudes: dict[str, str] = {}
-    biases: dict[str, str] = {}
+    biases: dict[str, BiasChange] = {}
     saved: dict[str, str] = {}
     tokens: dict[str, tuple[str, tuple[int, ...]]] = {}
     strange: list[str] = []
@@ -339,7 +333,7 @@ def _lora(folder: Path, config: Mapping[str, Any], weights: Tensors) -> Read:
         elif _COPY.fullmatch(name):
             continue  # the frozen base weight of an embedding, which PEFT stores beside its LoRA
         elif (match := _BIAS.fullmatch(name)) and config.get("bias") == "lora_only":
-            biases[match["module"]] = full
+            biases[match["module"]] = _trained_bias(match["module"], full, weights)
         elif (match := _SAVED.fullmatch(name)) and _is_saved(match["module"], config):
             saved[match["module"]] = full
         else:
@@ -363,6 +357,13 @@ def _lora(folder: Path, config: Mapping[str, Any], weights: Tensors) -> Read:
         undone = _undo_initialisation(folder, init.lower(), updates)
         updates, problems = ({}, undone) if isinstance(undone, list) else (undone, [])
     return Contents(updates, magnitudes, biases, saved, tokens), problems
+
+
+def _trained_bias(module: str, name: str, weights: Tensors) -> BiasChange:
+    def read(base: Checkpoint) -> Tensor:
+        return weights.tensor(name).double() - base.tensor(f"{module}.bias").double()
+
+    return read
 
 
 def _pair(
@@ -474,6 +475,12 @@ def base_weight(base: Checkpoint | None, module: str) -> Tensor:
     return base.weight(*located)
 
 
+def base_bias(base: Checkpoint, module: str) -> Tensor | None:
+    """A module's bias ``(out,)`` in the old base, if it has one."""
+    name = f"{module}.bias"
+    return base.tensor(name) if base.find(name) is not None else None
+
+
 # ---------------------------------------------------------------------------------------------------------- AdaLoRA
 
 _ADALORA = re.compile(r"(?P<module>.+)\.lora_(?P<side>[ABE])")
@@ -539,8 +546,8 @@ def _delta(folder: Path, config: Mapping[str, Any], weights: Tensors) -> Read:
     if problems:
         return Contents(), problems
     reader = DeltaReader(config, modules, list(weights.shapes), weights.tensor, str(weights.file))
-    weighted = needs_weights(config)
-    rank = int(config.get("r") or DEFAULT_RANK)
+    weighted, biased = needs_weights(config), kind in BIASED
+    rank = int((kind not in OTHER_R and config.get("r")) or DEFAULT_RANK)
 
     def update(module: str) -> Update:
         def read(base: Checkpoint | None) -> tuple[Tensor, Tensor]:
@@ -548,12 +555,21 @@ def _delta(folder: Path, config: Mapping[str, Any], weights: Tensors) -> Read:
                 what = f"what a {kind} adapter adds to it is only known with the old base's shapes"
                 raise AdapterError(Problem(module, what, "Give the old base."))
             weight = base_weight(base, module) if weighted else None
-            found = reader.read(module, lambda path: weight_shape(base, path), weight)
+            bias = base_bias(base, module) if biased else None
+            found = reader.read(module, lambda path: weight_shape(base, path), weight, bias)
             return found.B, found.A
 
         return Update(rank, 1.0, None, read, stored=False)
 
-    return Contents({module: update(module) for module in modules}), []
+    def bias_change(module: str) -> BiasChange:
+        def read(base: Checkpoint) -> Tensor | None:
+            bias = base_bias(base, module)
+            return None if bias is None else reader.bias_change(module, base_weight(base, module), bias)
+
+        return read
+
+    biases = {module: bias_change(module) for module in modules} if biased else {}
+    return Contents({module: update(module) for module in modules}, biases=biases), []
 
 
 def weight_shape(base: Checkpoint, module: str) -> tuple[int, int]:

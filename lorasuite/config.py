@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from lorasuite import transforms
 from lorasuite.activations import Pooling
+from lorasuite.adapter import OutputType
 from lorasuite.errors import ConfigError, Problem, did_you_mean
 from lorasuite.evaluation import EvaluationSettings
 from lorasuite.finetune import FinetuneSettings
@@ -71,6 +72,9 @@ class MigrationConfig(Strict):
     rank: int | None = Field(None, ge=1, description="rank of the new adapter; the old one's if unset")
     energy: float | None = Field(
         None, gt=0, le=1, description="in place of rank: the smallest at which every module keeps this share of ‖ΔW‖²"
+    )
+    output_type: OutputType = Field(
+        "lora", description="what is written: lora (a DoRA stays a DoRA), or adalora, with each module's own rank"
     )
     unmapped: Unmapped = Field("freeze", description="new layers without a partner: left out, or a fresh LoRA")
     controls: bool = Field(True, description="also fine-tune a fresh LoRA on the same rows, as the control")

@@ -70,10 +70,30 @@ def move_embeddings(
             whole[common.new] += transfer.forward(change[common.old]) * scale
             result.extras.saved[target] = whole.float()
             result.carried.append(_carried(target, "modules_to_save", len(common), change.shape[0]))
-        if path in adapter.contents.tokens:
-            name, ids = adapter.contents.tokens[path]
-            _move_tokens(result, target, adapter.extra(name), ids, common, transfer, scale, old, new, path)
+    for path, target, name, ids in _tokens_by_place(adapter, old, new, result):
+        scale = _scale(old, new) if target == new.architecture.embedding else 1.0
+        _move_tokens(result, target, adapter.extra(name), ids, common, transfer, scale, old, new, path)
     return result
+
+
+def _tokens_by_place(
+    adapter: Adapter, old: Checkpoint, new: Checkpoint, result: Embeddings
+) -> list[tuple[str, str, str, tuple[int, ...]]]:
+    """Trained tokens as ``(old path, new path, tensor, ids)``.
+
+    In a base with tied embeddings PEFT lets tokens trained in the input embedding count in the output one, too.
+    """
+    a, b, tokens = old.architecture, new.architecture, adapter.contents.tokens
+    tied = new.architecture.tied(new.config)
+    sides = {vocabulary_side(a, path): path for path in tokens}
+    found = [(path, b.embedding if side == "input" else b.unembedding, *tokens[path]) for side, path in sides.items()]
+    if "input" in sides and "output" in sides and tied:
+        why = "the new base ties its embeddings: a token has one row in both, and the input's change is the one moved"
+        result.dropped.append({"module": sides["output"], "why": why})
+        return [row for row in found if row[1] == b.embedding]
+    if set(sides) == {"input"} and old.architecture.tied(old.config) and not tied:
+        return [*found, (a.unembedding, b.unembedding, *tokens[sides["input"]])]
+    return found
 
 
 def _scale(old: Checkpoint, new: Checkpoint) -> float:
@@ -111,7 +131,10 @@ def _move_tokens(
     change = torch.stack([rows[row] - before[id_].double() for row, id_, _ in kept])
     values = torch.stack([after[n].double() for _, _, n in kept]) + transfer.forward(change) * scale
     result.extras.tokens[target] = [n for _, _, n in kept], values.float()
-    result.carried.append(_carried(target, "trainable tokens", len(kept), len(ids)))
+    what = "trainable tokens"
+    if target == new.architecture.embedding and new.architecture.tied(new.config):
+        what += " (in the output embedding, too: the new base ties them)"
+    result.carried.append(_carried(target, what, len(kept), len(ids)))
 
 
 def move_rows(
@@ -159,10 +182,10 @@ def bias_changes(
     """What training added to each bias, by role of one old layer."""
     found: dict[Role, Tensor] = {}
     for path, module in modules.items():
-        name = adapter.contents.biases.get(path)
-        if name is not None:
-            before = old.tensor(f"{path}.bias").double()
-            found.update(module.split(adapter.extra(name) - before, dims))
+        read = adapter.contents.biases.get(path)
+        change = None if read is None else read(old)
+        if change is not None:
+            found.update(module.split(change, dims))
     return found
 
 

@@ -44,7 +44,7 @@ class LowRank:
         working = torch.float64 if min(delta.shape) <= 1024 else torch.float32
         u, s, vh = torch.linalg.svd(delta.to(working), full_matrices=False)
         # ΔW comes in float32: what is a millionth of its largest direction is not of the adapter's making.
-        keep = int((s > 1e-6 * s[0]).sum()) if s.numel() and bool(s[0] > 0) else 0
+        keep = max(int((s > 1e-6 * s[0]).sum()), 1)  # of zero, one direction of no length
         root = s[:keep].sqrt()
         return cls((u[:, :keep] * root).double(), (root[:, None] * vh[:keep]).double())
 

@@ -20,13 +20,21 @@ from lorasuite.lowrank import LowRank
 #: Methods whose tensors outside the modules are shared by all of them: every module is built to read one.
 SHARED = ("VERA", "RANDLORA", "VBLORA", "TINYLORA")
 
+#: Methods whose ΔW depends on the old base's own weight: most multiply it.
+WEIGHTED = (
+    "BOFT", "DEFT", "GLORA", "HIRA", "HRA", "IA3", "OFT", "OSF", "PEANUT", "PSOFT", "ROAD", "SHIRA", "SUPERTUNING",
+    "UNILORA",
+)  # fmt: skip
+#: Those of them that change a module's bias, too.
+BIASED = ("GLORA", "IA3", "ROAD")
+
 Shape = tuple[int, int]
 
 
 def needs_weights(config: Mapping[str, Any]) -> bool:
     """Whether the method's ΔW depends on the old base's weights, and not on their shapes alone."""
     kind = str(config.get("peft_type", "")).upper()
-    return kind == "PSOFT" or (kind == "MISS" and config.get("init_weights") == "bat")
+    return kind in WEIGHTED or (kind == "MISS" and config.get("init_weights") == "bat")
 
 
 class DeltaReader:
@@ -54,33 +62,47 @@ class DeltaReader:
         self._shared = str(config["peft_type"]).upper() in SHARED
         self._model: Any = None
 
-    def read(self, module: str, shape: Callable[[str], Shape], weight: Tensor | None) -> LowRank:
+    def read(
+        self, module: str, shape: Callable[[str], Shape], weight: Tensor | None, bias: Tensor | None = None
+    ) -> LowRank:
         """The exact update of one module, as the SVD of its dense ``ΔW (out, in)``.
 
         Args:
             shape: gives ``(out, in)`` of a module of the old base.
             weight: the module's weight ``(out, in)`` float32, for the methods of :func:`needs_weights`.
+            bias: the module's bias ``(out,)``, for the methods of :data:`BIASED`.
 
         Raises:
             AdapterError: if the stored tensors do not fit the module.
         """
         # Zeros are enough where the weight does not count, and then the merged weight *is* ΔW.
         before = torch.zeros(shape(module)) if weight is None else weight.float()
-        model = self._built({path: shape(path) for path in self.modules} if self._shared else {}, module, before)
+        shapes = {path: shape(path) for path in self.modules} if self._shared else {}
+        return LowRank.from_dense(self._merged(module, shapes, before, bias)[0] - before)
+
+    def bias_change(self, module: str, weight: Tensor, bias: Tensor) -> Tensor | None:
+        """What is added to the bias ``(out,)`` of a module of one of the methods :data:`BIASED`; None if nothing is."""
+        change = self._merged(module, {}, weight.float(), bias)[1].double() - bias.double()
+        return change if bool(change.any()) else None
+
+    def _merged(
+        self, module: str, shapes: Mapping[str, Shape], weight: Tensor, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The module's weight and bias with the adapter in them, as PEFT merges it."""
+        model = self._built(shapes, module, weight, bias)
         layer = model.base_model.model.get_submodule(module)
         base = layer.get_base_layer()
         holder = base.weight
-        base.weight = nn.Parameter(before.clone(), requires_grad=False)
+        base.weight = nn.Parameter(weight.clone(), requires_grad=False)
         try:
             with torch.no_grad():
                 layer.merge()
-            delta = base.weight.detach() - before
+            return base.weight.detach(), torch.empty(0) if bias is None else base.bias.detach()
         finally:
             layer.merged_adapters.clear()
             base.weight = holder
-        return LowRank.from_dense(delta)
 
-    def _built(self, shapes: Mapping[str, Shape], module: str, weight: Tensor) -> Any:
+    def _built(self, shapes: Mapping[str, Shape], module: str, weight: Tensor, bias: Tensor | None) -> Any:
         """The skeleton with the adapter in it: of all modules (kept) where they share tensors, else of one."""
         if shapes:
             if self._model is None:
@@ -88,9 +110,9 @@ class DeltaReader:
                 empty = {path: torch.zeros(1).expand(out, inner) for path, (out, inner) in shapes.items()}
                 self._model = self._wrap(empty)
             return self._model
-        return self._wrap({module: weight})
+        return self._wrap({module: weight}, bias)
 
-    def _wrap(self, weights: Mapping[str, Tensor]) -> Any:
+    def _wrap(self, weights: Mapping[str, Tensor], bias: Tensor | None = None) -> Any:
         from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
         config = copy.deepcopy(self._config)
@@ -100,7 +122,7 @@ class DeltaReader:
                 setattr(config, name, None)
         with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
             warnings.simplefilter("ignore")  # of a model without a config, and of weights to come
-            model = get_peft_model(_skeleton(weights), config)
+            model = get_peft_model(_skeleton(weights, bias), config)
             expected = {name: tuple(t.shape) for name, t in get_peft_model_state_dict(model).items()}
             state = {name: self._tensor(name) for name in self._names if name in expected}
             wrong = [
@@ -131,8 +153,8 @@ def _peft_config(config: Mapping[str, Any]) -> Any:
     return cls(**{**values, "inference_mode": True, "base_model_name_or_path": None})
 
 
-def _skeleton(weights: Mapping[str, Tensor]) -> nn.Module:
-    """Linear modules under their full names, and nothing else."""
+def _skeleton(weights: Mapping[str, Tensor], bias: Tensor | None) -> nn.Module:
+    """Linear modules under their full names, and nothing else; the only one with its bias, if that is given."""
     root = nn.Module()
     for path, weight in weights.items():
         *parents, leaf = path.split(".")
@@ -143,5 +165,7 @@ def _skeleton(weights: Mapping[str, Tensor]) -> nn.Module:
             module = getattr(module, name)
         linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
         linear.weight = nn.Parameter(weight, requires_grad=False)
+        if bias is not None:
+            linear.bias = nn.Parameter(bias.clone(), requires_grad=False)
         module.add_module(leaf, linear)
     return root

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from lorasuite.adapter import Adapter
+from lorasuite.adapter import Adapter, OutputType, not_in_adalora
 from lorasuite.adapter_types import weight_shape
 from lorasuite.architectures import ROLES, Role, architectures, propose
 from lorasuite.checkpoint import Checkpoint, Weights, load_tokenizer
@@ -19,6 +19,7 @@ from lorasuite.combination import open_adapters
 from lorasuite.config import MigrationConfig, torch_device
 from lorasuite.data import Row, calibration_texts, draw, encode_rows, read_rows
 from lorasuite.errors import LoRASuiteError, PreflightError, Problem
+from lorasuite.estimate import estimate, measure
 from lorasuite.similarity import SMALLEST_BATCH
 from lorasuite.task_evaluation import check_tasks
 from lorasuite.transforms import transform
@@ -40,6 +41,8 @@ class Inspection:
     adapter: dict[str, Any] = field(default_factory=dict)
     modules: list[dict[str, Any]] = field(default_factory=list)
     memory: dict[str, int] = field(default_factory=dict)
+    #: seconds a stage, see :func:`lorasuite.estimate.estimate`
+    time: dict[str, Any] = field(default_factory=dict)
     notices: list[str] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     #: for a base of an unknown architecture: ``{"old_base": {"yaml": a draft of its file, "questions": […]}}``
@@ -68,8 +71,14 @@ def inspect(
     method: str = "lorasuite",
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
+    output_type: OutputType = "lora",
+    timed: bool = False,
 ) -> Inspection:
-    """Compare two bases, and say what of an adapter would move. Headers and configs only: no weight is read."""
+    """Compare two bases, and say what of an adapter would move. Headers and configs only: no weight is read.
+
+    Args:
+        timed: also estimate the time, which takes a second to measure this machine.
+    """
     result = Inspection(old_base, new_base)
     old = _attempt(result, lambda: Checkpoint(old_base))
     new = _attempt(result, lambda: Checkpoint(new_base))
@@ -87,6 +96,10 @@ def inspect(
             _memory(result, old, new)
     if old is not None and opened is not None:
         result.problems += opened.check(old) or _attempt(result, lambda: _something_to_move(opened)) or []
+        if output_type == "adalora":
+            c = opened.contents
+            biases = [path for path in c.biases if old.find(f"{path}.bias")]
+            result.problems += not_in_adalora(opened.vocabulary_modules(old.architecture), c.magnitudes, biases)
         result.adapter = {
             "path": str(opened.path),
             "kind": opened.kind,
@@ -98,6 +111,8 @@ def inspect(
         if new is not None and not result.problems:
             _modules(result, old, new, opened, method)
             _beside(result, old, opened)
+    if timed and old is not None and new is not None and not result.problems:
+        result.time = estimate(old, new, opened, measure(old))
     return result
 
 
@@ -265,7 +280,7 @@ def _beside(result: Inspection, old: Checkpoint, adapter: Adapter) -> None:
         result.notices.append(
             f"{', '.join(embeddings)}: changes are carried over for {common} of {old.dims.vocab_size} tokens"
         )
-    if adapter.contents.biases:
+    if any(old.find(f"{path}.bias") for path in adapter.contents.biases):
         result.notices.append("biases: changes are carried over where the new base has a bias of the same size")
 
 
@@ -292,6 +307,7 @@ def check(config: MigrationConfig) -> Plan:
         config.method,
         config.trust_remote_code,
         config.allow_pickle,
+        config.output_type,
     )
     _attempt(result, lambda: torch_device(config.device))
     texts = _calibration(result, config)

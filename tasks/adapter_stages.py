@@ -75,6 +75,7 @@ def transform(inputs: Inputs, settings: Settings, where: Where) -> StageOutput:
             base=ANY_BASE,
             extra=moved.fresh,
             extras=moved.extras,
+            output_type=settings.get("output_type", "lora"),
             **adapter.lora_settings(moved.rank),
         )
         files = _contents(path)

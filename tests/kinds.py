@@ -1,11 +1,11 @@
-"""Every kind of adapter PEFT writes, on tiny models: how to make one, and what becomes of it.
+"""Every kind of adapter PEFT writes, on tiny models: how to make one of any architecture, and what becomes of it.
 
-The table is what ``docs/adapters.md`` shows: :func:`table` renders it, and a test keeps the two in step.
+The table is what ``docs/adapters.md`` shows: :func:`table` renders it, and a test keeps the two in step. What becomes
+of each kind on each architecture is in :mod:`tests.cross`.
 """
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,15 +14,41 @@ from typing import Any
 
 import peft
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import get_peft_model
 
+from lorasuite.adapter import OutputType
 from lorasuite.adapter_types import REFUSED, config_problems
+from lorasuite.checkpoint import Checkpoint
 from tests import models
 
-TARGETS = ["q_proj", "v_proj", "o_proj", "down_proj"]
-ATTENTION = ["q_proj", "v_proj"]
+TARGETS = ("q", "v", "o", "down")
+ATTENTION = ("q", "v")
 
-Config = Callable[[], Any]
+
+class Names:
+    """What a base calls the modules of some roles (``"embedding"`` and ``"unembedding"`` among them)."""
+
+    def __init__(self, model: Path) -> None:
+        self.checkpoint = Checkpoint(model)
+
+    def __call__(self, *roles: str) -> list[str]:
+        """Their names as PEFT's ``target_modules`` take them: whole paths where a vision tower has the same ones."""
+        a = self.checkpoint.architecture
+        modules = [m for m in a.modules if set(m.roles) & set(roles)]
+        names = dict.fromkeys(m.name.rpartition(".")[2] for m in modules)
+        if a.text_config:
+            depth = range(self.checkpoint.dims.layers)
+            names = {a.path(n, m): None for n in depth for m in self.checkpoint.modules(n) if m in modules}
+        ends = {"embedding": a.embedding, "unembedding": a.unembedding}
+        return [*names, *(path.rpartition(".")[2] for name, path in ends.items() if name in roles)]
+
+    def pattern(self, layers: str, *roles: str) -> str:
+        """A regular expression of the modules of some layers."""
+        ends = "|".join(name.rpartition(".")[2] for name in self(*roles))
+        return rf"{self.checkpoint.architecture.layers}\.({layers})\..*({ends})"
+
+
+Config = Callable[[Names], Any]
 
 
 @dataclass(frozen=True)
@@ -34,17 +60,25 @@ class Kind:
     family: str = "llama"
     numbers: dict[str, Any] = field(default_factory=dict)
     out: str = "LoRA"
+    output_type: OutputType = "lora"
     #: done with the path and the model before it is trained, and after it is saved
     before: Callable[[Path, Any], None] | None = None
     after: Callable[[Path, Any], None] | None = None
 
 
 def lora(**settings: Any) -> Config:
-    return lambda: LoraConfig(**{"r": 3, "lora_alpha": 6, "target_modules": TARGETS, **settings})
+    """A ``LoraConfig``; a setting that is a function is given the base's names."""
+    return other("LoraConfig", **{"r": 3, "lora_alpha": 6, **settings})
 
 
-def other(name: str, **settings: Any) -> Config:
-    return lambda: getattr(peft, name)(**{"target_modules": TARGETS, **settings})
+def other(name: str, targets: tuple[str, ...] = TARGETS, **settings: Any) -> Config:
+    """A config of that PEFT class for the modules of some roles."""
+
+    def config(names: Names) -> Any:
+        values = {key: value(names) if callable(value) else value for key, value in settings.items()}
+        return getattr(peft, name)(**{"target_modules": names(*targets), **values})
+
+    return config
 
 
 def keep_initial(path: Path, tuned: Any) -> None:
@@ -58,6 +92,13 @@ def keep_logits(path: Path, tuned: Any) -> None:
         torch.save(tuned.double().eval()(torch.tensor([[5, 9, 33, 71, 8, 40]])).logits, path / "logits.pt")
 
 
+def prune(_path: Path, tuned: Any) -> None:
+    """A rank for each module, as AdaLoRA's schedule leaves it: every second one loses one direction more."""
+    modules = [name.partition("base_model.model.")[2] for name, m in tuned.named_modules() if hasattr(m, "ranknum")]
+    pattern = {f"{name}.lora_E": [True, n % 2 == 0, True, False] for n, name in enumerate(modules)}
+    tuned.peft_config["default"].rank_pattern = pattern
+
+
 def as_pickle(path: Path, tuned: Any) -> None:
     from safetensors.torch import load_file
 
@@ -65,20 +106,26 @@ def as_pickle(path: Path, tuned: Any) -> None:
     (path / "adapter_model.safetensors").unlink()
 
 
+OWN_WEIGHT = "as LoHa, with the old base's weight"
 #: Migrated kinds.
 MIGRATED: dict[str, Kind] = {
     "LoRA": Kind(lora(), "factors as stored"),
     "rsLoRA (use_rslora)": Kind(lora(use_rslora=True), "scaling α/√r, kept in the output"),
     "rank_pattern, alpha_pattern": Kind(
-        lora(rank_pattern={"q_proj": 2, r".*\.1\.mlp\.down_proj": 5}, alpha_pattern={"v_proj": 1}),
+        lora(
+            rank_pattern=lambda names: {names("q")[0]: 2, names.pattern("1", "o"): 5},
+            alpha_pattern=lambda names: {names("v")[-1]: 1},
+        ),
         "each module with its own rank and α; written with the largest rank",
     ),
-    "layers_to_transform": Kind(lora(layers_to_transform=[0, 2]), "the modules in the file count"),
-    "regex target_modules": Kind(lora(target_modules=r".*\.(0|2)\..*(q|v)_proj"), "the modules in the file count"),
+    "layers_to_transform": Kind(lora(layers_to_transform=[1]), "the modules in the file count"),
+    "regex target_modules": Kind(
+        lora(target_modules=lambda names: names.pattern("1|2", "q", "v")), "the modules in the file count"
+    ),
     "all-linear": Kind(lora(target_modules="all-linear"), "the modules in the file count"),
-    "exclude_modules": Kind(lora(exclude_modules=r".*\.1\..*"), "the modules in the file count"),
+    "exclude_modules": Kind(lora(exclude_modules=r".*\.0\..*"), "the modules in the file count"),
     "fan_in_fan_out (GPT-2)": Kind(
-        lora(target_modules=["c_attn", "c_fc"], fan_in_fan_out=True), "weights turned to (out, in) and back", "gpt2"
+        lora(targets=("q", "up"), fan_in_fan_out=True), "weights turned to (out, in) and back", "gpt2"
     ),
     "bias='lora_only'": Kind(
         lora(bias="lora_only"),
@@ -88,17 +135,17 @@ MIGRATED: dict[str, Kind] = {
         out="LoRA with biases",
     ),
     "modules_to_save (embeddings)": Kind(
-        lora(modules_to_save=["embed_tokens", "lm_head"]),
+        lora(modules_to_save=lambda names: names("embedding", "unembedding")),
         "the change of each shared token's row, through W_h, added to the new base's row",
         out="LoRA with whole embeddings",
     ),
     "LoRA on embeddings": Kind(
-        lora(target_modules=["q_proj", "embed_tokens", "lm_head"]),
+        lora(targets=("q", "embedding", "unembedding")),
         "rows of shared tokens re-indexed, the hidden side through W_h",
         out="LoRA on embeddings",
     ),
     "trainable_token_indices": Kind(
-        lora(trainable_token_indices={"embed_tokens": [5, 9, 33]}),
+        lora(trainable_token_indices=lambda names: {names("embedding")[0]: [5, 9, 33]}),
         "the change of each token's row, through W_h, for tokens the new vocabulary has",
         out="LoRA with trained tokens",
     ),
@@ -124,29 +171,63 @@ MIGRATED: dict[str, Kind] = {
     ),
     "adapter_model.bin": Kind(lora(), "with `--allow-pickle`, read with `weights_only=True`", after=as_pickle),
     "AdaLoRA": Kind(
-        other("AdaLoraConfig", init_r=4, target_r=2, total_step=10), "ΔW = α/(init_r + 1e-5)·B(E∘A); written as LoRA"
+        other("AdaLoraConfig", init_r=4, target_r=2, total_step=10),
+        "ΔW = α/(init_r + 1e-5)·B(E∘A); written as LoRA",
+        before=prune,
+    ),
+    "AdaLoRA, `--output-type adalora`": Kind(
+        other("AdaLoraConfig", init_r=4, target_r=2, total_step=10),
+        "the SVD of each new ΔW, with the rank it has in the rank pattern",
+        out="AdaLoRA",
+        before=prune,
+        output_type="adalora",
     ),
     "LoHa": Kind(
         other("LoHaConfig", r=2, alpha=4, init_weights=False), "ΔW by PEFT, one module at a time, then an SVD"
     ),
     "LoKr": Kind(other("LoKrConfig", r=2, alpha=4, init_weights=False), "as LoHa"),
-    "VeRA": Kind(other("VeraConfig", r=4, target_modules=ATTENTION), "as LoHa"),
-    "RandLoRA": Kind(other("RandLoraConfig", r=4, target_modules=ATTENTION), "as LoHa"),
-    "VB-LoRA": Kind(
-        other("VBLoRAConfig", r=2, num_vectors=8, vector_length=8, topk=2, target_modules=ATTENTION), "as LoHa"
-    ),
-    "TinyLoRA": Kind(other("TinyLoraConfig", r=2, u=4, target_modules=ATTENTION), "as LoHa"),
+    "VeRA": Kind(other("VeraConfig", r=4, targets=ATTENTION), "as LoHa"),
+    "RandLoRA": Kind(other("RandLoraConfig", r=4, targets=ATTENTION), "as LoHa"),
+    "VB-LoRA": Kind(other("VBLoRAConfig", r=2, num_vectors=8, vector_length=8, topk=2, targets=ATTENTION), "as LoHa"),
+    "TinyLoRA": Kind(other("TinyLoraConfig", r=2, u=4, targets=ATTENTION), "as LoHa"),
     "FourierFT": Kind(other("FourierFTConfig", n_frequency=50, scaling=30.0), "as LoHa; no rank of its own"),
     "WaveFT": Kind(other("WaveFTConfig", n_frequency=64), "as LoHa; no rank of its own"),
     "C3A": Kind(other("C3AConfig", block_size=8), "as LoHa; no rank of its own"),
     "GraLoRA": Kind(other("GraloraConfig", r=4, gralora_k=2), "as LoHa"),
     "DeLoRA": Kind(other("DeloraConfig", r=2), "as LoHa"),
     "MiSS": Kind(other("MissConfig", r=2), "as LoHa"),
-    "MiSS (mini)": Kind(other("MissConfig", r=2, init_weights="mini", mini_r=4, target_modules=ATTENTION), "as LoHa"),
-    "MiSS (bat)": Kind(
-        other("MissConfig", r=4, init_weights="bat", target_modules=ATTENTION), "as LoHa, with the old base's weight"
+    "MiSS (mini)": Kind(other("MissConfig", r=2, init_weights="mini", mini_r=4, targets=ATTENTION), "as LoHa"),
+    "MiSS (bat)": Kind(other("MissConfig", r=4, init_weights="bat", targets=ATTENTION), OWN_WEIGHT),
+    "PSOFT": Kind(other("PsoftConfig", r=4), OWN_WEIGHT),
+    "OFT": Kind(other("OFTConfig", oft_block_size=8), OWN_WEIGHT + "; no rank of its own"),
+    "OFT (coft, block_share)": Kind(
+        other("OFTConfig", oft_block_size=8, block_share=True, coft=True, eps=0.1, use_cayley_neumann=False),
+        OWN_WEIGHT + "; no rank of its own",
     ),
-    "PSOFT": Kind(other("PsoftConfig", r=4), "as LoHa, with the old base's weight"),
+    "BOFT": Kind(
+        other("BOFTConfig", boft_block_size=4, boft_n_butterfly_factor=2), OWN_WEIGHT + "; no rank of its own"
+    ),
+    "HRA": Kind(other("HRAConfig", r=4, apply_GS=True), OWN_WEIGHT),
+    "IA3": Kind(
+        other("IA3Config", feedforward_modules=lambda names: names("down")),
+        OWN_WEIGHT + "; no rank of its own; scales biases, too",
+    ),
+    "HiRA": Kind(other("HiraConfig", r=4), OWN_WEIGHT),
+    "RoAd": Kind(
+        other("RoadConfig", group_size=8, variant="road_4"),
+        OWN_WEIGHT + "; no rank of its own; turns biases, too",
+    ),
+    "DEFT": Kind(other("DeftConfig", r=4), OWN_WEIGHT),
+    "GLoRA": Kind(other("GloraConfig", r=4), OWN_WEIGHT + "; changes biases, too"),
+    "PEANuT": Kind(other("PeanutConfig", r=4, depth=1), OWN_WEIGHT),
+    "OSF": Kind(other("OSFConfig", effective_rank=12), OWN_WEIGHT + "; no rank of its own"),
+    "SHiRA": Kind(other("ShiraConfig", r=4), "as LoHa; single entries, no rank of its own"),
+    "Super, Supra": Kind(
+        other("SupertuningConfig", sparsity=0.9, r=2, lora_alpha=4), OWN_WEIGHT + "; single entries, no rank of its own"
+    ),
+    "Uni-LoRA": Kind(
+        other("UniLoraConfig", r=4, theta_d_length=64, save_indices=True), "as LoHa; with `save_indices` only"
+    ),
 }
 
 #: Settings of a LoRA that are refused, by field.
@@ -169,12 +250,13 @@ REFUSED_SETTINGS: dict[str, Any] = {
 
 def build(kind: Kind, path: Path, model: Path, seed: int = 1) -> Path:
     """An adapter of this kind, every trainable parameter moved from where it began, saved by PEFT itself."""
-    config = copy.deepcopy(kind.config())
+    config = kind.config(Names(model))
     config.task_type = "CAUSAL_LM"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.manual_seed(seed)
         tuned = get_peft_model(models.load(model), config)
+        tuned.create_or_update_model_card = lambda *_: None  # a third of the time of saving
         if kind.before is not None:
             kind.before(path, tuned)
         generator = torch.Generator().manual_seed(seed)

@@ -6,9 +6,11 @@ zero; the vocabulary is larger than the hidden size, so that embeddings have ful
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -197,10 +199,21 @@ def build(
 
 
 def load(path: Path) -> Any:
-    """The transformers model, float32, evaluation mode."""
+    """The transformers model, float32, evaluation mode: a copy of the one read first, which takes a third of the time.
+
+    Experts are computed one after the other: the grouped kernel knows no float64.
+    """
+    files = [*path.glob("*.safetensors"), path / "config.json"]
+    return copy.deepcopy(_loaded(path, tuple(sorted(file.stat().st_mtime_ns for file in files))))
+
+
+@lru_cache(maxsize=64)
+def _loaded(path: Path, _changed: tuple[int, ...]) -> Any:
     trust = needs_code(path)
     config = AutoConfig.from_pretrained(str(path), trust_remote_code=trust)
-    return auto_class(config).from_pretrained(str(path), dtype=torch.float32, trust_remote_code=trust).eval()
+    config.get_text_config()._experts_implementation = "eager"
+    loader = auto_class(config)
+    return loader.from_pretrained(str(path), config=config, dtype=torch.float32, trust_remote_code=trust).eval()
 
 
 def needs_code(path: Path) -> bool:

@@ -5,18 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
-from collections.abc import Callable, Mapping
-from functools import cache
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
-from peft.utils.save_and_load import get_peft_model_state_dict
-from torch import Tensor
 
-from lorasuite.adapter import CONFIG, Adapter, Extras, check_loads, write_adapter
+from lorasuite.adapter import CONFIG, Adapter
 from lorasuite.adapter_types import config_problems
 from lorasuite.checkpoint import Checkpoint
 from lorasuite.combination import materialise, open_adapters, split_sources
@@ -24,13 +20,13 @@ from lorasuite.config import MigrationConfig, build
 from lorasuite.errors import AdapterError, CheckpointError, ConfigError
 from lorasuite.finetune import attach_adapter, detach_adapter
 from lorasuite.lowrank import LowRank
-from lorasuite.migration import Migrated, map_heads, migrate
+from lorasuite.migration import Migrated, migrate
 from lorasuite.preflight import inspect
-from lorasuite.transfer_matrix import fit_transfer_matrix, mlp_factor
-from lorasuite.vocabulary import CommonTokens, common_tokens
-from tests import kinds, models
+from lorasuite.transfer_matrix import fit_transfer_matrix
+from lorasuite.vocabulary import CommonTokens
+from tests import cross, kinds, models
+from tests.cross import check_tensors, close, logits, merged, move, opened, trained, write
 
-IDS = torch.tensor([[5, 9, 33, 71, 8, 40]])
 KINDS = kinds.MIGRATED
 
 
@@ -50,115 +46,6 @@ def made(base: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) ->
     return make
 
 
-def opened(path: Path) -> Adapter:
-    return Adapter.open(path, allow_pickle=True)
-
-
-def merged(model: Path, updates: Mapping[str, LowRank], extras: Extras) -> Any:
-    """The plain model with everything merged by definition, float64: what PEFT's forward is held against."""
-    plain = models.load(model).double()
-    modules = dict(plain.named_modules())
-    with torch.no_grad():
-        for path, update in updates.items():
-            weight = modules[path].weight
-            whole = models.out_in(modules[path], weight) + update.dense()
-            if path in extras.magnitudes:
-                whole = whole * (extras.magnitudes[path].double() / whole.norm(dim=1))[:, None]
-            weight.copy_(models.out_in(modules[path], whole))
-        for path, bias in extras.biases.items():
-            modules[path].bias.copy_(bias)
-        for path, rows in extras.saved.items():
-            modules[path].weight.copy_(rows)
-        for path, (ids, rows) in extras.tokens.items():
-            modules[path].weight[ids] = rows.double()
-    return plain
-
-
-def read(adapter: Adapter, base: Checkpoint) -> tuple[dict[str, LowRank], Extras]:
-    """All that an adapter holds, as lorasuite reads it."""
-    c = adapter.contents
-    return {path: adapter.update(path, base) for path in adapter.modules}, Extras(
-        {path: adapter.extra(name) for path, name in c.magnitudes.items()},
-        {path: adapter.extra(name) for path, name in c.biases.items()},
-        {path: adapter.extra(name) for path, name in c.saved.items()},
-        {path: (list(ids), adapter.extra(name)) for path, (name, ids) in c.tokens.items()},
-    )
-
-
-def logits(model: Any) -> Tensor:
-    with torch.no_grad():
-        return model(IDS).logits.double()
-
-
-def tuned(adapter: Path, model: Path) -> Any:
-    """PEFT's own model, float64."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*(missing|unexpected).*")
-        warnings.filterwarnings("ignore", message=".*SVD.*")
-        return PeftModel.from_pretrained(models.load(model), str(adapter)).double().eval()
-
-
-@cache
-def pair(old: Path, new: Path) -> dict[str, Any]:
-    """What a migration needs of two bases."""
-    a, b = Checkpoint(old), Checkpoint(new)
-    common = common_tokens(models.tokenizer_of(old), models.tokenizer_of(new), a.dims.vocab_size, b.dims.vocab_size)
-    transfer = fit_transfer_matrix(a, b, common)
-    layers = {n: n for n in range(min(a.dims.layers, b.dims.layers))}
-    heads = {o: match.heads for o, match in map_heads(a, b, layers, transfer).items()}
-    return {"layers": layers, "heads": heads, "transfer": transfer, "common": common}
-
-
-def move(adapter: Adapter, old: Path, new: Path, method: str = "lorasuite", **settings: Any) -> Migrated:
-    a, b = Checkpoint(old), Checkpoint(new)
-    settings = {"method": method, "rank": adapter.rank, **pair(old, new), **settings}
-    return migrate(adapter, a, b, mlp_factor=lambda layer, role: mlp_factor(a, layer, role), **settings)
-
-
-def write(output: Path, moved: Migrated, adapter: Adapter, new: Path) -> Path:
-    target = Checkpoint(new)
-    return write_adapter(
-        output, moved.updates, architecture=target.architecture, dims=target.dims, base=str(new), extra=moved.fresh,
-        extras=moved.extras, **adapter.lora_settings(moved.rank),
-    )  # fmt: skip
-
-
-def close(ours: Tensor, theirs: Tensor, tolerance: float = 1e-5) -> None:
-    """Equal to the tolerance, relative to the largest logit where that is above 1."""
-    assert float((ours - theirs).abs().max()) <= tolerance * max(1.0, float(theirs.abs().max()))
-
-
-def trained(path: Path, model: Path) -> Tensor:
-    """PEFT's logits of an adapter on its base: of the model it was saved from, where loading cannot repeat that."""
-    kept = path / "logits.pt"
-    return torch.load(kept) if kept.is_file() else logits(tuned(path, model))
-
-
-def check_tensors(adapter: Path, model: Path) -> Any:
-    """PEFT finds every tensor: none missing, none unexpected."""
-    check_loads(adapter, model)
-    live = tuned(adapter, model)
-    expected = get_peft_model_state_dict(live, save_embedding_layers=False)
-    stored = Adapter.open(adapter).tensors
-    assert set(expected) == set(stored.shapes)
-    for name, tensor in expected.items():
-        torch.testing.assert_close(stored.tensor(name).double(), tensor.double(), rtol=0, atol=0)
-    return live
-
-
-@pytest.mark.parametrize("name", KINDS)
-def test_old_base_and_adapter_are_base_weight_plus_what_is_read(
-    name: str, made: Callable[[str], tuple[Path, Path]]
-) -> None:
-    model, path = made(name)
-    adapter, checkpoint = opened(path), Checkpoint(model)
-    assert adapter.check(checkpoint) == []
-    updates, extras = read(adapter, checkpoint)
-    theirs = trained(path, model)
-    assert float((theirs - logits(models.load(model).double())).abs().max()) > 1e-2
-    close(logits(merged(model, updates, extras)), theirs)
-
-
 @pytest.mark.parametrize("name", KINDS)
 def test_old_base_is_new_base(name: str, made: Callable[[str], tuple[Path, Path]], tmp_path: Path) -> None:
     """``copy`` to the same base gives an adapter that computes the same."""
@@ -171,22 +58,20 @@ def test_old_base_is_new_base(name: str, made: Callable[[str], tuple[Path, Path]
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_migrated_weights_are_the_reported_ones(
-    name: str, made: Callable[[str], tuple[Path, Path]], base: Callable[..., Path], tmp_path: Path
-) -> None:
-    """To a base with other hidden, MLP and head numbers and another vocabulary."""
-    model, path = made(name)
+def test_every_kind(name: str, base: Callable[..., Path], tmp_path: Path) -> None:
+    """Read as PEFT computes it, and moved as reported; the checks are in :func:`tests.cross.cell`."""
     kind = KINDS[name]
-    tokens = tuple(reversed(models.words(120)))
-    new = base(kind.family, seed=7, hidden=48, intermediate=56, heads=6, vocab=120, tokens=tokens)
-    adapter = opened(path)
-    moved = move(adapter, model, new)
-    out = write(tmp_path / "out", moved, adapter, new)
-    live = check_tensors(out, new)
-    close(logits(live), logits(merged(new, moved.updates, moved.extras)))
-    again = Adapter.open(out)
-    assert again.check(Checkpoint(new)) == [] and again.rank == adapter.rank
-    assert {"DoRA": "DORA"}.get(kind.out, "LORA") == again.kind
+    old, new = cross.bases(kind.family, base)
+    held = {"LoRA on embeddings": "LoRA", "whole embeddings": "embeddings", "trained tokens": "tokens"}
+    words = [held.get(part, part) for part in kind.out.split(" with ")]
+    assert cross.cell(kind, old, new, tmp_path) == " + ".join(words) == cross.stored()[name][kind.family]
+
+
+@pytest.mark.parametrize(("family", "name"), cross.some())
+def test_kinds_on_other_architectures(family: str, name: str, base: Callable[..., Path], tmp_path: Path) -> None:
+    """A part of the table in docs/adapters.md; ``python -m tests.cross`` runs all of it."""
+    found, shown = cross.cell(KINDS[name], *cross.bases(family, base), tmp_path), cross.stored()[name][family]
+    assert found == shown, "run python -m tests.cross"
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -247,6 +132,44 @@ def test_trained_tokens_without_a_counterpart_are_dropped_and_named(
     assert [d["why"] for d in moved.dropped] == [
         "1 of its 3 trained tokens are not in the new vocabulary, such as id 33"
     ]
+
+
+EMBEDDING_KINDS = {
+    "LoRA on embeddings": "LoRA",
+    "modules_to_save (embeddings)": "LoRA + embeddings",
+    "trainable_token_indices": "LoRA + tokens",
+}
+
+
+@pytest.mark.parametrize("name", EMBEDDING_KINDS)
+@pytest.mark.parametrize(("old_tied", "new_tied"), [(True, True), (True, False), (False, True)])
+def test_tied_embeddings(name: str, old_tied: bool, new_tied: bool, base: Callable[..., Path], tmp_path: Path) -> None:
+    old = base("llama", tie_word_embeddings=old_tied, layers=2)
+    tokens = tuple(reversed(models.words(120)))
+    new = base("llama", seed=7, vocab=120, tokens=tokens, tie_word_embeddings=new_tied, layers=2)
+    assert cross.cell(KINDS[name], old, new, tmp_path) == EMBEDDING_KINDS[name]
+
+
+def test_tokens_trained_in_tied_embeddings_count_at_both_ends(base: Callable[..., Path], tmp_path: Path) -> None:
+    """Moved to an untied base, the output rows change as well; the other way, two changes of a row cannot be told."""
+    tokens = tuple(reversed(models.words(120)))
+    tied, untied = base("llama", tie_word_embeddings=True), base("llama")
+    adapter = opened(kinds.build(KINDS["trainable_token_indices"], tmp_path / "tied", tied))
+    new = base("llama", seed=7, vocab=120, tokens=tokens)
+    moved = move(adapter, tied, new)
+    name, ids = adapter.contents.tokens["model.embed_tokens"]
+    change = adapter.extra(name) - Checkpoint(tied).embedding()[list(ids)]
+    assert set(moved.extras.tokens) == {"model.embed_tokens", "lm_head"}
+    for path, (found, rows) in moved.extras.tokens.items():
+        assert found == sorted(119 - id_ for id_ in ids)
+        torch.testing.assert_close(
+            rows.double().flip(0), Checkpoint(new).tensor(f"{path}.weight")[found].flip(0) + change
+        )
+    both = kinds.lora(trainable_token_indices={"embed_tokens": [5, 9], "lm_head": [5, 9]})
+    adapter = opened(kinds.build(kinds.Kind(both, ""), tmp_path / "both", untied))
+    moved = move(adapter, untied, base("llama", seed=7, tie_word_embeddings=True))
+    assert list(moved.extras.tokens) == ["model.embed_tokens"] and "the new base ties them" in str(moved.carried)
+    assert [d["module"] for d in moved.dropped] == ["lm_head"] and "ties its embeddings" in moved.dropped[0]["why"]
 
 
 def test_embeddings_need_shared_tokens(made: Callable[..., Any]) -> None:
@@ -498,7 +421,11 @@ def test_published_target_patterns(pattern: str, base: Callable[..., Path], tmp_
     assert set(moved.updates) == set(adapter.modules)
 
 
-def test_the_table_in_the_docs() -> None:
+def test_the_tables_in_the_docs() -> None:
     text = (Path(__file__).parents[2] / "docs" / "adapters.md").read_text()
-    shown = text.partition("<!-- kinds -->\n")[2].partition("<!-- /kinds -->")[0]
-    assert shown == kinds.table(), "rewrite it with: python -m tests.kinds"
+    results = cross.stored()
+    for mark, expected in (("kinds", kinds.table()), ("architectures", cross.table(results))):
+        shown = text.partition(f"<!-- {mark} -->\n")[2].partition(f"<!-- /{mark} -->")[0]
+        assert shown == expected, f"rewrite it with: python -m tests.{'kinds' if mark == 'kinds' else 'cross'}"
+    assert list(results) == list(KINDS) and {tuple(row) for row in results.values()} == {models.FAMILIES}
+    assert {family for family, _ in cross.some()} == set(models.FAMILIES) and {n for _, n in cross.some()} == set(KINDS)
