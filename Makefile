@@ -10,8 +10,9 @@ demo: $(STAMP)  ## the main job on a miniature pair: migrate, fine-tune, compare
 	@rm -rf demo-output
 	$(BIN)/lorasuite demo --output demo-output
 
+# Two processes, a file at a time: what a file's tests share (servers, models) is made once. The longest files first.
 test: $(STAMP) lint  ## every test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/flows tests/integration tests/unit
 
 test-host: $(STAMP)  ## `lorasuite up` end to end: workers, events, crashes, the dashboard (wants an idle machine)
 	$(BIN)/python -m pytest -m host tests/flows/test_host.py
