@@ -22,6 +22,9 @@ VERDICTS: tuple[Verdict, ...] = ("ship", "needs-finetune", "retrain", "unmeasure
 #: lm-eval's metrics in the order of preference: a task's first one counts.
 TASK_METRICS = ("acc_norm", "acc", "exact_match")
 
+#: What metrics are called in sentences.
+NAMES = {"exact_match": "exact match", "bits_per_byte": "bits per byte", "tasks": "mean task score"}
+
 #: What the migrated adapter is measured against.
 BOTH = ("old+adapter", "new")
 
@@ -184,7 +187,7 @@ def _judge(measure: _Measure, limits: Thresholds) -> Judgement:
         )
 
     if kept is not None:
-        check("share of the old adapter's lead kept", kept, limits.ship, interval)
+        check("share of the lead kept", kept, limits.ship, interval)
     if limits.min_gain_over_bare is not None:
         check("gain over the bare new base", gain, limits.min_gain_over_bare, measure.difference(measure.against_bare))
     if limits.max_negative_flips is not None:
@@ -203,8 +206,8 @@ def _judge(measure: _Measure, limits: Thresholds) -> Judgement:
         "old": measure.old, "bare": measure.bare, "migrated": measure.found, "checks": checks,
     }  # fmt: skip
     told = (
-        f"{measure.task or measure.metric} {abs(measure.found):.4g}; "
-        f"the old base with its adapter {abs(measure.old):.4g}, the bare new base {abs(measure.bare):.4g}"
+        f"{measure.task or NAMES[measure.metric]} {abs(measure.found):.4g} "
+        f"(old base with its adapter {abs(measure.old):.4g}, bare new base {abs(measure.bare):.4g})"
     )
     verdict: Verdict
     if kept is None:
@@ -219,7 +222,7 @@ def _judge(measure: _Measure, limits: Thresholds) -> Judgement:
     if verdict == "ship" and failed:
         verdict = "needs-finetune"
     if failed:
-        why += "; missed: " + ", ".join(_told(one, limits.lower_bound) for one in failed)
+        why += "; missed " + ", ".join(_told(one, limits.lower_bound) for one in failed)
     return Judgement(verdict=verdict, reason=f"{told}: {why}", **numbers)
 
 
@@ -232,7 +235,7 @@ def _told(check: Check, lower_bound: bool) -> str:
         return f"{check.name} (not measured)"
     if lower_bound and check.interval is None and not check.name.startswith("right"):
         return f"{check.name} (no interval was measured)"
-    return f"{check.name} {check.threshold:.4g}"
+    return f"{check.name} {check.threshold:.4g}" + (" by the lower bound" if lower_bound and check.interval else "")
 
 
 def _measures(

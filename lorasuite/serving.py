@@ -94,6 +94,8 @@ def _vllm(config: Mapping[str, Any], model: Mapping[str, Any], shapes: Shapes) -
         problems.append(f"rank {rank} is above {VLLM_RANKS[-1]}, the largest --max-lora-rank")
     elif rank > VLLM_DEFAULT_RANK:
         notes.append(f"--max-lora-rank {next(r for r in VLLM_RANKS if r >= rank)} (16 if it is not given)")
+    else:
+        notes.append(f"rank {rank} fits the default --max-lora-rank of {VLLM_DEFAULT_RANK}")
     problems += [f"{what} is not supported" for key, what in _VLLM_REFUSES.items() if config.get(key)]
     if config.get("peft_type") != "LORA":
         problems.append(f"adapters of type {config.get('peft_type')} are not supported")
