@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard, ModelCardData, metadata_load
-from huggingface_hub.repocard import metadata_update  # noqa: F401 - what a later edit of the card goes through
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from huggingface_hub.utils import validate_repo_id
 
@@ -44,7 +43,7 @@ def test_provenance_and_no_results() -> None:
     text = model_card(record())
     for part in ("old_base", "new_base", "adapter"):
         assert record()[part]["fingerprint"] in text
-    assert "algorithm version 1" in text and "`lorasuite`" in text and "**needs-finetune**" in text
+    assert "algorithm version 1" in text and "`functional`" in text and "**needs-finetune**" in text
     bare = model_card(record(evaluation={}, tasks={}, comparisons=[]))
     assert "model-index" not in bare and "±" not in bare
 
