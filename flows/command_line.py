@@ -1,7 +1,8 @@
 """The ``lorasuite`` command line.
 
 Every command takes ``--json`` (one JSON object on standard output and nothing else) and ends with 0, with 1 where the
-work failed or a verdict is one that ``--fail-on`` names, or with 2 where the input cannot be used. Progress and logs go to standard error.
+work failed or a verdict is one that ``--fail-on`` names, or with 2 where the input cannot be used. Progress and logs go
+to standard error.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ app = typer.Typer(
 )
 store_app = typer.Typer(help="List, check and clean up the artifact store.", no_args_is_help=True)
 app.add_typer(store_app, name="artifacts")
+
 
 class Limit(StrEnum):
     """Verdicts that a run can be made to fail on."""

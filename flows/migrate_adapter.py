@@ -120,9 +120,9 @@ def migrate_adapter(config: dict[str, Any], refresh: tuple[str, ...] = ()) -> di
         },
         **pair_record(context, pair),
         **(measured := arms.record()),
-        "verdict": judge(
-            measured["evaluation"], measured["tasks"], settings.gate, measured["comparisons"]
-        ).model_dump(mode="json"),
+        "verdict": judge(measured["evaluation"], measured["tasks"], settings.gate, measured["comparisons"]).model_dump(
+            mode="json"
+        ),
         "serving": {
             **context.open(served).info,
             **{

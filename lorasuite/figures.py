@@ -24,9 +24,9 @@ def heat_map(similarity: Tensor, layers: Mapping[int, int], metric: str = "CKA")
     table = similarity.float().tolist()
     rows, columns = len(table), len(table[0])
     written = rows * columns <= WRITTEN
-    cell = 44 if written else 26 if columns <= 24 else 16
-    high = cell * 0.7 if written else cell
-    left, top = 46, 8
+    cell = 44.0 if written else 26.0 if columns <= 24 else 16.0
+    high = cell * (0.7 if written else 1.0)
+    left, top = 46.0, 8.0
     width, height = left + columns * cell + 8, top + rows * high + 40
     values = [value for row in table for value in row if math.isfinite(value)] or [0.0]
     low, span = min(0.0, *values), max(1e-9, max(values) - min(0.0, *values))
@@ -138,7 +138,7 @@ def whisker(value: float, low: float | None, high: float | None, axis: tuple[flo
     if low is not None and high is not None:
         parts.append(f'<line class="whisker series-{marks}" x1="{at(low)}" x2="{at(high)}" y1="7" y2="7"/>')
     parts.append(f'<line class="dot series-{marks}" x1="{at(value)}" x2="{at(value)}" y1="7" y2="7"/>')
-    return Markup(  # noqa: S704 - nothing but numbers
+    return Markup(
         '<svg class="whisker-plot" viewBox="0 0 100 14" preserveAspectRatio="none" aria-hidden="true" '
         f'focusable="false">{"".join(parts)}</svg>'
     )
@@ -157,7 +157,7 @@ def meter(value: float, low: float | None, high: float | None, limits: Sequence[
         parts.append(f'<line class="span" x1="{at(low)}" x2="{at(high)}" y1="12" y2="12"/>')
     parts += [f'<line class="limit" x1="{at(limit)}" x2="{at(limit)}" y1="2" y2="22"/>' for limit in limits]
     parts.append(f'<line class="value" x1="{at(value)}" x2="{at(value)}" y1="12" y2="12"/>')
-    return Markup(  # noqa: S704 - nothing but numbers
+    return Markup(
         '<svg class="meter" viewBox="0 0 100 24" preserveAspectRatio="none" aria-hidden="true" focusable="false">'
         f"{''.join(parts)}</svg>"
     )
@@ -165,7 +165,7 @@ def meter(value: float, low: float | None, high: float | None, limits: Sequence[
 
 def _svg(width: float, height: float, title: str, parts: Sequence[str], kind: str) -> Markup:
     label = str(escape(title))
-    return Markup(  # noqa: S704 - numbers, and text that was escaped
+    return Markup(
         f'<svg class="figure {kind}" viewBox="0 0 {width:g} {height:g}" style="--natural:{width:g}px" role="img" '
         f'aria-label="{label}"><title>{label}</title>{"".join(parts)}</svg>'
     )

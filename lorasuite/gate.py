@@ -56,7 +56,8 @@ class Gate(Thresholds):
         "auto", description="exact_match, bits_per_byte, tasks (mean over lm-eval tasks), or auto: the first there is"
     )
     tasks: dict[str, dict[str, float | bool | None]] = Field(
-        {}, description="thresholds of single tasks, by name; with any, every task is judged by itself and the worst counts"
+        {},
+        description="thresholds of single tasks by name; with any, each task is judged by itself and the worst counts",
     )
 
     def model_post_init(self, _context: Any) -> None:
@@ -130,8 +131,8 @@ class _Measure:
         found = self.against_old
         if found is None or found["both_right"] is None:
             return None
-        flipped = len(found["negative_flips"])
-        return flipped / max(1, flipped + found["both_right"])
+        flipped, right = len(found["negative_flips"]), int(found["both_right"])
+        return flipped / max(1, flipped + right)
 
 
 def judge(
@@ -248,10 +249,7 @@ def _measures(
     found: list[_Measure] = []
     if gate.tasks or (gate.lower_bound and gate.metric in ("auto", "tasks")):
         names = dict.fromkeys(task for scores in tasks.values() for task in scores)
-        each = [
-            _measure(f"{task}", task, _task_scores(tasks, task), comparisons)
-            for task in names
-        ]
+        each = [_measure(f"{task}", task, _task_scores(tasks, task), comparisons) for task in names]
         found = [measure for measure in each if measure is not None]
         if gate.metric == "tasks" or (found and not evaluation):
             return found

@@ -22,7 +22,8 @@ def check_target(repo: str, new_base: str) -> None:
     Raises:
         ConfigError: with every problem: an invalid repository id, a base that the Hub does not know, no valid token.
     """
-    from huggingface_hub.utils import HFValidationError, HfHubHTTPError, validate_repo_id
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub.utils._validators import validate_repo_id
 
     problems = []
     try:
@@ -56,7 +57,7 @@ def push(folder: Path, repo: str, *, private: bool = True) -> str:
         OutputError: if the directory is not complete.
         PushError: if the Hub refuses; what is published locally stays.
     """
-    from huggingface_hub.utils import HfHubHTTPError
+    from huggingface_hub.errors import HfHubHTTPError
 
     missing = [name for name in PUSHED if not (folder / name).is_file()]
     if missing:
@@ -71,7 +72,7 @@ def push(folder: Path, repo: str, *, private: bool = True) -> str:
             allow_patterns=list(PUSHED),
             commit_message="Adapter migrated by lorasuite",
         )
-    except (HfHubHTTPError, OSError) as error:
+    except (HfHubHTTPError, OSError, ValueError) as error:
         what = f"could not be uploaded ({type(error).__name__}: {error})"
         raise PushError(
             Problem(repo, what, f"The adapter is in {folder}. Try again with `lorasuite push {folder} {repo}`.")

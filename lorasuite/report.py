@@ -102,9 +102,7 @@ def render_fleet(fleet: Mapping[str, Any]) -> str:
     order = {verdict: number for number, verdict in enumerate(VERDICT_WORDS)}
     rows = sorted(fleet["adapters"], key=lambda row: (order.get(row["verdict"], 99), row["name"]))
     counts = [(words[v], sum(row["verdict"] == v for row in rows)) for v in VERDICT_WORDS]
-    return _page(
-        "fleet.html.j2", f=fleet, rows=rows, words=words, order=order, counts=[(w, n) for w, n in counts if n]
-    )
+    return _page("fleet.html.j2", f=fleet, rows=rows, words=words, order=order, counts=[(w, n) for w, n in counts if n])
 
 
 def _page(template: str, **values: Any) -> str:

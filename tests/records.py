@@ -41,7 +41,7 @@ def task(value: float) -> dict[str, Any]:
 
 def record(**changes: Any) -> dict[str, Any]:
     """A migration by ``auto`` with fine-tuning, control, evaluation and tasks."""
-    arms = {"old+adapter": range(0, 198), "new": range(0, 10), "migrated+lft": range(8, 188)}
+    arms = {"old+adapter": range(198), "new": range(10), "migrated+lft": range(8, 188)}
     kept = {arm: samples(right) for arm, right in arms.items()}
     comparisons = [
         compare(kept[arm], kept["migrated+lft"], names=(arm, "migrated+lft")).model_dump(mode="json")
@@ -104,7 +104,8 @@ def record(**changes: Any) -> dict[str, Any]:
         "seed": 42,
         "versions": {"lorasuite": "0.1.0", "torch": "2.13.0"},
         "algorithm_version": 1,
-        "settings": {"gate": gate.model_dump(mode="json"), "eval_data": "data/test.jsonl", "pair": {"similarity": "cka"}},
+        "settings": {"gate": gate.model_dump(mode="json"), "eval_data": "data/test.jsonl",
+                     "pair": {"similarity": "cka"}},
         "key": "k",
         "command": "lorasuite migrate --adapter org/mirror",
     }  # fmt: skip

@@ -142,7 +142,13 @@ def test_whole_migration(home: Path, settings: Settings, pair: tuple[Path, Path]
     bare = base(ids).logits
     assert (PeftModel.from_pretrained(base, str(out))(ids).logits - bare).abs().max() > 1e-4
     html = (out / "report.html").read_text()
-    assert "migrated + LFT" in html and "data:image/png;base64," in html and "http" not in html
+    assert "migrated + LFT" in html and html.count('role="img"') == 2 and "://" not in html
+    assert {name: served["ok"] for name, served in kept["serving"].items()} == dict.fromkeys(
+        ("peft", "transformers", "vllm", "llama.cpp"), True
+    )
+    assert {(one["first"], one["second"]) for one in kept["comparisons"]} == {
+        (arm, "migrated+lft") for arm in ("old+adapter", "new", "scratch")
+    }
     assert len((out / "samples" / "migrated.jsonl").read_text().splitlines()) == 6
     assert not [p for p in out.parent.iterdir() if p.name.startswith(".out")]
 
@@ -164,7 +170,7 @@ def test_published_adapter_is_the_reported_update(home: Path, settings: Settings
 def test_second_adapter_reuses_every_pair_stage(home: Path, settings: Settings, adapters: Any, tmp_path: Path) -> None:
     migrate_adapter(settings())
     second = states(migrate_adapter(settings(adapter=str(adapters[1]), output=str(tmp_path / "second"))))
-    assert not second.pop("transform")
+    assert not second.pop("transform") and not second.pop("serving")
     assert all(second.values()) and {name.split()[0] for name in second} == PAIR_STAGES | {"mlp_factors"}
 
 
@@ -279,7 +285,7 @@ metric_list: [{{metric: acc}}]
     assert set(record["tasks"]) == {"old", "old+adapter", "new", "migrated"} and record["evaluation"] == {}
     score = record["tasks"]["migrated"]["local_choice"]
     assert score["n"] == 6 and 0 <= score["metrics"]["acc,none"] <= 1
-    assert "local_choice acc" in (Path(record["output"]) / "report.html").read_text()
+    assert "local_choice<small>acc</small>" in (Path(record["output"]) / "report.html").read_text()
 
 
 @pytest.mark.parametrize("strategy, expected", [("first", [0, 1, 2]), ("last", [1, 2, 3])])
@@ -339,7 +345,7 @@ class TestCommandLine:
         assert done.exit_code == 0, done.output
         record = json.loads(done.stdout)
         assert record["settings"]["rank"] == 5
-        assert [name for name, cached in states(record).items() if not cached] == ["transform"]
+        assert [name for name, cached in states(record).items() if not cached] == ["transform", "serving"]
 
         listed = json.loads(self.run("artifacts", "ls", "--json").stdout)["artifacts"]
         key = next(row["key"] for row in listed if row["stage"] == "layer_mapping")

@@ -92,7 +92,7 @@ def test_what_the_record_says_of_it(migrated: dict[str, Any]) -> None:
     assert pairs == {(arm, m) for arm in ("old+adapter", "new", "scratch") for m in ("exact_match", "bits_per_byte")}
     assert set(migrated["alignment"]["residual"]) == set(migrated["layer_map"])
     assert all(0 <= r <= 1 for ends in migrated["alignment"]["residual"].values() for r in ends.values())
-    assert [check["name"] for check in migrated["verdict"]["checks"]][0] == "share of the lead kept"
+    assert migrated["verdict"]["checks"][0]["name"] == "share of the lead kept"
 
 
 @needs_chromium

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ def accessible(page: Page) -> None:
     """What can be told of accessibility without a browser."""
     assert page.all("html")[0]["lang"] == "en" and len(page.all("h1")) == len(page.all("main")) == 1
     levels = [int(tag[1]) for tag, _ in page.tags if re.fullmatch("h[1-6]", tag)]
-    assert all(below <= above + 1 for above, below in zip(levels, levels[1:], strict=False)), "no level is skipped"
+    assert all(below <= above + 1 for above, below in pairwise(levels)), "no level is skipped"
     assert len(page.all("caption")) == len(page.all("table"))
     assert all(cell.get("scope") in ("col", "row") for cell in page.all("th"))
     for svg in page.all("svg"):
@@ -124,6 +125,11 @@ def test_keys_to_come() -> None:
     assert "loss on fresh rows" in said and "stopped early" in said and "kept 94" in said
 
 
+def test_nothing_was_moved() -> None:
+    said = Page(render(record(method="none"), TABLE)).text
+    assert "this is a fresh LoRA, fine-tuned on 100 samples" in said
+
+
 def test_many_heads_and_layers() -> None:
     heads = {f"{n}->{n}": {str(a): a for a in range(32)} for n in range(40)}
     layers = {str(n): n + n // 4 for n in range(40)}
@@ -150,14 +156,18 @@ def mixed(over: str, under: str, share: float) -> str:
 
 def test_contrast_of_text_is_aa_in_light_dark_and_print() -> None:
     style = render(record(), TABLE).split("<style>")[1].split("</style>")[0]
-    schemes = [dict(re.findall(r"--([\w-]+):\s*(#[0-9a-f]{6})", block)) for block in re.findall(r":root {(.*?)}", style, re.S)]
+    schemes = [
+        dict(re.findall(r"--([\w-]+):\s*(#[0-9a-f]{6})", block)) for block in re.findall(r":root {(.*?)}", style, re.S)
+    ]
     assert len(schemes) == 3
     for scheme in (schemes[0] | over for over in schemes):
         page = scheme["page"]
-        pairs = {
-            name: (scheme[name], page) for name in ("ink", "soft", "link", "good", "fair", "poor", "none")
-        } | {f"{tone} on its panel": (scheme[tone], scheme[f"{tone}-page"]) for tone in ("good", "fair", "poor", "none")}
-        pairs |= {f"ink on {tone}": (scheme["ink"], scheme[f"{tone}-page"]) for tone in ("good", "fair", "poor", "none")}
+        pairs = {name: (scheme[name], page) for name in ("ink", "soft", "link", "good", "fair", "poor", "none")} | {
+            f"{tone} on its panel": (scheme[tone], scheme[f"{tone}-page"]) for tone in ("good", "fair", "poor", "none")
+        }
+        pairs |= {
+            f"ink on {tone}": (scheme["ink"], scheme[f"{tone}-page"]) for tone in ("good", "fair", "poor", "none")
+        }
         pairs["ink on code"] = (scheme["ink"], scheme["panel"])
         pairs["number on the path"] = (scheme["on-chosen"], scheme["chosen"])
         pairs["number on the darkest cell"] = (scheme["ink"], mixed(scheme["heat"], page, 0.7))

@@ -20,12 +20,23 @@ from lorasuite.serving import LLAMA_CPP_ARCHITECTURES, TEXT, VLLM_ARCHITECTURES,
 from tests import models
 
 Base = Callable[..., Path]
-#: Families that neither loader takes, or only one of them, and what is said of it.
-VLLM_NOT = {"gpt_neox", "bloom", "gpt2", "stablelm", "ministral", "ministral3", "llama4_text", "llama4"}  # the fixture of llama4 is its causal class
+#: Families that a loader does not take (the fixture of llama4 is its causal class, which vLLM does not name).
+VLLM_NOT = {
+    "gpt_neox",
+    "bloom",
+    "gpt2",
+    "stablelm",
+    "ministral",
+    "ministral3",
+    "llama4_text",
+    "llama4",
+}
 LLAMA_CPP_NOT = {"opt", "ministral", "gpt2"}
 
 
-def changed(adapter: Path, target: Path, config: dict[str, Any], tensors: dict[str, torch.Tensor] | None = None) -> Path:
+def changed(
+    adapter: Path, target: Path, config: dict[str, Any], tensors: dict[str, torch.Tensor] | None = None
+) -> Path:
     shutil.copytree(adapter, target)
     settings = json.loads((adapter / CONFIG).read_text()) | config
     (target / CONFIG).write_text(json.dumps(settings))
