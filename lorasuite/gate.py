@@ -14,6 +14,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from lorasuite.eval_tasks import GROUPS
+
 Verdict = Literal["ship", "needs-finetune", "retrain", "unmeasured"]
 GateMetric = Literal["auto", "exact_match", "bits_per_byte", "tasks"]
 #: From best to worst; what was not measured cannot be relied on.
@@ -248,7 +250,7 @@ def _measures(
     """What is judged: one metric, or every task by itself where the gate looks at intervals or single tasks."""
     found: list[_Measure] = []
     if gate.tasks or (gate.lower_bound and gate.metric in ("auto", "tasks")):
-        names = dict.fromkeys(task for scores in tasks.values() for task in scores)
+        names = dict.fromkeys(task for scores in tasks.values() for task in _single(scores))
         each = [_measure(f"{task}", task, _task_scores(tasks, task), comparisons) for task in names]
         found = [measure for measure in each if measure is not None]
         if gate.metric == "tasks" or (found and not evaluation):
@@ -304,11 +306,17 @@ def _scores(
 ) -> dict[str, float]:
     """The metric by arm, higher is better, for the arms that have it."""
     if metric == "tasks":
-        found = {arm: [_task_score(score) for score in scores.values()] for arm, scores in tasks.items()}
+        found = {arm: [_task_score(score) for score in _single(scores).values()] for arm, scores in tasks.items()}
         known = {arm: [value for value in values if value is not None] for arm, values in found.items()}
         return {arm: sum(values) / len(values) for arm, values in known.items() if values}
     sign = -1 if metric == "bits_per_byte" else 1
     return {arm: sign * float(result[metric]) for arm, result in evaluation.items() if result.get(metric) is not None}
+
+
+def _single(scores: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """The scores without those of groups whose tasks are all there, which would count them twice."""
+    whole = {group for group, parts in GROUPS.items() if set(parts) <= set(scores)}
+    return {task: score for task, score in scores.items() if task not in whole}
 
 
 def _task_score(score: Mapping[str, Any]) -> float | None:

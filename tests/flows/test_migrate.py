@@ -340,11 +340,11 @@ class TestCommandLine:
         config.write_text("rank: 4\nmethod: lorasuite\npair: {pooling: mean}\n")
         done = self.run(
             "migrate", *shared, "--adapter", s["adapter"], "--output", s["output"], "--config", config,
-            "--rank", "5", "--json",
+            "--rank", "5", "--fail-on", "retrain", "--json",
         )  # fmt: skip
-        assert done.exit_code == 0, done.output
+        assert done.exit_code == 1, done.output  # nothing was measured, which no gate lets pass
         record = json.loads(done.stdout)
-        assert record["settings"]["rank"] == 5
+        assert record["settings"]["rank"] == 5 and record["verdict"]["verdict"] == "unmeasured"
         assert [name for name, cached in states(record).items() if not cached] == ["transform", "serving"]
 
         listed = json.loads(self.run("artifacts", "ls", "--json").stdout)["artifacts"]
@@ -378,6 +378,10 @@ class TestCommandLine:
         message = json.loads(result.stdout)["message"]
         assert "Did you mean 'pooling'" in message and "Did you mean 'lorasuite'" in message and "--output" in message
         assert self.run("migrate", *bases, "--output", tmp_path / "o", "--device", "tpu").exit_code == 2
+        hub = ("--calibration", s["calibration"], "--push-to-hub", "me/it")
+        result = self.run("migrate", *bases, *hub, "--output", tmp_path / "o", "--json")
+        assert result.exit_code == 2 and not (tmp_path / "o").exists(), "found before any work"
+        assert "nobody on the Hub could load" in json.loads(result.stdout)["message"]
         assert self.run("report", tmp_path, "--json").exit_code == 2
         assert self.run("artifacts", "show", "ffff", "--json").exit_code == 2
 
