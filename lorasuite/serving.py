@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from lorasuite.adapter import CONFIG, WEIGHTS
 from lorasuite.adapter_types import Tensors
 from lorasuite.checkpoint import load_model, load_tokenizer, read_json
-from lorasuite.errors import NumericalError, Problem
+from lorasuite.errors import AdapterError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -205,44 +205,60 @@ def compare_merged(
 ) -> dict[str, Served]:
     """Load base and adapter in PEFT, merge them, and compare the logits of one text: ``peft`` and ``transformers``.
 
-    Merged, the model must be a plain one again: its class and the names of its weights are the base's.
+    Merged, the model must be a plain one again: its class and the names of its weights are the base's. What PEFT
+    refuses, or cannot merge, is told as a problem: it does not make the adapter worthless.
 
     Raises:
-        AdapterError: if PEFT does not take the adapter.
-        NumericalError: if logits are not finite.
+        CheckpointError: if the base cannot be loaded.
     """
     import torch
 
     from lorasuite.finetune import attach_adapter
 
     model = load_model(base, device, trust_remote_code=trust_remote_code)
-    tokenizer = load_tokenizer(base, trust_remote_code)
-    ids = torch.tensor([tokenizer(TEXT)["input_ids"][:64]], device=device)
     names, kind = set(model.state_dict()), type(model)
+    tokens = load_tokenizer(base, trust_remote_code)(TEXT)["input_ids"][:64]
+    if len(tokens) < 2:  # a tokenizer that knows none of these words
+        tokens = list(range(1, min(17, model.get_input_embeddings().num_embeddings)))
+    ids = torch.tensor([tokens], device=device)
 
     def logits(wrapped: Any) -> Tensor:
         with torch.inference_mode():
             found: Tensor = wrapped(input_ids=ids, use_cache=False).logits.float()
-        if not torch.isfinite(found).all():
-            raise NumericalError(Problem(str(adapter), "gives logits that are not finite", "Do not serve it."))
         return found
 
     bare = logits(model)
-    wrapped = attach_adapter(model, adapter, device=device)
+    try:
+        wrapped = attach_adapter(model, adapter, device=device)
+    except AdapterError as error:
+        return dict.fromkeys(("peft", "transformers"), _refused(str(error)))
     adapted = logits(wrapped)
-    merged = wrapped.merge_and_unload()
-    plain = logits(merged)
+    if not torch.isfinite(adapted).all():
+        return dict.fromkeys(("peft", "transformers"), _refused("its logits are not finite"))
     scale = float(adapted.abs().max())
-    effect, difference = (float((other - adapted).abs().max()) / scale for other in (bare, plain))
+    effect = float((bare - adapted).abs().max()) / scale
+    in_peft = _told([] if effect > 0 else ["it changes nothing"], f"it changes logits by up to {_share(effect)}")
+    try:
+        merged = wrapped.merge_and_unload()
+    except (RuntimeError, ValueError, NotImplementedError, AttributeError) as error:
+        return {"peft": in_peft, "transformers": _refused(f"it cannot be merged ({error})")}
+    difference = float((logits(merged) - adapted).abs().max()) / scale
     limit = TOLERANCE if next(merged.parameters()).dtype == torch.float32 else TOLERANCE_16
     problems = []
     if type(merged) is not kind or set(merged.state_dict()) != names:
         problems.append("the merged model is not a plain one: names of its weights differ from the base's")
-    if difference > limit:
-        problems.append(f"merged logits differ by {difference:.1e} of the largest (allowed: {limit:.0e})")
-    found = f"largest difference of merged logits: {difference:.1e} of the largest logit"
-    changed = f"the adapter changes logits by up to {effect:.1e} of the largest"
-    return {
-        "peft": Served(ok=effect > 0, problems=[] if effect > 0 else ["it changes nothing"], notes=[changed]),
-        "transformers": Served(ok=not problems, problems=problems, notes=[found]),
-    }
+    if not difference <= limit:
+        problems.append(f"merged logits differ by more than {_share(limit)}")
+    return {"peft": in_peft, "transformers": _told(problems, f"merged logits differ by up to {_share(difference)}")}
+
+
+def _share(value: float) -> str:
+    return f"{value:.1e} of the largest"
+
+
+def _told(problems: list[str], note: str) -> Served:
+    return Served(ok=not problems, problems=problems, notes=[note])
+
+
+def _refused(why: str) -> Served:
+    return Served(ok=False, problems=[why])

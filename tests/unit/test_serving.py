@@ -111,7 +111,7 @@ def test_a_tied_unembedding(base: Base, lora: Base) -> None:
     assert any("tied" in problem for problem in found["llama.cpp"].problems)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt_neox", "gpt2", "phi3", "gemma2"])
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "gpt2", "phi3", "gemma2", "qwen2_moe"])
 def test_merged_it_is_a_plain_model(family: str, base: Base, lora: Base, tmp_path: Path) -> None:
     model, adapter = base(family), lora(base(family))
     found = compare_merged(model, adapter)
@@ -135,9 +135,27 @@ def test_an_adapter_that_changes_nothing(base: Base, lora: Base, tmp_path: Path)
     assert not compare_merged(model, changed(lora(model), tmp_path / "a", {}, tensors))["peft"].ok
 
 
+def test_what_cannot_be_merged_or_computed_is_told(base: Base, lora: Base, tmp_path: Path) -> None:
+    model = base("llama")
+    found = compare_merged(model, lora(model, lora_bias=True))
+    assert found["peft"].ok and "cannot be merged" in found["transformers"].problems[0]
+    assert "missing" in compare_merged(model, changed(lora(model), tmp_path / "a", {"r": 4}))["peft"].problems[0] or (
+        "size mismatch" in compare_merged(model, tmp_path / "a")["peft"].problems[0]
+    )
+    tensors = {n: t * float("inf") for n, t in load_file(lora(model) / WEIGHTS).items()}
+    assert "not finite" in compare_merged(model, changed(lora(model), tmp_path / "b", {}, tensors))["peft"].problems[0]
+
+
+def test_a_model_that_computes_otherwise_when_merged(base: Base, lora: Base) -> None:
+    """The stand-in scales what its modules write by hooks on them, which LoRA's part of the output goes around."""
+    model = base("minicpm")
+    found = compare_merged(model, lora(model), trust_remote_code=True)["transformers"]
+    assert not found.ok and "differ by more than" in found.problems[0]
+
+
 def test_llama_cpp_has_a_name_for_every_module(base: Base) -> None:
     """Against llama.cpp's own table of names, where its package is installed."""
-    gguf = pytest.importorskip("gguf")
+    gguf = pytest.importorskip("gguf", reason="gguf, of the dev extra, is not installed")
     from lorasuite.checkpoint import Checkpoint
 
     kinds = {
