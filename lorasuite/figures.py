@@ -24,7 +24,7 @@ def heat_map(similarity: Tensor, layers: Mapping[int, int], metric: str = "CKA")
     table = similarity.float().tolist()
     rows, columns = len(table), len(table[0])
     written = rows * columns <= WRITTEN
-    cell = 44.0 if written else 26.0 if columns <= 24 else 16.0
+    cell = 44.0 if written else 26.0 if columns <= 24 else max(8.0, min(16.0, 790 / columns))
     high = cell * (0.7 if written else 1.0)
     left, top = 46.0, 8.0
     width, height = left + columns * cell + 8, top + rows * high + 40
@@ -96,8 +96,12 @@ def curves(lines: Mapping[str, Sequence[tuple[float, float]]], x: str, y: str) -
     return _svg(width, height, f"{y} by {x}: {told}", parts, "chart")
 
 
-def columns(bars: Mapping[str, tuple[float, float]], x: str, y: str) -> Markup:
-    """Shares between 0 and 1, a column a label: ``{label: (mean, extreme)}``, the extreme drawn as a tick."""
+def columns(bars: Mapping[str, tuple[float, float | None]], x: str, y: str, share: bool = True) -> Markup:
+    """Values between 0 and 1, a column a label: ``{label: (mean, extreme)}``, the extreme drawn as a tick.
+
+    Args:
+        share: whether they are written as percentages.
+    """
     width, height, left, right, top, bottom = 400, 170, 40, 8, 10, 38
     inner, tall = width - left - right, height - top - bottom
     slot = inner / max(1, len(bars))
@@ -105,25 +109,28 @@ def columns(bars: Mapping[str, tuple[float, float]], x: str, y: str) -> Markup:
     for tick in (0.0, 0.5, 1.0):
         at = top + (1 - tick) * tall
         parts.append(f'<line class="grid" x1="{left}" x2="{width - right}" y1="{at:g}" y2="{at:g}"/>')
-        parts.append(_text(left - 6, at + 4, f"{100 * tick:g} %", "soft end"))
-    each = max(1, math.ceil(24 / slot))
+        parts.append(_text(left - 6, at + 4, f"{100 * tick:g} %" if share else f"{tick:g}", "soft end"))
+    each = max(1, math.ceil((6.5 * max((len(label) for label in bars), default=1) + 8) / slot))
     thick = min(26.0, slot * 0.6)
     for number, (label, (mean, extreme)) in enumerate(bars.items()):
         centre = left + (number + 0.5) * slot
-        share, edge = (min(1.0, max(0.0, value)) for value in (mean, extreme))
+        filled = min(1.0, max(0.0, mean))
         parts.append(
-            f'<rect class="bar" x="{centre - thick / 2:.1f}" y="{top + (1 - share) * tall:.1f}" '
-            f'width="{thick:.1f}" height="{share * tall:.1f}" rx="1.5"/>'
+            f'<rect class="bar" x="{centre - thick / 2:.1f}" y="{top + (1 - filled) * tall:.1f}" '
+            f'width="{thick:.1f}" height="{filled * tall:.1f}" rx="1.5"/>'
         )
-        at = top + (1 - edge) * tall
-        parts.append(
-            f'<line class="tick" x1="{centre - thick / 2 - 2:.1f}" x2="{centre + thick / 2 + 2:.1f}" '
-            f'y1="{at:.1f}" y2="{at:.1f}"/>'
-        )
+        if extreme is not None:
+            at = top + (1 - min(1.0, max(0.0, extreme))) * tall
+            parts.append(
+                f'<line class="tick" x1="{centre - thick / 2 - 2:.1f}" x2="{centre + thick / 2 + 2:.1f}" '
+                f'y1="{at:.1f}" y2="{at:.1f}"/>'
+            )
         if number % each == 0:
             parts.append(_text(centre, height - bottom + 16, label, "soft middle"))
     parts.append(_text(left + inner / 2, height - 4, x, "soft middle"))
-    told = ", ".join(f"{label}: {100 * mean:.0f} %" for label, (mean, _) in bars.items())
+    told = ", ".join(
+        f"{label}: {100 * mean:.0f} %" if share else f"{label}: {mean:.2f}" for label, (mean, _) in bars.items()
+    )
     return _svg(width, height, f"{y} by {x}: {told}", parts, "chart")
 
 

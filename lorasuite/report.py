@@ -273,8 +273,9 @@ def _drawn(rows: list[dict[str, Any]], metric: str) -> list[dict[str, Any]]:
 
 
 def task_tables(tasks: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """lm-eval: a row a task and metric, a column an arm, value with its 95 % interval."""
-    arms = _sorted_arms(tasks)
+    """lm-eval: a row a task and metric, a column an arm, what matters most first; value with its 95 % interval."""
+    first = [arm for arm in ("migrated+lft", "migrated") if arm in tasks][:1]
+    arms = list(dict.fromkeys([*first, *(a for a in ("old+adapter", "new", "scratch") if a in tasks), *tasks]))
     keys = sorted({(t, m) for arm in arms for t, score in tasks[arm].items() for m in score["metrics"]})
     rows = []
     for task, metric in keys:
@@ -346,7 +347,12 @@ def head_section(record: Mapping[str, Any]) -> dict[str, Any]:
         matched = {int(a): int(b) for a, b in heads.items()}
         rows.append({"old": old, "new": new, "heads": matched, "mean": means.get(old)})
     columns = sorted({a for row in rows for a in row["heads"]})
-    return {"rows": rows, "columns": columns if len(columns) <= 16 else []}
+    bars = {f"{row['old']}→{row['new']}": (row["mean"], None) for row in rows if row["mean"] is not None}
+    return {
+        "rows": rows,
+        "columns": columns if len(columns) <= 16 else [],
+        "figure": figures.columns(bars, "old → new layer", "mean similarity of matched heads", False) if bars else None,
+    }
 
 
 def energy_section(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -142,7 +142,7 @@ def test_whole_migration(home: Path, settings: Settings, pair: tuple[Path, Path]
     bare = base(ids).logits
     assert (PeftModel.from_pretrained(base, str(out))(ids).logits - bare).abs().max() > 1e-4
     html = (out / "report.html").read_text()
-    assert "migrated + LFT" in html and html.count('role="img"') == 2 and "://" not in html
+    assert "migrated + LFT" in html and html.count('role="img"') == 3 and "://" not in html
     assert {name: served["ok"] for name, served in kept["serving"].items()} == dict.fromkeys(
         ("peft", "transformers", "vllm", "llama.cpp"), True
     )

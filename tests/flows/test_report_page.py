@@ -66,8 +66,8 @@ def test_the_report(device: str, migrated: dict[str, Any]) -> None:
             section = sections.nth(number)
             assert section.is_visible() and len(section.inner_text()) > 60
         figures = seen.page.get_by_role("img")
-        assert figures.count() == 3, "heat map, loss curves, alignment"
-        for number in range(3):
+        assert figures.count() == 4, "loss curves, heat map, heads, alignment"
+        for number in range(4):
             assert figures.nth(number).bounding_box()["width"] > 200  # type: ignore[index]
         assert seen.page.locator("#verdict").bounding_box()["y"] < 300  # type: ignore[index]
         # by keyboard: past the contents, and what is folded up opens
