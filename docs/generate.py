@@ -19,7 +19,9 @@ NOTE = "<!-- Written by docs/generate.py from the code: edit that, not this. -->
 def commands() -> str:
     """Every command, its arguments and options."""
     parts = [NOTE, "# Commands\n", f"{app.info.help}\n"]
-    parts.append("Exit codes: 0 done, 1 the work failed, 2 the input cannot be used. ")
+    parts.append(
+        "Exit codes: 0 done, 1 the work failed or a verdict is one that `--fail-on` names, 2 the input cannot be used. "
+    )
     parts.append("With `--json`, standard output holds one JSON object; progress and logs are on standard error.\n")
     for path, command in _walk(typer.main.get_command(app), ("lorasuite",)):
         parts.append(f"\n## `{' '.join(path)}`\n\n{(command.help or '').strip()}\n")

@@ -1,7 +1,8 @@
 """The ``lorasuite`` command line.
 
 Every command takes ``--json`` (one JSON object on standard output and nothing else) and ends with 0, with 1 where the
-work failed, or with 2 where the input cannot be used. Progress and logs go to standard error.
+work failed or a verdict is one that ``--fail-on`` names, or with 2 where the input cannot be used. Progress and logs go
+to standard error.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,6 +25,7 @@ from flows.options import with_settings
 from lorasuite.config import MigrationConfig, build, read_config
 from lorasuite.errors import LoRASuiteError, NumericalError
 from lorasuite.evaluation import EvaluationSettings
+from lorasuite.hub import PushError
 
 app = typer.Typer(
     name="lorasuite",
@@ -33,8 +36,27 @@ app = typer.Typer(
 store_app = typer.Typer(help="List, check and clean up the artifact store.", no_args_is_help=True)
 app.add_typer(store_app, name="artifacts")
 
+
+class Limit(StrEnum):
+    """Verdicts that a run can be made to fail on."""
+
+    NEEDS_FINETUNE = "needs-finetune"
+    RETRAIN = "retrain"
+
+
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object and nothing else")]
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML file of settings; flags override it")]
+FailOn = Annotated[
+    Limit | None,
+    typer.Option(
+        "--fail-on", help="end with 1 on this verdict or a worse one (unmeasured is worst): needs-finetune or retrain"
+    ),
+]
+PushTo = Annotated[
+    str | None,
+    typer.Option("--push-to-hub", help="Hub repository to upload adapter and card to, once published here"),
+]
+Private = Annotated[bool, typer.Option("--private/--public", help="of a Hub repository that is created")]
 Refresh = Annotated[list[str] | None, typer.Option("--refresh", help="stage to compute again (repeatable)")]
 
 err = Console(stderr=True)
@@ -56,7 +78,7 @@ def _errors(as_json: bool) -> Iterator[None]:
             _print_json({"error": type(error).__name__, "message": str(error), "problems": problems})
         err.print(f"[bold red]{type(error).__name__}[/]", highlight=False)
         err.print(str(error), style="red", markup=False, highlight=False)
-        raise typer.Exit(1 if isinstance(error, NumericalError) else 2) from None
+        raise typer.Exit(1 if isinstance(error, (NumericalError, PushError)) else 2) from None
 
 
 def _print_json(value: Any) -> None:
@@ -135,7 +157,15 @@ def prepare(values: dict[str, Any], config: ConfigFile = None, refresh: Refresh 
 
 @app.command()
 @with_settings(MigrationConfig)
-def migrate(values: dict[str, Any], config: ConfigFile = None, refresh: Refresh = None, as_json: Json = False) -> None:
+def migrate(
+    values: dict[str, Any],
+    config: ConfigFile = None,
+    fail_on: FailOn = None,
+    push_to_hub: PushTo = None,
+    private: Private = True,
+    refresh: Refresh = None,
+    as_json: Json = False,
+) -> None:
     """Move one adapter to a new base, and measure it."""
     with _errors(as_json):
         settings = build(MigrationConfig, _merge(config, values))
@@ -143,11 +173,45 @@ def migrate(values: dict[str, Any], config: ConfigFile = None, refresh: Refresh 
         from lorasuite.preflight import check
 
         check(settings)  # before a flow run exists: bad input should cost nothing
+        if push_to_hub is not None:
+            from lorasuite.hub import check_target, push
+
+            check_target(push_to_hub, settings.new_base)
         result = migrate_adapter(settings.model_dump(mode="json"), refresh=tuple(refresh or ()))
+        refused = _refused([result["verdict"]["verdict"]], fail_on)
+        if push_to_hub is not None and not refused:
+            result["pushed"] = push(Path(result["output"]), push_to_hub, private=private)
         if as_json:
             _print_json(result)
         else:
             _show_migration(result)
+    if refused:
+        raise typer.Exit(1)
+
+
+def _refused(verdicts: list[str], limit: Limit | None) -> bool:
+    from lorasuite.gate import fails
+
+    return limit is not None and any(fails(verdict, limit.value) for verdict in verdicts)
+
+
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="output directory of a migration")],
+    repo: Annotated[str, typer.Argument(help="Hub repository, as owner/name")],
+    private: Private = True,
+    as_json: Json = False,
+) -> None:
+    """Upload the adapter and the card of a finished migration to the Hub, as one commit."""
+    from lorasuite.checkpoint import read_json
+    from lorasuite.hub import check_target
+    from lorasuite.hub import push as upload
+    from lorasuite.report import RECORD
+
+    with _errors(as_json):
+        check_target(repo, read_json(folder / RECORD)["new_base"]["id"])
+        url = upload(folder, repo, private=private)
+        _print_json({"pushed": url}) if as_json else Console().print(url)
 
 
 @app.command()
@@ -157,6 +221,7 @@ def fleet(
     new_base: Annotated[str | None, typer.Option(help="new base in place of the file's")] = None,
     old_base: Annotated[str | None, typer.Option(help="only the pairs with this old base")] = None,
     workers: Annotated[bool, typer.Option("--workers", help="spread over the workers of `lorasuite up`")] = False,
+    fail_on: FailOn = None,
     refresh: Refresh = None,
     as_json: Json = False,
 ) -> None:
@@ -175,7 +240,7 @@ def fleet(
         except FleetIncomplete as error:
             result = error.result
         _print_json(result) if as_json else _show_fleet(result)
-    if result["verdicts"].get("failed"):
+    if result["verdicts"].get("failed") or _refused(list(result["verdicts"]), fail_on):
         raise typer.Exit(1)
 
 
@@ -260,9 +325,10 @@ def evaluate(
 
 @app.command()
 def report(
-    folder: Annotated[Path, typer.Argument(help="output directory of a migration")], as_json: Json = False
+    folder: Annotated[Path, typer.Argument(help="output directory of a migration or of a fleet")],
+    as_json: Json = False,
 ) -> None:
-    """Build, or build again, the HTML report of a migration."""
+    """Build, or build again, the HTML report of a migration or of a fleet."""
     from lorasuite.report import write_report
 
     with _errors(as_json):
@@ -468,7 +534,11 @@ def _show_migration(result: dict[str, Any]) -> None:
     _show_evaluation(result["evaluation"], arm_seconds(result))
     _show_tasks(result["tasks"])
     _show_comparisons(result.get("comparisons", []))
-    Console().print(f"\nwritten to {result['output']}", highlight=False)
+    judged = result["verdict"]
+    Console().print(f"\nverdict: {judged['verdict']} ({judged['reason']})", highlight=False, soft_wrap=True)
+    Console().print(f"written to {result['output']}", highlight=False)
+    if result.get("pushed"):
+        Console().print(f"pushed to {result['pushed']}", highlight=False, soft_wrap=True)
 
 
 def _show_tasks(tasks: dict[str, Any]) -> None:
@@ -509,6 +579,7 @@ def _show_fleet(result: dict[str, Any]) -> None:
     for row in result["adapters"]:
         if row["retry"]:
             console.print(f"try {row['name']} again: {row['retry']}", highlight=False, soft_wrap=True)
+    console.print(f"\nreport: {result['report']}", highlight=False, soft_wrap=True)
 
 
 def arm_seconds(result: dict[str, Any]) -> dict[str, float]:

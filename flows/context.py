@@ -17,10 +17,11 @@ from prefect.runtime import flow_run
 from artifacts import Artifact, Store
 from lorasuite.checkpoint import resolve
 from lorasuite.errors import ConfigError, Problem, did_you_mean
-from tasks.adapter_stages import evaluation, finetune, selection, task_evaluation, transform
+from tasks.adapter_stages import evaluation, finetune, selection, serving, task_evaluation, transform
 from tasks.pair_stages import (
     activations,
     alignment,
+    alignment_fit,
     head_mapping,
     layer_mapping,
     mlp_factors,
@@ -43,11 +44,13 @@ STAGES: dict[str, Stage] = {
         layer_mapping,
         head_mapping,
         alignment,
+        alignment_fit,
         transform,
         selection,
         finetune,
         evaluation,
         task_evaluation,
+        serving,
     )
 }
 

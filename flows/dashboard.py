@@ -10,7 +10,8 @@ from typing import Any
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 
 from flows.context import Context
-from lorasuite.report import REPORT, comparison, heat_map, task_comparison
+from lorasuite.figures import heat_map_png
+from lorasuite.report import REPORT, comparison, task_comparison
 from tasks.stage import Ref
 
 
@@ -28,7 +29,7 @@ def show_pair(context: Context, pair: Mapping[str, Any], similarity: Ref | None)
     layers = {int(o): int(n) for o, n in pair["layer_map"].items()}
     parts = [f"# {context.pair}\n"]
     if similarity is not None:
-        png = heat_map(context.open(similarity).tensor("similarity"), layers)
+        png = heat_map_png(context.open(similarity).tensor("similarity"), layers)
         parts.append(f"![Layer similarity and the chosen path](data:image/png;base64,{png})\n")
     fitted = pair["transfer_matrix"]
     parts.append(

@@ -9,7 +9,7 @@ from typing import Any
 
 from artifacts import Artifact
 from flows.context import Context
-from lorasuite.comparison import compare_arms, read_samples
+from lorasuite.comparison import compare, compare_arms, metrics, read_samples
 from lorasuite.data import Row
 from lorasuite.eval_tasks import GROUPS, expand
 from lorasuite.evaluation import EvaluationSettings
@@ -22,6 +22,7 @@ from tasks.stage import Ref
 TASK_SETTINGS = {"batch_size", "limit", "seed"}
 ROWS = "rows"
 SAMPLES = "samples.jsonl"
+BITS = "bits_per_byte"
 
 
 class Measured:
@@ -70,14 +71,23 @@ class Measured:
             self.scores[arm] = found
 
     def comparisons(self, pairs: Iterable[tuple[str, str]] | None = None) -> list[dict[str, Any]]:
-        """Arms compared sample by sample, on the held-out rows and on each task; all pairs by default."""
+        """Arms compared sample by sample, on the held-out rows and on each task; all pairs by default.
+
+        Held-out rows that are right or wrong are compared by their likelihood as well: it tells of differences where
+        nothing is right yet.
+        """
         arms: dict[str, dict[str, list[dict[str, Any]]]] = {}
         for arm, artifacts in self._artifacts.items():
             arms[arm] = {}
             for artifact in artifacts.values():
                 for record in read_samples(artifact.file(SAMPLES)):
                     arms[arm].setdefault(record.get("task", ROWS), []).append(record)
-        return [comparison.model_dump(mode="json") for comparison in compare_arms(arms, pairs)]
+        found = compare_arms(arms, pairs)
+        for first, second in [(one.first, one.second) for one in found if one.task is None and one.metric != BITS]:
+            both = arms[first][ROWS], arms[second][ROWS]
+            if all(BITS in metrics(rows) for rows in both):
+                found.append(compare(*both, metric=BITS, names=(first, second)))
+        return [comparison.model_dump(mode="json") for comparison in found]
 
     def samples(self) -> dict[str, Path]:
         """Files of per-sample results: by arm for held-out rows, ``arm/task`` for tasks."""

@@ -27,8 +27,9 @@ from lorasuite.harness import shared_load
 from lorasuite.preflight import AUTO, Plan, check
 from lorasuite.publication import publish
 from lorasuite.selection import NOTHING
+from lorasuite.serving import check as check_serving
 from lorasuite.transforms import names, transform
-from tasks.adapter_stages import adapter_folder, finetune, selection
+from tasks.adapter_stages import adapter_folder, finetune, selection, serving
 from tasks.adapter_stages import transform as transform_stage
 from tasks.fingerprints import (
     fingerprint_adapter,
@@ -103,6 +104,9 @@ def migrate_adapter(config: dict[str, Any], refresh: tuple[str, ...] = ()) -> di
         pair = pair_stages(context, settings.pair, texts, roles, methods)
         arms = _Arms(context, settings, plan, pair, adapter, methods)
         final = arms.run()
+        served = context.run(
+            serving, {"new_model": "new_model", "new_tokenizer": "new_tokenizer", "adapter": final}, {}
+        )
     record = {
         "old_base": base_record(settings.old_base, prints["old_model"]),
         "new_base": base_record(settings.new_base, prints["new_model"]),
@@ -116,7 +120,16 @@ def migrate_adapter(config: dict[str, Any], refresh: tuple[str, ...] = ()) -> di
         },
         **pair_record(context, pair),
         **(measured := arms.record()),
-        "verdict": judge(measured["evaluation"], measured["tasks"], settings.gate).model_dump(mode="json"),
+        "verdict": judge(measured["evaluation"], measured["tasks"], settings.gate, measured["comparisons"]).model_dump(
+            mode="json"
+        ),
+        "serving": {
+            **context.open(served).info,
+            **{
+                loader: found.model_dump(mode="json")
+                for loader, found in check_serving(adapter_folder(context.open(final)), paths["new_base"]).items()
+            },
+        },
         "timings": timings(recorder),
         "peak_memory_bytes": {row["stage"]: row["peak_memory_bytes"] for row in sorted(timings(recorder), key=_memory)},
         "notices": plan.inspection.notices,

@@ -24,7 +24,7 @@ from lorasuite.adapter import Adapter
 from lorasuite.checkpoint import Checkpoint, read_json, resolve
 from lorasuite.config import MigrationConfig
 from lorasuite.errors import LoRASuiteError, OutputError, Problem
-from lorasuite.fleet import chosen, read_fleet
+from lorasuite.fleet import chosen, fleet_output, read_fleet, write_fleet
 from lorasuite.gate import judge
 from lorasuite.report import RECORD, REPORT
 from tasks.fingerprints import fingerprint_adapter, fingerprint_bases, fingerprint_migration
@@ -86,7 +86,7 @@ def migrate_fleet(
 
     Returns:
         ``adapters``: a row each with ``name``, ``verdict``, ``reason``, ``output``, ``cached``, ``seconds``, ``retry``;
-        ``verdicts``: how many of each.
+        ``verdicts``: how many of each; ``report``: the fleet's own page.
 
     Raises:
         ConfigError: if the fleet cannot be read.
@@ -114,6 +114,8 @@ def migrate_fleet(
         "adapters": rows,
         "verdicts": {v: sum(row["verdict"] == v for row in rows) for v in dict.fromkeys(r["verdict"] for r in rows)},
     }
+    name = Path(fleet).name if isinstance(fleet, str) else None
+    result["report"] = str(write_fleet(fleet_output(fleet), result, name))
     create_table_artifact(
         [{key: row[key] for key in SHOWN} for row in rows], key="fleet-verdicts", description="Verdicts of the fleet"
     )
@@ -242,11 +244,17 @@ def _row(name: str, config: MigrationConfig, failure: Failure | None, cached: bo
             failure = Failure(_reason(error))
         else:
             # judged here, so that a changed gate needs no new migration
-            judged = judge(record["evaluation"], record["tasks"], config.gate)
+            judged = judge(record["evaluation"], record["tasks"], config.gate, record.get("comparisons", []))
             if not cached:
                 row["seconds"] = round(sum(t["seconds"] for t in record["timings"]), 2)
             report = str(Path(config.output) / REPORT)
-            return row | {"verdict": judged.verdict, "reason": judged.reason, "kept": judged.kept, "report": report}
+            return row | {
+                "verdict": judged.verdict,
+                "reason": judged.reason,
+                "kept": judged.kept,
+                "kept_interval": judged.kept_interval,
+                "report": report,
+            }
     retry = failure.retry or f"{again} --only {shlex.quote(name)}"
     return row | {"verdict": "failed", "reason": failure.reason, "kept": None, "report": None, "retry": retry}
 

@@ -22,6 +22,8 @@ def flags(model: type[BaseModel], prefix: str = "", path: tuple[str, ...] = ()) 
         annotation = info.annotation
         if isinstance(annotation, type) and issubclass(annotation, BaseModel):
             yield from flags(annotation, PREFIX[name], (*path, name))
+        elif typing.get_origin(annotation) is dict:  # settings files alone can say it
+            continue
         else:
             yield prefix + name, (*path, name), info
 

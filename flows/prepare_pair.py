@@ -15,7 +15,7 @@ from prefect.concurrency.sync import concurrency
 from prefect.exceptions import ObjectAlreadyExists
 from prefect.runtime import flow_run
 
-from artifacts import default_home
+from artifacts import Artifact, default_home
 from flows.context import Context, base_record, check_stages, fetch, tag_run
 from flows.dashboard import show_pair
 from lorasuite.architectures import ATTENTION, Role
@@ -28,6 +28,7 @@ from tasks.fingerprints import fingerprint_bases, fingerprint_texts
 from tasks.pair_stages import (
     activations,
     alignment,
+    alignment_fit,
     head_mapping,
     layer_mapping,
     mlp_factors,
@@ -52,6 +53,7 @@ class PairRefs:
     head_mapping: Ref
     mlp_factors: dict[Role, Ref]
     alignment: dict[str, Ref]
+    alignment_fit: Ref | None
 
     def named(self) -> dict[str, Ref]:
         """Every reference by the name stages take it under."""
@@ -159,13 +161,16 @@ def _pair_stages(
                     {**reading, "roles": kept},
                     label=group,
                 )
+    fit = None
+    if moments:
+        fit = context.run(alignment_fit, dict(moments), {})
     if "lorasuite" in methods:
         factors = {
             role: context.run(mlp_factors, {"old_model": "old_model"}, {"role": role}, label=role)
             for role in shared
             if role not in ATTENTION
         }
-    return PairRefs(words, matrices, table, layers, heads, factors, moments)
+    return PairRefs(words, matrices, table, layers, heads, factors, moments, fit)
 
 
 def _run_name() -> str:
@@ -241,7 +246,18 @@ def pair_record(context: Context, refs: PairRefs) -> dict[str, Any]:
             "residual": fitted["residual"],
             "tokens": fitted["tokens"],
         },
+        "head_similarity": _head_similarity(context.open(refs.head_mapping)),
+        "alignment": None if refs.alignment_fit is None else context.open(refs.alignment_fit).info,
     }
+
+
+def _head_similarity(artifact: Artifact) -> dict[str, float]:
+    """Mean similarity of the matched heads, by old layer."""
+    means = {}
+    for layer, heads in artifact.info["heads"].items():
+        table = artifact.tensor(layer)
+        means[layer] = round(sum(float(table[int(a), b]) for a, b in heads.items()) / max(1, len(heads)), 4)
+    return means
 
 
 def timings(recorder: Recorder) -> list[dict[str, Any]]:

@@ -73,6 +73,16 @@ class Moments:
             self.yy / n - torch.outer(y, y),
         )
 
+    def unexplained(self) -> float:
+        """Share of the new side's variance that the best linear map from the old side leaves: ``1 − R²``, in sample.
+
+        With fewer rows than columns it is small whatever the two sides are.
+        """
+        xx, xy, yy = self.centred()
+        xx.diagonal().add_(1e-8 * xx.diagonal().mean().clamp(min=torch.finfo(xx.dtype).tiny))
+        explained = (xy * torch.linalg.solve(xx, xy)).sum() / yy.diagonal().sum().clamp(min=1e-30)
+        return float((1 - explained).clamp(0, 1))
+
     def tensors(self, prefix: str) -> Iterator[tuple[str, Tensor]]:
         """The sums by name, for storing."""
         yield f"{prefix}.rows", torch.tensor(self.rows)

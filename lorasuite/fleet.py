@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field
 
+from lorasuite.checkpoint import read_json
 from lorasuite.config import MigrationConfig, Strict, build, read_config
 from lorasuite.errors import ConfigError, Problem
 from lorasuite.gate import Gate
+from lorasuite.report import FLEET_RECORD, fleet_rows, write_report
 
 #: Settings that name a model or adapter: a directory beside the fleet file, or a Hub id.
 MODELS = ("adapter", "old_base", "new_base")
@@ -96,6 +99,31 @@ def read_fleet(
     return {
         name if names.count(name) == 1 else f"{Path(config.new_base).name}/{name}": config for name, config in found
     }
+
+
+def fleet_output(source: str | Path | Mapping[str, Any]) -> Path:
+    """The directory that a fleet's adapters are written under, and its own report into."""
+    content = source if isinstance(source, Mapping) else read_config(Path(source))
+    folder = Path() if isinstance(source, Mapping) else Path(source).absolute().parent
+    return folder / str(content.get("output", FleetConfig.model_fields["output"].default))
+
+
+def write_fleet(folder: Path, result: Mapping[str, Any], fleet: str | None = None) -> Path:
+    """``fleet.json`` and the report of a fleet, beside its outputs; rows of adapters not in ``result`` stay.
+
+    Returns:
+        the report.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / FLEET_RECORD
+    before = read_json(path)["adapters"] if path.is_file() else []
+    rows = {(row["name"], row["pair"]): row for row in before}
+    rows |= {(row["name"], row["pair"]): row for row in fleet_rows(result["adapters"], folder)}
+    record = {"fleet": fleet, "adapters": list(rows.values())}
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.replace(path)
+    return write_report(folder)
 
 
 def _located(source: str, folder: Path) -> str:

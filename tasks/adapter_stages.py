@@ -20,6 +20,7 @@ from lorasuite.evaluation import EvaluationSettings, evaluate
 from lorasuite.finetune import FinetuneSettings
 from lorasuite.migration import migrate
 from lorasuite.selection import NOTHING, choose, write_scaled
+from lorasuite.serving import compare_merged
 from lorasuite.sweep import finetune_swept, split
 from lorasuite.task_evaluation import evaluate_tasks, write_task_samples
 from tasks.pair_stages import (
@@ -180,6 +181,18 @@ def task_evaluation(inputs: Inputs, settings: Settings, where: Where) -> StageOu
         write_task_samples(scores, file)
         info = {task: score.summary() for task, score in scores.items()}
         return StageOutput(info=info, files={file.name: file.read_bytes()})
+
+
+@stage("serving")
+def serving(inputs: Inputs, settings: Settings, where: Where) -> StageOutput:
+    """The published adapter in PEFT, and merged into a plain model: the same logits of one text."""
+    found = compare_merged(
+        where.path("new_base"),
+        adapter_folder(inputs["adapter"]),
+        device=where.device,
+        trust_remote_code=trusted(where),
+    )
+    return StageOutput(info={loader: served.model_dump(mode="json") for loader, served in found.items()})
 
 
 def _smaller(settings: EvaluationSettings, where: Where) -> EvaluationSettings:

@@ -130,6 +130,29 @@ def alignment(inputs: Inputs, settings: Settings, where: Where) -> StageOutput:
     return StageOutput(tensors, {"rows": next(iter(found.values())).rows})
 
 
+#: Spaces wider than this are not looked at: a solve of a space of MLP units costs minutes.
+WIDEST = 8192
+
+
+@stage("alignment_fit")
+def alignment_fit(inputs: Inputs, settings: Settings, where: Where) -> StageOutput:
+    """How much of what each new module reads and writes no linear map from the old one's explains."""
+    artifacts = list(inputs.values())
+    read = moments_reader(artifacts)
+    names = [name.removesuffix(".rows") for a in artifacts for name in a.keys() if name.endswith(".rows")]  # noqa: SIM118
+    found: dict[str, dict[str, float]] = {}
+    rows = 0
+    for name in sorted(names):
+        layer, role, end = name.split(".")
+        if end == "in" and role in ("k", "v", "gate"):  # they read what q and up read
+            continue
+        moments = read(int(layer), role, end)  # type: ignore[arg-type]
+        rows = moments.rows
+        if max(moments.xy.shape) <= WIDEST:
+            found.setdefault(layer, {})[f"{role} {end}"] = round(moments.unexplained(), 4)
+    return StageOutput(info={"rows": rows, "residual": found})
+
+
 def moments_name(layer: int, role: Role, end: str) -> str:
     """How an alignment artifact names the moments of an old layer's role."""
     return f"{layer}.{role}.{end}"

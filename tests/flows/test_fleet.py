@@ -36,6 +36,9 @@ def test_six_adapters_of_which_one_is_broken(home: Path, small: Small, tmp_path:
     assert list(rows) == [*NAMES, BROKEN]
     assert {rows[name]["verdict"] for name in NAMES} <= {"ship", "needs-finetune", "retrain"}
     assert first["verdicts"]["failed"] == 1
+    page = Path(first["report"]).read_text()
+    assert first["report"] == str(tmp_path / "migrated" / "report.html")
+    assert all(f'href="small-new/{name}/report.html"' in page for name in NAMES) and "safetensors file" in page
     assert "cannot be read" in rows[BROKEN]["reason"] or "safetensors" in rows[BROKEN]["reason"]
     assert rows[BROKEN]["retry"] == f"lorasuite fleet {file} --only {BROKEN}"
     for name in NAMES:

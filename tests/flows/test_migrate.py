@@ -145,7 +145,13 @@ def test_whole_migration(home: Path, settings: Settings, pair: tuple[Path, Path]
     bare = base(ids).logits
     assert (PeftModel.from_pretrained(base, str(out))(ids).logits - bare).abs().max() > 1e-4
     html = (out / "report.html").read_text()
-    assert "migrated + LFT" in html and "data:image/png;base64," in html and "http" not in html
+    assert "migrated + LFT" in html and html.count('role="img"') == 3 and "://" not in html
+    assert {name: served["ok"] for name, served in kept["serving"].items()} == dict.fromkeys(
+        ("peft", "transformers", "vllm", "llama.cpp"), True
+    )
+    assert {(one["first"], one["second"]) for one in kept["comparisons"]} == {
+        (arm, "migrated+lft") for arm in ("old+adapter", "new", "scratch")
+    }
     assert len((out / "samples" / "migrated.jsonl").read_text().splitlines()) == 6
     assert not [p for p in out.parent.iterdir() if p.name.startswith(".out")]
 
@@ -167,7 +173,7 @@ def test_published_adapter_is_the_reported_update(home: Path, settings: Settings
 def test_second_adapter_reuses_every_pair_stage(home: Path, settings: Settings, adapters: Any, tmp_path: Path) -> None:
     migrate_adapter(settings())
     second = states(migrate_adapter(settings(adapter=str(adapters[1]), output=str(tmp_path / "second"))))
-    assert not second.pop("transform")
+    assert not second.pop("transform") and not second.pop("serving")
     assert all(second.values()) and {name.split()[0] for name in second} == PAIR_STAGES | {"mlp_factors"}
 
 
@@ -282,7 +288,7 @@ metric_list: [{{metric: acc}}]
     assert set(record["tasks"]) == {"old", "old+adapter", "new", "migrated"} and record["evaluation"] == {}
     score = record["tasks"]["migrated"]["local_choice"]
     assert score["n"] == 6 and 0 <= score["metrics"]["acc,none"] <= 1
-    assert "local_choice acc" in (Path(record["output"]) / "report.html").read_text()
+    assert "local_choice<small>acc</small>" in (Path(record["output"]) / "report.html").read_text()
     found = {(row["first"], row["second"], row["task"]): row for row in record["comparisons"]}
     assert set(found) == {(arm, "migrated", "local_choice") for arm in ("old+adapter", "new")}
     row = found["new", "migrated", "local_choice"]
@@ -355,12 +361,12 @@ class TestCommandLine:
         config.write_text("rank: 4\nmethod: lorasuite\npair: {pooling: mean}\n")
         done = self.run(
             "migrate", *shared, "--adapter", s["adapter"], "--output", s["output"], "--config", config,
-            "--rank", "5", "--json",
+            "--rank", "5", "--fail-on", "retrain", "--json",
         )  # fmt: skip
-        assert done.exit_code == 0, done.output
+        assert done.exit_code == 1, done.output  # nothing was measured, which no gate lets pass
         record = json.loads(done.stdout)
-        assert record["settings"]["rank"] == 5
-        assert [name for name, cached in states(record).items() if not cached] == ["transform"]
+        assert record["settings"]["rank"] == 5 and record["verdict"]["verdict"] == "unmeasured"
+        assert [name for name, cached in states(record).items() if not cached] == ["transform", "serving"]
 
         listed = json.loads(self.run("artifacts", "ls", "--json").stdout)["artifacts"]
         key = next(row["key"] for row in listed if row["stage"] == "layer_mapping")
@@ -424,6 +430,10 @@ class TestCommandLine:
         message = json.loads(result.stdout)["message"]
         assert "Did you mean 'pooling'" in message and "Did you mean 'lorasuite'" in message and "--output" in message
         assert self.run("migrate", *bases, "--output", tmp_path / "o", "--device", "tpu").exit_code == 2
+        hub = ("--calibration", s["calibration"], "--push-to-hub", "me/it")
+        result = self.run("migrate", *bases, *hub, "--output", tmp_path / "o", "--json")
+        assert result.exit_code == 2 and not (tmp_path / "o").exists(), "found before any work"
+        assert "nobody on the Hub could load" in json.loads(result.stdout)["message"]
         assert self.run("report", tmp_path, "--json").exit_code == 2
         assert self.run("artifacts", "show", "ffff", "--json").exit_code == 2
 

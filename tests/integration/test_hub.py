@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -14,6 +16,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+
+from lorasuite.card import model_card
+from tests.records import record
 
 COMMIT = {"main": "a" * 40, "v1": "b" * 40}
 
@@ -37,6 +42,9 @@ class Hub(BaseHTTPRequestHandler):
     def answer(self, body: bool) -> None:
         self.asked.append(self.path)
         path = self.path.partition("?")[0]
+        if path == "/api/whoami-v2":
+            known = self.headers.get("Authorization") == "Bearer hf_write"
+            return self.send(200 if known else 401, b'{"name": "me", "type": "user"}', {}, body)
         if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/revision/([^/]+)", path):
             folder, revision = self.repos.get(match[1]), match[2]
             if folder is not None and revision in COMMIT:
@@ -56,6 +64,29 @@ class Hub(BaseHTTPRequestHandler):
                 return self.send(200, file.read_bytes(), headers, body)
         return self.send(404, b"{}", {"X-Error-Code": "RepoNotFound"}, body)
 
+    commits: list[dict[str, bytes]] = []  # noqa: RUF012 - what was pushed, file by file
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.asked.append(self.path)
+        if self.headers.get("Authorization") != "Bearer hf_write":
+            return self.send(401, b"{}", {}, True)
+        answer: dict[str, object] = {}
+        here = f"http://{self.headers['Host']}"
+        if self.path == "/api/repos/create":
+            answer = {"url": f"{here}/me/moved", "id": "me/moved"}
+        elif self.path == "/api/validate-yaml":
+            answer = {"errors": [], "warnings": []}
+        elif "/preupload/" in self.path:
+            files = json.loads(body)["files"]
+            answer = {"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in files]}
+        elif "/commit/" in self.path:
+            lines = [json.loads(line) for line in body.splitlines()]
+            sent = [line["value"] for line in lines if line["key"] == "file"]
+            self.commits.append({file["path"]: base64.b64decode(file["content"]) for file in sent})
+            answer = {"commitUrl": f"{here}/me/moved/commit/1", "commitOid": "c" * 40, "hookOutput": ""}
+        return self.send(200, json.dumps(answer).encode(), {"Content-Type": "application/json"}, True)
+
     def send(self, status: int, content: bytes, headers: dict[str, str], body: bool) -> None:
         self.send_response(status)
         for name, value in {**headers, "Content-Length": str(len(content))}.items():
@@ -72,6 +103,7 @@ class Hub(BaseHTTPRequestHandler):
 def hub(base: Callable[..., Path], lora: Callable[..., Path], tmp_path: Path) -> Iterator[dict[str, str]]:
     """The environment of a process that uses the server as its Hub."""
     old = base("llama")
+    Hub.commits = []
     Hub.repos, Hub.asked = {"org/old": old, "org/adapter": lora(old)}, []
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -112,3 +144,33 @@ def test_what_the_hub_does_not_have(hub: dict[str, str]) -> None:
     problems = json.loads(done.stdout)["problems"]
     assert {p["where"] for p in problems} == {"org/none", "org/old@v9"}
     assert all("revision" in p["remedy"] for p in problems)
+
+
+@pytest.fixture
+def migrated(lora: Callable[..., Path], base: Callable[..., Path], tmp_path: Path) -> Path:
+    """What a migration leaves, as far as a push reads it, with things that are not for the Hub."""
+    folder = tmp_path / "out"
+    shutil.copytree(lora(base("llama")), folder)
+    made = record()
+    (folder / "migration.json").write_text(json.dumps(made))
+    (folder / "README.md").write_text(model_card(made))
+    (folder / "report.html").write_text("held-out rows")
+    (folder / "samples").mkdir()
+    (folder / "samples" / "new.jsonl").write_text("held-out rows")
+    return folder
+
+
+def test_a_migration_is_pushed_as_one_commit_without_its_data(hub: dict[str, str], migrated: Path) -> None:
+    done = lorasuite({**hub, "HF_TOKEN": "hf_write"}, "push", "--json", str(migrated), "me/moved")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads(done.stdout) == {"pushed": f"{hub['HF_ENDPOINT']}/me/moved/commit/1"}
+    (sent,) = Hub.commits
+    assert set(sent) == {"adapter_model.safetensors", "adapter_config.json", "README.md"}
+    assert sent["adapter_model.safetensors"] == (migrated / "adapter_model.safetensors").read_bytes()
+    assert "/api/validate-yaml" in Hub.asked, "huggingface_hub had the card checked"
+
+
+def test_nobody_may_push_without_a_token(hub: dict[str, str], migrated: Path) -> None:
+    done = lorasuite(hub, "push", "--json", str(migrated), "me/moved")
+    assert done.returncode == 2 and Hub.commits == []
+    assert "hf auth login" in json.loads(done.stdout)["problems"][0]["remedy"]

@@ -17,6 +17,7 @@ from transformers import CONFIG_MAPPING
 from transformers.pytorch_utils import Conv1D
 
 import lorasuite.architectures
+from lorasuite import serving
 from lorasuite.adapter import Adapter, check_loads, fresh_config, fresh_lora, write_adapter
 from lorasuite.architectures import ATTENTION, Architecture, Module, Role, architectures, load
 from lorasuite.checkpoint import Checkpoint, load_model
@@ -189,6 +190,12 @@ def test_an_adapter_moves_into_the_family(
     assert reread.check(target) == []
     for path, update in result.updates.items():
         torch.testing.assert_close(reread.update(path).dense(), update.dense(), rtol=1e-4, atol=1e-5)
+
+    # Loaders object to a family's class at most, or to its Conv1D modules: never to how the adapter is written.
+    objections = [problem for served in serving.check(out, new).values() for problem in served.problems]
+    assert all("no LoRA support" in p or "not convert" in p or "Conv1D" in p for p in objections), objections
+    merged = serving.compare_merged(new, out, trust_remote_code=models.needs_code(new))
+    assert merged["peft"].ok and merged["transformers"].ok == (family != "minicpm"), merged
 
 
 @pytest.mark.parametrize("family", models.FAMILIES)

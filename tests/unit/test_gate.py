@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from lorasuite.gate import Gate, judge
+from lorasuite.eval_tasks import GROUPS
+from lorasuite.gate import Gate, fails, judge
 
 
 def arms(metric: str, **values: float) -> dict[str, dict[str, Any]]:
@@ -58,3 +59,82 @@ def test_tasks_and_nothing() -> None:
     assert (found.metric, found.verdict) == ("tasks", "needs-finetune") and found.kept == pytest.approx(0.75)
     assert judge({}, {}).verdict == "unmeasured"
     assert judge({}, {}, Gate(metric="exact_match")).verdict == "unmeasured"
+
+
+def compared(other: str, low: float, high: float, flips: int = 0, right: int = 100, **more: Any) -> dict[str, Any]:
+    return {
+        "first": other, "second": "migrated", "task": None, "metric": "exact_match", "interval": [low, high],
+        "negative_flips": [str(i) for i in range(flips)], "both_right": right, **more,
+    }  # fmt: skip
+
+
+SCORES = {"old": 0.7, "new": 0.2, "moved": 0.68}
+
+
+def test_by_the_lower_end_of_the_interval() -> None:
+    found = arms("exact_match", **SCORES)
+    near, wide = compared("old+adapter", -0.04, 0.01), compared("old+adapter", -0.1, 0.06)
+    sure = Gate(lower_bound=True)
+    assert judge(found, {}, sure, [near]).verdict == "ship"
+    missed = judge(found, {}, sure, [wide])
+    assert missed.verdict == "needs-finetune" and missed.kept_interval == pytest.approx((0.8, 1.12))
+    assert "by the lower bound" in missed.reason
+    assert judge(found, {}, None, [wide]).verdict == "ship", "the estimate counts unless asked otherwise"
+    assert judge(found, {}, sure, []).verdict == "needs-finetune", "nobody measured the interval"
+    # the comparison of another metric or arm is not taken for it
+    assert judge(found, {}, sure, [{**near, "metric": "bits_per_byte"}]).verdict == "needs-finetune"
+
+
+def test_fewer_bits_and_their_interval() -> None:
+    found = arms("bits_per_byte", old=1.0, new=2.0, moved=1.05)
+    worse = compared("old+adapter", 0.02, 0.08, metric="bits_per_byte")
+    judged = judge(found, {}, Gate(lower_bound=True), [worse])
+    assert judged.verdict == "ship" and judged.kept_interval == pytest.approx((0.92, 0.98))
+
+
+def test_a_gain_over_the_bare_base_and_a_bound_on_flips() -> None:
+    found = arms("exact_match", **SCORES)
+    against = [compared("old+adapter", -0.1, 0.1, flips=10, right=90), compared("new", 0.3, 0.6)]
+    assert judge(found, {}, Gate(min_gain_over_bare=0.4, max_negative_flips=0.1), against).verdict == "ship"
+    few = judge(found, {}, Gate(max_negative_flips=0.05), against)
+    assert few.verdict == "needs-finetune" and few.checks[-1].value == pytest.approx(0.1)
+    assert "right before and wrong now" in few.reason
+    assert judge(found, {}, Gate(min_gain_over_bare=0.5), against).verdict == "needs-finetune"
+    by_bound = Gate(ship=0.5, lower_bound=True, min_gain_over_bare=0.31)
+    assert judge(found, {}, by_bound, against).verdict == "needs-finetune"
+    # where nothing is right or wrong, flips cannot be bounded
+    assert judge(found, {}, Gate(max_negative_flips=1), []).verdict == "needs-finetune"
+
+
+def test_single_tasks() -> None:
+    def scores(first: float, second: float) -> dict[str, Any]:
+        return {n: {"metrics": {"acc,none": v}, "stderr": {}} for n, v in {"a": first, "b": second}.items()}
+
+    tasks = {"old+adapter": scores(0.8, 0.8), "new": scores(0.2, 0.2), "migrated": scores(0.8, 0.5)}
+    assert judge({}, tasks, Gate(ship=0.7)).verdict == "ship", "the mean"
+    each = judge({}, tasks, Gate(ship=0.7, tasks={"a": {}}))
+    assert (each.verdict, each.task) == ("needs-finetune", "b") and len(each.checks) == 2
+    assert judge({}, tasks, Gate(ship=0.7, tasks={"b": {"ship": 0.49}})).verdict == "ship"
+    gone = judge({}, tasks, Gate(tasks={"c": {}}))
+    assert gone.verdict == "unmeasured" and "c" in gone.reason
+    with pytest.raises(ValueError, match="shp"):
+        Gate(tasks={"a": {"shp": 0.5}})
+
+
+def test_a_group_does_not_count_beside_its_tasks() -> None:
+    names = GROUPS["lorasuite_math"]
+
+    def scores(value: float, group: float) -> dict[str, Any]:
+        values = {**dict.fromkeys(names, value), "lorasuite_math": group}
+        return {name: {"metrics": {"acc": found}, "stderr": {}} for name, found in values.items()}
+
+    tasks = {"old+adapter": scores(0.8, 0.0), "new": scores(0.2, 0.0), "migrated": scores(0.8, 0.0)}
+    assert judge({}, tasks).migrated == pytest.approx(0.8)
+    assert "lorasuite_math" not in [check.task for check in judge({}, tasks, Gate(tasks={names[0]: {}})).checks]
+
+
+def test_what_fails_a_run() -> None:
+    assert [fails(v, "needs-finetune") for v in ("ship", "needs-finetune", "retrain", "unmeasured", "failed")] == [
+        False, True, True, True, True,
+    ]  # fmt: skip
+    assert not fails("needs-finetune", "retrain")

@@ -1,0 +1,101 @@
+"""The model card, read back as the Hub reads it; and the push, at the boundary of huggingface_hub."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import ModelCard, ModelCardData, metadata_load
+from huggingface_hub.repocard_data import model_index_to_eval_results
+from huggingface_hub.utils import validate_repo_id
+
+from lorasuite import hub
+from lorasuite.card import model_card
+from lorasuite.errors import ConfigError, OutputError
+from tests.records import record
+
+
+def test_the_metadata_survives_the_hubs_own_reading(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text(model_card(record()))
+    found = metadata_load(tmp_path / "README.md")
+    assert found is not None
+    data = ModelCardData(**found, ignore_metadata_errors=False)  # raises where the model-index is malformed
+    assert ModelCard((tmp_path / "README.md").read_text()).data.to_dict() == data.to_dict()
+    validate_repo_id(str(data.base_model))
+    assert (data.base_model, data.base_model_relation, data.library_name) == ("org/new", "adapter", "peft")
+
+    name, results = model_index_to_eval_results(found["model-index"])
+    assert name == "mirror for org/new"
+    scores = {(r.dataset_name, r.metric_type): r for r in results}
+    held_out = scores["test.jsonl", "exact_match"]
+    assert held_out.metric_value == 0.9 and held_out.metric_args["samples"] == 200
+    low, high = held_out.metric_args["confidence_interval_95"]
+    assert 0.84 < low < 0.9 < high < 0.95
+    assert scores["boolq", "acc"].metric_value == 0.7
+    for result in found["model-index"][0]["results"]:  # what the Hub requires of each
+        assert result["task"]["type"] and result["dataset"]["type"] and result["dataset"]["name"]
+        assert all(isinstance(metric["value"], float) and metric["type"] for metric in result["metrics"])
+
+
+def test_provenance_and_no_results() -> None:
+    text = model_card(record())
+    for part in ("old_base", "new_base", "adapter"):
+        assert record()[part]["fingerprint"] in text
+    assert "algorithm version 1" in text and "`functional`" in text and "**needs-finetune**" in text
+    bare = model_card(record(evaluation={}, tasks={}, comparisons=[]))
+    assert "model-index" not in bare and "±" not in bare
+
+
+class Fake:
+    """HfApi, as far as a push needs it."""
+
+    def __init__(self, fails: bool = False) -> None:
+        self.fails, self.calls = fails, []  # type: ignore[var-annotated]
+
+    def whoami(self) -> dict[str, str]:
+        return {"name": "me"}
+
+    def create_repo(self, repo: str, **given: Any) -> None:
+        self.calls.append(("create", repo, given["private"]))
+
+    def upload_folder(self, **given: Any) -> Any:
+        if self.fails:
+            raise OSError("no network")
+        self.calls.append(("upload", given["repo_id"], tuple(given["allow_patterns"])))
+        return type("Commit", (), {"commit_url": "https://hub/commit/1"})()
+
+
+def test_a_push(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    api = Fake()
+    monkeypatch.setattr(hub, "_api", lambda: api)
+    with pytest.raises(OutputError, match="has no adapter_model"):
+        hub.push(tmp_path, "me/it")
+    assert api.calls == []
+    for name in hub.PUSHED:
+        (tmp_path / name).write_text("x")
+    assert hub.push(tmp_path, "me/it") == "https://hub/commit/1"
+    assert api.calls == [("create", "me/it", True), ("upload", "me/it", hub.PUSHED)]
+
+    api.fails = True
+    with pytest.raises(hub.PushError, match=r"lorasuite push .* me/it"):
+        hub.push(tmp_path, "me/it")
+    assert all((tmp_path / name).is_file() for name in hub.PUSHED)
+
+
+def test_what_cannot_be_pushed_is_found_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Nobody(Fake):
+        def whoami(self) -> dict[str, str]:
+            raise OSError("401")
+
+    monkeypatch.setattr(hub, "_api", Nobody)
+    with pytest.raises(ConfigError) as caught:
+        hub.check_target("not/a/repo", str(tmp_path))
+    assert len(caught.value.problems) == 3
+    monkeypatch.setattr(hub, "_api", Fake)
+    hub.check_target("me/it", "org/new")
+
+
+def test_records_are_json() -> None:
+    json.dumps(record())

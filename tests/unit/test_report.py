@@ -1,0 +1,219 @@
+"""The pages made from records: what they say, what they leave out, and whether their colours can be read."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lorasuite import figures
+from lorasuite.errors import CheckpointError
+from lorasuite.fleet import write_fleet
+from lorasuite.report import render, wilson, write_report
+from tests.records import NASTY, record
+
+SECTIONS = ("checks", "results", "flips", "candidates", "training", "layers", "heads", "energy", "serving", "cost",
+            "reproduce")  # fmt: skip
+TABLE = {"similarity": torch.tensor([[0.8, 0.1, 0.2], [0.3, float("nan"), 0.9]])}
+
+
+class Page(HTMLParser):
+    """What tests ask of a page."""
+
+    VOID = ("meta", "link", "br", "img", "input", "hr")
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.said: list[str] = []
+        self.feed(text)
+        assert self.open == [], f"never closed: {self.open}"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag, f"{tag} closes something else"
+
+    def handle_data(self, data: str) -> None:
+        if not {"style", "script"} & set(self.open):
+            self.said.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.said).split())
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+def accessible(page: Page) -> None:
+    """What can be told of accessibility without a browser."""
+    assert page.all("html")[0]["lang"] == "en" and len(page.all("h1")) == len(page.all("main")) == 1
+    levels = [int(tag[1]) for tag, _ in page.tags if re.fullmatch("h[1-6]", tag)]
+    assert all(below <= above + 1 for above, below in pairwise(levels)), "no level is skipped"
+    assert len(page.all("caption")) == len(page.all("table"))
+    assert all(cell.get("scope") in ("col", "row") for cell in page.all("th"))
+    for svg in page.all("svg"):
+        assert svg.get("aria-hidden") == "true" or (svg.get("role") == "img" and svg.get("aria-label"))
+    names = {attributes["id"] for _, attributes in page.tags if "id" in attributes}
+    assert all(link["href"][1:] in names for link in page.all("a") if str(link["href"]).startswith("#"))
+    assert not page.all("script") or page.all("script") == [{}], "nothing is loaded"
+    assert [link["href"] for link in page.all("link")] == ["data:,"] and page.all("img") == []
+
+
+def test_every_section_says_what_it_is_for() -> None:
+    page = Page(render(record(), TABLE))
+    accessible(page)
+    assert [s["id"] for s in page.all("section")] == list(SECTIONS)
+    said = page.text
+    for words in (
+        "Needs fine-tuning", "share of the lead kept", "gain over the bare new base", "right before and wrong now",
+        "90 %", "Bits per byte", "boolq", "18 that the old base with its adapter got right are wrong now",
+        "functional", "diverged", "none (bare new base)", "learning rate 0.01", "CKA of each of 2 old layers",
+        "1 → 2", "mean over modules", "In sample, over 512 aligned positions", "no gate projection",
+        "DoRA is not supported", "cached", "finetune migrated", "lorasuite migrate --adapter org/mirror",
+        "1" * 64, "torch 2.13.0", "the chat template differs", "new layers 1 have no partner",
+    ):  # fmt: skip
+        assert words in said, words
+    assert NASTY.split(">")[1].split("(")[0] in said and not page.all("script"), "text is text"
+    assert said.index("Needs fine-tuning") < said.index("The gate"), "the verdict comes first"
+
+
+def test_what_there_is_nothing_of_is_said() -> None:
+    bare = record(
+        candidates=[], finetune=None, control=None, evaluation={}, tasks={}, comparisons=[], dropped=[], notices=[],
+        layer_similarity={}, head_map={}, alignment=None, serving={}, command="", method="lorasuite",
+        retained_energy={"model.layers.0.mlp.up_proj": 1.0}, transfer_matrix={"identity": True},
+        verdict={"verdict": "unmeasured", "reason": "no held-out rows"},
+    )  # fmt: skip
+    page = Page(render(bare, {}))
+    accessible(page)
+    assert [s["id"] for s in page.all("section")] == list(SECTIONS)
+    for words in (
+        "Not measured", "nothing was measured", "flips need", "--method auto", "not fine-tuned", "no similarities",
+        "No heads were matched", "loses nothing", "the transfer matrix is the identity", "lorasuite did not",
+    ):  # fmt: skip
+        assert words in page.text, words
+
+
+def test_a_record_of_an_earlier_version() -> None:
+    """Without the keys that were not there yet."""
+    gone = ("comparisons", "serving", "head_similarity", "alignment")
+    old = {key: value for key, value in record().items() if key not in gone}
+    old["verdict"] = {k: v for k, v in old["verdict"].items() if k not in ("checks", "kept_interval", "task")}
+    accessible(Page(render(old, TABLE)))
+
+
+def test_keys_to_come() -> None:
+    more = record()
+    more["candidates"][0] |= {"start": "migrated", "learning_rate": 1e-2, "reported_loss": 4.4, "seconds": 3.0}
+    more["finetune"] |= {"stopped_early": True, "search": []}
+    more["teacher"] = {"asked": 100, "kept": 94, "examples": []}
+    said = Page(render(more, TABLE)).text
+    assert "loss on fresh rows" in said and "stopped early" in said and "kept 94" in said
+
+
+def test_nothing_was_moved() -> None:
+    said = Page(render(record(method="none"), TABLE)).text
+    assert "this is a fresh LoRA, fine-tuned on 100 samples" in said
+
+
+def test_many_heads_and_layers() -> None:
+    heads = {f"{n}->{n}": {str(a): a for a in range(32)} for n in range(40)}
+    layers = {str(n): n + n // 4 for n in range(40)}
+    page = Page(render(record(head_map=heads, layer_map=layers), {"similarity": torch.rand(40, 52)}))
+    accessible(page)
+    assert "31→31" in page.text
+
+
+def luminance(colour: str) -> float:
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    r, g, b = (p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts)
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b
+
+
+def contrast(a: str, b: str) -> float:
+    low, high = sorted((luminance(a), luminance(b)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def mixed(over: str, under: str, share: float) -> str:
+    pairs = [(int(over[i : i + 2], 16), int(under[i : i + 2], 16)) for i in (1, 3, 5)]
+    return "#" + "".join(f"{round(share * a + (1 - share) * b):02x}" for a, b in pairs)
+
+
+def test_contrast_of_text_is_aa_in_light_dark_and_print() -> None:
+    style = render(record(), TABLE).split("<style>")[1].split("</style>")[0]
+    schemes = [
+        dict(re.findall(r"--([\w-]+):\s*(#[0-9a-f]{6})", block)) for block in re.findall(r":root {(.*?)}", style, re.S)
+    ]
+    assert len(schemes) == 3
+    for scheme in (schemes[0] | over for over in schemes):
+        page = scheme["page"]
+        pairs = {name: (scheme[name], page) for name in ("ink", "soft", "link", "good", "fair", "poor", "none")} | {
+            f"{tone} on its panel": (scheme[tone], scheme[f"{tone}-page"]) for tone in ("good", "fair", "poor", "none")
+        }
+        pairs |= {
+            f"ink on {tone}": (scheme["ink"], scheme[f"{tone}-page"]) for tone in ("good", "fair", "poor", "none")
+        }
+        pairs["ink on code"] = (scheme["ink"], scheme["panel"])
+        pairs["number on the path"] = (scheme["on-chosen"], scheme["chosen"])
+        pairs["number on the darkest cell"] = (scheme["ink"], mixed(scheme["heat"], page, 0.7))
+        for name, (front, back) in pairs.items():
+            assert contrast(front, back) >= 4.5, (name, front, back, contrast(front, back))
+        for line in ("one", "two"):  # lines and dots: 3 to 1
+            assert contrast(scheme[line], page) >= 3
+
+
+def test_figures_bear_odd_numbers() -> None:
+    nan = float("nan")
+    assert "begins at" in figures.curves({"<a>": [(1, 2.0), (2, nan), (3, 1.0)]}, "step", "loss")
+    assert "&lt;a&gt;" in figures.curves({"<a>": [(1, 2.0)]}, "step", "loss")
+    figures.curves({"a": [(1, nan)]}, "step", "loss")
+    figures.columns({}, "x", "y")
+    figures.heat_map(torch.full((2, 2), nan), {0: 0})
+    figures.meter(-3.0, -4.0, 2.0, [0.2, 0.9])
+    figures.whisker(0.0, None, None, (0.0, 0.0))
+
+
+def test_intervals_of_none_and_all() -> None:
+    assert wilson(0, 100) == pytest.approx((0, 0.0370), abs=1e-4)
+    assert wilson(1, 100) == pytest.approx((0.9630, 1), abs=1e-4)
+
+
+def row(name: str, verdict: str, kept: float | None, report: Path | None) -> dict[str, Any]:
+    return {
+        "name": name, "pair": "old → new", "verdict": verdict, "reason": NASTY, "kept": kept, "kept_interval": None,
+        "cached": False, "seconds": 3.0, "retry": None, "output": "x", "adapter": "a",
+        "report": None if report is None else str(report),
+    }  # fmt: skip
+
+
+def test_a_fleet(tmp_path: Path) -> None:
+    rows = [row("b", "retrain", 0.1, tmp_path / "new" / "b" / "report.html"), row("a", "ship", 1.0, None)]
+    page = write_fleet(tmp_path, {"adapters": rows}, "fleet.yaml")
+    read = Page(page.read_text())
+    accessible(read)
+    assert "new/b/report.html" in [link["href"] for link in read.all("a")]
+    assert read.text.index("Ship") < read.text.index("Retrain")
+    # a later run of some adapters leaves the others in the table
+    write_fleet(tmp_path, {"adapters": [row("c", "failed", None, None), row("b", "ship", 1.0, None)]})
+    said = Page(page.read_text()).text
+    assert "3 adapters" in said and "Retrain" not in said
+    before = page.read_text()
+    page.unlink()
+    assert write_report(tmp_path).read_text() == before
+    with pytest.raises(CheckpointError, match="of a migration or of a fleet"):
+        write_report(tmp_path / "new")
