@@ -1,6 +1,16 @@
 """Transforms: each takes a LoRA update of the old base to one for the new base. One module a transform."""
 
-from lorasuite.transforms import copy, functional, lorasuite, procrustes
+from lorasuite.transforms import copy, functional, lorasuite, procrustes, sequential
 from lorasuite.transforms.base import LayerPair, Transform, names, transform
 
-__all__ = ["LayerPair", "Transform", "copy", "functional", "lorasuite", "names", "procrustes", "transform"]
+__all__ = [
+    "LayerPair",
+    "Transform",
+    "copy",
+    "functional",
+    "lorasuite",
+    "names",
+    "procrustes",
+    "sequential",
+    "transform",
+]

@@ -52,6 +52,8 @@ class Transform(Protocol):
     name: str
     #: Whether it looks at activations of both bases (:mod:`lorasuite.alignment`).
     aligned: bool
+    #: Whether it fits whole models at once (:mod:`lorasuite.transforms.sequential`) instead of layer by layer.
+    joint: bool
 
     def fits(self, old: Dimensions, new: Dimensions, updated: tuple[Role, ...]) -> bool:
         """Whether it can move updates of the roles ``updated`` between bases of these dimensions."""

@@ -20,6 +20,7 @@ class Copy:
 
     name = "copy"
     aligned = False
+    joint = False
 
     def fits(self, old: Dimensions, new: Dimensions, updated: tuple[Role, ...]) -> bool:
         same = all((old.rows(r), old.columns(r)) == (new.rows(r), new.columns(r)) for r in updated)

@@ -23,6 +23,7 @@ class LoRASuite:
 
     name = "lorasuite"
     aligned = False
+    joint = False
 
     def fits(self, old: Dimensions, new: Dimensions, updated: tuple[Role, ...]) -> bool:
         return True

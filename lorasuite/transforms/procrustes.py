@@ -40,6 +40,7 @@ class Procrustes:
 
     name = "procrustes"
     aligned = True
+    joint = False
 
     def fits(self, old: Dimensions, new: Dimensions, updated: tuple[Role, ...]) -> bool:
         return True

@@ -1,0 +1,446 @@
+"""The new base's modules fitted in order, so that it passes through the states the old base + adapter passes through.
+
+Every other transform moves one module's update at a time and hopes that the modules still work together. This one
+looks at the adapted model as a whole. Two steps, both closed-form, without labels and without gradients:
+
+1. On general texts a ridge regression learns what state of the *new base* goes with a state of the *old base*, at
+   positions of both that have read the same text. The features of an old state are what all old layers hold there:
+   residual streams, mixed attention values and MLP activations, so no layer map and no head map is needed.
+2. On task texts the old base **with its adapter** gives the states to reach. The new base's modules are then fitted
+   in the order they run, each by reduced-rank ridge regression from what it reads now, with all modules before it
+   already fitted, to what the map says it should write. Modules that write to the residual stream are fitted to the
+   stream, and so also mend what the modules before them left.
+
+The targets are absolute: the map of the adapted state, not of its change. Bare bases have often never met the task,
+so their states there are arbitrary, while the adapted one is back in familiar territory, which the map knows.
+In METHOD section 8's terms: sequential functional fitting with residual targets and upstream change, all old layers
+feeding every new one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorasuite.alignment import paired_positions
+from lorasuite.architectures import Architecture, Dimensions, Module, Role
+from lorasuite.errors import ConfigError, DataError, Problem
+from lorasuite.lowrank import LowRank
+from lorasuite.transforms.base import LayerPair, Progress, register
+
+#: Ridge of the state map, relative to the mean variance of its features.
+MAP_RIDGE = 1e-3
+#: Ridge of each module's fit, relative to the mean square of what it reads.
+FIT_RIDGE = 1e-2
+#: Features of an old state at most: above it, each space is projected at random onto its share of them.
+FEATURES = 2048
+#: Texts in a forward pass.
+BATCH = 32
+#: The order modules are fitted in within a block.
+ORDER: tuple[tuple[Role, ...], ...] = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))
+
+
+@register
+class Sequential:
+    """Fits all modules in order by :func:`fit`; it looks at whole models, so :meth:`layer` does not apply."""
+
+    name = "sequential"
+    aligned = False
+    joint = True
+
+    def fits(self, old: Dimensions, new: Dimensions, updated: tuple[Role, ...]) -> bool:
+        return True
+
+    def roles(self, updated: tuple[Role, ...]) -> tuple[Role, ...]:
+        return ()
+
+    def layer(self, pair: LayerPair, updates: Mapping[Role, LowRank]) -> dict[Role, LowRank]:
+        """
+        Raises:
+            ConfigError: always; call :func:`fit`.
+        """
+        raise ConfigError(Problem("method", "sequential fits whole models, not one layer", "Use sequential.fit."))
+
+
+@dataclass(frozen=True)
+class Side:
+    """One base model in evaluation mode, with what is needed to read it."""
+
+    model: Any
+    tokenizer: Any
+    architecture: Architecture
+    dims: Dimensions
+
+    @property
+    def blocks(self) -> Any:
+        return self.model.get_submodule(self.architecture.layers)
+
+    @property
+    def device(self) -> Any:
+        return next(self.model.parameters()).device
+
+
+class _Stop(Exception):
+    """Raised by a hook once a forward pass has gone far enough."""
+
+
+@dataclass
+class _Watch:
+    """What chosen blocks and modules read (``in``) and write (``out``) in a forward pass: ``(texts, tokens, width)``."""
+
+    side: Side
+    seen: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
+    handles: list[Any] = field(default_factory=list)
+
+    def block(self, layer: int, stop: bool = False) -> None:
+        def before(_module: Any, args: Any, kwargs: Any) -> None:
+            self._keep((layer, "block", "in"), args[0] if args else kwargs["hidden_states"])
+
+        def after(_module: Any, _args: Any, output: Any) -> None:
+            self._keep((layer, "block", "out"), output[0] if isinstance(output, tuple) else output)
+            if stop:
+                raise _Stop
+
+        block = self.side.blocks[layer]
+        self.handles += [block.register_forward_pre_hook(before, with_kwargs=True), block.register_forward_hook(after)]
+
+    def module(self, layer: int, module: Module, linear: Any) -> None:
+        def after(_module: Any, args: Any, output: Tensor) -> None:
+            self._keep((layer, module.name, "in"), args[0])
+            self._keep((layer, module.name, "out"), output)
+
+        self.handles.append(linear.register_forward_hook(after))
+
+    def _keep(self, key: tuple[Any, ...], value: Tensor) -> None:
+        self.seen[key] = value.detach()
+
+    @contextlib.contextmanager
+    def on(self) -> Iterator[_Watch]:
+        try:
+            yield self
+        finally:
+            for handle in self.handles:
+                handle.remove()
+
+    def read(self, ids: Tensor, rows: tuple[Tensor, Tensor]) -> dict[tuple[Any, ...], Tensor]:
+        """Run a batch of texts; what was seen at the given ``(texts, positions)``, float64 on the CPU."""
+        self.seen = {}
+        with torch.inference_mode(), contextlib.suppress(_Stop):
+            self.side.model(input_ids=ids.to(self.side.device), use_cache=False)
+        return {key: value.view(*ids.shape, -1).cpu()[rows].double() for key, value in self.seen.items()}
+
+
+def _modules(side: Side, layer: int) -> dict[str, tuple[Module, Any]]:
+    """The linear modules one block really has, by name."""
+    found = {}
+    for module in side.architecture.modules:
+        with contextlib.suppress(AttributeError):  # some layers lack it: experts where others have an MLP
+            found[module.name] = module, side.model.get_submodule(side.architecture.path(layer, module))
+    return found
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Some texts in both tokenizations, padded on the right, and the positions of both that pair.
+
+    Under causal attention nothing before the padding sees it, so no mask is needed.
+    """
+
+    old: Tensor
+    new: Tensor
+    old_rows: tuple[Tensor, Tensor]
+    new_rows: tuple[Tensor, Tensor]
+
+
+def _batches(texts: Sequence[str], old: Side, new: Side, cutoff: int) -> list[_Batch]:
+    encoded = []
+    for text in texts:
+        both = [
+            side.tokenizer(text, return_offsets_mapping=True, truncation=True, max_length=cutoff) for side in (old, new)
+        ]
+        pairs = paired_positions(*(e["offset_mapping"] for e in both))
+        if pairs:
+            encoded.append((both[0]["input_ids"], both[1]["input_ids"], pairs))
+    encoded.sort(key=lambda item: len(item[1]))
+    found = []
+    for start in range(0, len(encoded), BATCH):
+        part = encoded[start : start + BATCH]
+        text = torch.tensor([n for n, (_, _, pairs) in enumerate(part) for _ in pairs])
+        at = torch.tensor([pair for _, _, pairs in part for pair in pairs])
+        ids = [torch.nn.utils.rnn.pad_sequence([torch.tensor(p[side]) for p in part], True) for side in (0, 1)]
+        found.append(_Batch(ids[0], ids[1], (text, at[:, 0]), (text, at[:, 1])))
+    return found
+
+
+class _Features:
+    """An old model's state at each position: all layers' streams, attention mixes and MLP activations, standardised."""
+
+    def __init__(self, old: Side, seed: int) -> None:
+        self.old, self.seed = old, seed
+        self.sketches: dict[tuple[Any, ...], Tensor] = {}
+        self.mean = self.scale = torch.zeros(0)
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[_Watch]:
+        watch = _Watch(self.old)
+        for layer in range(self.old.dims.layers):
+            watch.block(layer)
+            for module, linear in _modules(self.old, layer).values():
+                if set(module.roles) & {"o", "down"}:
+                    watch.module(layer, module, linear)
+        with watch.on():
+            yield watch
+
+    def raw(self, watch: _Watch, batch: _Batch) -> Tensor:
+        """``(positions, features)`` float64."""
+        seen = watch.read(batch.old, batch.old_rows)
+        last = self.old.dims.layers - 1
+        keys = [k for k in seen if k[2] == "in" or k == (last, "block", "out")]
+        share = max(FEATURES // len(keys), 1)
+        total = sum(seen[k].shape[1] for k in keys)
+        parts = []
+        for key in keys:
+            part = seen[key]
+            if total > FEATURES and part.shape[1] > share:
+                part = part @ self._sketch(key, part.shape[1], share)
+            parts.append(part)
+        return torch.cat(parts, 1)
+
+    def _sketch(self, key: tuple[Any, ...], width: int, share: int) -> Tensor:
+        if key not in self.sketches:
+            generator = torch.Generator().manual_seed(self.seed + len(self.sketches))
+            self.sketches[key] = torch.randn(width, share, generator=generator, dtype=torch.float64) / share**0.5
+        return self.sketches[key]
+
+    def of(self, batches: Sequence[_Batch]) -> list[Tensor]:
+        """Each batch's features."""
+        with self.watching() as watch:
+            return [self.raw(watch, batch) for batch in batches]
+
+    def standardise(self, rows: Sequence[Tensor]) -> list[Tensor]:
+        return [(row - self.mean) / self.scale for row in rows]
+
+    def learn(self, rows: Sequence[Tensor]) -> None:
+        whole = torch.cat(list(rows))
+        self.mean, self.scale = whole.mean(0), whole.std(0) + 1e-6
+
+
+@dataclass
+class Fitted:
+    """Updates by module path, and for each the share of its target's distance that the fit left."""
+
+    updates: dict[str, LowRank]
+    residual: dict[str, float]
+    map_error: dict[str, float]
+
+
+def fit(
+    old: Side,
+    new: Side,
+    adapted: Callable[[], contextlib.AbstractContextManager[Any]],
+    roles: Sequence[Role],
+    *,
+    calibration: Sequence[str],
+    texts: Sequence[str],
+    rank: int,
+    cutoff: int = 256,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Fitted:
+    """Fit the new base's modules of these roles to follow the old base + adapter on the task texts.
+
+    Memory: the features ``(positions, ≤ 2,048)`` of all texts, and for one block at a time the second moments of what
+    its modules read. Time: each block is reached by a forward pass of its own over the texts, so ``L_n``/2 full passes
+    over the calibration texts and four times that over the task texts.
+
+    Args:
+        adapted: a context in which ``old.model`` computes with its adapter.
+        roles: projections that the old adapter updates.
+        calibration: general texts, which both bases know: the state map is learned on them.
+        texts: task texts (prompts with answers), read but never used as labels.
+        rank: of each module's update.
+
+    Raises:
+        DataError: if no two positions of the two tokenizations pair.
+    """
+    known, task = (_batches(part, old, new, cutoff) for part in (calibration, texts))
+    if not known or not task:
+        raise DataError(
+            Problem("calibration", "no position of the two tokenizations pairs", "Give texts of several words.")
+        )
+    features = _Features(old, seed)
+    raw = features.of(known)
+    features.learn(raw)
+    inputs = features.standardise(raw)
+    del raw
+    with adapted():
+        wanted = features.standardise(features.of(task))
+    gram = sum((z.T @ z for z in inputs), torch.zeros(inputs[0].shape[1], inputs[0].shape[1], dtype=torch.float64))
+    gram += MAP_RIDGE * gram.diagonal().mean() * torch.eye(gram.shape[0], dtype=gram.dtype)
+    solver = torch.linalg.cholesky(gram)
+    result = Fitted({}, {}, {})
+    original: dict[str, Tensor] = {}
+    try:
+        for layer in range(new.dims.layers):
+            _fit_block(new, layer, roles, (known, inputs, solver), (task, wanted), rank, original, result)
+            if progress is not None:
+                progress(layer + 1, new.dims.layers)
+    finally:
+        for path, weight in original.items():
+            new.model.get_submodule(path).weight.data.copy_(weight)
+    return result
+
+
+def _fit_block(
+    new: Side,
+    layer: int,
+    roles: Sequence[Role],
+    known: tuple[list[_Batch], list[Tensor], Tensor],
+    task: tuple[list[_Batch], list[Tensor]],
+    rank: int,
+    original: dict[str, Tensor],
+    result: Fitted,
+) -> None:
+    modules = _modules(new, layer)
+    chosen = {name for name, (module, _) in modules.items() if set(module.roles) & set(roles)}
+    if not chosen:
+        return
+    ends = [(layer, "block", "in"), (layer, "block", "out"), *((layer, name, "out") for name in modules)]
+    maps, additive = _maps(new, layer, ends, known, original)
+    for group in ORDER:
+        names = [n for n in chosen if set(modules[n][0].roles) & set(group) and modules[n][0].roles[0] in group]
+        if not names:
+            continue
+        stats: dict[str, list[Tensor]] = {}
+        with _watching(new, layer) as watch:
+            for batch, z in zip(*task, strict=True):
+                at = watch.read(batch.new, batch.new_rows)
+                for name in names:
+                    x, y = at[layer, name, "in"], at[layer, name, "out"]
+                    gap = maps[layer, name, "out"](z) - y
+                    if additive and group == ("o",):  # mend the stream's own error with what is added to it
+                        gap = gap + maps[layer, "block", "in"](z) - at[layer, "block", "in"]
+                    elif additive and group == ("down",):
+                        gap = maps[layer, "block", "out"](z) - at[layer, "block", "out"]
+                    parts = (x.T @ x, x.T @ gap, (gap * gap).sum())
+                    stats[name] = (
+                        [a + b for a, b in zip(stats[name], parts, strict=True)] if name in stats else [*parts]
+                    )
+        for name in sorted(names):
+            module, linear = modules[name]
+            path = new.architecture.path(layer, module)
+            update, left = reduced_rank(*stats[name], rank=rank)
+            original.setdefault(path, linear.weight.detach().clone())
+            with torch.no_grad():
+                change = update.dense().T if module.transposed else update.dense()
+                linear.weight += change.to(linear.weight)
+            result.updates[path], result.residual[path] = update, left
+    for key, fitted in maps.items():
+        if key[1] == "block" and key[2] == "out":
+            result.map_error[f"{new.architecture.layers}.{layer}"] = fitted.error
+
+
+@contextlib.contextmanager
+def _watching(side: Side, layer: int) -> Iterator[_Watch]:
+    watch = _Watch(side)
+    watch.block(layer, stop=True)
+    for module, linear in _modules(side, layer).values():
+        watch.module(layer, module, linear)
+    with watch.on():
+        yield watch
+
+
+@dataclass(frozen=True)
+class _Map:
+    """An affine map of standardised features, and the share of variance it does not explain."""
+
+    matrix: Tensor
+    mean: Tensor
+    error: float
+
+    def __call__(self, z: Tensor) -> Tensor:
+        return z @ self.matrix + self.mean
+
+
+def _maps(
+    new: Side,
+    layer: int,
+    ends: Sequence[tuple[Any, ...]],
+    known: tuple[list[_Batch], list[Tensor], Tensor],
+    original: Mapping[str, Tensor],
+) -> tuple[dict[tuple[Any, ...], _Map], bool]:
+    """Ridge maps from old features to one new block's spaces (of the base: later blocks are not reached), and whether
+    the block adds exactly what its output projections write (not so where a norm follows them)."""
+    batches, inputs, solver = known
+    sums: dict[tuple[Any, ...], list[Tensor]] = {}
+    rows, additive = 0, True
+    with _weights(new, original), _watching(new, layer) as watch:
+        for batch, z in zip(batches, inputs, strict=True):
+            seen = watch.read(batch.new, batch.new_rows)
+            rows += z.shape[0]
+            for key in ends:
+                y = seen[key]
+                parts = (z.T @ y, y.sum(0), (y * y).sum())
+                sums[key] = [a + b for a, b in zip(sums[key], parts, strict=True)] if key in sums else [*parts]
+            written = [
+                seen[layer, module.name, "out"]
+                for module, _ in _modules(new, layer).values()
+                if module.roles[0] in ("o", "down")
+            ]
+            added = seen[layer, "block", "out"] - seen[layer, "block", "in"]
+            if len(written) != 2 or not torch.allclose(added, sum(written, 0 * added), atol=1e-3, rtol=1e-3):
+                additive = False
+    maps = {}
+    for key, (cross, total, square) in sums.items():
+        mean = total / rows
+        matrix = torch.cholesky_solve(cross, solver)  # the features are centred, so the mean needs no correction
+        variance = float(square - rows * (mean * mean).sum())
+        explained = float((matrix * cross).sum())
+        maps[key] = _Map(matrix, mean, max(0.0, 1 - explained / variance) if variance > 0 else 0.0)
+    return maps, additive
+
+
+@contextlib.contextmanager
+def _weights(new: Side, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """Other weights for a while: those of the bare base, when its own states are read."""
+    modules = {path: new.model.get_submodule(path) for path in weights}
+    kept = {path: module.weight.detach().clone() for path, module in modules.items()}
+    try:
+        for path, weight in weights.items():
+            modules[path].weight.data.copy_(weight)
+        yield
+    finally:
+        for path, weight in kept.items():
+            modules[path].weight.data.copy_(weight)
+
+
+def reduced_rank(xx: Tensor, xr: Tensor, square: Tensor, *, rank: int) -> tuple[LowRank, float]:
+    """``ΔW (out, in)`` of at most ``rank`` that minimises ``‖XΔWᵀ − R‖² + λ‖ΔW‖²``, from second moments.
+
+    Args:
+        xx: ``XᵀX (in, in)``; xr: ``XᵀR (in, out)``; square: ``‖R‖²``.
+
+    Returns:
+        the update (``B (out, rank)``, ``A (rank, in)``, float64), and the share of ``‖R‖²`` that it leaves.
+    """
+    size = xx.shape[0]
+    penalty = FIT_RIDGE * xx.diagonal().mean().clamp(min=torch.finfo(xx.dtype).tiny)
+    gram = xx + penalty * torch.eye(size, dtype=xx.dtype)
+    lower = torch.linalg.cholesky(gram)
+    # With G = LLᵀ the penalised loss is ‖Lᵀ(W − W*)‖²: the best W of low rank is an SVD cut of LᵀW* = L⁻¹XᵀR.
+    whitened = torch.linalg.solve_triangular(lower, xr, upper=False)
+    u, s, vh = torch.linalg.svd(whitened, full_matrices=False)
+    keep = min(rank, s.numel())
+    root = s[:keep].sqrt()
+    A = (torch.linalg.solve_triangular(lower.T, u[:, :keep], upper=True) * root).T
+    update = LowRank((vh[:keep] * root[:, None]).T.contiguous(), A.contiguous())
+    moved = update.A @ xr  # (rank, out)
+    inner = float((moved * update.B.T).sum())
+    energy = float(((update.A @ xx @ update.A.T) * (update.B.T @ update.B)).sum())
+    left = (float(square) - 2 * inner + energy) / float(square) if float(square) > 0 else 0.0
+    return update, max(left, 0.0)
