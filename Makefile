@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-host lint zoo lock clean
+.PHONY: demo test lint zoo lock clean
 
 demo: $(STAMP)  ## the main job on a miniature pair: migrate, fine-tune, compare, report
 	@rm -rf demo-output
@@ -13,9 +13,6 @@ demo: $(STAMP)  ## the main job on a miniature pair: migrate, fine-tune, compare
 # Two processes, a file at a time: what a file's tests share (servers, models) is made once. The longest files first.
 test: $(STAMP) lint  ## every test
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/flows tests/integration tests/unit
-
-test-host: $(STAMP)  ## `lorasuite up` end to end: workers, events, crashes, the dashboard (wants an idle machine)
-	$(BIN)/python -m pytest -m host tests/flows/test_host.py
 
 lint: $(STAMP)  ## style, types, import rules
 	$(BIN)/ruff check .

@@ -208,7 +208,10 @@ def _job_template() -> dict[str, Any]:
 
 
 def crash_automation(after: float = CRASH_AFTER) -> Any:
-    """A run that has sent a heartbeat, and then none for ``after`` seconds without ending, is marked Crashed."""
+    """A run that began, or has sent a heartbeat, and then sends none for ``after`` seconds without ending, has Crashed.
+
+    That it began counts as well: a process that dies in its first second has not sent a heartbeat yet.
+    """
     from prefect.client.schemas.objects import StateType
     from prefect.events import AutomationCore, EventTrigger, Posture
     from prefect.events.actions import ChangeFlowRunState
@@ -218,7 +221,7 @@ def crash_automation(after: float = CRASH_AFTER) -> Any:
         name=CRASH_AUTOMATION,
         description="Without it, a run whose worker was killed stays Running and cannot be retried.",
         trigger=EventTrigger(
-            after={"prefect.flow-run.heartbeat"},
+            after={"prefect.flow-run.Running", "prefect.flow-run.heartbeat"},
             expect={"prefect.flow-run.heartbeat", *(f"prefect.flow-run.{end}" for end in ends)},
             match={"prefect.resource.id": ["prefect.flow-run.*"]},
             for_each={"prefect.resource.id"},

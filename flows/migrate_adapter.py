@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,13 +45,14 @@ from tasks.stage import Recorder, Ref, Where
 COMPARED = (*BOTH, "scratch")
 
 
-def _run_name() -> str:
-    config = flow_run.parameters.get("config", {})
+def run_name(parameters: Mapping[str, Any] | None = None) -> str:
+    """``adapter: old → new``; of this flow run, where no parameters are given."""
+    config = (flow_run.parameters if parameters is None else parameters).get("config", {})
     names = [Path(str(config.get(name, "?"))).name for name in ("adapter", "old_base", "new_base")]
     return f"{names[0]}: {names[1]} → {names[2]}"
 
 
-@flow(name="migrate-adapter", flow_run_name=_run_name, validate_parameters=False)
+@flow(name="migrate-adapter", flow_run_name=run_name, validate_parameters=False)
 def migrate_adapter(config: dict[str, Any], refresh: tuple[str, ...] = ()) -> dict[str, Any]:
     """Check everything, run the stages, publish the output directory.
 

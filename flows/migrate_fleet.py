@@ -19,7 +19,9 @@ from prefect.states import State
 from artifacts import default_home
 from flows.context import check_stages, fetch
 from flows.migrate_adapter import migrate_adapter
+from flows.migrate_adapter import run_name as migrate_adapter_name
 from flows.prepare_pair import prepare_pair
+from flows.prepare_pair import run_name as prepare_pair_name
 from lorasuite.adapter import Adapter
 from lorasuite.checkpoint import Checkpoint, read_json, resolve
 from lorasuite.config import MigrationConfig
@@ -206,10 +208,15 @@ def _in_process(deployment: str, runs: Mapping[str, dict[str, Any]]) -> dict[str
 def _deployed(deployment: str, runs: Mapping[str, dict[str, Any]]) -> dict[str, Failure | None]:
     """All runs at once, as runs of a deployment: its workers take them as they are free."""
     attempt = f"{flow_run.id}-{flow_run.run_count}"
+    naming = {MIGRATE: migrate_adapter_name, PREPARE: prepare_pair_name}[deployment]
     waiting: dict[str, Any] = {}
     for name, parameters in runs.items():
         run: Any = run_deployment(
-            deployment, parameters=parameters, timeout=0, idempotency_key=f"{attempt}-{deployment}-{name}"
+            deployment,
+            parameters=parameters,
+            flow_run_name=naming(parameters),  # until a worker starts it, the dashboard shows it under this name, too
+            timeout=0,
+            idempotency_key=f"{attempt}-{deployment}-{name}",
         )
         waiting[name] = run.id
     outcomes: dict[str, Failure | None] = {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -173,11 +173,13 @@ def _pair_stages(
     return PairRefs(words, matrices, table, layers, heads, factors, moments, fit)
 
 
-def _run_name() -> str:
-    return pair_name(str(flow_run.parameters.get("old_base")), str(flow_run.parameters.get("new_base")))
+def run_name(parameters: Mapping[str, Any] | None = None) -> str:
+    """``old→new``; of this flow run, where no parameters are given."""
+    given = flow_run.parameters if parameters is None else parameters
+    return pair_name(str(given.get("old_base")), str(given.get("new_base")))
 
 
-@flow(name="prepare-pair", flow_run_name=_run_name, validate_parameters=False)
+@flow(name="prepare-pair", flow_run_name=run_name, validate_parameters=False)
 def prepare_pair(
     old_base: str,
     new_base: str,

@@ -1,9 +1,10 @@
-"""``lorasuite up`` as a user starts it: workers pinned to GPUs, events, the watcher, crashes and retries."""
+"""``lorasuite up`` as a user starts it: workers pinned to GPUs, events, crashes and retries, the manual's commands."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -19,14 +20,13 @@ from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from prefect.deployments import run_deployment
 
 from flows.host import POOL, Host, plan_workers, set_up, visible_gpus
+from flows.prepare_pair import prepare_pair
 from flows.watch_base_models import EVENT, complete, watch_base_models
+from tests.browser import needs_chromium, page
 from tests.flows.small import Small
-from tests.flows.upped import GPUS, MAIN, Up, until
+from tests.flows.upped import GPUS, ROOT, Up, until
 
-pytestmark = pytest.mark.host
-
-ROOT = Path(__file__).parents[2]
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+BLOCKS = re.findall(r"^```bash([^\n]*)\n(.*?)^```", (ROOT / "docs" / "operations.md").read_text(), flags=re.M | re.S)
 
 
 def test_what_up_starts(up: Up) -> None:
@@ -56,17 +56,20 @@ def test_a_worker_pins_its_gpu_and_a_dead_ones_run_waits_and_is_retried(
     assert up.finished(pinned).state.name == "Completed"
     assert (tmp_path / "pinned").read_text() == f"61 {up.home}"
 
-    set_up(up.api, plan_workers(GPUS), crash_after=10)  # before the run's only heartbeat
-    (tmp_path / "wait-hangs").touch()
-    hanging = start_probe(up, tmp_path, "gpu-62", "hangs")
-    # kill -9 of the run and of its worker, which could otherwise still report it
-    pid_file = tmp_path / "wait-hangs.pid"
-    run_pid, worker_pid = map(int, until(lambda: pid_file.is_file() and pid_file.read_text(), "the run").split())
-    os.kill(worker_pid, signal.SIGKILL)
-    os.kill(run_pid, signal.SIGKILL)
-    waiting = start_probe(up, tmp_path, "gpu-62", "waits")
-    assert up.finished(hanging).state.name == "Crashed"
-    set_up(up.api, plan_workers(GPUS))
+    set_up(up.api, plan_workers(GPUS), crash_after=10)
+    try:
+        (tmp_path / "wait-hangs").touch()
+        hanging = start_probe(up, tmp_path, "gpu-62", "hangs")
+        # kill -9 of the run and of its worker, which could otherwise still report it; the run may be too young to have
+        # sent a heartbeat
+        pid_file = tmp_path / "wait-hangs.pid"
+        run_pid, worker_pid = map(int, until(lambda: pid_file.is_file() and pid_file.read_text(), "the run").split())
+        os.kill(worker_pid, signal.SIGKILL)
+        os.kill(run_pid, signal.SIGKILL)
+        waiting = start_probe(up, tmp_path, "gpu-62", "waits")
+        assert up.finished(hanging).state.name == "Crashed"
+    finally:
+        set_up(up.api, plan_workers(GPUS))
     with up.client() as client:
         state = client.read_flow_run(waiting).state
         assert state is not None and state.type.value == "SCHEDULED", "nobody else takes it"
@@ -91,20 +94,16 @@ def test_a_worker_pins_its_gpu_and_a_dead_ones_run_waits_and_is_retried(
     assert (tmp_path / "hangs").read_text() == f"62 {up.home}"
 
 
-def test_an_event_over_http_starts_the_fleet(up: Up, small: Small, tmp_path: Path) -> None:
-    file = small.fleet(tmp_path / "fleet.yaml", ("one",))
-    payload = {"new_base": str(small.new), "fleet": str(file), "old_base": ""}
+def test_an_event_over_http_starts_the_fleet(up: Up, tmp_path: Path) -> None:
+    payload = {"new_base": "/models/new", "fleet": str(tmp_path / "none.yaml"), "old_base": ""}
     event = {"event": EVENT, "resource": {"prefect.resource.id": "lorasuite.base-model.x"}, "payload": payload}
     command = ["curl", "-sS", "--fail", "-X", "POST", f"{up.api}/events", "-H", "content-type: application/json"]
     event |= {"id": "5d0f1c1e-8f1b-4b55-9a53-0d5ff2b1a001", "occurred": "2026-01-01T00:00:00Z"}
     subprocess.run([*command, "-d", json.dumps([event])], check=True)
     run = until(lambda: up.runs("migrate-fleet"), "the trigger")[-1]
-    assert run.parameters["fleet"] == str(file) and run.parameters["new_base"] == str(small.new)
-    assert run.deployment_id is not None
-    state = up.finished(run.id).state
-    assert state.name == "Completed", up.log.read_text()[-6000:]
-    assert (tmp_path / "migrated" / "small-new" / "one" / "migration.json").is_file()
-    assert [r.work_queue_name for r in up.runs("migrate-adapter")] == ["any-gpu"], "spread over the workers"
+    assert run.parameters == payload | {"workers": True} and run.deployment_id is not None
+    ended = up.finished(run.id)
+    assert ended.state.name == "Failed" and "none.yaml" in ended.state.message, "a worker ran it with that fleet"
 
 
 def test_the_watcher_starts_the_fleet_for_a_new_checkpoint(
@@ -131,54 +130,71 @@ def test_the_watcher_starts_the_fleet_for_a_new_checkpoint(
     assert look() == {"announced": [], "unfinished": []}, "once"
     run = until(lambda: up.runs("migrate-fleet")[before:], "the trigger")[0]
     assert run.parameters["new_base"] == str(bases / "half") and run.parameters["fleet"] == str(file)
-    assert up.finished(run.id).state.name == "Completed"
+    assert up.finished(run.id).state.name == "Completed", up.log.read_text()[-6000:]
     assert (tmp_path / "migrated" / "half" / "two" / "report.html").is_file()
+    assert [r.work_queue_name for r in up.runs("migrate-adapter")] == ["any-gpu"], "spread over the workers"
 
 
-@pytest.mark.skipif(not CHROMIUM, reason="there is no Chromium on this machine")
-def test_the_dashboard_shows_cached_stages_and_the_heat_map(
-    up: Up, small: Small, environment: dict[str, str], tmp_path: Path
-) -> None:
-    bases = ["--old-base", str(small.old), "--new-base", str(small.new)]
-    texts = ["--calibration", str(small.root / "texts.jsonl")]
-    logged = {"PREFECT_API_URL": up.api, "PREFECT_LOGGING_TO_API_ENABLED": "true", "PREFECT_LOGGING_LEVEL": "INFO"}
+@needs_chromium
+def test_the_dashboard_shows_cached_stages_and_the_heat_map(up: Up, small: Small, home: Path, tmp_path: Path) -> None:
     for _ in range(2):
-        subprocess.run(
-            [sys.executable, "-c", MAIN, "prepare", *bases, *texts, "--json"],
-            cwd=ROOT,
-            env=environment | logged,
-            capture_output=True,
-            check=True,
-        )
+        prepare_pair(str(small.old), str(small.new), str(small.root / "texts.jsonl"))
     run = up.runs("prepare-pair")[-1]
     with up.client() as client:
         of_run = FlowRunFilter(id=FlowRunFilterId(any_=[run.id]))
-        (page,) = [a for a in client.read_artifacts(flow_run_filter=of_run) if (a.key or "").startswith("pair-")]
+        (shown,) = [a for a in client.read_artifacts(flow_run_filter=of_run) if (a.key or "").startswith("pair-")]
     dashboard = str(up.told["dashboard"])
-    seen = browse(f"{dashboard}/runs/flow-run/{run.id}", tmp_path / "run.png", "Cached")
-    assert "small-old→small-new" in seen and "head_mapping" in seen
-    browse(f"{dashboard}/artifacts/artifact/{page.id}", tmp_path / "heat-map.png", "data:image/png;base64")
-    picture = Image.open(tmp_path / "heat-map.png").convert("RGB")
-    colours = {colour: count for count, colour in picture.getcolors(1 << 24)}
+    with page(1400, 1600) as seen:
+        seen.page.set_default_timeout(120_000)
+        seen.page.goto(f"{dashboard}/runs/flow-run/{run.id}")
+        for text in ("small-old→small-new", "head_mapping", "Cached"):
+            seen.page.get_by_text(text).first.wait_for()
+        seen.page.goto(f"{dashboard}/artifacts/artifact/{shown.id}")
+        picture = seen.page.locator("img[src^='data:image/png;base64']").first
+        picture.wait_for()
+        picture.screenshot(path=tmp_path / "heat-map.png")
+    with Image.open(tmp_path / "heat-map.png") as image:
+        colours = {colour: count for count, colour in image.convert("RGB").getcolors(1 << 24)}
     # the plot's white paper, and the dark end of its colour scale (CKA 0: the models are random)
     assert colours.get((255, 255, 255), 0) > 10_000
     assert sum(n for (r, g, b), n in colours.items() if abs(r - 68) < 8 and g < 16 and abs(b - 84) < 8) > 1_000
 
 
-def browse(address: str, picture: Path, text: str) -> str:
-    """Save a picture of a page once ``text`` is in it; the page as the browser has it."""
-    options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--window-size=1400,1600"]
-    command = [CHROMIUM or "", *options, "--virtual-time-budget=20000", f"--user-data-dir={picture.parent / 'profile'}"]
+def test_every_block_says_who_runs_it() -> None:
+    assert len(BLOCKS) > 5
+    for flag, text in BLOCKS:
+        if flag.strip() == "run":
+            continue
+        first = text.splitlines()[0]
+        assert first.startswith(("# run by tests/", "# not run by a test")), first
+        for named in re.findall(r"tests/\w+/\w+\.py", first):
+            assert (ROOT / named).is_file()
 
-    def load() -> str | None:
-        done = subprocess.run(
-            [*command, "--dump-dom", address], capture_output=True, text=True, check=False, timeout=120
-        )
-        return done.stdout if text in done.stdout else None
 
-    found: str = until(load, f"{text!r} in {address}")
-    subprocess.run([*command, f"--screenshot={picture}", address], capture_output=True, check=True, timeout=120)
-    return found
+def test_the_commands(up: Up, environment: dict[str, str], small: Small, tmp_path: Path) -> None:
+    for name in ("deploy", "flows"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "models").symlink_to(small.root / "bases")
+    small.fleet(tmp_path / "fleet.yaml", ("one",))
+    programs = {"prefect": "-m prefect", "lorasuite": "-c 'from flows.command_line import main; main()'"}
+    (tmp_path / "bin").mkdir()
+    for name, arguments in programs.items():
+        (tmp_path / "bin" / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" {arguments} "$@"\n')
+        (tmp_path / "bin" / name).chmod(0o755)
+    script = "".join(text for flag, text in BLOCKS if flag.strip() == "run")
+    done = subprocess.run(
+        ["bash", "-euxc", script],
+        cwd=tmp_path,
+        env={**environment, "PREFECT_API_URL": up.api, "PATH": f"{tmp_path / 'bin'}:{environment['PATH']}"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=280,
+    )
+    if done.returncode != 0:
+        pytest.fail(done.stdout[-3000:] + done.stderr[-3000:])
+    assert "gpu-61" in done.stdout
 
 
 def test_half_written_checkpoints(small: Small, tmp_path: Path) -> None:
