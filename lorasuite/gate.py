@@ -14,8 +14,6 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from lorasuite.eval_tasks import GROUPS
-
 Verdict = Literal["ship", "needs-finetune", "retrain", "unmeasured"]
 GateMetric = Literal["auto", "exact_match", "bits_per_byte", "tasks"]
 #: From best to worst; what was not measured cannot be relied on.
@@ -314,9 +312,8 @@ def _scores(
 
 
 def _single(scores: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
-    """The scores without those of groups whose tasks are all there, which would count them twice."""
-    whole = {group for group, parts in GROUPS.items() if set(parts) <= set(scores)}
-    return {task: score for task, score in scores.items() if task not in whole}
+    """The scores without those of groups, which are means of others."""
+    return {task: score for task, score in scores.items() if not score.get("group")}
 
 
 def _task_score(score: Mapping[str, Any]) -> float | None:

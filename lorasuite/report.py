@@ -277,6 +277,8 @@ def task_tables(tasks: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     first = [arm for arm in ("migrated+lft", "migrated") if arm in tasks][:1]
     arms = list(dict.fromkeys([*first, *(a for a in ("old+adapter", "new", "scratch") if a in tasks), *tasks]))
     keys = sorted({(t, m) for arm in arms for t, score in tasks[arm].items() for m in score["metrics"]})
+    groups = {t for arm in arms for t, score in tasks[arm].items() if score.get("group")}
+    keys.sort(key=lambda key: key[0] in groups)  # means after what they are means of
     rows = []
     for task, metric in keys:
         cells = []
@@ -286,7 +288,8 @@ def task_tables(tasks: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
             error = None if score is None else score["stderr"].get(metric)
             cells.append({"value": value, "half": None if error is None else Z * error})
         n = next((tasks[arm][task].get("n") for arm in arms if task in tasks[arm]), None)
-        rows.append({"task": task, "metric": metric.removesuffix(",none"), "cells": cells, "n": n})
+        shown = metric.removesuffix(",none") + (", mean of its tasks" if task in groups else "")
+        rows.append({"task": task, "metric": shown, "cells": cells, "n": n})
     return {"arms": [ARMS.get(arm, arm) for arm in arms], "rows": rows}
 
 

@@ -129,7 +129,7 @@ def undisturbed(mother: Mother, small: Small, tmp_path_factory: pytest.TempPathF
     root = tmp_path_factory.mktemp("undisturbed")
     child = mother.start(root / "home", root, config(small, root / "out"))
     record = child.record()
-    assert {row["stage"] for row in record["timings"]} == {*PAIR, "transform", "finetune", "evaluate"}
+    assert {row["stage"] for row in record["timings"]} == {*PAIR, "transform", "finetune", "evaluate", "serving"}
     return root / "home", root / "out"
 
 
@@ -183,7 +183,7 @@ def test_killed_in_each_stage_in_turn(
     """Every process takes up what the one before was killed in, and is itself killed in the next stage."""
     home, settings = tmp_path / "home", config(small, tmp_path / "out")
     before: str | None = None
-    for victim in [*PAIR, "transform", "finetune", "evaluate", "publish"]:
+    for victim in [*PAIR, "transform", "finetune", "evaluate", "serving", "publish"]:
         child = mother.start(home, tmp_path, settings, kill=victim)
         child.wait()
         assert not child.out.exists() and not (tmp_path / "out").exists()
