@@ -132,7 +132,7 @@ def trained(path: Path, model: Path) -> Tensor:
 
 def check_tensors(adapter: Path, model: Path) -> Any:
     """PEFT finds every tensor: none missing, none unexpected."""
-    check_loads(adapter, model)
+    check_loads(adapter, model, models.needs_code(model))
     live = tuned(adapter, model)
     expected = get_peft_model_state_dict(live, save_embedding_layers=False)
     stored = Adapter.open(adapter).tensors
