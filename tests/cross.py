@@ -178,7 +178,7 @@ def cell(kind: kinds.Kind, old: Path, new: Path, folder: Path) -> str:
     except AdapterError as error:
         problems = error.problems
     if problems:
-        return "refused: " + problems[0].what
+        return "refused: " + re.sub(r"\(.*?\)", "", problems[0].what)
     assert differ(theirs, logits(models.load(old).double())) > 1e-3
     close(logits(merged(old, *read(adapter, checkpoint))), theirs)
     moved = move(adapter, old, new)
