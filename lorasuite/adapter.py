@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lorasuite.adapter_types import (
     CONFIG,
+    ORDERED,
     PICKLE,
     PREFIX,
     Contents,
@@ -29,8 +30,16 @@ from lorasuite.adapter_types import (
 )
 from lorasuite.adapter_types import SAFETENSORS as WEIGHTS
 from lorasuite.architectures import ROLES, Architecture, Dimensions, Module, Role
-from lorasuite.checkpoint import Checkpoint, auto_class, digest_json, file_digest, read_json, resolve
-from lorasuite.errors import AdapterError, Problem
+from lorasuite.checkpoint import (
+    Checkpoint,
+    auto_class,
+    digest_json,
+    file_digest,
+    module_order,
+    read_json,
+    resolve,
+)
+from lorasuite.errors import AdapterError, CheckpointError, Problem
 from lorasuite.lowrank import LowRank
 
 __all__ = [
@@ -174,6 +183,11 @@ class Adapter:
                     "Train without it, or without the embeddings.",
                 )
             )
+        if kind_of(self.config) in ORDERED:
+            try:
+                module_order(checkpoint)
+            except CheckpointError as error:
+                problems += error.problems
         for path, update in self.contents.updates.items():
             if vocabulary_side(checkpoint.architecture, path) is not None:
                 wanted: tuple[int, ...] = vocabulary_shape(checkpoint, path)

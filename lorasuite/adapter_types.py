@@ -19,7 +19,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from lorasuite.checkpoint import Checkpoint, read_json
+from lorasuite.checkpoint import Checkpoint, module_order, read_json
 from lorasuite.errors import AdapterError, CheckpointError, Problem
 from lorasuite.peft_delta import BIASED, WEIGHTED, DeltaReader, needs_weights
 
@@ -69,6 +69,8 @@ DELTA = (
     *WEIGHTED,
 )  # fmt: skip
 
+#: Methods that number the modules as they come in the model.
+ORDERED = ("TINYLORA",)
 #: Methods whose ``r`` is not a rank.
 OTHER_R = ("OFT", "SHIRA", "SUPERTUNING")
 
@@ -545,7 +547,9 @@ def _delta(folder: Path, config: Mapping[str, Any], weights: Tensors) -> Read:
         problems.append(Problem(str(weights.file), f"holds no {kind} weights", "There is nothing to migrate."))
     if problems:
         return Contents(), problems
-    reader = DeltaReader(config, modules, list(weights.shapes), weights.tensor, str(weights.file))
+    reader = DeltaReader(
+        config, () if kind in ORDERED else modules, list(weights.shapes), weights.tensor, str(weights.file)
+    )
     weighted, biased = needs_weights(config), kind in BIASED
     rank = int((kind not in OTHER_R and config.get("r")) or DEFAULT_RANK)
 
@@ -556,6 +560,9 @@ def _delta(folder: Path, config: Mapping[str, Any], weights: Tensors) -> Read:
                 raise AdapterError(Problem(module, what, "Give the old base."))
             weight = base_weight(base, module) if weighted else None
             bias = base_bias(base, module) if biased else None
+            if kind in ORDERED and not reader.modules:
+                place = module_order(base)
+                reader.modules = tuple(sorted(modules, key=lambda path: place.get(path, 0)))
             found = reader.read(module, lambda path: weight_shape(base, path), weight, bias)
             return found.B, found.A
 

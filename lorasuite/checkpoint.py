@@ -464,6 +464,24 @@ def auto_class(config: Any) -> Any:
     )
 
 
+def module_order(base: Checkpoint) -> dict[str, int]:
+    """Module path → its place in the model that transformers builds (on the meta device: no weight is read).
+
+    Raises:
+        CheckpointError: for a model with code of its own, which is not run for this.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(str(base.path), trust_remote_code=False)  # nor asked about
+        with torch.device("meta"):
+            model = auto_class(config).from_config(config)
+    except (OSError, ValueError) as error:
+        what = f"the order of its modules is not known without running its code ({type(error).__name__})"
+        raise CheckpointError(Problem(base.source, what, "Train a LoRA adapter.")) from error
+    return {name: place for place, (name, _) in enumerate(model.named_modules())}
+
+
 def load_model(
     source: str | Path, device: str = "cpu", dtype: torch.dtype | None = None, trust_remote_code: bool = False
 ) -> Any:

@@ -42,7 +42,7 @@ class DeltaReader:
 
     Args:
         config: the adapter's PEFT config, as JSON gives it.
-        modules: paths of the modules it updates.
+        modules: paths of the modules it updates, in the model's order where the method numbers them.
         names: of its tensors, without the ``base_model.model.`` prefix of those inside a module.
         tensor: reads one of them.
         where: what to call the adapter in messages.

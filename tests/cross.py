@@ -132,7 +132,7 @@ def trained(path: Path, model: Path) -> Tensor:
 
 def check_tensors(adapter: Path, model: Path) -> Any:
     """PEFT finds every tensor: none missing, none unexpected."""
-    check_loads(adapter, model)
+    check_loads(adapter, model, models.needs_code(model))
     live = tuned(adapter, model)
     expected = get_peft_model_state_dict(live, save_embedding_layers=False)
     stored = Adapter.open(adapter).tensors
@@ -178,7 +178,7 @@ def cell(kind: kinds.Kind, old: Path, new: Path, folder: Path) -> str:
     except AdapterError as error:
         problems = error.problems
     if problems:
-        return "refused: " + problems[0].what
+        return "refused: " + re.sub(r"\(.*?\)", "", problems[0].what)
     assert differ(theirs, logits(models.load(old).double())) > 1e-3
     close(logits(merged(old, *read(adapter, checkpoint))), theirs)
     moved = move(adapter, old, new)

@@ -189,7 +189,7 @@ MIGRATED: dict[str, Kind] = {
     "VeRA": Kind(other("VeraConfig", r=4, targets=ATTENTION), "as LoHa"),
     "RandLoRA": Kind(other("RandLoraConfig", r=4, targets=ATTENTION), "as LoHa"),
     "VB-LoRA": Kind(other("VBLoRAConfig", r=2, num_vectors=8, vector_length=8, topk=2, targets=ATTENTION), "as LoHa"),
-    "TinyLoRA": Kind(other("TinyLoraConfig", r=2, u=4, targets=ATTENTION), "as LoHa"),
+    "TinyLoRA": Kind(other("TinyLoraConfig", r=2, u=4, targets=("q", "k", "v")), "as LoHa"),
     "FourierFT": Kind(other("FourierFTConfig", n_frequency=50, scaling=30.0), "as LoHa; no rank of its own"),
     "WaveFT": Kind(other("WaveFTConfig", n_frequency=64), "as LoHa; no rank of its own"),
     "C3A": Kind(other("C3AConfig", block_size=8), "as LoHa; no rank of its own"),

@@ -316,7 +316,8 @@ def test_strategies_without_texts(home: Path, settings: Settings, strategy: str,
 
 
 def test_unmapped_layers_get_a_fresh_lora(home: Path, settings: Settings, pair: tuple[Path, Path]) -> None:
-    record = migrate_adapter(settings(unmapped="train"))
+    record = migrate_adapter(settings(unmapped="train", output_type="adalora"))
+    assert Adapter.open(record["output"]).kind == "ADALORA"
     free = set(range(4)) - set(record["layer_map"].values())
     assert {int(path.split(".")[2]) for path in record["fresh"]} == free
     check_loads(Path(record["output"]), pair[1])

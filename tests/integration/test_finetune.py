@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import AdaLoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from lorasuite.data import IGNORED, encode
@@ -158,10 +158,20 @@ def test_a_run_killed_before_its_output_was_written_only_writes_it(tmp_path, mon
     assert_equal(tensors(tmp_path / "late"), tensors(tmp_path / "whole"))
 
 
-@pytest.mark.parametrize("changes", [{}, {"use_dora": True}], ids=["lora", "dora"])
-def test_tuning_starts_from_the_given_adapter(tmp_path, changes):
+PRUNED = {f"model.layers.{n}.self_attn.q_proj.lora_E": [True, n == 0, False, False] for n in range(2)}
+ADALORA = AdaLoraConfig(
+    init_r=4, target_r=2, total_step=1, rank_pattern=PRUNED, target_modules=["q_proj"], init_lora_weights=False
+)
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [tiny_lora(init_lora_weights=False), tiny_lora(init_lora_weights=False, use_dora=True), ADALORA],
+    ids=["lora", "dora", "adalora"],
+)
+def test_tuning_starts_from_the_given_adapter(tmp_path, lora):
     torch.manual_seed(1)
-    start = get_peft_model(tiny_model(), tiny_lora(init_lora_weights=False, **changes))
+    start = get_peft_model(tiny_model(), lora)
     save_adapter(start, tmp_path / "start")
     settings = SETTINGS.model_copy(update={"learning_rate": 1e-9, "max_steps": 1})
     result = tune(tmp_path, "tuned", settings, adapter=tmp_path / "start", lora=None)

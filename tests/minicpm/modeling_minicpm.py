@@ -17,7 +17,9 @@ class MiniCPMForCausalLM(LlamaForCausalLM):
     def __init__(self, config):
         super().__init__(config)
         depth = config.scale_depth / math.sqrt(config.num_hidden_layers)
-        self.model.embed_tokens.register_forward_hook(lambda _m, _i, output: output * config.scale_emb)
+        scale = config.scale_emb
+        # Around the modules that adapters wrap, as the published code has it: an adapter's part is scaled, too.
+        self.model.layers[0].register_forward_pre_hook(lambda _m, args: (args[0] * scale, *args[1:]))
         for layer in self.model.layers:
-            for block in (layer.self_attn.o_proj, layer.mlp.down_proj):
-                block.register_forward_hook(lambda _m, _i, output: output * depth)
+            layer.self_attn.register_forward_hook(lambda _m, _i, output: (output[0] * depth, *output[1:]))
+            layer.mlp.register_forward_hook(lambda _m, _i, output: output * depth)

@@ -255,6 +255,40 @@ def adapter_energy(adapter: Adapter, model: Path, update: LowRank, moved: Migrat
     return adapter.update(path, Checkpoint(model)).compress(update.rank - 1)[1]
 
 
+# ------------------------------------------------------------------------------------------------------ AdaLoRA written
+
+
+def test_a_rank_for_each_module(made: Callable[..., Any], base: Callable[..., Path], tmp_path: Path) -> None:
+    """As the energy asks for, in the rank pattern; the scaling stays; fresh layers can be trained."""
+    model, path = made("AdaLoRA")
+    adapter, new = opened(path), base("llama", seed=7, layers=4)
+    moved = move(adapter, model, new, energy=0.9, unmapped="train")
+    out = write(tmp_path / "a", moved, adapter, new, "adalora")
+    check_tensors(out, new)
+    config = json.loads((out / CONFIG).read_text())
+    ranks = {name.removesuffix(".lora_E"): sum(mask) for name, mask in config["rank_pattern"].items()}
+    assert {module: ranks[module] for module in moved.updates} == {m: u.rank for m, u in moved.updates.items()}
+    assert len(set(ranks.values())) > 1 and set(map(len, config["rank_pattern"].values())) == {moved.rank}
+    scaling = next(iter(adapter.scaling.values()))
+    assert list(opened(out).scaling.values()) == pytest.approx([scaling] * len(ranks), rel=1e-4)
+    for module in moved.fresh:
+        B, A = opened(out).factors(module)
+        assert float(B.norm()) > 0 and float(A.norm()) == 0  # A carries E, which is zero
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [("DoRA", "magnitudes"), ("bias='lora_only'", "biases"), *((name, "embeddings") for name in EMBEDDING_KINDS)],
+)
+def test_what_an_adalora_cannot_hold_is_refused(name: str, what: str, made: Callable[..., Any], tmp_path: Path) -> None:
+    model, path = made(name)
+    found = inspect(str(model), str(model), str(path), output_type="adalora")
+    assert [p.where for p in found.problems] == ["output_type"] and what in found.problems[0].what
+    adapter = opened(path)
+    with pytest.raises(AdapterError, match=what):
+        write(tmp_path / "a", move(adapter, model, model, "copy"), adapter, model, "adalora")
+
+
 # ---------------------------------------------------------------------------------------------------- several adapters
 
 
