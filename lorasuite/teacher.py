@@ -20,12 +20,11 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from lorasuite.data import IGNORED, UNFINISHED, Kind, Message, Row, encode_pair, prompt_ids, read_rows, unanswered
+from lorasuite.data import IGNORED, UNFINISHED, Kind, Message, Row, encode_pair, prompt_ids, unanswered
 from lorasuite.errors import DataError, Problem
 
 if TYPE_CHECKING:
@@ -548,10 +547,10 @@ def text_losses(
             for start in range(0, len(examples), batch_size):
                 part = examples[start : start + batch_size]
                 batch = {key: value.to(device) for key, value in collate([e for _, e, _ in part]).items()}
-                labels = batch.pop("labels")[:, 1:]
+                targets = batch.pop("labels")[:, 1:]
                 logits = model(**batch).logits[:, :-1].float()
                 loss = torch.nn.functional.cross_entropy(
-                    logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none"
+                    logits.transpose(1, 2), targets, ignore_index=IGNORED, reduction="none"
                 ).sum(dim=1)
                 for (index, _, size), nats in zip(part, loss.tolist(), strict=True):
                     found[index] = TextLoss(nats=nats, bytes=size, rows=1)
@@ -564,6 +563,66 @@ def total(losses: Sequence[TextLoss | None]) -> TextLoss:
     """The sum of rows' losses; those of None are left out."""
     known = [loss for loss in losses if loss is not None]
     return TextLoss(nats=sum(k.nats for k in known), bytes=sum(k.bytes for k in known), rows=len(known))
+
+
+class Worth(BaseModel):
+    """Whether the teacher is worth copying, and what that was decided by."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    worth: bool
+    reason: str
+    measured_on: Literal["training rows", "written rows"]
+    rows: int = Field(description="rows that every model could read whole")
+    bits_per_byte: dict[str, float] = Field(description="of old (the bare old base), teacher and new (the bare new base)")
+
+
+#: Share of the old base's loss that an adapter must take away on the teacher's own text to count as one.
+LEAST_CHANGE = 0.01
+
+
+def judge_teacher(
+    old: Sequence[TextLoss | None], teacher: Sequence[TextLoss | None], new: Sequence[TextLoss | None], labelled: bool
+) -> Worth:
+    """Whether the teacher beats the bare new base.
+
+    On the user's rows (``labelled``) that is asked directly. On rows the teacher wrote it cannot lose, as nothing
+    predicts a model's text better than the model, so there the question is whether there is anything to copy: the
+    adapter must change what the old base says, and the new base must not be saying it already. Whether it is *right*
+    nobody knows without labels.
+
+    Args:
+        old, teacher, new: losses of the bare old base, of it with its adapter, and of the bare new base, on the same
+            rows.
+
+    Raises:
+        DataError: if no row can be read whole by every model.
+    """
+    whole = [n for n, found in enumerate(zip(old, teacher, new, strict=True)) if None not in found]
+    if not whole:
+        what = "no row is short enough for both bases to read whole"
+        raise DataError([Problem("teacher", what, "Use shorter rows, or a smaller teacher.max_new_tokens")])
+    bits = {
+        name: total([losses[n] for n in whole]).bits_per_byte
+        for name, losses in (("old", old), ("teacher", teacher), ("new", new))
+    }
+    shown = f"{bits['teacher']:.3f} bits per byte against the bare new base's {bits['new']:.3f}"
+    if labelled:
+        worth = bits["teacher"] < bits["new"]
+        reason = f"the teacher {'beats' if worth else 'does not beat'} the bare new base: {shown}"
+    elif bits["old"] - bits["teacher"] < LEAST_CHANGE * bits["old"]:
+        worth = False
+        reason = f"the adapter hardly changes the old base: {bits['old']:.3f} bits per byte without it, {shown}"
+    else:
+        worth = bits["teacher"] < bits["new"]
+        reason = f"{'there is something' if worth else 'nothing'} to learn from the teacher's text: {shown}"
+    return Worth(
+        worth=worth,
+        reason=reason,
+        measured_on="training rows" if labelled else "written rows",
+        rows=len(whole),
+        bits_per_byte=bits,
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------ files
@@ -585,8 +644,3 @@ def _record(row: Row) -> dict[str, Any]:
         case "text":
             fields = {"text": row.text}
     return {**fields, **row.extra}
-
-
-def written_rows(path: Path) -> list[Row]:
-    """The rows of a teacher's file."""
-    return read_rows(path)
