@@ -148,6 +148,11 @@ class MigrationConfig(Strict):
         )
 
     @property
+    def prompt_data(self) -> str | None:
+        """Where the teacher's prompts come from."""
+        return self.prompts or self.train_data or self.calibration
+
+    @property
     def calibration_data(self) -> str | None:
         """Where calibration texts come from."""
         return self.calibration or self.train_data

@@ -606,6 +606,7 @@ def _trainer(
     _ = arguments.device  # sets _n_gpu
     if plan.device.type == "cuda":
         arguments._n_gpu = 1  # several visible GPUs would otherwise mean nn.DataParallel
+
     def collated(batch: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
         return collate(batch) if soft is None else collate(batch) | soft.batch(batch)
 

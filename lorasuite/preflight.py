@@ -404,11 +404,15 @@ def _teacher(result: Inspection, config: MigrationConfig) -> list[Row] | None:
     tokenizer = result.old_tokenizer
     if tokenizer is not None and tokenizer.eos_token_id is None:
         result.problems.append(
-            Problem(config.old_base, "its tokenizer has no EOS token", "The teacher's rows need one to end with: set it.")
+            Problem(
+                config.old_base, "its tokenizer has no EOS token", "The teacher's rows need one to end with: set it."
+            )
         )
-    source = config.prompts or config.train_data or config.calibration
+    source = config.prompt_data
     if source is None:
-        result.notices.append("no prompts for the teacher: it writes from nothing, which suits adapters of running text")
+        result.notices.append(
+            "no prompts for the teacher: it writes from nothing, which suits adapters of running text"
+        )
         return None
     rows: list[Row] = _attempt(result, lambda: read_prompts(source)) or []
     words = config.teacher.text_prefix
@@ -423,9 +427,8 @@ def _teacher(result: Inspection, config: MigrationConfig) -> list[Row] | None:
             result.problems.append(Problem(source, what, "Use rows of prompt and completion."))
             break
     if rows and config.teacher.temperature == 0 and len(distinct) < config.teacher_samples:
-        result.notices.append(
-            f"{len(distinct)} different prompts for {config.teacher_samples} teacher samples: greedy, there is one answer each"
-        )
+        found = f"{len(distinct)} different prompts for {config.teacher_samples} teacher samples"
+        result.notices.append(f"{found}: greedy, there is one answer each")
     return rows or None
 
 

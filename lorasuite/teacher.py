@@ -574,7 +574,9 @@ class Worth(BaseModel):
     reason: str
     measured_on: Literal["training rows", "written rows"]
     rows: int = Field(description="rows that every model could read whole")
-    bits_per_byte: dict[str, float] = Field(description="of old (the bare old base), teacher and new (the bare new base)")
+    bits_per_byte: dict[str, float] = Field(
+        description="of old (the bare old base), teacher and new (the bare new base)"
+    )
 
 
 #: Share of the old base's loss that an adapter must take away on the teacher's own text to count as one.

@@ -56,7 +56,7 @@ _sharing: list[bool] = []
 
 @contextmanager
 def shared_old_base() -> Iterator[None]:
-    """Keep the old base loaded from one teacher stage to the next, if they run in this process; let it go at the end."""
+    """Keep the old base loaded from one teacher stage of this process to the next; let it go at the end."""
     _sharing.append(True)
     try:
         yield
@@ -84,8 +84,8 @@ def _model(side: str, where: Where) -> Iterator[Any]:
 def teaching(inputs: Inputs, settings: Settings, where: Where) -> StageOutput:
     """The rows that the old base with the adapter writes, and what both make of them. Knows nothing of the new base."""
     wanted = TeacherSettings.model_validate(settings["teacher"])
-    if where.halvings:
-        wanted = wanted.model_copy(update={"batch_size": halved(wanted.batch_size, where.halvings)})
+    size = int(str(where.options.get("teacher_batch", wanted.batch_size)))
+    wanted = wanted.model_copy(update={"batch_size": halved(size, where.halvings)})
     tokenizer = load_tokenizer(where.path("old_base"), trusted(where))
     prompts = read_prompts(where.path("prompts")) if "prompts" in inputs else None
     with _model("old_base", where) as model:
