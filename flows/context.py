@@ -17,7 +17,17 @@ from prefect.runtime import flow_run
 from artifacts import Artifact, Store
 from lorasuite.checkpoint import resolve
 from lorasuite.errors import ConfigError, Problem, did_you_mean
-from tasks.adapter_stages import evaluation, finetune, selection, serving, task_evaluation, transform
+from tasks.adapter_stages import (
+    evaluation,
+    finetune,
+    selection,
+    serving,
+    soft_labelling,
+    task_evaluation,
+    teacher_worth,
+    teaching,
+    transform,
+)
 from tasks.pair_stages import (
     activations,
     alignment,
@@ -46,6 +56,9 @@ STAGES: dict[str, Stage] = {
         alignment,
         alignment_fit,
         transform,
+        teaching,
+        teacher_worth,
+        soft_labelling,
         selection,
         finetune,
         evaluation,

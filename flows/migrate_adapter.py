@@ -18,6 +18,7 @@ from flows.context import Context, base_record, check_stages, fetch, tag_run
 from flows.dashboard import show_migration, show_pair
 from flows.measure import Measured
 from flows.prepare_pair import PairRefs, pair_name, pair_record, pair_stages, timings
+from flows.teach import NEW, training
 from lorasuite import ALGORITHM_VERSION
 from lorasuite.adapter import Adapter, fresh_lora
 from lorasuite.checkpoint import Checkpoint, resolve
@@ -35,7 +36,6 @@ from tasks.adapter_stages import transform as transform_stage
 from tasks.fingerprints import (
     fingerprint_adapter,
     fingerprint_bases,
-    fingerprint_data,
     fingerprint_migration,
     fingerprint_texts,
 )
@@ -79,6 +79,7 @@ def migrate_adapter(config: dict[str, Any], refresh: tuple[str, ...] = ()) -> di
     files = {
         "calibration": settings.calibration_data,
         "train_data": settings.train_data,
+        "prompts": settings.prompt_data,
         "eval_data": settings.eval_data,
         "eval_dir": settings.eval_dir,
         "include_path": settings.include_path,
@@ -88,7 +89,11 @@ def migrate_adapter(config: dict[str, Any], refresh: tuple[str, ...] = ()) -> di
         home=home,
         device=torch_device(settings.device),
         paths=paths,
-        options={"trust_remote_code": settings.trust_remote_code, "allow_pickle": settings.allow_pickle},
+        options={
+            "trust_remote_code": settings.trust_remote_code,
+            "allow_pickle": settings.allow_pickle,
+            "teacher_batch": settings.teacher.batch_size,
+        },
     )
     prints = fingerprint_bases(home, paths["old_base"], paths["new_base"])
     prints["adapter"] = fingerprint_adapter(paths["adapter"], settings.allow_pickle)
@@ -205,15 +210,16 @@ class _Arms:
     def run(self) -> Ref:
         """Run every arm; the reference to the adapter that is published."""
         context, settings = self.context, self.settings
+        self.training = training(context, settings, self.plan, self.pair.vocabulary)
         candidates = {method: self._transform(method) for method in self.methods}
         self.transformed = self.moved = candidates[self.methods[0]]
-        if settings.method == AUTO:
+        if settings.method == AUTO and self.training.rows:
             self._select(candidates)
         final = self.transformed
         arms: dict[str, Ref | str | None] = {"old": None, "old+adapter": "adapter", "new": None}
         if self.method != NOTHING:
             arms["migrated"] = self.transformed
-        if settings.samples:
+        if self.training.rows:
             if settings.controls and (self.plan.evaluation or settings.eval_tasks):
                 scratch = self._finetune("scratch")
                 self.control, arms["scratch"] = context.open(scratch), scratch
@@ -247,11 +253,7 @@ class _Arms:
         """Go on with the best candidate at its best scale; with a fresh LoRA where the bare base is better."""
         settings = self.settings
         inputs: dict[str, str | Ref] = {f"transform_{method}": ref for method, ref in candidates.items()}
-        inputs |= {
-            "new_model": "new_model",
-            "new_tokenizer": "new_tokenizer",
-            "train_data": fingerprint_data(self.plan.train),
-        }
+        inputs |= {**NEW, **self.training.rows}
         values = {
             "methods": list(candidates),
             "samples": settings.samples,
@@ -270,11 +272,7 @@ class _Arms:
 
     def _finetune(self, start: str) -> Ref:
         settings, context = self.settings, self.context
-        inputs: dict[str, str | Ref] = {
-            "new_model": "new_model",
-            "new_tokenizer": "new_tokenizer",
-            "train_data": fingerprint_data(self.plan.train),
-        }
+        inputs: dict[str, str | Ref] = {**NEW, **self.training.rows, **self.training.soft}
         if start == "migrated":
             inputs["transform"] = self.transformed
         values = {
@@ -303,6 +301,7 @@ class _Arms:
         return {
             "method": self.method,
             "candidates": self.candidates,
+            "teacher": self.training.teacher,
             "updates": moved["norms"],
             "retained_energy": moved["retained_energy"],
             "dropped": moved["dropped"],

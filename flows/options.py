@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 #: Nested settings whose flags carry their name; those of the pair stand alone.
-PREFIX = {"pair": "", "finetune": "finetune_", "evaluation": "evaluation_", "gate": "gate_"}
+PREFIX = {"pair": "", "finetune": "finetune_", "teacher": "teacher_", "evaluation": "evaluation_", "gate": "gate_"}
 
 
 def flags(model: type[BaseModel], prefix: str = "", path: tuple[str, ...] = ()) -> Iterator[tuple[str, Any, FieldInfo]]:

@@ -18,6 +18,7 @@ from lorasuite.gate import Gate
 from lorasuite.layer_mapping import Strategy
 from lorasuite.migration import Unmapped
 from lorasuite.similarity import Metric
+from lorasuite.teacher import TeacherSettings
 from lorasuite.transfer_matrix import When
 
 #: Training rows of the light fine-tune (METHOD section 6).
@@ -58,6 +59,14 @@ class MigrationConfig(Strict):
     finetune_samples: int | None = Field(
         None, ge=0, description=f"training rows used; {LFT_SAMPLES} where there is training data, else 0"
     )
+    teacher_samples: int = Field(
+        0, ge=0, description="rows for LFT that the old base with the adapter writes, without labels; beside the above"
+    )
+    prompts: str | None = Field(
+        None,
+        description="rows whose prompts the teacher answers, their answers never read; if unset those of the training "
+        "data, else beginnings of the calibration texts, else the teacher writes from nothing",
+    )
     eval_data: str | None = Field(None, description="held-out rows for evaluation")
     eval_tasks: tuple[str, ...] = Field(
         (), description="lm-eval tasks, by name; the paper's are lorasuite_math and lorasuite_commonsense"
@@ -87,6 +96,7 @@ class MigrationConfig(Strict):
     allow_pickle: bool = Field(False, description="read adapter_model.bin, a pickle file, with weights_only")
     pair: PairSettings = PairSettings()
     finetune: FinetuneSettings = FinetuneSettings()
+    teacher: TeacherSettings = TeacherSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     gate: Gate = Gate()
 
@@ -136,6 +146,11 @@ class MigrationConfig(Strict):
             Path(self.eval_dir) if self.eval_dir else None,
             Path(self.include_path) if self.include_path else None,
         )
+
+    @property
+    def prompt_data(self) -> str | None:
+        """Where the teacher's prompts come from."""
+        return self.prompts or self.train_data or self.calibration
 
     @property
     def calibration_data(self) -> str | None:

@@ -20,8 +20,9 @@ import hashlib
 import json
 import logging
 import random
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -37,6 +38,9 @@ Kind = Literal["instruction", "completion", "messages", "text"]
 #: Label of a position that takes no part in the loss (PyTorch's ``ignore_index``, which transformers uses
 #: too).
 IGNORED = -100
+
+#: Key of a row whose text was cut off and goes on: in training no EOS follows it.
+UNFINISHED = "unfinished"
 
 #: How an instruction row is rendered; its hash is recorded with every evaluation.
 CONTEXT_TEMPLATE = "Context: {input}\n"
@@ -221,6 +225,66 @@ def draw(rows: Sequence[Row], samples: int, seed: int) -> list[Row]:
     if samples >= len(rows):
         return list(rows)
     return [rows[n] for n in sorted(random.Random(seed).sample(range(len(rows)), samples))]
+
+
+def unanswered(row: Row, words: int = 0) -> Row:
+    """The row without its answer, and without keys of its own, which might hold one.
+
+    Of a text row the first ``words`` words are kept, with the spaces between them.
+    """
+    match row.kind:
+        case "instruction":
+            return replace(row, output="", extra={})
+        case "completion":
+            return replace(row, completion="", extra={})
+        case "messages":
+            answered = bool(row.messages) and row.messages[-1].role == "assistant"
+            return replace(row, messages=row.messages[:-1] if answered else row.messages, extra={})
+        case "text":
+            found = re.match(rf"\s*(?:\S+\s*){{0,{words}}}", row.text)
+            return replace(row, text=found.group().rstrip() if found else "", extra={})
+
+
+def read_prompts(path: str | Path) -> list[Row]:
+    """The prompts of a data file, whose rows may lack their answers: unanswered rows, text rows whole.
+
+    A conversation without an answer ends with the user's turn.
+
+    Raises:
+        DataError: as :func:`read_rows`.
+    """
+    path = Path(path)
+    text = _read_text(path)
+    if path.suffix.lower() == ".txt":
+        return _paragraphs(path, text)
+    rows: list[Row] = []
+    problems: list[Problem] = []
+    for where, record in _records(path, text, problems):
+        row = _to_row(where, _with_answer(record), problems)
+        if row is not None:
+            rows.append(row if row.kind == "text" else unanswered(row))
+    if problems:
+        raise DataError(problems)
+    if not rows:
+        raise DataError([Problem(str(path), "has no rows", _SHAPES)])
+    return rows
+
+
+def _with_answer(record: Any) -> Any:
+    """The record with something in the place of its answer, so that it passes for a row."""
+    if not isinstance(record, dict):
+        return record
+    messages = record.get("messages")
+    if isinstance(messages, list) and messages:
+        last = messages[-1]
+        if isinstance(last, dict) and last.get("role") != "assistant":
+            return {**record, "messages": [*messages, {"role": "assistant", "content": "-"}]}
+        return record
+    if "instruction" in record:
+        return {**record, "output": "-"}
+    if "prompt" in record and not isinstance(record["prompt"], list):
+        return {**record, "completion": "-"}
+    return record
 
 
 def fingerprint_rows(rows: Sequence[Row]) -> str:
@@ -476,7 +540,8 @@ def encode_rows(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, cutoff:
             head, tail = encode_pair(tokenizer, prompt, scored + suffix, special=special)
         else:
             head, tail = [], prompt_ids(tokenizer, scored, special=special)
-        if eos is not None and not suffix.strip() and (not tail or tail[-1] != eos):
+        ends = not suffix.strip() and not row.extra.get(UNFINISHED)
+        if eos is not None and ends and (not tail or tail[-1] != eos):
             tail = [*tail, eos]
         ids = (head + tail)[:cutoff]
         labels = list(ids)
@@ -516,8 +581,8 @@ def encode(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, cutoff: int 
     Labels equal the input ids (the model shifts them) and are -100 where no loss is taken: the first token,
     and the prompt of ``completion`` and ``messages`` rows (as TRL does). Instruction rows learn prompt and
     answer (as the paper's scripts do), text rows all of it. BOS is added as the tokenizer adds it, EOS after
-    the completion unless the chat template ends the turn itself. Examples longer than ``cutoff`` tokens lose
-    their end.
+    the completion unless the chat template ends the turn itself, or the row has ``"unfinished": true``. Examples
+    longer than ``cutoff`` tokens lose their end.
 
     Raises:
         DataError: as :func:`encode_rows`.

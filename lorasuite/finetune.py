@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from lorasuite.distillation import SoftLabels
+
 logger = logging.getLogger(__name__)
 
 #: ``progress(step, total_steps, loss)``, called after each optimiser step, before a checkpoint of it is written.
@@ -68,6 +70,10 @@ class FinetuneSettings(BaseModel):
     seed: int = Field(42, ge=0, lt=2**32, description="of data order and fresh weights; the migration's if unset")
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where the device has it")
     gradient_checkpointing: bool = Field(False, description="less memory for more time")
+    distillation: float = Field(
+        0.0, ge=0, le=1, description="weight of the divergence from the teacher's distributions, where there are any"
+    )
+    distillation_temperature: float = Field(1.0, gt=0, description="of teacher and student in that divergence")
     checkpoint_steps: int | None = Field(None, ge=1, description="steps between checkpoints; None: every epoch")
 
     @model_validator(mode="after")
@@ -102,6 +108,7 @@ class FinetuneResult(BaseModel):
     peak_memory_bytes: int = Field(description="device memory (CUDA) or the process's resident set so far (CPU)")
     samples: int = Field(description="rows trained on")
     dropped: int = Field(description="rows whose completion lay wholly beyond the cut-off")
+    distilled: int = Field(description="rows trained on with the teacher's distributions")
     trainable_parameters: int
     precision: Literal["fp32", "bf16"]
     resumed_from: int | None = Field(description="step of the checkpoint this call started from; None: from scratch")
@@ -191,6 +198,16 @@ def detach_adapter(wrapped: PeftModel) -> PreTrainedModel:
     return model
 
 
+@contextlib.contextmanager
+def attached(model: PreTrainedModel, adapter: Path, device: str | torch.device = "cpu") -> Iterator[PeftModel]:
+    """The model with an adapter, unmerged, while the context lasts; raises as :func:`attach_adapter`."""
+    wrapped = attach_adapter(model, adapter, device=device)
+    try:
+        yield wrapped.eval()
+    finally:
+        detach_adapter(wrapped)
+
+
 def _changes_weights(adapter: Path) -> bool:
     """Whether PEFT changes the base's weights when it loads the adapter, as PiSSA's initialisation does."""
     from lorasuite.adapter_types import CHANGES_BASE
@@ -254,6 +271,7 @@ def finetune(
     validation_rows: Sequence[Row] | None = None,
     progress: Progress | None = None,
     trust_remote_code: bool = False,
+    soft_labels: SoftLabels | None = None,
 ) -> FinetuneResult:
     """Fine-tune an existing adapter (``adapter``) or a freshly initialised one (``lora``: the scratch control).
 
@@ -261,7 +279,8 @@ def finetune(
     checkpoints of a run in progress: called again with the same arguments after an interruption, the run goes on from
     its last complete checkpoint and ends in the same tensors (bit for bit on the CPU) as an undisturbed one;
     checkpoints of any other run found there are removed. The base's weights never change. A model passed as ``base``
-    is moved to ``device`` and otherwise given back as it came.
+    is moved to ``device`` and otherwise given back as it came. With ``soft_labels`` and ``settings.distillation`` the
+    loss of the rows they know is :func:`lorasuite.distillation.distilled_loss`; ``validation_loss`` never is.
 
     Determinism: same seed, inputs and machine give the same tensors on the CPU. With ``micro_batch_size`` the loss is
     normalised by the label tokens of the whole batch, so accumulation changes it by rounding only.
@@ -306,9 +325,11 @@ def finetune(
             raise AdapterError(
                 [Problem(str(adapter or "lora"), "leaves no parameter to train", "Check its target modules")]
             )
-        start = _prepare_work_dir(work_dir, settings, encoded.examples, wrapped)
+        if not settings.distillation:
+            soft_labels = None
+        start = _prepare_work_dir(work_dir, settings, encoded.examples, wrapped, soft_labels)
         started = time.perf_counter()
-        trainer = _trainer(wrapped, encoded.examples, settings, plan, work_dir, progress)
+        trainer = _trainer(wrapped, encoded.examples, settings, plan, work_dir, progress, soft_labels)
         trainer.train(resume_from_checkpoint=str(start) if start else None)
         seconds = time.perf_counter() - started
         losses = [
@@ -336,6 +357,7 @@ def finetune(
             peak_memory_bytes=_peak_memory(plan.device),
             samples=len(encoded.examples),
             dropped=len(encoded.cut_off),
+            distilled=sum(e["input_ids"] in soft_labels for e in encoded.examples) if soft_labels else 0,
             trainable_parameters=trainable,
             precision="bf16" if plan.bf16 else "fp32",
             resumed_from=int(start.name.rpartition("-")[2]) if start else None,
@@ -494,6 +516,7 @@ def _trainer(
     plan: _Plan,
     work_dir: Path,
     progress: Progress | None,
+    soft: SoftLabels | None,
 ) -> Any:
     """A ``transformers.Trainer`` that reports to nobody, prints nothing and stops at the first bad loss."""
     import torch
@@ -509,7 +532,23 @@ def _trainer(
         def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             _mark_complete(work_dir / f"checkpoint-{state.global_step}")
 
+    from lorasuite.distillation import KNOWN, LOG_PROBS, OUTCOMES, distilled_loss
+
     class Quiet(Trainer):  # type: ignore[misc]
+        def compute_loss(
+            self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+        ) -> Any:
+            if soft is None:
+                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            taught = {name: inputs.pop(name) for name in (OUTCOMES, LOG_PROBS, KNOWN)}
+            labels = inputs.pop("labels")
+            outputs = model(**inputs)
+            count = (labels != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
+            summed = distilled_loss(
+                outputs.logits, labels, taught, soft.vocabulary, soft.temperature, settings.distillation
+            )
+            return (summed / count, outputs) if return_outputs else summed / count
+
         def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
             loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
             # The Trainer would replace a NaN in its log by an average and train on.
@@ -567,8 +606,12 @@ def _trainer(
     _ = arguments.device  # sets _n_gpu
     if plan.device.type == "cuda":
         arguments._n_gpu = 1  # several visible GPUs would otherwise mean nn.DataParallel
+
+    def collated(batch: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+        return collate(batch) if soft is None else collate(batch) | soft.batch(batch)
+
     trainer = Quiet(
-        model=wrapped, args=arguments, train_dataset=examples, data_collator=collate, callbacks=[Callbacks()]
+        model=wrapped, args=arguments, train_dataset=examples, data_collator=collated, callbacks=[Callbacks()]
     )
     trainer.remove_callback(PrinterCallback)  # prints each log to standard output
     if not trainer.model_accepts_loss_kwargs:
@@ -584,10 +627,14 @@ def _trainer(
 
 
 def _prepare_work_dir(
-    work_dir: Path, settings: FinetuneSettings, examples: list[dict[str, list[int]]], wrapped: PeftModel
+    work_dir: Path,
+    settings: FinetuneSettings,
+    examples: list[dict[str, list[int]]],
+    wrapped: PeftModel,
+    soft: SoftLabels | None,
 ) -> Path | None:
     """Claim ``work_dir`` for this run; its last complete checkpoint, or None to start from the beginning."""
-    run = {"key": _run_key(settings, examples, wrapped)}
+    run = {"key": _run_key(settings, examples, wrapped), "soft_labels": soft.digest() if soft else None}
     record = work_dir / _RUN
     try:
         same = json.loads(record.read_text(encoding="utf-8")) == run

@@ -18,7 +18,7 @@ from lorasuite.report import FLEET_RECORD, fleet_rows, write_report
 #: Settings that name a model or adapter: a directory beside the fleet file, or a Hub id.
 MODELS = ("adapter", "old_base", "new_base")
 #: Settings that name data: always files, relative to the fleet file.
-DATA = ("calibration", "train_data", "eval_data", "eval_dir", "include_path")
+DATA = ("calibration", "train_data", "prompts", "eval_data", "eval_dir", "include_path")
 
 
 class FleetPair(Strict):

@@ -17,7 +17,7 @@ from lorasuite.architectures import ROLES, Role, architectures, propose
 from lorasuite.checkpoint import Checkpoint, Weights, load_tokenizer
 from lorasuite.combination import open_adapters
 from lorasuite.config import MigrationConfig, torch_device
-from lorasuite.data import Row, calibration_texts, draw, encode_rows, read_rows
+from lorasuite.data import Row, calibration_texts, draw, encode_rows, read_prompts, read_rows, unanswered
 from lorasuite.errors import LoRASuiteError, PreflightError, Problem
 from lorasuite.estimate import estimate, measure
 from lorasuite.similarity import SMALLEST_BATCH
@@ -292,6 +292,8 @@ class Plan:
     texts: list[str]
     train: list[Row]
     evaluation: list[Row]
+    #: What the teacher answers; None: it writes from nothing, or there is none.
+    prompts: list[Row] | None = None
 
 
 def check(config: MigrationConfig) -> Plan:
@@ -313,13 +315,14 @@ def check(config: MigrationConfig) -> Plan:
     texts = _calibration(result, config)
     train = _training_rows(result, config)
     held_out = _held_out_rows(result, config)
+    prompts = _teacher(result, config) if config.teacher_samples else None
     if config.include_path is not None and not Path(config.include_path).is_dir():
         result.problems.append(Problem(config.include_path, "is not a directory", "Give one with lm-eval task files."))
     elif config.eval_tasks:
         _attempt(result, lambda: check_tasks(config.eval_tasks, *config.task_folders))
     _output(result, Path(config.output))
     result.raise_problems()
-    return Plan(result, texts, train, held_out)
+    return Plan(result, texts, train, held_out, prompts)
 
 
 def _calibration(result: Inspection, config: MigrationConfig) -> list[str]:
@@ -354,9 +357,13 @@ def _calibration(result: Inspection, config: MigrationConfig) -> list[str]:
 
 def _training_rows(result: Inspection, config: MigrationConfig) -> list[Row]:
     source = config.train_data
-    if config.method == AUTO and (source is None or not config.samples):
+    if config.method == AUTO and (source is None or not config.samples) and not config.teacher_samples:
         result.problems.append(
-            Problem("method", "auto chooses on training rows, and there are none", "Give --train-data, or a --method.")
+            Problem(
+                "method",
+                "auto chooses on training rows, and there are none",
+                "Give --train-data, --teacher-samples, or a --method.",
+            )
         )
     if source is None:
         if config.samples:
@@ -387,6 +394,42 @@ def _training_rows(result: Inspection, config: MigrationConfig) -> list[Row]:
     if tokenizer is not None:
         _attempt(result, lambda: encode_rows(rows, tokenizer, config.finetune.cutoff))
     return rows
+
+
+def _teacher(result: Inspection, config: MigrationConfig) -> list[Row] | None:
+    """What the old base with the adapter is to answer; None where nobody says."""
+    with contextlib.suppress(LoRASuiteError):  # what cannot be read has been noted
+        old = Checkpoint(config.old_base)
+        result.memory["teacher"] = FLOAT * sum(math.prod(shape) for shape in old.shapes().values())
+    tokenizer = result.old_tokenizer
+    if tokenizer is not None and tokenizer.eos_token_id is None:
+        result.problems.append(
+            Problem(
+                config.old_base, "its tokenizer has no EOS token", "The teacher's rows need one to end with: set it."
+            )
+        )
+    source = config.prompt_data
+    if source is None:
+        result.notices.append(
+            "no prompts for the teacher: it writes from nothing, which suits adapters of running text"
+        )
+        return None
+    rows: list[Row] = _attempt(result, lambda: read_prompts(source)) or []
+    words = config.teacher.text_prefix
+    distinct = set()
+    for number, row in enumerate(rows, start=1):
+        prompt = unanswered(row, words)
+        if prompt in distinct:
+            continue
+        distinct.add(prompt)
+        if tokenizer is not None and row.kind == "messages" and getattr(tokenizer, "chat_template", None) is None:
+            what = f"prompt {number} is a conversation, and the old base's tokenizer has no chat template"
+            result.problems.append(Problem(source, what, "Use rows of prompt and completion."))
+            break
+    if rows and config.teacher.temperature == 0 and len(distinct) < config.teacher_samples:
+        found = f"{len(distinct)} different prompts for {config.teacher_samples} teacher samples"
+        result.notices.append(f"{found}: greedy, there is one answer each")
+    return rows or None
 
 
 def _held_out_rows(result: Inspection, config: MigrationConfig) -> list[Row]:

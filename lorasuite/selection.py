@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from lorasuite.adapter import WEIGHTS
 from lorasuite.data import Row
 from lorasuite.errors import ConfigError, NumericalError, Problem
-from lorasuite.finetune import attach_adapter, detach_adapter, validation_loss
+from lorasuite.finetune import attached, validation_loss
 
 #: Scales tried on the best transform.
 SCALES = (0.25, 0.5, 1.5, 2.0, 4.0)
@@ -59,10 +58,10 @@ def choose(
 
     tried: list[dict[str, Any]] = [{"method": NOTHING, "scale": 0.0, "loss": loss(model)}]
     for method, folder in candidates.items():
-        with _attached(model, folder, device) as wrapped:
+        with attached(model, folder, device) as wrapped:
             tried.append({"method": method, "scale": 1.0, "loss": loss(wrapped)})
     best = min(tried[1:], key=_order)
-    with _attached(model, candidates[best["method"]], device) as wrapped:
+    with attached(model, candidates[best["method"]], device) as wrapped:
         factors = [p for name, p in wrapped.named_parameters() if "lora_B" in name]
         kept = [p.detach().clone() for p in factors]
         for scale in scales:
@@ -74,15 +73,6 @@ def choose(
 
 def _order(entry: Mapping[str, Any]) -> float:
     return float("inf") if entry["loss"] is None else float(entry["loss"])
-
-
-@contextmanager
-def _attached(model: Any, folder: Path, device: str) -> Iterator[Any]:
-    wrapped = attach_adapter(model, folder, device=device)
-    try:
-        yield wrapped
-    finally:
-        detach_adapter(wrapped)
 
 
 def write_scaled(source: Path, output: Path, scale: float) -> Path:

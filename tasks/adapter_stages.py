@@ -7,22 +7,26 @@ by their fingerprint.
 
 from __future__ import annotations
 
+import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from lorasuite.adapter import CONFIG, Adapter, fresh_config, write_adapter
 from lorasuite.architectures import ROLES
 from lorasuite.checkpoint import METER, Checkpoint, load_model, load_tokenizer
-from lorasuite.data import draw, read_rows
+from lorasuite.data import Row, draw, read_prompts, read_rows
+from lorasuite.distillation import SoftLabels, soft_labels
 from lorasuite.evaluation import EvaluationSettings, evaluate
-from lorasuite.finetune import FinetuneSettings
+from lorasuite.finetune import FinetuneSettings, attached
 from lorasuite.migration import migrate
 from lorasuite.selection import NOTHING, choose, write_scaled
 from lorasuite.serving import compare_merged
 from lorasuite.sweep import finetune_swept, split
 from lorasuite.task_evaluation import evaluate_tasks, write_task_samples
+from lorasuite.teacher import TeacherSettings, TextLoss, judge_teacher, rows_to_jsonl, text_losses, write_rows
 from tasks.pair_stages import (
     factor_reader,
     head_maps,
@@ -41,6 +45,105 @@ Settings = Mapping[str, Any]
 
 #: Written into stored adapters, which must not depend on where the base lies; publishing puts the real name.
 ANY_BASE = "base"
+
+#: Files of a teacher artifact: its rows, and the losses of the old base on them with and without the adapter.
+ROWS, LOSSES = "rows.jsonl", "losses.json"
+
+#: The old base that several adapters' teachers share, while :func:`shared_old_base` lasts.
+_shared: dict[str, Any] = {}
+_sharing: list[bool] = []
+
+
+@contextmanager
+def shared_old_base() -> Iterator[None]:
+    """Keep the old base loaded from one teacher stage of this process to the next; let it go at the end."""
+    _sharing.append(True)
+    try:
+        yield
+    finally:
+        _sharing.pop()
+        if not _sharing:
+            _shared.clear()
+
+
+@contextmanager
+def _model(side: str, where: Where) -> Iterator[Any]:
+    """A base, loaded for this stage or, of old bases, for the ones that share it."""
+    name = f"{where.path(side)} {where.device}"
+    if name in _shared:
+        yield _shared[name]
+        return
+    _shared.clear()  # one at a time
+    model = load_model(where.path(side), where.device, trust_remote_code=trusted(where))
+    if side == "old_base" and _sharing:
+        _shared[name] = model
+    yield model
+
+
+@stage("teacher")
+def teaching(inputs: Inputs, settings: Settings, where: Where) -> StageOutput:
+    """The rows that the old base with the adapter writes, and what both make of them. Knows nothing of the new base."""
+    wanted = TeacherSettings.model_validate(settings["teacher"])
+    size = int(str(where.options.get("teacher_batch", wanted.batch_size)))
+    wanted = wanted.model_copy(update={"batch_size": halved(size, where.halvings)})
+    tokenizer = load_tokenizer(where.path("old_base"), trusted(where))
+    prompts = read_prompts(where.path("prompts")) if "prompts" in inputs else None
+    with _model("old_base", where) as model:
+        with attached(model, where.path("adapter"), where.device) as teacher:
+            written = write_rows(
+                teacher,
+                tokenizer,
+                prompts,
+                settings["samples"],
+                wanted,
+                seed=settings["seed"],
+                progress=Progress("teacher's rows").step,
+            )
+            own = text_losses(teacher, tokenizer, written.rows, batch_size=wanted.batch_size)
+        bare = text_losses(model, tokenizer, written.rows, batch_size=wanted.batch_size)
+    losses = {"teacher": _dumped(own), "old": _dumped(bare)}
+    files: dict[str, Path | bytes] = {ROWS: rows_to_jsonl(written.rows), LOSSES: json.dumps(losses).encode()}
+    return StageOutput(info=written.info(), files=files)
+
+
+@stage("teacher_worth")
+def teacher_worth(inputs: Inputs, settings: Settings, where: Where) -> StageOutput:
+    """Whether the teacher is worth copying: on the training rows, or without any on what it wrote."""
+    new_tokenizer = load_tokenizer(where.path("new_base"), trusted(where))
+    labelled = "train_data" in inputs
+    if labelled:
+        rows = draw(read_rows(where.path("train_data")), settings["samples"], settings["seed"])
+        tokenizer = load_tokenizer(where.path("old_base"), trusted(where))
+        with _model("old_base", where) as model:
+            old = text_losses(model, tokenizer, rows)
+            with attached(model, where.path("adapter"), where.device) as wrapped:
+                own = text_losses(wrapped, tokenizer, rows)
+    else:
+        rows = read_rows(inputs["teacher"].file(ROWS))
+        kept = json.loads(inputs["teacher"].file(LOSSES).read_text())
+        old, own = ([loss and TextLoss.model_validate(loss) for loss in kept[name]] for name in ("old", "teacher"))
+    with _model("new_base", where) as model:
+        new = text_losses(model, new_tokenizer, rows)
+    return StageOutput(info=judge_teacher(old, own, new, labelled).model_dump(mode="json"))
+
+
+@stage("soft_labels")
+def soft_labelling(inputs: Inputs, settings: Settings, where: Where) -> StageOutput:
+    """The teacher's distribution at every token of the training rows that both tokenizers cut alike."""
+    common = shared_tokens(inputs["vocabulary"])
+    with (
+        _model("old_base", where) as model,
+        attached(model, where.path("adapter"), where.device) as teacher,
+    ):
+        found = soft_labels(
+            teacher,
+            load_tokenizer(where.path("old_base"), trusted(where)),
+            _training_rows(inputs, settings, where),
+            (common.old, common.new),
+            cutoff=settings["cutoff"],
+            temperature=settings["temperature"],
+        )
+    return StageOutput(tensors=found.tensors(), info={"rows": len(found.lengths), "tokens": len(found.tokens)})
 
 
 @stage("transform")
@@ -95,7 +198,7 @@ def transform(inputs: Inputs, settings: Settings, where: Where) -> StageOutput:
 @stage("select")
 def selection(inputs: Inputs, settings: Settings, where: Where) -> StageOutput:
     """The candidate and scale with the least loss on a held-out fifth of the training rows, or none of them."""
-    rows = draw(read_rows(where.path("train_data")), settings["samples"], settings["seed"])
+    rows = _training_rows(inputs, settings, where)
     candidates = {method: adapter_folder(inputs[f"transform_{method}"]) for method in settings["methods"]}
     tried = choose(
         load_model(where.path("new_base"), where.device, trust_remote_code=trusted(where)),
@@ -115,7 +218,7 @@ def selection(inputs: Inputs, settings: Settings, where: Where) -> StageOutput:
 @stage("finetune")
 def finetune(inputs: Inputs, settings: Settings, where: Where) -> StageOutput:
     """The light fine-tune of a migrated adapter, or of a fresh LoRA on the same rows."""
-    rows = draw(read_rows(where.path("train_data")), settings["samples"], settings["seed"])
+    rows = _training_rows(inputs, settings, where)
     fresh = settings["fresh"]  # None: start from the migrated adapter
     tuning = FinetuneSettings.model_validate(settings["finetune"])
     if where.halvings:
@@ -135,6 +238,7 @@ def finetune(inputs: Inputs, settings: Settings, where: Where) -> StageOutput:
             progress=Progress(f"fine-tuning ({'scratch' if fresh else 'migrated'})").training,
             device=where.device,
             trust_remote_code=trusted(where),
+            soft_labels=SoftLabels.from_tensors(inputs["soft_labels"].tensors()) if "soft_labels" in inputs else None,
         )
         files = _contents(Path(folder) / "adapter")
     info = {**result.model_dump(), "sweep": sweep, "micro_batch_size": tuning.micro_batch_size or tuning.batch_size}
@@ -193,6 +297,20 @@ def serving(inputs: Inputs, settings: Settings, where: Where) -> StageOutput:
         trust_remote_code=trusted(where),
     )
     return StageOutput(info={loader: served.model_dump(mode="json") for loader, served in found.items()})
+
+
+def _training_rows(inputs: Inputs, settings: Settings, where: Where) -> list[Row]:
+    """The user's rows, drawn by the seed, then the teacher's."""
+    rows: list[Row] = []
+    if "train_data" in inputs:
+        rows += draw(read_rows(where.path("train_data")), settings["samples"], settings["seed"])
+    if "teacher" in inputs:
+        rows += read_rows(inputs["teacher"].file(ROWS))
+    return rows
+
+
+def _dumped(losses: Sequence[TextLoss | None]) -> list[dict[str, Any] | None]:
+    return [loss and loss.model_dump(mode="json") for loss in losses]
 
 
 def _smaller(settings: EvaluationSettings, where: Where) -> EvaluationSettings:

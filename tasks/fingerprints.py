@@ -22,7 +22,7 @@ from lorasuite.eval_tasks import fingerprint as fingerprint_own
 MEMORY = "fingerprints.json"
 
 #: Settings of a migration that name data.
-DATA_FILES = ("calibration", "train_data", "eval_data", "include_path")
+DATA_FILES = ("calibration", "train_data", "prompts", "eval_data", "include_path")
 #: What a PEFT adapter consists of.
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 

@@ -1,0 +1,70 @@
+"""The rows that the light fine-tune reads: the user's, those the old base with the adapter wrote, or both."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from prefect.logging.loggers import get_run_logger
+
+from flows.context import Context
+from lorasuite.config import MigrationConfig
+from lorasuite.data import unanswered
+from lorasuite.preflight import Plan
+from tasks.adapter_stages import soft_labelling, teacher_worth, teaching
+from tasks.fingerprints import fingerprint_data
+from tasks.stage import Ref
+
+TEACHER: Mapping[str, str] = {"old_model": "old_model", "old_tokenizer": "old_tokenizer", "adapter": "adapter"}
+NEW: Mapping[str, str] = {"new_model": "new_model", "new_tokenizer": "new_tokenizer"}
+
+
+@dataclass(frozen=True)
+class Training:
+    """Training rows, as the inputs of a stage."""
+
+    #: ``train_data`` and ``teacher``, whichever there is.
+    rows: dict[str, str | Ref]
+    #: ``soft_labels``, where the teacher is distilled.
+    soft: dict[str, str | Ref]
+    #: What ``migration.json`` says of the teacher.
+    teacher: dict[str, Any] | None
+
+
+def training(context: Context, settings: MigrationConfig, plan: Plan, vocabulary: Ref) -> Training:
+    """Gather the training rows; the teacher's only if it is worth copying."""
+    rows: dict[str, str | Ref] = {"train_data": fingerprint_data(plan.train)} if settings.samples else {}
+    if not settings.teacher_samples:
+        return Training(rows, {}, None)
+    drawn = {"samples": settings.samples, "seed": settings.seed}
+    written = teacher_rows(context, settings, plan)
+    worth = context.open(context.run(teacher_worth, {**NEW, **TEACHER, **rows, "teacher": written}, drawn)).info
+    teacher = {**context.open(written).info, **worth, "samples": settings.teacher_samples, "distilled": False}
+    if not worth["worth"]:
+        get_run_logger().warning("the teacher's rows are not used: %s", worth["reason"])
+        return Training(rows, {}, teacher)
+    rows["teacher"] = written
+    soft: dict[str, str | Ref] = {}
+    tuning = settings.finetune
+    if tuning.distillation and plan.inspection.vocabulary.get("common"):
+        values = {**drawn, "cutoff": tuning.cutoff, "temperature": tuning.distillation_temperature}
+        soft["soft_labels"] = context.run(soft_labelling, {**TEACHER, **rows, "vocabulary": vocabulary}, values)
+        teacher["distilled"] = context.open(soft["soft_labels"]).info
+    return Training(rows, soft, teacher)
+
+
+def teacher_rows(context: Context, settings: MigrationConfig, plan: Plan) -> Ref:
+    """The rows that the old base with the adapter writes: found, or written now."""
+    inputs: dict[str, str | Ref] = dict(TEACHER)
+    if plan.prompts is not None:
+        # Without their answers: those are not read, so they must not make another key.
+        words = settings.teacher.text_prefix
+        inputs["prompts"] = fingerprint_data([unanswered(row, words) for row in plan.prompts])
+    values = {
+        "samples": settings.teacher_samples,
+        "seed": settings.seed,
+        # How many are written at once changes nothing.
+        "teacher": settings.teacher.model_dump(mode="json", exclude={"batch_size"}),
+    }
+    return context.run(teaching, inputs, values)
