@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -140,8 +140,8 @@ class Lab:
 
     # ---------------------------------------------------------------------------------------------------- stages
 
-    def evaluate(self, cell: Cell) -> Ref:
-        """The evaluation of a cell's arm."""
+    def evaluate(self, cell: Cell) -> list[Ref]:
+        """The evaluations of a cell's arm."""
         side = "old" if cell.arm.startswith("old") else "new"
         adapter, paths = self.adapter(cell)
         inputs: dict[str, str | Ref] = {"model": f"{side}_model", "tokenizer": f"{side}_tokenizer"}
@@ -154,10 +154,10 @@ class Lab:
                 paths["include_path"] = Path(task.config.include_path)
                 inputs["include_path"] = fingerprint_folder(paths["include_path"])
             values |= {"tasks": list(task.config.eval_tasks)}
-            return self.steps.run(task_evaluation, inputs, values, cell.arm, **paths)
+            return [self.steps.run(task_evaluation, inputs, values, cell.arm, **paths)]
         paths["eval_data"] = Path(str(task.config.eval_data))
         inputs["eval_data"] = task.eval_print
-        return self.steps.run(evaluation, inputs, values, cell.arm, **paths)
+        return [self.steps.run(evaluation, inputs, values, cell.arm, **paths)]
 
     def adapter(self, cell: Cell) -> tuple[Ref | str | None, dict[str, Path]]:
         """What an arm puts on its base: an artifact, or the fingerprint of a ready adapter and its place."""
@@ -325,9 +325,9 @@ class Lab:
     def measure(self, cell: Cell) -> Measurement:
         """Run a cell, or with ``dry`` only name its stages. A training that diverges is a result, too."""
         self.steps.used.clear()
-        failed, key = "", None
+        failed, keys = "", ()
         try:
-            key = self.evaluate(cell).key
+            keys = tuple(ref.key for ref in self.evaluate(cell))
         except NumericalError as error:
             failed = str(error)
         steps = tuple(self.steps.used.values())
@@ -337,15 +337,15 @@ class Lab:
             task=cell.task,
             seed=cell.seed,
             level=dict(cell.level),
-            key=key,
+            keys=keys,
             cached=not failed and all(step.cached for step in steps),
             failed=failed,
         )
-        if self.dry or key is None:
+        if self.dry or not keys:
             return made
-        return made.model_copy(update=self._measured(cell, key, steps))
+        return made.model_copy(update=self._measured(cell, keys, steps))
 
-    def _measured(self, cell: Cell, key: str, steps: tuple[Step, ...]) -> dict[str, Any]:
+    def _measured(self, cell: Cell, keys: tuple[str, ...], steps: tuple[Step, ...]) -> dict[str, Any]:
         """What the artifacts of a cell say: its scores, and what its adapter cost."""
         store = self.steps.store
         cost: dict[str, float] = {}
@@ -361,7 +361,7 @@ class Lab:
             memory.append(manifest.run.get("max_cuda_bytes") or manifest.run.get("max_rss_bytes", 0))
             if part == "finetune":
                 rate = manifest.info["learning_rate"]
-        found = _scores(cell, store.manifest(key).info)
+        found = _scores(cell, [store.manifest(key).info for key in keys])
         return {**found, "cost": cost, "peak_memory_bytes": max(memory) or None, "learning_rate": rate}
 
 
@@ -411,12 +411,13 @@ def _miniature(pair: str | None, task: ExperimentTask, folder: Path) -> Experime
     return task.model_copy(update={name: str(path) for name, path in files.items()})
 
 
-def _scores(cell: Cell, info: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a measurement that an evaluation gives."""
+def _scores(cell: Cell, infos: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The fields of a measurement that its evaluations give."""
+    info = infos[0]
     if "bits_per_byte" not in info:  # lm-eval tasks by name
         scores: dict[str, Score] = {}
         metrics = set()
-        for task, found in info.items():
+        for task, found in (item for part in infos for item in part.items()):
             values = {name.split(",")[0]: name for name in reversed(found["metrics"])}
             metric = next((name for name in TASK_METRICS if name in values), next(iter(values), None))
             if metric is not None:
@@ -542,8 +543,10 @@ def run_experiment(file: str, output: str, only: tuple[str, ...] = (), refresh: 
     tag_run(experiment=experiment.config.name)
     fetch(str(pair.old_base), str(pair.new_base), *(source for source in ready if source))
     folder.mkdir(parents=True, exist_ok=True)
-    _check(experiment, cells, Lab(experiment, folder / "data", dry=True))
+    look = Lab(experiment, folder / "data", dry=True)
+    _check(experiment, cells, look)
     lab = Lab(experiment, folder / "data", dry=False, refresh=refreshed)
+    lab.tasks = look.tasks  # read once
     log = get_run_logger()
     found: list[Measurement] = []
     done = kept(experiment, before)

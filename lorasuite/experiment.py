@@ -32,8 +32,8 @@ Kind = Literal["lora", "dora", "adalora"]
 
 #: Settings of a migration that the pair, the tasks, the seeds and the arms decide.
 DECIDED = (
-    "adapter", "old_base", "new_base", "output", "calibration", "train_data", "eval_data", "eval_tasks", "include_path",
-    "seed", "gate", "controls", "energy",
+    "adapter", "old_base", "new_base", "output", "calibration", "train_data", "eval_data", "eval_tasks", "eval_dir",
+    "include_path", "seed", "gate", "controls", "energy",
 )  # fmt: skip
 #: Settings that decide what adapter there is to migrate, and what it is to retrain it.
 TRAINED = ("lora", "retrain")
@@ -57,6 +57,7 @@ class ExperimentTask(Strict):
     calibration: str | None = Field(None, description="texts to compare layers with; the training data if unset")
     eval_data: str | None = Field(None, description="held-out rows")
     eval_tasks: tuple[str, ...] = Field((), description="lm-eval tasks, by name; the score is their mean")
+    eval_dir: str | None = Field(None, description="rows of the paper's tasks, as <task>/test.json")
     include_path: str | None = Field(None, description="directory of lm-eval task files")
     adapter: str | None = Field(None, description="adapter of the old base to migrate, instead of training one")
     retrained: str | None = Field(None, description="adapter of the new base to compare with, instead of training one")
@@ -271,7 +272,7 @@ def _located_task(task: ExperimentTask, pair: ExperimentPair, folder: Path) -> E
     for name in ("adapter", "retrained"):
         if (source := getattr(task, name)) is not None:
             changes[name] = _located(source, folder)
-    for name in ("train_data", "calibration", "eval_data", "include_path"):
+    for name in ("train_data", "calibration", "eval_data", "eval_dir", "include_path"):
         if (source := getattr(task, name)) is not None:
             changes[name] = str(folder / Path(source).expanduser())
     return task.model_copy(update=changes)

@@ -56,7 +56,7 @@ class Measurement(_Frozen):
     task: str
     seed: int
     level: dict[str, str] = {}
-    key: str | None = Field(None, description="of its evaluation in the artifact store")
+    keys: tuple[str, ...] = Field((), description="of its evaluations in the artifact store")
     cached: bool | None = False
     failed: str = Field("", description="why there is no score")
     metric: str = ""
@@ -332,7 +332,7 @@ def _csv(found: Cells) -> str:
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     fields = ["metric", "value", "stderr", "n", "loss", "learning_rate"]
-    costs = ["pair_seconds", "transform_seconds", "finetune_seconds", "peak_memory_bytes", "failed", "key"]
+    costs = ["pair_seconds", "transform_seconds", "finetune_seconds", "peak_memory_bytes", "failed", "keys"]
     writer.writerow(["table", "task", "score_of", "arm", *levels, "seed", *fields, *costs])
     for m in found:
         scores: dict[str, Score | None] = {**m.scores} or {"": None}
@@ -341,7 +341,17 @@ def _csv(found: Cells) -> str:
             spent = [m.cost.get(part) for part in ("pair", "transform", "finetune")]
             place = [m.table, m.task, name, m.arm, *(m.level.get(level) for level in levels), m.seed]
             writer.writerow(
-                [*place, m.metric, *values, m.loss, m.learning_rate, *spent, m.peak_memory_bytes, m.failed, m.key]
+                [
+                    *place,
+                    m.metric,
+                    *values,
+                    m.loss,
+                    m.learning_rate,
+                    *spent,
+                    m.peak_memory_bytes,
+                    m.failed,
+                    " ".join(m.keys),
+                ]
             )
     return file.getvalue()
 
@@ -370,6 +380,8 @@ def draw(spec: ExperimentTable, found: Cells, path: Path) -> Path | None:
             _draw_bars(spec, members, panel)
         panel.set_title(task)
         panel.spines[["top", "right"]].set_visible(False)
+    if spec.kind == "scores" and spec.factors:
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}")
     figure.savefig(scratch, format="png")
@@ -421,7 +433,6 @@ def _draw_lines(spec: ExperimentTable, found: Cells, xs: Mapping[tuple[str, ...]
         panel.set_xticks(sorted(xs.values()), [f"{x:g}" for x in sorted(xs.values())])
         panel.minorticks_off()
     panel.set(xlabel=next(iter(spec.factors)), ylabel=_axis(spec, found))
-    panel.legend(fontsize=8)
 
 
 def _draw_bars(spec: ExperimentTable, found: Cells, panel: Any) -> None:
@@ -439,12 +450,14 @@ def _draw_bars(spec: ExperimentTable, found: Cells, panel: Any) -> None:
             errors.append(scale * math.sqrt(statistics.mean(e**2 for e in known)) if known else 0.0)
         places = [k + (n + 0.5) * width - 0.4 for k in range(len(groups))]
         panel.bar(places, heights, width * 0.92, yerr=errors, capsize=2, label=NAMES[arm])
-    panel.set_xticks(range(len(groups)), groups, fontsize=8)
     panel.set_ylabel(_axis(spec, found))
     panel.margins(y=0.12)
     if spec.factors:
+        panel.set_xticks(range(len(groups)), groups, fontsize=8)
         panel.set_xlabel(" / ".join(spec.factors))
-    panel.legend(fontsize=7)
+    else:
+        places = [(n + 0.5) * width - 0.4 for n in range(len(spec.arms))]
+        panel.set_xticks(places, [NAMES[arm] for arm in spec.arms], rotation=30, ha="right", fontsize=8)
 
 
 def _draw_cost(spec: ExperimentTable, found: Cells, panels: Sequence[Any]) -> None:
