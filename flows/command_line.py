@@ -11,7 +11,8 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -241,6 +242,38 @@ def fleet(
             result = error.result
         _print_json(result) if as_json else _show_fleet(result)
     if result["verdicts"].get("failed") or _refused(list(result["verdicts"]), fail_on):
+        raise typer.Exit(1)
+
+
+@app.command()
+def experiment(
+    file: Annotated[Path, typer.Argument(help="YAML file: a pair of bases, tasks, settings, tables")],
+    output: Annotated[Path, typer.Option(help="directory for tables and figures; an earlier run's is gone on with")],
+    only: Annotated[list[str] | None, typer.Option("--only", help="table's name (repeatable)")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="list every cell, and whether it is cached")] = False,
+    refresh: Refresh = None,
+    as_json: Json = False,
+) -> None:
+    """Run what is missing of an experiment's tables, and write them beside the paper's numbers, with figures."""
+    with _errors(as_json):
+        from flows.run_experiment import plan, run_experiment
+        from lorasuite.experiment import read_experiment
+
+        # before a flow run exists: a mistake in the file should cost nothing
+        checked = read_experiment(file)
+        names, stages = tuple(checked.tables(only or [])), tuple(refresh or ())
+        if dry_run:
+            cells = plan(checked, output, names, stages)
+            rows = [{**cell.identity(), "state": cell.state()} for cell in cells]
+            counts = Counter(cell.state() for cell in cells)
+            if as_json:
+                _print_json({"experiment": checked.config.name, "pair": checked.pair_name, "cells": rows, **counts})
+            else:
+                _show_cells(rows, counts)
+            return
+        result = run_experiment(str(file.absolute()), str(output), names, stages)
+        _print_json(result) if as_json else _show_experiment(result)
+    if result["failed"]:
         raise typer.Exit(1)
 
 
@@ -580,6 +613,29 @@ def _show_fleet(result: dict[str, Any]) -> None:
         if row["retry"]:
             console.print(f"try {row['name']} again: {row['retry']}", highlight=False, soft_wrap=True)
     console.print(f"\nreport: {result['report']}", highlight=False, soft_wrap=True)
+
+
+def _show_cells(rows: list[dict[str, Any]], counts: Mapping[str, int]) -> None:
+    table = Table("table", "factors", "task", "arm", "seed", "state")
+    for row in rows:
+        level = ", ".join(f"{name}={value}" for name, value in row["level"].items())
+        table.add_row(row["table"], level, row["task"], row["arm"], str(row["seed"]), row["state"])
+    console = Console()
+    console.print(table)
+    console.print(", ".join(f"{count} {state}" for state, count in counts.items()), highlight=False)
+
+
+def _show_experiment(result: dict[str, Any]) -> None:
+    console = Console()
+    for found in result["tables"].values():
+        table = Table(*found["columns"], title=found["title"])
+        for row in found["rows"]:
+            table.add_row(*row)
+        console.print(table)
+    console.print(f"{result['cells']} cells: {result['computed']} computed, {result['cached']} cached")
+    for failure in result["failed"]:
+        console.print(f"{failure['cell']}: {failure['reason']}", style="red", markup=False, highlight=False)
+    console.print(f"written to {result['output']}", highlight=False)
 
 
 def arm_seconds(result: dict[str, Any]) -> dict[str, float]:

@@ -514,12 +514,15 @@ def _adalora(folder: Path, config: Mapping[str, Any], weights: Tensors) -> Read:
     factor = alpha / (float(config["init_r"]) + 1e-5)
 
     def update(names: Mapping[str, str]) -> Update:
+        (rows, rank), columns = weights.shapes[names["B"]], weights.shapes[names["A"]][1]
+
         def read(base: Checkpoint | None) -> tuple[Tensor, Tensor]:
             A, B, E = (weights.tensor(names[side]) for side in "ABE")
+            if not rank:  # every direction was pruned: one of zeros, so that no transform has to know of rank 0
+                return B.new_zeros(rows, 1), A.new_zeros(1, columns)
             return B, A * E
 
-        rows, rank = weights.shapes[names["B"]]
-        return Update(rank, factor, (rows, weights.shapes[names["A"]][1]), read)
+        return Update(max(rank, 1), factor, (rows, columns), read)
 
     return Contents({module: update(names) for module, names in sorted(found.items())}), []
 

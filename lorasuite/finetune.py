@@ -520,7 +520,10 @@ def _trainer(
 ) -> Any:
     """A ``transformers.Trainer`` that reports to nobody, prints nothing and stops at the first bad loss."""
     import torch
+    from peft import PeftType
     from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+    adaptive = wrapped.active_peft_config.peft_type == PeftType.ADALORA
 
     class Callbacks(TrainerCallback):  # type: ignore[misc]
         """Progress after each step; the mark of completeness after each checkpoint."""
@@ -531,6 +534,10 @@ def _trainer(
 
         def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             _mark_complete(work_dir / f"checkpoint-{state.global_step}")
+
+        def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if adaptive:  # moves rank between modules; the Trainer counts the step only afterwards
+                wrapped.base_model.update_and_allocate(state.global_step + 1)
 
     from lorasuite.distillation import KNOWN, LOG_PROBS, OUTCOMES, distilled_loss
 
@@ -568,6 +575,9 @@ def _trainer(
             # PEFT's default looks for the base on the Hub at every checkpoint.
             wrapped.save_pretrained(str(output_dir), safe_serialization=True, save_embedding_layers=False)
 
+    saving = "steps" if settings.checkpoint_steps else "epoch"
+    if adaptive:
+        saving = "no"  # the importance of each direction so far is in no checkpoint: such a run begins again
     warmup: float = settings.warmup_steps or settings.warmup_ratio
     checkpointing: dict[str, Any] = {}
     if settings.gradient_checkpointing:
@@ -594,7 +604,7 @@ def _trainer(
         logging_strategy="steps",
         logging_steps=1,
         logging_nan_inf_filter=False,
-        save_strategy="steps" if settings.checkpoint_steps else "epoch",
+        save_strategy=saving,
         save_steps=settings.checkpoint_steps or 500,
         save_total_limit=2,  # the newest is not yet marked complete when the Trainer removes old ones
         report_to="none",

@@ -25,6 +25,7 @@ without a record is used. Two flows that need the same stage at once compute it 
 
 from __future__ import annotations
 
+import contextlib
 import resource
 import sys
 import time
@@ -344,6 +345,7 @@ class _Measure:
     def __init__(self) -> None:
         self.results: dict[str, Any] = {}
         self._begun = time.perf_counter()
+        _forget_peak()
         self._cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
         if self._cuda:
             for device in range(torch.cuda.device_count()):
@@ -354,13 +356,20 @@ class _Measure:
     ) -> Iterator[tuple[str, torch.Tensor]]:
         yield from tensors.items() if isinstance(tensors, Mapping) else tensors
         self.results["seconds"] = round(time.perf_counter() - self._begun, 6)
-        # of the whole process so far: the kernel keeps no peak of a part of it. macOS counts bytes, Linux KiB.
+        # of the whole process: since the stage began on Linux, since the process began elsewhere. macOS counts bytes,
+        # Linux KiB.
         unit = 1 if sys.platform == "darwin" else 1024
         self.results["max_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
         if torch.cuda.is_available() and torch.cuda.is_initialized():
             self.results["max_cuda_bytes"] = max(
                 torch.cuda.max_memory_allocated(device) for device in range(torch.cuda.device_count())
             )
+
+
+def _forget_peak() -> None:
+    """Start the process's peak of resident memory anew, where the kernel can (Linux; see proc(5), clear_refs)."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def _plain_input(value: str | Ref) -> str | dict[str, str]:

@@ -91,7 +91,7 @@ class _Stop(Exception):
 
 @dataclass
 class _Watch:
-    """What chosen blocks and modules read (``in``) and write (``out``) in a forward pass: ``(texts, tokens, width)``."""
+    """What chosen blocks and modules read (``in``) and write (``out``) at once: ``(texts, tokens, width)``."""
 
     side: Side
     seen: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)

@@ -11,6 +11,8 @@ import torch
 from peft import AdaLoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
+from lorasuite.adapter import Adapter, fresh_config, untrained
+from lorasuite.checkpoint import Checkpoint
 from lorasuite.data import IGNORED, encode
 from lorasuite.errors import AdapterError, ConfigError, DataError, NumericalError, OutputError
 from lorasuite.finetune import (
@@ -286,3 +288,20 @@ def test_validation_loss_is_the_mean_over_tokens():
                 count += 1
     assert validation_loss(model, tokenizer, rows, 256, 2) == pytest.approx(total / count, rel=1e-5)
     assert collate(encode(rows, tokenizer))["labels"].shape[0] == 5
+
+
+def test_adalora_prunes_to_its_budget_and_is_read_whatever_is_left(tmp_path):
+    model = tiny_model()
+    base = tmp_path / "base"
+    model.save_pretrained(base)
+    old = Checkpoint(base)
+    start = untrained(("q", "v", "up"), old.architecture, kind="adalora", rank=1, scaling=2.0, steps=12)
+    settings = SETTINGS.model_copy(update={"epochs": 6})
+    tune(tmp_path, settings=settings, base=model, lora=fresh_config(start))
+    saved = tensors(tmp_path / "out")
+    ranks = [value.shape[1] for name, value in saved.items() if name.endswith("lora_B")]
+    assert sum(ranks) == len(ranks) and 0 in ranks and max(ranks) > 1, "one direction a module on average"
+    adapter = Adapter.open(tmp_path / "out")
+    assert adapter.kind == "ADALORA" and not adapter.check(old)
+    norms = [adapter.update(module).norm() for module in adapter.modules]
+    assert norms.count(0) == ranks.count(0) and all(update.rank >= 1 for update in adapter.contents.updates.values())
