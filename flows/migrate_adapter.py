@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 import sys
 from collections.abc import Mapping
@@ -24,6 +25,7 @@ from lorasuite.adapter import Adapter, fresh_lora
 from lorasuite.checkpoint import Checkpoint, resolve
 from lorasuite.combination import materialise, split_sources
 from lorasuite.config import MigrationConfig, build, torch_device
+from lorasuite.errors import AdapterError, Problem
 from lorasuite.gate import BOTH, judge
 from lorasuite.harness import shared_load
 from lorasuite.preflight import AUTO, Plan, check
@@ -31,7 +33,7 @@ from lorasuite.publication import publish
 from lorasuite.selection import NOTHING
 from lorasuite.serving import check as check_serving
 from lorasuite.transforms import names, transform
-from tasks.adapter_stages import adapter_folder, finetune, selection, serving
+from tasks.adapter_stages import adapter_folder, finetune, selection, sequential_fit, serving
 from tasks.adapter_stages import transform as transform_stage
 from tasks.fingerprints import (
     fingerprint_adapter,
@@ -41,6 +43,8 @@ from tasks.fingerprints import (
 )
 from tasks.stage import Recorder, Ref, Where
 
+#: The start of a fine-tune that no adapter was migrated for.
+FRESH = "fresh"
 #: Arms the published adapter is compared with, sample by sample.
 COMPARED = (*BOTH, "scratch")
 
@@ -106,7 +110,8 @@ def migrate_adapter(config: dict[str, Any], refresh: tuple[str, ...] = ()) -> di
         moved = tuple(role for role in roles if role in new.architecture.roles)
         methods = [settings.method]
         if settings.method == AUTO:
-            usable = [m for m in names() if texts or not transform(m).aligned]
+            usable = [m for m in names() if texts or not (transform(m).aligned or transform(m).joint)]
+            usable = [m for m in usable if adapter.plain(old.architecture) or not transform(m).joint]
             methods = [m for m in usable if transform(m).fits(old.dims, new.dims, moved)]
         pair = pair_stages(context, settings.pair, texts, roles, methods)
         arms = _Arms(context, settings, plan, pair, adapter, methods)
@@ -163,6 +168,11 @@ def migrate_adapter(config: dict[str, Any], refresh: tuple[str, ...] = ()) -> di
     return {**record, "output": str(output)}
 
 
+def best_validation(info: Mapping[str, Any]) -> float:
+    """The least held-out loss of a sweep; infinite where every rate diverged."""
+    return min((e["validation_loss"] for e in info["sweep"] if e["validation_loss"] is not None), default=math.inf)
+
+
 def _memory(row: dict[str, Any]) -> int:
     return int(row["peak_memory_bytes"])
 
@@ -196,6 +206,8 @@ class _Arms:
             self.lora["output_type"] = settings.output_type
         old = Checkpoint(context.where.path("old_base")).architecture
         self.reads_vocabulary = bool(adapter.vocabulary_modules(old))
+        self.plain = adapter.plain(old)
+        self.texts = fingerprint_texts(plan.texts) if plan.texts else None
         self.measured = Measured(
             context,
             settings.evaluation,
@@ -205,6 +217,8 @@ class _Arms:
         )
         self.comparisons: list[dict[str, Any]] = []
         self.tuned: Artifact | None = None
+        #: What the published fine-tune began from.
+        self.start: str | None = None
         self.control: Artifact | None = None
 
     def run(self) -> Ref:
@@ -213,18 +227,26 @@ class _Arms:
         self.training = training(context, settings, self.plan, self.pair.vocabulary)
         candidates = {method: self._transform(method) for method in self.methods}
         self.transformed = self.moved = candidates[self.methods[0]]
-        if settings.method == AUTO and self.training.rows:
+        if settings.method == AUTO:
             self._select(candidates)
         final = self.transformed
         arms: dict[str, Ref | str | None] = {"old": None, "old+adapter": "adapter", "new": None}
         if self.method != NOTHING:
             arms["migrated"] = self.transformed
         if self.training.rows:
-            if settings.controls and (self.plan.evaluation or settings.eval_tasks):
+            scratch = None
+            swept = len(settings.learning_rates) > 1
+            if (settings.controls and (self.plan.evaluation or settings.eval_tasks)) or (
+                settings.method == AUTO and swept
+            ):
                 scratch = self._finetune("scratch")
                 self.control, arms["scratch"] = context.open(scratch), scratch
             final = self._finetune("scratch" if self.method == NOTHING else "migrated")
+            if settings.method == AUTO and swept and scratch is not None:
+                # Both were swept on the same held-out fifth: the better start is the one that is published.
+                final = min((final, scratch), key=lambda ref: best_validation(context.open(ref).info))
             self.tuned, arms["migrated+lft"] = context.open(final), final
+            self.start = self.method if final != scratch else FRESH
         with shared_load():
             for arm, adapter in arms.items():
                 self._measure(arm, adapter)
@@ -233,6 +255,8 @@ class _Arms:
         return final
 
     def _transform(self, method: str) -> Ref:
+        if transform(method).joint:
+            return self._fit(method)
         pair = self.pair.named()
         group = "alignment" if transform(method).aligned else "mlp_factors"
         groups = ("layer_", "head_", "transfer_", group, *(["vocabulary"] if self.reads_vocabulary else []))
@@ -249,11 +273,30 @@ class _Arms:
             label=method if len(self.methods) > 1 else None,
         )
 
+    def _fit(self, method: str) -> Ref:
+        """The sequential fit, which reads the calibration texts and the training rows in both bases."""
+        settings = self.settings
+        if not self.plain:
+            raise AdapterError(
+                Problem("method", "sequential moves updates of blocks only, and the adapter has more", "Use another.")
+            )
+        models = {name: name for name in ("old_model", "new_model", "old_tokenizer", "new_tokenizer", "adapter")}
+        inputs: dict[str, str | Ref] = {**models, "calibration": self.texts or "", **self.training.looked_at}
+        values = {
+            "rank": self.lora["rank"],
+            "output_type": self.lora.get("output_type", "lora"),
+            "calibration_samples": settings.pair.calibration_samples,
+            "cutoff": settings.pair.calibration_cutoff,
+            "samples": settings.samples,
+            "seed": settings.seed,
+        }
+        return self.context.run(sequential_fit, inputs, values, label=method if len(self.methods) > 1 else None)
+
     def _select(self, candidates: dict[str, Ref]) -> None:
         """Go on with the best candidate at its best scale; with a fresh LoRA where the bare base is better."""
         settings = self.settings
         inputs: dict[str, str | Ref] = {f"transform_{method}": ref for method, ref in candidates.items()}
-        inputs |= {**NEW, **self.training.rows}
+        inputs |= {**NEW, **self.training.looked_at}
         values = {
             "methods": list(candidates),
             "samples": settings.samples,
@@ -309,7 +352,8 @@ class _Arms:
             "carried": moved.get("carried", []),
             "rank": moved.get("rank", self.lora["rank"]),
             "loaded_bytes_peak": moved["loaded_bytes_peak"],
-            "finetune": None if self.tuned is None else self.tuned.info,
+            "finetune": None if self.tuned is None else {**self.tuned.info, "start": self.start},
+            "fit_residual": moved.get("fit_residual", {}),
             "control": None if self.control is None else self.control.info,
             "evaluation": self.measured.evaluation,
             "tasks": self.measured.scores,

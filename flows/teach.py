@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from prefect.logging.loggers import get_run_logger
@@ -11,12 +11,14 @@ from prefect.logging.loggers import get_run_logger
 from flows.context import Context
 from lorasuite.config import MigrationConfig
 from lorasuite.data import unanswered
-from lorasuite.preflight import Plan
+from lorasuite.preflight import AUTO, SEQUENTIAL, Plan
 from tasks.adapter_stages import soft_labelling, teacher_worth, teaching
 from tasks.fingerprints import fingerprint_data
 from tasks.stage import Ref
 
 TEACHER: Mapping[str, str] = {"old_model": "old_model", "old_tokenizer": "old_tokenizer", "adapter": "adapter"}
+#: Rows that the teacher writes where nothing is trained.
+UNTRAINED = 128
 NEW: Mapping[str, str] = {"new_model": "new_model", "new_tokenizer": "new_tokenizer"}
 
 
@@ -30,13 +32,24 @@ class Training:
     soft: dict[str, str | Ref]
     #: What ``migration.json`` says of the teacher.
     teacher: dict[str, Any] | None
+    #: Rows that are only looked at, where there is nothing to train on: by ``auto`` and the sequential fit.
+    seen: dict[str, str | Ref] = field(default_factory=dict)
+
+    @property
+    def looked_at(self) -> dict[str, str | Ref]:
+        """The rows that transforms may read and candidates are scored by."""
+        return self.rows or self.seen
 
 
 def training(context: Context, settings: MigrationConfig, plan: Plan, vocabulary: Ref) -> Training:
     """Gather the training rows; the teacher's only if it is worth copying."""
     rows: dict[str, str | Ref] = {"train_data": fingerprint_data(plan.train)} if settings.samples else {}
     if not settings.teacher_samples:
-        return Training(rows, {}, None)
+        if rows or settings.method not in (AUTO, SEQUENTIAL):
+            return Training(rows, {}, None)
+        # Without the user's rows and without fine-tuning: what the teacher writes is read, and chosen by.
+        written = teacher_rows(context, settings, plan, UNTRAINED)
+        return Training({}, {}, None, {"teacher": written})
     drawn = {"samples": settings.samples, "seed": settings.seed}
     written = teacher_rows(context, settings, plan)
     worth = context.open(context.run(teacher_worth, {**NEW, **TEACHER, **rows, "teacher": written}, drawn)).info
@@ -54,7 +67,7 @@ def training(context: Context, settings: MigrationConfig, plan: Plan, vocabulary
     return Training(rows, soft, teacher)
 
 
-def teacher_rows(context: Context, settings: MigrationConfig, plan: Plan) -> Ref:
+def teacher_rows(context: Context, settings: MigrationConfig, plan: Plan, samples: int | None = None) -> Ref:
     """The rows that the old base with the adapter writes: found, or written now."""
     inputs: dict[str, str | Ref] = dict(TEACHER)
     if plan.prompts is not None:
@@ -62,7 +75,7 @@ def teacher_rows(context: Context, settings: MigrationConfig, plan: Plan) -> Ref
         words = settings.teacher.text_prefix
         inputs["prompts"] = fingerprint_data([unanswered(row, words) for row in plan.prompts])
     values = {
-        "samples": settings.teacher_samples,
+        "samples": settings.teacher_samples if samples is None else samples,
         "seed": settings.seed,
         # How many are written at once changes nothing.
         "teacher": settings.teacher.model_dump(mode="json", exclude={"batch_size"}),

@@ -166,6 +166,11 @@ class Adapter:
                 found[located[0]][path] = located[1]
         return dict(sorted(found.items()))
 
+    def plain(self, architecture: Architecture) -> bool:
+        """Whether it holds updates of blocks only: no magnitudes, biases, saved modules or embeddings."""
+        c = self.contents
+        return not (c.magnitudes or c.biases or c.saved or c.tokens or self.vocabulary_modules(architecture))
+
     def vocabulary_modules(self, architecture: Architecture) -> list[str]:
         """Paths of the embeddings it changes, in whatever way."""
         c = self.contents

@@ -76,7 +76,7 @@ class MigrationConfig(Strict):
     )
     include_path: str | None = Field(None, description="directory of lm-eval task files, searched for --eval-tasks")
     method: str = Field(
-        "lorasuite", description="transform to use, or auto: the one that does best on a fifth of the training rows"
+        "auto", description="transform to use, or auto: whatever does best on rows held out, or none where none helps"
     )
     rank: int | None = Field(None, ge=1, description="rank of the new adapter; the old one's if unset")
     energy: float | None = Field(

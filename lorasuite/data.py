@@ -211,13 +211,14 @@ def calibration_texts(path: str | Path, tokenizer: PreTrainedTokenizerBase | Non
     Raises:
         DataError: as :func:`read_rows`.
     """
-    texts = []
-    for row in read_rows(path):
-        if row.kind == "messages" and getattr(tokenizer, "chat_template", None) is None:
-            texts.append("\n".join(message.content for message in row.messages))
-        else:
-            texts.append("".join(row.prompt_and_completion(tokenizer)))
-    return texts
+    return [whole_text(row, tokenizer) for row in read_rows(path)]
+
+
+def whole_text(row: Row, tokenizer: PreTrainedTokenizerBase | None = None) -> str:
+    """A row's prompt and completion as one string; conversations as in :func:`calibration_texts`."""
+    if row.kind == "messages" and getattr(tokenizer, "chat_template", None) is None:
+        return "\n".join(message.content for message in row.messages)
+    return "".join(row.prompt_and_completion(tokenizer))
 
 
 def draw(rows: Sequence[Row], samples: int, seed: int) -> list[Row]:

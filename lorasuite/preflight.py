@@ -27,6 +27,8 @@ from lorasuite.vocabulary import common_tokens
 
 #: The method that is chosen by measurement.
 AUTO = "auto"
+#: The transform that fits whole models in order.
+SEQUENTIAL = "sequential"
 FLOAT = 4  # bytes of a float32
 
 
@@ -315,7 +317,8 @@ def check(config: MigrationConfig) -> Plan:
     texts = _calibration(result, config)
     train = _training_rows(result, config)
     held_out = _held_out_rows(result, config)
-    prompts = _teacher(result, config) if config.teacher_samples else None
+    writes = config.teacher_samples or (config.method in (AUTO, SEQUENTIAL) and not config.samples)
+    prompts = _teacher(result, config) if writes else None
     if config.include_path is not None and not Path(config.include_path).is_dir():
         result.problems.append(Problem(config.include_path, "is not a directory", "Give one with lm-eval task files."))
     elif config.eval_tasks:
@@ -327,7 +330,7 @@ def check(config: MigrationConfig) -> Plan:
 
 def _calibration(result: Inspection, config: MigrationConfig) -> list[str]:
     source = config.calibration_data
-    if source is None and config.method != AUTO and transform(config.method).aligned:
+    if source is None and config.method != AUTO and (transform(config.method).aligned or config.method == SEQUENTIAL):
         result.problems.append(
             Problem(
                 "calibration", f"{config.method} compares activations, and there are no texts", "Give --calibration."
@@ -357,14 +360,6 @@ def _calibration(result: Inspection, config: MigrationConfig) -> list[str]:
 
 def _training_rows(result: Inspection, config: MigrationConfig) -> list[Row]:
     source = config.train_data
-    if config.method == AUTO and (source is None or not config.samples) and not config.teacher_samples:
-        result.problems.append(
-            Problem(
-                "method",
-                "auto chooses on training rows, and there are none",
-                "Give --train-data, --teacher-samples, or a --method.",
-            )
-        )
     if source is None:
         if config.samples:
             result.problems.append(

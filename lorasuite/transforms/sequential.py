@@ -170,10 +170,10 @@ def _batches(texts: Sequence[str], old: Side, new: Side, cutoff: int) -> list[_B
     found = []
     for start in range(0, len(encoded), BATCH):
         part = encoded[start : start + BATCH]
-        text = torch.tensor([n for n, (_, _, pairs) in enumerate(part) for _ in pairs])
+        which = torch.tensor([n for n, (_, _, pairs) in enumerate(part) for _ in pairs])
         at = torch.tensor([pair for _, _, pairs in part for pair in pairs])
         ids = [torch.nn.utils.rnn.pad_sequence([torch.tensor(p[side]) for p in part], True) for side in (0, 1)]
-        found.append(_Batch(ids[0], ids[1], (text, at[:, 0]), (text, at[:, 1])))
+        found.append(_Batch(ids[0], ids[1], (which, at[:, 0]), (which, at[:, 1])))
     return found
 
 
