@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from prefect.runtime import flow_run
 from artifacts import default_home
 from flows.context import Context, check_stages, fetch, tag_run
 from flows.dashboard import slug
+from flows.measure import TASK_SETTINGS
 from flows.prepare_pair import pair_stages
 from lorasuite import zoo
 from lorasuite.adapter import Adapter, untrained
@@ -26,12 +28,15 @@ from lorasuite.checkpoint import Checkpoint, load_tokenizer, resolve
 from lorasuite.config import torch_device
 from lorasuite.data import calibration_texts, read_rows
 from lorasuite.errors import LoRASuiteError, NumericalError, OutputError, PreflightError, Problem
+from lorasuite.eval_tasks import expand
 from lorasuite.experiment import Cell, Experiment, ExperimentTask, read_experiment
 from lorasuite.finetune import FinetuneSettings
 from lorasuite.gate import TASK_METRICS
+from lorasuite.harness import shared_load
 from lorasuite.preflight import inspect
 from lorasuite.results import RESULTS, Measurement, Score, kept, read_results, write_results
 from lorasuite.sweep import HELD_OUT
+from lorasuite.task_evaluation import check_tasks
 from lorasuite.transforms import transform
 from tasks.adapter_stages import adapter_folder, evaluation, finetune, task_evaluation
 from tasks.adapter_stages import transform as transform_stage
@@ -39,7 +44,7 @@ from tasks.fingerprints import (
     fingerprint_adapter,
     fingerprint_bases,
     fingerprint_data,
-    fingerprint_folder,
+    fingerprint_task,
     fingerprint_texts,
 )
 from tasks.stage import Recorder, Ref, Stage, Where
@@ -147,17 +152,20 @@ class Lab:
         inputs: dict[str, str | Ref] = {"model": f"{side}_model", "tokenizer": f"{side}_tokenizer"}
         if adapter is not None:
             inputs["adapter"] = adapter
-        task, values = self.task(cell.task), cell.settings.migration.evaluation.model_dump(mode="json")
+        task, options = self.task(cell.task), cell.settings.migration.evaluation
         paths["base"] = self.steps.where.path(f"{side}_base")
-        if task.config.eval_tasks:
-            if task.config.include_path is not None:
-                paths["include_path"] = Path(task.config.include_path)
-                inputs["include_path"] = fingerprint_folder(paths["include_path"])
-            values |= {"tasks": list(task.config.eval_tasks)}
-            return [self.steps.run(task_evaluation, inputs, values, cell.arm, **paths)]
-        paths["eval_data"] = Path(str(task.config.eval_data))
-        inputs["eval_data"] = task.eval_print
-        return [self.steps.run(evaluation, inputs, values, cell.arm, **paths)]
+        paths |= task.folders
+        if task.config.eval_data is not None:
+            inputs["eval_data"] = task.eval_print
+            return [self.steps.run(evaluation, inputs, options.model_dump(mode="json"), cell.arm, **paths)]
+        values = options.model_dump(mode="json", include=TASK_SETTINGS) | {"lm_eval": version("lm_eval")}
+        with shared_load():
+            return [
+                self.steps.run(
+                    task_evaluation, {**inputs, "task": found}, {**values, "task": name}, f"{cell.arm}, {name}", **paths
+                )
+                for name, found in task.task_prints.items()
+            ]
 
     def adapter(self, cell: Cell) -> tuple[Ref | str | None, dict[str, Path]]:
         """What an arm puts on its base: an artifact, or the fingerprint of a ready adapter and its place."""
@@ -269,7 +277,7 @@ class Lab:
         source, paths = self._source(cell)
         if isinstance(source, Ref):
             lora = cell.settings.lora
-            alpha = cell.settings.rank * (1.0 if lora.kind == "adalora" else lora.scaling)
+            alpha = cell.settings.rank * lora.scaling
             kept: dict[str, Any] = {"rank": cell.settings.rank, "alpha": alpha, "use_rslora": False}
             held = {role for m in self.old.architecture.modules if set(m.roles) & set(lora.targets) for role in m.roles}
             vocabulary = False
@@ -278,6 +286,8 @@ class Lab:
             kept = adapter.lora_settings(settings.rank or adapter.rank)
             held = set(adapter.roles(self.old.architecture))
             vocabulary = bool(adapter.vocabulary_modules(self.old.architecture))
+        if settings.output_type != "lora":
+            kept["output_type"] = settings.output_type
         roles: list[Role] = [role for role in self.old.architecture.roles if role in held]
         paths["calibration"] = Path(str(task.config.calibration or task.config.train_data))
         steps = self._with(**paths)
@@ -390,6 +400,22 @@ class TaskData:
     def eval_print(self) -> str:
         return fingerprint_data(read_rows(str(self.config.eval_data)))
 
+    @property
+    def folders(self) -> dict[str, Path]:
+        """Where the evaluation finds its rows and task files."""
+        named = {name: getattr(self.config, name) for name in ("eval_data", "eval_dir", "include_path")}
+        return {name: Path(source) for name, source in named.items() if source is not None}
+
+    @cached_property
+    def task_prints(self) -> dict[str, str]:
+        """lm-eval tasks, groups of ours by their members, and what decides each one's scores."""
+        folders = self.folders
+        check_tasks(self.config.eval_tasks, folders.get("eval_dir"), folders.get("include_path"))
+        return {
+            task: fingerprint_task(task, folders.get("eval_dir"), folders.get("include_path"))
+            for task in expand(self.config.eval_tasks)
+        }
+
     @cached_property
     def _texts(self) -> list[str]:
         reader = load_tokenizer(self.new_base, self.trust)
@@ -490,7 +516,7 @@ def _check(experiment: Experiment, cells: list[Cell], lab: Lab) -> None:
     for name in dict.fromkeys(cell.task for cell in cells):
         try:
             task = lab.task(name)
-            _ = task.rows, task.config.eval_data and task.eval_print, task.calibration_print(1)
+            _ = task.rows, task.calibration_print(1), task.eval_print if task.config.eval_data else task.task_prints
             if task.config.include_path is not None and not Path(task.config.include_path).is_dir():
                 problems.append(Problem(task.config.include_path, "is not a directory", "Give lm-eval task files."))
             if task.config.adapter is not None:

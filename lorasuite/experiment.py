@@ -30,10 +30,10 @@ ARMS: tuple[Arm, ...] = get_args(Arm)
 SEEDED: tuple[Arm, ...] = ("scratch", "migrated+lft")
 Kind = Literal["lora", "dora", "adalora"]
 
-#: Settings of a migration that the pair, the tasks, the seeds and the arms decide.
+#: Settings of a migration that the pair, the tasks, the seeds and the arms decide, or that no arm has.
 DECIDED = (
     "adapter", "old_base", "new_base", "output", "calibration", "train_data", "eval_data", "eval_tasks", "eval_dir",
-    "include_path", "seed", "gate", "controls", "energy",
+    "include_path", "seed", "gate", "controls", "energy", "teacher_samples", "prompts", "teacher",
 )  # fmt: skip
 #: Settings that decide what adapter there is to migrate, and what it is to retrain it.
 TRAINED = ("lora", "retrain")
@@ -340,7 +340,7 @@ def _settings(
 ) -> CellSettings | None:
     given = values["settings"]
     wrong = [
-        Problem(f"{where}: {name}", "is decided by the experiment", "Leave it out.")
+        Problem(f"{where}: {name}", "is no setting of an experiment", "Leave it out.")
         for name in DECIDED
         if name in given
     ]

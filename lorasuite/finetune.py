@@ -523,7 +523,9 @@ def _trainer(
     from peft import PeftType
     from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-    adaptive = wrapped.active_peft_config.peft_type == PeftType.ADALORA
+    chosen = wrapped.active_peft_config
+    # one that was migrated has its ranks, and a schedule of one step
+    adaptive = chosen.peft_type == PeftType.ADALORA and chosen.total_step > 1
 
     class Callbacks(TrainerCallback):  # type: ignore[misc]
         """Progress after each step; the mark of completeness after each checkpoint."""

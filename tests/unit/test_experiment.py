@@ -133,7 +133,7 @@ def test_every_problem_of_a_file_at_once(tmp_path: Path) -> None:
     [
         ({"settings": {"finetune": {"epoch": 3}}}, "Did you mean 'epochs'?"),
         ({"settings": {"method": "auto"}}, "auto is no method to compare"),
-        ({"settings": {"seed": 3, "output": "x"}}, "seed: is decided by the experiment"),
+        ({"settings": {"seed": 3, "output": "x"}}, "seed: is no setting of an experiment"),
         ({"settings": {"finetune_samples": 0}}, "there are arms to fine-tune"),
         ({"lora": {"targets": ["query"]}}, "Input should be 'q'"),
         ({"tables": {"t": table(factors={"pair.layers": [1]})}}, "pair.layers: unknown setting"),
@@ -145,6 +145,13 @@ def test_every_problem_of_a_file_at_once(tmp_path: Path) -> None:
 def test_a_mistake_says_what_to_do(tmp_path: Path, changes: dict[str, Any], told: str) -> None:
     with pytest.raises(ConfigError, match="(?s)" + told.replace("?", r"\?")):
         read(tmp_path, **changes)
+
+
+def test_the_example_of_the_manual_is_a_valid_file(tmp_path: Path) -> None:
+    text = (ROOT / "docs/experiments.md").read_text()
+    (tmp_path / "mine.yaml").write_text(text.split("```yaml\n")[1].split("```")[0])
+    experiment = read_experiment(tmp_path / "mine.yaml")
+    assert {cell.settings.migration.samples for cell in experiment.cells} == {100, 400}
 
 
 def measured(arm: str, value: float, seed: int = 0, **fields: Any) -> Measurement:
