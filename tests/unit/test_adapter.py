@@ -284,7 +284,7 @@ REFUSED: dict[str, Any] = {
     "something_of_a_later_version": 0.5,
     "r": 0,
     "lora_alpha": None,
-    "peft_type": "IA3",
+    "peft_type": "LILY",
 }
 
 
