@@ -21,7 +21,7 @@ from lorasuite.architectures import ATTENTION, Role
 from lorasuite.config import LFT_SAMPLES, MigrationConfig, Strict, build, read_config
 from lorasuite.errors import ConfigError, Problem, did_you_mean
 from lorasuite.finetune import FinetuneSettings
-from lorasuite.preflight import AUTO
+from lorasuite.preflight import AUTO, SEQUENTIAL
 
 Arm = Literal["old", "old+adapter", "new", "migrated", "scratch", "migrated+lft", "retrained"]
 #: The seven rows of the paper's tables, in their order.
@@ -344,15 +344,16 @@ def _settings(
         for name in DECIDED
         if name in given
     ]
-    if given.get("method") == AUTO:
-        wrong.append(Problem(f"{where}: method", "auto is no method to compare", "Name the transform."))
+    if given.get("method") in (AUTO, SEQUENTIAL):
+        what = f"{given['method']} is no layer-by-layer transform, which is what an experiment compares"
+        wrong.append(Problem(f"{where}: method", what, "Name another one."))
     fixed = {
         "adapter": "-", "output": "-", "old_base": config.pair.old_base, "new_base": config.pair.new_base,
         "train_data": config.tasks[task].train_data, "seed": seed,
     }  # fmt: skip
     made: list[Any] = []
     for model, content in (
-        (MigrationConfig, {"finetune_samples": LFT_SAMPLES, **given, **fixed}),
+        (MigrationConfig, {"method": "lorasuite", "finetune_samples": LFT_SAMPLES, **given, **fixed}),
         (Lora, values["lora"]),
         (Training, values["retrain"]),
     ):

@@ -59,6 +59,7 @@ class Small:
             "new_base": str(self.new),
             "output": str(output),
             "calibration": str(self.root / "texts.jsonl"),
+            "method": "lorasuite",
             **changes,
         }
 
@@ -66,6 +67,7 @@ class Small:
         """A fleet file; its outputs go to ``migrated`` beside it."""
         content = {
             "defaults": {
+                "method": "lorasuite",
                 "calibration": str(self.root / "texts.jsonl"),
                 "eval_data": str(self.root / "test.jsonl"),
                 "evaluation": {"generate": False},

@@ -55,7 +55,11 @@ def zoo_fleet(folder: Path) -> tuple[Path, list[str]]:
         {
             "old_base": str(zoo.pair(name).old),
             "new_base": str(zoo.pair(name).new),
-            "defaults": {"calibration": f"{name}-texts.jsonl", "evaluation": {"generate": False}},
+            "defaults": {
+                "calibration": f"{name}-texts.jsonl",
+                "method": "lorasuite",
+                "evaluation": {"generate": False},
+            },
             "adapters": rows,
         }
         for name, rows in adapters.items()
@@ -100,7 +104,9 @@ def test_what_is_missing_and_only_that(home: Path, small: Small, tmp_path: Path)
     small.fleet(file, NAMES[:2], gate={"metric": "tasks"})
     assert {row["verdict"] for row in fleet(file)[1]["adapters"]} == {"unmeasured"}
     # A directory that holds something else is not touched, and not taken for the result.
-    small.fleet(file, NAMES[:1], defaults={"rank": 2, "calibration": str(small.root / "texts.jsonl")})
+    small.fleet(
+        file, NAMES[:1], defaults={"rank": 2, "method": "lorasuite", "calibration": str(small.root / "texts.jsonl")}
+    )
     code, other = fleet(file)
     assert code == 1 and "something other than these inputs" in other["adapters"][0]["reason"]
 

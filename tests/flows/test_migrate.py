@@ -99,6 +99,7 @@ def settings(tmp_path: Path, pair: tuple[Path, Path], data: dict[str, Path], ada
             "new_base": str(pair[1]),
             "output": str(tmp_path / "out"),
             "calibration": str(data["texts"]),
+            "method": "lorasuite",
         } | changes
 
     return make
@@ -220,6 +221,19 @@ def test_auto_chooses_by_held_out_loss(home: Path, settings: Settings, data: dic
     losses = [entry["loss"] for entry in tried]
     assert losses == sorted(losses) and record["method"] == tried[0]["method"]
     assert ("migrated" in record["evaluation"]) == (record["method"] != "none")
+    assert "sequential" in {entry["method"] for entry in tried}
+
+
+def test_auto_needs_no_data_of_the_user(home: Path, settings: Settings, pair: tuple[Path, Path]) -> None:
+    """What the old base with the adapter writes is what candidates are scored by."""
+    made = {"teacher": {"max_new_tokens": 8}}
+    record = migrate_adapter(settings(method="auto", **made))
+    assert {"none", "sequential", "lorasuite"} <= {entry["method"] for entry in record["candidates"]}
+    assert record["finetune"] is None and "teacher" in states(record)
+    check_loads(Path(record["output"]), pair[1])
+    fitted = migrate_adapter(settings(method="sequential", output=f"{record['output']}-2", **made))
+    assert fitted["method"] == "sequential" and states(fitted)["teacher"] and fitted["fit_residual"]
+    check_loads(Path(fitted["output"]), pair[1])
 
 
 @pytest.mark.parametrize("method", ["procrustes", "functional"])

@@ -132,7 +132,7 @@ def test_every_problem_of_a_file_at_once(tmp_path: Path) -> None:
     ("changes", "told"),
     [
         ({"settings": {"finetune": {"epoch": 3}}}, "Did you mean 'epochs'?"),
-        ({"settings": {"method": "auto"}}, "auto is no method to compare"),
+        ({"settings": {"method": "auto"}}, "auto is no layer-by-layer transform"),
         ({"settings": {"seed": 3, "output": "x"}}, "seed: is no setting of an experiment"),
         ({"settings": {"finetune_samples": 0}}, "there are arms to fine-tune"),
         ({"lora": {"targets": ["query"]}}, "Input should be 'q'"),

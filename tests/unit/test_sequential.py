@@ -1,0 +1,111 @@
+"""The sequential fit: its regression against a dense solution, and what it does on the zoo and across families."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lorasuite import zoo
+from lorasuite.adapter import Adapter
+from lorasuite.checkpoint import Checkpoint, load_model, load_tokenizer
+from lorasuite.data import Row
+from lorasuite.errors import ConfigError, DataError
+from lorasuite.finetune import attached, validation_loss
+from lorasuite.transforms import sequential, transform
+from lorasuite.transforms.sequential import FIT_RIDGE, Fitted, Side, reduced_rank
+from tests import models
+
+
+def side(base: Path) -> Side:
+    checkpoint = Checkpoint(base)
+    return Side(load_model(base, "cpu"), load_tokenizer(base), checkpoint.architecture, checkpoint.dims)
+
+
+def fit(old: Side, new: Side, adapter: Path, rank: int, **texts: Any) -> Fitted:
+    roles = Adapter.open(adapter).roles(old.architecture)
+    return sequential.fit(old, new, partial(attached, old.model, adapter), roles, rank=rank, **texts)
+
+
+@contextmanager
+def with_updates(model: Any, fitted: Fitted) -> Iterator[Any]:
+    kept = {path: model.get_submodule(path).weight.detach().clone() for path in fitted.updates}
+    with torch.no_grad():
+        for path, update in fitted.updates.items():
+            model.get_submodule(path).weight += update.dense().float()
+        yield model
+        for path, weight in kept.items():
+            model.get_submodule(path).weight.copy_(weight)
+
+
+@pytest.mark.parametrize("rank", [2, 5])
+def test_regression_is_the_penalised_optimum(rank: int) -> None:
+    g = torch.Generator().manual_seed(0)
+    x, r = (torch.randn(40, n, generator=g, dtype=torch.float64) for n in (7, 5))
+    update, left = reduced_rank(x.T @ x, x.T @ r, (r * r).sum(), rank=rank)
+    penalty = FIT_RIDGE * float((x.T @ x).diagonal().mean())
+
+    def loss(w: torch.Tensor) -> float:
+        return float(((x @ w.T - r) ** 2).sum() + penalty * (w**2).sum())
+
+    found = update.dense()
+    assert torch.linalg.matrix_rank(found) == rank
+    assert left == pytest.approx(float(((x @ found.T - r) ** 2).sum() / (r * r).sum()))
+    if rank == 5:
+        dense = torch.linalg.solve(x.T @ x + penalty * torch.eye(7, dtype=x.dtype), x.T @ r).T
+        assert torch.allclose(found, dense, atol=1e-9)
+    for _ in range(50):  # no neighbour of the same rank does better
+        near = (update.B + 1e-3 * torch.randn(update.B.shape, generator=g, dtype=x.dtype)) @ update.A
+        assert loss(near) > loss(found)
+
+
+def test_moves_a_task_without_labels_or_gradients() -> None:
+    """On the zoo: the loss on held-out rows falls by more than half, and the new base is given back as it was."""
+    pair = zoo.pair("llama")
+    old, new = side(pair.old), side(pair.new)
+    before = {name: value.clone() for name, value in new.model.state_dict().items()}
+    rows = [row["prompt"] + row["completion"] for row in zoo.rows("llama", "mirror", "train", 96)]
+    fitted = fit(old, new, pair.adapter("mirror"), 8, calibration=zoo.texts("llama", 192), texts=rows)
+    assert all(torch.equal(value, before[name]) for name, value in new.model.state_dict().items())
+    assert set(fitted.updates) == {path for path in fitted.updates if path.split(".")[-1][0] in "qkvo"}
+    assert len(fitted.updates) == 4 * new.dims.layers and max(u.rank for u in fitted.updates.values()) == 8
+    held_out = [Row(kind="completion", **row) for row in zoo.rows("llama", "mirror", "test", 60)]
+    bare = validation_loss(new.model, new.tokenizer, held_out, 256, 32)
+    with with_updates(new.model, fitted):
+        moved = validation_loss(new.model, new.tokenizer, held_out, 256, 32)
+    assert moved < bare / 2
+
+
+@pytest.mark.parametrize("family", ["phi3", "gpt_neox", "bloom", "gpt2", "gemma3_text"])
+def test_other_architectures(family: str, tmp_path: Path) -> None:
+    """Other blocks, fused and transposed modules, norms behind projections: the updates fit and are not zero."""
+    old = side(models.build(tmp_path / "old", "llama", seed=1))
+    new = side(models.build(tmp_path / "new", family, seed=2, hidden=48, heads=6))
+    adapter = models.build_adapter(tmp_path / "a", tmp_path / "old")
+    sentences = [" ".join(f"w{(n * 7 + k * k) % 90}" for k in range(8)) for n in range(24)]
+    fitted = fit(old, new, adapter, 3, calibration=sentences, texts=sentences[:12])
+    for path, update in fitted.updates.items():
+        module = (new.architecture.locate(path) or (0, None))[1]
+        assert module is not None
+        dims = new.dims
+        rows = sum(dims.rows(role) for role in module.roles)
+        assert update.shape == (rows, dims.columns(module.roles[0])) and update.norm() > 0
+        assert 0 <= fitted.residual[path] <= 1
+
+
+def test_texts_that_do_not_pair(tmp_path: Path) -> None:
+    old = side(models.build(tmp_path / "old", "llama", seed=1))
+    adapter = models.build_adapter(tmp_path / "a", tmp_path / "old")
+    with pytest.raises(DataError, match="no position"):
+        fit(old, old, adapter, 3, calibration=[""], texts=["w1 w2"])
+
+
+def test_is_no_layer_by_layer_transform() -> None:
+    assert transform("sequential").joint
+    with pytest.raises(ConfigError, match="whole models"):
+        transform("sequential").layer(None, {})  # type: ignore[arg-type]
