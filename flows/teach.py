@@ -18,7 +18,7 @@ from tasks.stage import Ref
 
 TEACHER: Mapping[str, str] = {"old_model": "old_model", "old_tokenizer": "old_tokenizer", "adapter": "adapter"}
 #: Rows that the teacher writes where nothing is trained.
-UNTRAINED = 128
+UNTRAINED = 320
 NEW: Mapping[str, str] = {"new_model": "new_model", "new_tokenizer": "new_tokenizer"}
 
 
