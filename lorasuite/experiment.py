@@ -21,7 +21,8 @@ from lorasuite.architectures import ATTENTION, Role
 from lorasuite.config import LFT_SAMPLES, MigrationConfig, Strict, build, read_config
 from lorasuite.errors import ConfigError, Problem, did_you_mean
 from lorasuite.finetune import FinetuneSettings
-from lorasuite.preflight import AUTO, SEQUENTIAL
+from lorasuite.preflight import AUTO
+from lorasuite.transforms import names, transform
 
 Arm = Literal["old", "old+adapter", "new", "migrated", "scratch", "migrated+lft", "retrained"]
 #: The seven rows of the paper's tables, in their order.
@@ -290,10 +291,10 @@ def _cells(config: ExperimentConfig, where: str, problems: list[Problem]) -> Ite
     if _settings(base, config, next(iter(config.tasks)), config.seeds[0], where, problems) is None:
         return  # every cell would repeat it
     for key, table in config.tables.items():
-        names, levels = list(table.factors), list(table.factors.values())
+        varied, levels = list(table.factors), list(table.factors.values())
         for combination in itertools.product(*levels):
-            level = tuple((name, _shown(value)) for name, value in zip(names, combination, strict=True))
-            chosen = dict(zip(names, combination, strict=True))
+            level = tuple((name, _shown(value)) for name, value in zip(varied, combination, strict=True))
+            chosen = dict(zip(varied, combination, strict=True))
             for task in table.tasks or tuple(config.tasks):
                 values = base
                 for name, value in {**config.tasks[task].set, **table.set, **chosen}.items():
@@ -344,8 +345,10 @@ def _settings(
         for name in DECIDED
         if name in given
     ]
-    if given.get("method") in (AUTO, SEQUENTIAL):
-        what = f"{given['method']} is no layer-by-layer transform, which is what an experiment compares"
+    if given.get("method") == AUTO:
+        wrong.append(Problem(f"{where}: method", "auto is no method to compare", "Name the transform."))
+    elif given.get("method") in names() and transform(given["method"]).joint:
+        what = f"{given['method']} is fitted with stages of its own, which experiments do not have"
         wrong.append(Problem(f"{where}: method", what, "Name another one."))
     fixed = {
         "adapter": "-", "output": "-", "old_base": config.pair.old_base, "new_base": config.pair.new_base,
@@ -353,6 +356,7 @@ def _settings(
     }  # fmt: skip
     made: list[Any] = []
     for model, content in (
+        # the paper's transform: what a migration does by default, choosing one, is nothing to compare
         (MigrationConfig, {"method": "lorasuite", "finetune_samples": LFT_SAMPLES, **given, **fixed}),
         (Lora, values["lora"]),
         (Training, values["retrain"]),

@@ -100,6 +100,7 @@ def test_factors_go_over_the_table_over_the_task_over_the_file(tmp_path: Path) -
     assert found[1][0] == (("lora.targets", "q,v"), ("finetune.learning_rate", "0.2"))
     alone = read(tmp_path, tables={"plain": table(arms=["scratch"])}).cells[0]
     assert alone.settings.retrain.rows == 50, "the task's own"
+    assert alone.settings.migration.method == "lorasuite"
     assert alone.settings.retrain.finetune.learning_rate == 3e-4 and alone.settings.rank == 8
 
 
@@ -132,7 +133,8 @@ def test_every_problem_of_a_file_at_once(tmp_path: Path) -> None:
     ("changes", "told"),
     [
         ({"settings": {"finetune": {"epoch": 3}}}, "Did you mean 'epochs'?"),
-        ({"settings": {"method": "auto"}}, "auto is no layer-by-layer transform"),
+        ({"settings": {"method": "auto"}}, "auto is no method to compare"),
+        ({"settings": {"method": "sequential"}}, "stages of its own"),
         ({"settings": {"seed": 3, "output": "x"}}, "seed: is no setting of an experiment"),
         ({"settings": {"finetune_samples": 0}}, "there are arms to fine-tune"),
         ({"lora": {"targets": ["query"]}}, "Input should be 'q'"),
