@@ -145,8 +145,9 @@ def test_the_dashboard_shows_cached_stages_and_the_heat_map(up: Up, small: Small
         (shown,) = [a for a in client.read_artifacts(flow_run_filter=of_run) if (a.key or "").startswith("pair-")]
     dashboard = str(up.told["dashboard"])
     with page(1400, 1600) as seen:
-        seen.page.set_default_timeout(120_000)
+        seen.page.set_default_timeout(60_000)
         seen.page.goto(f"{dashboard}/runs/flow-run/{run.id}")
+        seen.page.get_by_role("tab", name="Task Runs").or_(seen.page.get_by_text("Task Runs", exact=True)).first.click()
         for text in ("small-old→small-new", "head_mapping", "Cached"):
             seen.page.get_by_text(text).first.wait_for()
         seen.page.goto(f"{dashboard}/artifacts/artifact/{shown.id}")
