@@ -9,3 +9,6 @@ os.environ.setdefault("DO_NOT_TRACK", "1")
 # Read by OpenMP when torch is first imported. Threads that spin while they wait make small models ten times slower on
 # a machine that has other work to do, and hardly help on one that has none.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+# Prefect's temporary server takes longer than its 20 s to start on a machine that is busy.
+os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "180")

@@ -95,6 +95,13 @@ class Loss(TypedDict):
     learning_rate: float
 
 
+class Validation(TypedDict):
+    """One point of the held-out curve: nats per label token after so many epochs."""
+
+    epoch: int
+    loss: float
+
+
 class FinetuneResult(BaseModel):
     """What a fine-tuning run did; JSON by ``model_dump()``."""
 
@@ -103,6 +110,7 @@ class FinetuneResult(BaseModel):
     steps: int = Field(description="optimiser steps, those of an interrupted first attempt included")
     learning_rate: float = Field(description="peak learning rate asked for")
     losses: list[Loss] = Field(description="one entry per step")
+    validation: list[Validation] = Field(default=[], description="held-out loss before training and after each epoch")
     validation_loss: float | None = Field(description="nats per label token after training; None without rows")
     seconds: float = Field(description="wall time of this call's training, without an interrupted first attempt")
     peak_memory_bytes: int = Field(description="device memory (CUDA) or the process's resident set so far (CPU)")
@@ -272,6 +280,7 @@ def finetune(
     progress: Progress | None = None,
     trust_remote_code: bool = False,
     soft_labels: SoftLabels | None = None,
+    stop_after: int | None = None,
 ) -> FinetuneResult:
     """Fine-tune an existing adapter (``adapter``) or a freshly initialised one (``lora``: the scratch control).
 
@@ -281,6 +290,8 @@ def finetune(
     checkpoints of any other run found there are removed. The base's weights never change. A model passed as ``base``
     is moved to ``device`` and otherwise given back as it came. With ``soft_labels`` and ``settings.distillation`` the
     loss of the rows they know is :func:`lorasuite.distillation.distilled_loss`; ``validation_loss`` never is.
+    ``stop_after`` ends the run after so many epochs, on the schedule of the whole run; 0 writes the start itself.
+    With ``validation_rows`` their loss is taken before the first step and after every epoch.
 
     Determinism: same seed, inputs and machine give the same tensors on the CPU. With ``micro_batch_size`` the loss is
     normalised by the label tokens of the whole batch, so accumulation changes it by rounding only.
@@ -327,10 +338,25 @@ def finetune(
             )
         if not settings.distillation:
             soft_labels = None
-        start = _prepare_work_dir(work_dir, settings, encoded.examples, wrapped, soft_labels)
+        start = _prepare_work_dir(work_dir, settings, encoded.examples, wrapped, soft_labels, stop_after)
         started = time.perf_counter()
-        trainer = _trainer(wrapped, encoded.examples, settings, plan, work_dir, progress, soft_labels)
-        trainer.train(resume_from_checkpoint=str(start) if start else None)
+        curve: list[Validation] = []
+
+        def validate(epoch: int) -> None:
+            if validation_rows:
+                loss = validation_loss(wrapped, tokenizer, validation_rows, settings.cutoff, plan.micro_batch)
+                curve.append(Validation(epoch=epoch, loss=loss))
+
+        def after_epoch(epoch: int) -> bool:
+            validate(epoch)
+            return stop_after is not None and epoch >= stop_after
+
+        if start is None:
+            validate(0)
+
+        trainer = _trainer(wrapped, encoded.examples, settings, plan, work_dir, progress, soft_labels, after_epoch)
+        if stop_after != 0:
+            trainer.train(resume_from_checkpoint=str(start) if start else None)
         seconds = time.perf_counter() - started
         losses = [
             Loss(step=entry["step"], loss=entry["loss"], learning_rate=entry["learning_rate"])
@@ -343,16 +369,12 @@ def finetune(
         if bad:
             remedy = f"Lower the learning rate (now {settings.learning_rate:g})"
             raise NumericalError([Problem(f"fine-tuning step {steps}", f"left {bad[0]} not finite", remedy)])
-        validation = (
-            validation_loss(wrapped, tokenizer, validation_rows, settings.cutoff, plan.micro_batch)
-            if validation_rows
-            else None
-        )
         result = FinetuneResult(
             steps=steps,
             learning_rate=settings.learning_rate,
             losses=losses,
-            validation_loss=validation,
+            validation_loss=curve[-1]["loss"] if curve else None,
+            validation=curve,
             seconds=seconds,
             peak_memory_bytes=_peak_memory(plan.device),
             samples=len(encoded.examples),
@@ -517,6 +539,7 @@ def _trainer(
     work_dir: Path,
     progress: Progress | None,
     soft: SoftLabels | None,
+    after_epoch: Callable[[int], bool],
 ) -> Any:
     """A ``transformers.Trainer`` that reports to nobody, prints nothing and stops at the first bad loss."""
     import torch
@@ -533,6 +556,10 @@ def _trainer(
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
             if progress is not None and logs and "loss" in logs:
                 progress(state.global_step, state.max_steps, float(logs["loss"]))
+
+        def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if after_epoch(round(state.epoch)):
+                control.should_training_stop = True
 
         def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             _mark_complete(work_dir / f"checkpoint-{state.global_step}")
@@ -644,9 +671,10 @@ def _prepare_work_dir(
     examples: list[dict[str, list[int]]],
     wrapped: PeftModel,
     soft: SoftLabels | None,
+    stop: int | None,
 ) -> Path | None:
     """Claim ``work_dir`` for this run; its last complete checkpoint, or None to start from the beginning."""
-    run = {"key": _run_key(settings, examples, wrapped), "soft_labels": soft.digest() if soft else None}
+    run = {"key": _run_key(settings, examples, wrapped), "soft_labels": soft.digest() if soft else None, "stop": stop}
     record = work_dir / _RUN
     try:
         same = json.loads(record.read_text(encoding="utf-8")) == run

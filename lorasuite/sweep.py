@@ -1,4 +1,4 @@
-"""Fine-tuning at the best of several learning rates, chosen on rows held out from training."""
+"""Fine-tuning at the best of several learning rates and for as long as it helps, chosen on rows held out."""
 
 from __future__ import annotations
 
@@ -35,28 +35,31 @@ def finetune_swept(
     work_dir: Path,
     **arguments: Any,
 ) -> tuple[FinetuneResult, list[dict[str, Any]]]:
-    """Fine-tune on all rows at the learning rate that did best on a held-out fifth of them.
+    """Fine-tune on all rows at the learning rate, and for the epochs, that did best on a held-out fifth of them.
 
     With one rate, or none (then the settings' own), there is nothing to choose and nothing is held out. A run that
-    diverges counts as the worst.
+    diverges counts as the worst. Where no rate at any epoch does better than the start itself, the start is kept as it
+    is: on the held-out rows the result is never worse than what it began from (a fresh LoRA begins as the bare base).
 
     Args:
         arguments: the other arguments of :func:`lorasuite.finetune.finetune`.
 
     Returns:
-        the final run, and ``{learning_rate, validation_loss}`` of each rate tried.
+        the final run, and ``{learning_rate, validation_loss, epochs, start_loss}`` of each rate tried: its best
+        held-out loss and after how many epochs, and the loss before training.
 
     Raises:
         NumericalError: if every rate diverges; otherwise as :func:`lorasuite.finetune.finetune`.
     """
     rates = list(dict.fromkeys(learning_rates)) or [settings.learning_rate]
     tried: list[dict[str, Any]] = []
+    stop: int | None = None
     if len(rates) > 1:
         train, held_out = split(rows, settings.seed)
         for rate in rates:
             with tempfile.TemporaryDirectory() as scratch:
                 try:
-                    loss = finetune(
+                    curve = finetune(
                         base,
                         tokenizer,
                         train,
@@ -65,13 +68,25 @@ def finetune_swept(
                         work_dir=work_dir / f"rate-{rate:g}",
                         validation_rows=held_out,
                         **arguments,
-                    ).validation_loss
+                    ).validation
                 except NumericalError:
-                    loss = None
-            tried.append({"learning_rate": rate, "validation_loss": loss})
+                    curve = []
+            best = min(curve, key=lambda point: point["loss"], default=None)
+            tried.append(
+                {
+                    "learning_rate": rate,
+                    "validation_loss": best and best["loss"],
+                    "epochs": best and best["epoch"],
+                    "start_loss": next((point["loss"] for point in curve if point["epoch"] == 0), None),
+                }
+            )
         finite = [entry for entry in tried if entry["validation_loss"] is not None]
         if not finite:
             raise NumericalError(Problem("learning_rates", f"training diverged at each of {rates}", "Try lower ones."))
-        rates = [min(finite, key=lambda entry: entry["validation_loss"])["learning_rate"]]
-    chosen = settings.model_copy(update={"learning_rate": rates[0]})
-    return finetune(base, tokenizer, rows, chosen, output=output, work_dir=work_dir / "final", **arguments), tried
+        chosen = min(finite, key=lambda entry: entry["validation_loss"])
+        rates, stop = [chosen["learning_rate"]], chosen["epochs"]
+    final = settings.model_copy(update={"learning_rate": rates[0]})
+    result = finetune(
+        base, tokenizer, rows, final, output=output, work_dir=work_dir / "final", stop_after=stop, **arguments
+    )
+    return result, tried

@@ -32,6 +32,7 @@ from peft import get_peft_model
 from lorasuite import zoo
 from lorasuite.adapter import fresh_config, fresh_lora
 from lorasuite.checkpoint import Checkpoint
+from lorasuite.errors import LoRASuiteError
 from lorasuite.finetune import attach_adapter
 from lorasuite.zoo import train as trained
 
@@ -68,7 +69,6 @@ def further_base(folder: Path) -> Path:
 def migrated(old: Path, new: Path, adapter: Path, method: str, output: Path, data: Path) -> Path | None:
     """The adapter on the new base without fine-tuning; None where the method does not apply."""
     from flows.migrate_adapter import migrate_adapter
-    from lorasuite.errors import LoRASuiteError
 
     if output.exists():
         return output
@@ -163,7 +163,7 @@ def write(cells: dict[str, Any], output: Path) -> None:
     for key, value in cells.items():
         name, task, arm, *rest = key.split("/")
         table[name, task][arm, int(rest[0]) if rest else 0].append(value)
-    shown = [m for m in METHODS]
+    shown = list(METHODS)
     lines = [
         "Without fine-tuning and without labels: exact match in % (loss in nats a token).", "",
         "| pair | task | bare | " + " | ".join(shown) + " | old + adapter | retrain (10k) |",
@@ -178,8 +178,8 @@ def write(cells: dict[str, Any], output: Path) -> None:
         values = [single(row, arm) for arm in ("bare", *shown, "old+adapter", "retrain")]
         lines.append(f"| {name} | {task} | " + " | ".join(values) + " |")
     lines += [
-        "", f"After fine-tuning, {EPOCHS} epochs, best of {len(RATES)} learning rates: exact match in %, mean ± standard "
-        "deviation over seeds.", "",
+        "", f"After fine-tuning, {EPOCHS} epochs, best of {len(RATES)} learning rates: exact match in %, mean ± "
+        "standard deviation over seeds.", "",
         "| pair | task | rows | " + " | ".join(STARTS) + " |", "|---" * (len(STARTS) + 3) + "|",
     ]  # fmt: skip
     for (name, task), row in table.items():

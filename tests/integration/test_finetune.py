@@ -25,6 +25,7 @@ from lorasuite.finetune import (
     save_adapter,
     validation_loss,
 )
+from lorasuite.sweep import finetune_swept
 from tests.integration.tiny import digit_rows, tiny_lora, tiny_model, tiny_tokenizer
 
 SETTINGS = FinetuneSettings(batch_size=4, epochs=2, learning_rate=5e-3)
@@ -305,3 +306,30 @@ def test_adalora_prunes_to_its_budget_and_is_read_whatever_is_left(tmp_path):
     assert adapter.kind == "ADALORA" and not adapter.check(old)
     norms = [adapter.update(module).norm() for module in adapter.modules]
     assert norms.count(0) == ranks.count(0) and all(update.rank >= 1 for update in adapter.contents.updates.values())
+
+
+def test_a_run_can_stop_after_some_epochs_of_its_schedule(tmp_path) -> None:
+    """Stopped there, it is the whole run up to there; after no epoch it is the start."""
+    held_out = digit_rows()[:4]
+    whole = tune(tmp_path, "whole", validation_rows=held_out)
+    curve = {point["epoch"]: point["loss"] for point in whole.validation}
+    assert list(curve) == [0, 1, 2] and curve[2] == whole.validation_loss
+    for epochs in (0, 1):
+        stopped = tune(tmp_path, f"stopped{epochs}", validation_rows=held_out, stop_after=epochs)
+        assert stopped.validation_loss == curve[epochs]
+        assert stopped.losses == whole.losses[: len(stopped.losses)] and bool(stopped.losses) == bool(epochs)
+
+
+@pytest.mark.parametrize("helps", [True, False])
+def test_a_sweep_is_never_worse_than_its_start(tmp_path, helps: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not helps:  # every epoch makes the held-out rows worse, whatever the rate
+        losses = iter(range(100))
+        monkeypatch.setattr("lorasuite.finetune.validation_loss", lambda *_: float(next(losses)))
+    result, tried = finetune_swept(
+        tiny_model(), tiny_tokenizer(), digit_rows(), SETTINGS, [1e-3, 5e-3], adapter=None, lora=tiny_lora(),
+        output=tmp_path / "swept", work_dir=tmp_path / "work",
+    )  # fmt: skip
+    assert all(entry["validation_loss"] <= entry["start_loss"] for entry in tried)
+    assert (result.steps > 0) == helps
+    if not helps:  # the start, whose B is zero, is written as it is
+        assert all(float(t.abs().max()) == 0 for name, t in tensors(tmp_path / "swept").items() if "lora_B" in name)
