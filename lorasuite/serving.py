@@ -89,7 +89,9 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 def _vllm(config: Mapping[str, Any], model: Mapping[str, Any], shapes: Shapes) -> Served:
     problems, notes = _class_of(model, VLLM_ARCHITECTURES, "vLLM has no LoRA support for"), []
-    rank = max([int(config["r"]), *(config.get("rank_pattern") or {}).values()])
+    # AdaLoRA's pattern lists which directions are kept
+    ranks = [sum(kept) if isinstance(kept, list) else int(kept) for kept in (config.get("rank_pattern") or {}).values()]
+    rank = max([int(config["r"]), *ranks])
     if rank > VLLM_RANKS[-1]:
         problems.append(f"rank {rank} is above {VLLM_RANKS[-1]}, the largest --max-lora-rank")
     elif rank > VLLM_DEFAULT_RANK:

@@ -413,7 +413,9 @@ class TestCommandLine:
         assert set(found["tasks"]["second"]) == {"lorasuite_boolq", "lorasuite_addsub"}
         pairs = [("base", "first"), ("base", "second"), ("first", "second")]
         assert [(row["first"], row["second"]) for row in found["comparisons"]] == [
-            pair for pair in pairs for _ in "abc"
+            pair
+            for pair in pairs
+            for _ in range(4)  # two tasks, and exact match and bits per byte of the rows
         ]
         kept = tmp_path / "one" / "samples"
         assert sorted(str(path.relative_to(kept)) for path in kept.rglob("*.jsonl"))[-3:] == [
