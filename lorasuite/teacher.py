@@ -573,7 +573,7 @@ class Worth(BaseModel):
     worth: bool
     reason: str
     measured_on: Literal["training rows", "written rows"]
-    rows: int = Field(description="rows that every model could read whole")
+    scored_rows: int = Field(description="rows that every model could read whole")
     bits_per_byte: dict[str, float] = Field(
         description="of old (the bare old base), teacher and new (the bare new base)"
     )
@@ -622,7 +622,7 @@ def judge_teacher(
         worth=worth,
         reason=reason,
         measured_on="training rows" if labelled else "written rows",
-        rows=len(whole),
+        scored_rows=len(whole),
         bits_per_byte=bits,
     )
 

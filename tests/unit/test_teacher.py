@@ -222,7 +222,9 @@ def losses(*values: float | None) -> list[TextLoss | None]:
 
 def test_worth() -> None:
     better = judge_teacher(losses(9, 9), losses(3, 4), losses(8, None), labelled=True)
-    assert better.worth and better.rows == 1 and better.bits_per_byte["teacher"] == pytest.approx(0.4328, abs=1e-4)
+    assert (
+        better.worth and better.scored_rows == 1 and better.bits_per_byte["teacher"] == pytest.approx(0.4328, abs=1e-4)
+    )
     assert not judge_teacher(losses(9), losses(8), losses(3), labelled=True).worth
     idle = judge_teacher(losses(4.001), losses(4), losses(9), labelled=False)
     assert not idle.worth and "hardly changes" in idle.reason
