@@ -6,7 +6,7 @@
 Tasks ``mirror`` and ``blend`` are the miniature Llama pair's; their prompts are the task's, without answers.
 ``sherlock`` is the pair of really pretrained tiny models of ``real_pair.py`` (``--models``, ``--text``); there the
 teacher is given the first words of passages, or nothing. Every cell fine-tunes from a fresh LoRA, or from ``--start``
-adapters, at the learning rate that does best on a fifth of its own rows, which no real row joins. ``recovered`` is
+adapters, at the learning rate that does best on a fifth of its own rows; prompts are those of as many real rows. ``recovered`` is
 ``(x − bare) / (retrain − bare)``, in exact match or in bits per byte. Results are kept in ``cells.json``: run again,
 only missing cells are computed, and of cells with the same rows (a filter that drops nothing) only one.
 """
@@ -124,7 +124,9 @@ def written(task: Task, cell: dict[str, Any]) -> tuple[list[Row], dict[str, Any]
         batch_size=64,
         min_kept=0.0,
     )
-    prompts = None if cell["source"] == "itself" else draw(task.train, cell.get("few_prompts", 10_000), cell["seed"])
+    prompts = (
+        None if cell["source"] == "itself" else draw(task.train, cell.get("few_prompts", cell["samples"]), cell["seed"])
+    )
     tokenizer = load_tokenizer(task.old)
     with attached(load_model(task.old), task.adapter) as teacher:
         begun = time.perf_counter()
@@ -184,16 +186,13 @@ def cells(task: str, seeds: Sequence[int], largest: int) -> list[dict[str, Any]]
     for seed in seeds:
         for samples in (100, 300, 1000):
             add(seed, source="prompts", samples=samples, temperature=main)
-        for samples in (100, 1000):
             add(seed, source="real", samples=samples)
+        for source in ("prompts", "real"):
+            add(seed, source=source, samples=100, epochs=12, temperature=main if source == "prompts" else None)
     for samples in (100, 300, 1000):
         for temperature in (0.0, 0.5, 0.9):
             for kept in (True, False):
                 add(first, source="prompts", samples=samples, temperature=temperature, filter=kept)
-    for epochs in (12,):
-        for samples in (100, 300):
-            add(first, source="prompts", samples=samples, temperature=main, epochs=epochs)
-            add(first, source="real", samples=samples, epochs=epochs)
     for samples in (300, 1000):
         add(first, source="itself", samples=samples, temperature=sampled)
         add(first, source="itself", samples=samples, temperature=1.0)

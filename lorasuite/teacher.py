@@ -579,7 +579,8 @@ class Worth(BaseModel):
     )
 
 
-#: Share of the old base's loss that an adapter must take away on the teacher's own text to count as one.
+#: What an adapter must take away of the old base's loss on the teacher's own text to count as one: this share, and
+#: so many bits per byte (a greedy text's loss is near zero with and without it).
 LEAST_CHANGE = 0.01
 
 
@@ -612,7 +613,7 @@ def judge_teacher(
     if labelled:
         worth = bits["teacher"] < bits["new"]
         reason = f"the teacher {'beats' if worth else 'does not beat'} the bare new base: {shown}"
-    elif bits["old"] - bits["teacher"] < LEAST_CHANGE * bits["old"]:
+    elif bits["old"] - bits["teacher"] < LEAST_CHANGE * max(bits["old"], 1.0):
         worth = False
         reason = f"the adapter hardly changes the old base: {bits['old']:.3f} bits per byte without it, {shown}"
     else:
