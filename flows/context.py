@@ -14,8 +14,10 @@ from prefect.client.orchestration import get_client
 from prefect.logging.loggers import get_run_logger
 from prefect.runtime import flow_run
 
-from artifacts import Artifact, Store
-from lorasuite.checkpoint import resolve
+from artifacts import Artifact, Store, default_home
+from lorasuite.checkpoint import Checkpoint, resolve
+from lorasuite.combination import materialise
+from lorasuite.config import MigrationConfig, torch_device
 from lorasuite.errors import ConfigError, Problem, did_you_mean
 from tasks.adapter_stages import (
     evaluation,
@@ -29,6 +31,7 @@ from tasks.adapter_stages import (
     teaching,
     transform,
 )
+from tasks.fingerprints import fingerprint_adapter, fingerprint_bases
 from tasks.pair_stages import (
     activations,
     alignment,
@@ -160,3 +163,34 @@ def base_record(source: str, fingerprint: str) -> dict[str, Any]:
         return {"id": source, "name": Path(source).resolve().name, "revision": None, "fingerprint": fingerprint}
     name, _, revision = source.partition("@")
     return {"id": name, "name": name, "revision": revision or resolve(source).name, "fingerprint": fingerprint}
+
+
+def migration_context(settings: MigrationConfig, pair: str, refreshed: frozenset[str] = frozenset()) -> Context:
+    """Where the stages of one adapter's migration run, with the fingerprints of its inputs."""
+    home = default_home()
+    paths = {"old_base": resolve(settings.old_base), "new_base": resolve(settings.new_base)}
+    paths["adapter"] = materialise(
+        settings.adapter, Checkpoint(paths["old_base"]), home / "work" / "combined", settings.allow_pickle
+    )
+    files = {
+        "calibration": settings.calibration_data,
+        "train_data": settings.train_data,
+        "prompts": settings.prompt_data,
+        "eval_data": settings.eval_data,
+        "eval_dir": settings.eval_dir,
+        "include_path": settings.include_path,
+    }
+    paths |= {name: Path(file) for name, file in files.items() if file}
+    where = Where(
+        home=home,
+        device=torch_device(settings.device),
+        paths=paths,
+        options={
+            "trust_remote_code": settings.trust_remote_code,
+            "allow_pickle": settings.allow_pickle,
+            "teacher_batch": settings.teacher.batch_size,
+        },
+    )
+    prints = fingerprint_bases(home, paths["old_base"], paths["new_base"])
+    prints["adapter"] = fingerprint_adapter(paths["adapter"], settings.allow_pickle)
+    return Context(where, prints, refreshed, pair=pair)

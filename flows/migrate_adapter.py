@@ -14,8 +14,8 @@ from prefect.logging.loggers import get_run_logger
 from prefect.runtime import flow_run
 from torch import Tensor
 
-from artifacts import Artifact, default_home
-from flows.context import Context, base_record, check_stages, fetch, tag_run
+from artifacts import Artifact
+from flows.context import Context, base_record, check_stages, fetch, migration_context, tag_run
 from flows.dashboard import show_migration, show_pair
 from flows.measure import Measured
 from flows.prepare_pair import PairRefs, pair_name, pair_record, pair_stages, timings
@@ -23,8 +23,8 @@ from flows.teach import NEW, training
 from lorasuite import ALGORITHM_VERSION
 from lorasuite.adapter import Adapter, fresh_lora
 from lorasuite.checkpoint import Checkpoint, resolve
-from lorasuite.combination import materialise, split_sources
-from lorasuite.config import MigrationConfig, build, torch_device
+from lorasuite.combination import split_sources
+from lorasuite.config import MigrationConfig, build
 from lorasuite.errors import AdapterError, Problem
 from lorasuite.gate import BOTH, judge
 from lorasuite.harness import shared_load
@@ -36,12 +36,10 @@ from lorasuite.transforms import names, transform
 from tasks.adapter_stages import adapter_folder, finetune, selection, sequential_fit, serving
 from tasks.adapter_stages import transform as transform_stage
 from tasks.fingerprints import (
-    fingerprint_adapter,
-    fingerprint_bases,
     fingerprint_migration,
     fingerprint_texts,
 )
-from tasks.stage import Recorder, Ref, Where
+from tasks.stage import Recorder, Ref
 
 #: The start of a fine-tune that no adapter was migrated for.
 FRESH = "fresh"
@@ -72,36 +70,8 @@ def migrate_adapter(config: dict[str, Any], refresh: tuple[str, ...] = ()) -> di
     tag_run(pair=pair_name(settings.old_base, settings.new_base), adapter=Path(settings.adapter).name)
     fetch(settings.old_base, settings.new_base, settings.adapter)
     plan = check(settings)
-    home = default_home()
-    paths = {
-        "old_base": resolve(settings.old_base),
-        "new_base": resolve(settings.new_base),
-    }
-    paths["adapter"] = materialise(
-        settings.adapter, Checkpoint(paths["old_base"]), home / "work" / "combined", settings.allow_pickle
-    )
-    files = {
-        "calibration": settings.calibration_data,
-        "train_data": settings.train_data,
-        "prompts": settings.prompt_data,
-        "eval_data": settings.eval_data,
-        "eval_dir": settings.eval_dir,
-        "include_path": settings.include_path,
-    }
-    paths |= {name: Path(file) for name, file in files.items() if file}
-    where = Where(
-        home=home,
-        device=torch_device(settings.device),
-        paths=paths,
-        options={
-            "trust_remote_code": settings.trust_remote_code,
-            "allow_pickle": settings.allow_pickle,
-            "teacher_batch": settings.teacher.batch_size,
-        },
-    )
-    prints = fingerprint_bases(home, paths["old_base"], paths["new_base"])
-    prints["adapter"] = fingerprint_adapter(paths["adapter"], settings.allow_pickle)
-    context = Context(where, prints, refreshed, pair=pair_name(settings.old_base, settings.new_base))
+    context = migration_context(settings, pair_name(settings.old_base, settings.new_base), refreshed)
+    paths, prints = context.where.paths, context.prints
     with Recorder() as recorder:
         adapter = Adapter.open(paths["adapter"], settings.allow_pickle)
         old, new = Checkpoint(paths["old_base"]), Checkpoint(paths["new_base"])

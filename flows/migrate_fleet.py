@@ -22,6 +22,7 @@ from flows.migrate_adapter import migrate_adapter
 from flows.migrate_adapter import run_name as migrate_adapter_name
 from flows.prepare_pair import prepare_pair
 from flows.prepare_pair import run_name as prepare_pair_name
+from flows.teach import write_ahead
 from lorasuite.adapter import Adapter
 from lorasuite.checkpoint import Checkpoint, read_json, resolve
 from lorasuite.config import MigrationConfig
@@ -103,6 +104,8 @@ def migrate_fleet(
     log.info("%d adapters: %d done before, %d to migrate", len(parts), len(done), len(missing))
     failures |= _prepare(missing, start, refreshed)
     todo = {name: config for name, config in missing.items() if name not in failures}
+    if not workers:
+        write_ahead(todo.values(), refreshed)
     begun = time.perf_counter()
     outcomes = start(
         MIGRATE,

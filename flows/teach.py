@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from prefect.logging.loggers import get_run_logger
 
-from flows.context import Context
+from flows.context import Context, fetch, migration_context
+from flows.prepare_pair import pair_name
 from lorasuite.config import MigrationConfig
 from lorasuite.data import unanswered
-from lorasuite.preflight import AUTO, SEQUENTIAL, Plan
-from tasks.adapter_stages import soft_labelling, teacher_worth, teaching
+from lorasuite.preflight import AUTO, SEQUENTIAL, Plan, check
+from tasks.adapter_stages import shared_old_base, soft_labelling, teacher_worth, teaching
 from tasks.fingerprints import fingerprint_data
 from tasks.stage import Ref
 
@@ -45,10 +46,10 @@ def training(context: Context, settings: MigrationConfig, plan: Plan, vocabulary
     """Gather the training rows; the teacher's only if it is worth copying."""
     rows: dict[str, str | Ref] = {"train_data": fingerprint_data(plan.train)} if settings.samples else {}
     if not settings.teacher_samples:
-        if rows or settings.method not in (AUTO, SEQUENTIAL):
+        if not asked(settings):
             return Training(rows, {}, None)
         # Without the user's rows and without fine-tuning: what the teacher writes is read, and chosen by.
-        written = teacher_rows(context, settings, plan, UNTRAINED)
+        written = teacher_rows(context, settings, plan)
         return Training({}, {}, None, {"teacher": written})
     drawn = {"samples": settings.samples, "seed": settings.seed}
     written = teacher_rows(context, settings, plan)
@@ -67,7 +68,14 @@ def training(context: Context, settings: MigrationConfig, plan: Plan, vocabulary
     return Training(rows, soft, teacher)
 
 
-def teacher_rows(context: Context, settings: MigrationConfig, plan: Plan, samples: int | None = None) -> Ref:
+def asked(settings: MigrationConfig) -> int:
+    """How many rows the teacher writes."""
+    if not settings.teacher_samples and not settings.samples and settings.method in (AUTO, SEQUENTIAL):
+        return UNTRAINED
+    return settings.teacher_samples
+
+
+def teacher_rows(context: Context, settings: MigrationConfig, plan: Plan) -> Ref:
     """The rows that the old base with the adapter writes: found, or written now."""
     inputs: dict[str, str | Ref] = dict(TEACHER)
     if plan.prompts is not None:
@@ -75,9 +83,27 @@ def teacher_rows(context: Context, settings: MigrationConfig, plan: Plan, sample
         words = settings.teacher.text_prefix
         inputs["prompts"] = fingerprint_data([unanswered(row, words) for row in plan.prompts])
     values = {
-        "samples": settings.teacher_samples if samples is None else samples,
+        "samples": asked(settings),
         "seed": settings.seed,
         # How many are written at once changes nothing.
         "teacher": settings.teacher.model_dump(mode="json", exclude={"batch_size"}),
     }
     return context.run(teaching, inputs, values)
+
+
+def write_ahead(configs: Iterable[MigrationConfig], refreshed: frozenset[str]) -> None:
+    """Write the teacher's rows of many adapters, one after the other, on old bases that are loaded once.
+
+    What fails here fails again in the adapter's own migration, and is reported there.
+    """
+    if teaching.name in refreshed:  # each migration writes them again
+        return
+    asking = sorted((config for config in configs if asked(config)), key=lambda config: config.old_base)
+    with shared_old_base():
+        for config in asking:
+            try:
+                fetch(config.old_base, config.new_base, config.adapter)
+                pair = pair_name(config.old_base, config.new_base)
+                teacher_rows(migration_context(config, pair), config, check(config))
+            except Exception as error:
+                get_run_logger().warning("the teacher's rows of %s: %s", config.adapter, error)

@@ -573,13 +573,14 @@ class Worth(BaseModel):
     worth: bool
     reason: str
     measured_on: Literal["training rows", "written rows"]
-    rows: int = Field(description="rows that every model could read whole")
+    scored_rows: int = Field(description="rows that every model could read whole")
     bits_per_byte: dict[str, float] = Field(
         description="of old (the bare old base), teacher and new (the bare new base)"
     )
 
 
-#: Share of the old base's loss that an adapter must take away on the teacher's own text to count as one.
+#: What an adapter must take away of the old base's loss on the teacher's own text to count as one: this share, and
+#: so many bits per byte (a greedy text's loss is near zero with and without it).
 LEAST_CHANGE = 0.01
 
 
@@ -612,7 +613,7 @@ def judge_teacher(
     if labelled:
         worth = bits["teacher"] < bits["new"]
         reason = f"the teacher {'beats' if worth else 'does not beat'} the bare new base: {shown}"
-    elif bits["old"] - bits["teacher"] < LEAST_CHANGE * bits["old"]:
+    elif bits["old"] - bits["teacher"] < LEAST_CHANGE * max(bits["old"], 1.0):
         worth = False
         reason = f"the adapter hardly changes the old base: {bits['old']:.3f} bits per byte without it, {shown}"
     else:
@@ -622,7 +623,7 @@ def judge_teacher(
         worth=worth,
         reason=reason,
         measured_on="training rows" if labelled else "written rows",
-        rows=len(whole),
+        scored_rows=len(whole),
         bits_per_byte=bits,
     )
 

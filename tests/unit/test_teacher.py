@@ -210,7 +210,7 @@ def test_text_losses_are_those_of_each_row_alone() -> None:
         ids = torch.tensor([[*tokenizer(prompt + answer)["input_ids"], tokenizer.eos_token_id]])
         log_probs = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])
         assert loss is not None and loss.bytes == len(answer)
-        assert loss.nats == pytest.approx(-float(log_probs[len(head) - 1 :].sum()), rel=1e-4)
+        assert loss.nats == pytest.approx(-log_probs[len(head) - 1 :].sum().item(), rel=1e-4)
     long = Row(kind="text", text="add " * 80)
     assert text_losses(model, tokenizer, [long, rows[0]])[0] is None
     assert total(together).nats == pytest.approx(sum(loss.nats for loss in together if loss))
@@ -222,7 +222,9 @@ def losses(*values: float | None) -> list[TextLoss | None]:
 
 def test_worth() -> None:
     better = judge_teacher(losses(9, 9), losses(3, 4), losses(8, None), labelled=True)
-    assert better.worth and better.rows == 1 and better.bits_per_byte["teacher"] == pytest.approx(0.4328, abs=1e-4)
+    assert (
+        better.worth and better.scored_rows == 1 and better.bits_per_byte["teacher"] == pytest.approx(0.4328, abs=1e-4)
+    )
     assert not judge_teacher(losses(9), losses(8), losses(3), labelled=True).worth
     idle = judge_teacher(losses(4.001), losses(4), losses(9), labelled=False)
     assert not idle.worth and "hardly changes" in idle.reason

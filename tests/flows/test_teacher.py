@@ -1,0 +1,127 @@
+"""The label-free refresh through the flows: without labels, mixed, cached, refused, and a fleet on one loaded base."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from artifacts import Store
+from flows.migrate_adapter import migrate_adapter
+from flows.migrate_fleet import migrate_fleet
+from lorasuite import zoo
+from lorasuite.errors import PreflightError
+from lorasuite.selection import write_scaled
+from tasks import adapter_stages
+from tests.flows.small import Small
+
+pytestmark = pytest.mark.usefixtures("home")
+
+TUNE: dict[str, Any] = {"epochs": 1, "batch_size": 8}
+
+
+@pytest.fixture(scope="module")
+def mirror(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Settings of a zoo adapter's migration, with prompts that lack their answers."""
+    root = tmp_path_factory.mktemp("mirror")
+    pair = zoo.pair("neox")
+    prompts = [{"prompt": row["prompt"]} for row in zoo.rows("neox", "mirror", "train", 40)]
+    zoo.write_rows(prompts, root / "prompts.jsonl")
+    zoo.write_rows(zoo.rows("neox", "mirror", "train", 12, seed=5), root / "train.jsonl")
+    zoo.write_rows([{"text": text} for text in zoo.texts("neox", 16)], root / "texts.jsonl")
+    return {
+        "adapter": str(pair.adapter("mirror")),
+        "old_base": str(pair.old),
+        "new_base": str(pair.new),
+        "calibration": str(root / "texts.jsonl"),
+        "prompts": str(root / "prompts.jsonl"),
+        "controls": False,
+        "teacher": {"max_new_tokens": 16},
+    } | {"root": root}
+
+
+def run(given: dict[str, Any], output: Path, **changes: Any) -> dict[str, Any]:
+    settings = {name: value for name, value in given.items() if name != "root"}
+    return migrate_adapter({**settings, "output": str(output), **changes})
+
+
+def cached(record: dict[str, Any]) -> dict[str, bool]:
+    return {row["stage"]: row["cached"] for row in record["timings"]}
+
+
+def test_without_labels_then_cached_then_mixed(mirror: dict[str, Any], home: Path, tmp_path: Path) -> None:
+    first = run(mirror, tmp_path / "first", teacher_samples=24, finetune={**TUNE, "distillation": 0.5})
+    teacher = first["teacher"]
+    assert teacher["rows"] == 24 and teacher["temperature"] == 0 and teacher["worth"]
+    assert teacher["measured_on"] == "written rows" and teacher["distilled"]["rows"] == 24
+    assert first["finetune"]["samples"] == first["finetune"]["distilled"] == 24 and first["finetune"]["steps"] == 3
+    key = next(row["key"] for row in first["timings"] if row["stage"] == "teacher")
+    rows = [json.loads(line) for line in Store(home).open(key).file("rows.jsonl").read_text().splitlines()]
+    truth = {row["prompt"]: row["completion"] for row in zoo.rows("neox", "mirror", "train", 40)}
+    assert sum(truth[row["prompt"]] == row["completion"] for row in rows) >= 22  # the adapter knows its task
+    # Answers beside the prompts change nothing: they are not part of the teacher's key.
+    labelled = mirror["root"] / "labelled.jsonl"
+    zoo.write_rows([{"prompt": prompt, "completion": " a wrong answer"} for prompt in truth], labelled)
+    again = run(
+        mirror, tmp_path / "again",
+        prompts=str(labelled), teacher_samples=24, finetune={**TUNE, "distillation": 0.5},
+        teacher={"max_new_tokens": 16, "batch_size": 5},
+    )  # fmt: skip
+    states = cached(again)
+    assert states["teacher"] and states["teacher_worth"] and states["soft_labels"] and states["finetune"]
+    mixed = run(
+        mirror, tmp_path / "mixed",
+        teacher_samples=24, train_data=str(mirror["root"] / "train.jsonl"), finetune_samples=12, finetune=TUNE,
+    )  # fmt: skip
+    assert cached(mixed)["teacher"] and not cached(mixed)["finetune"]
+    assert mixed["teacher"]["measured_on"] == "training rows" and mixed["finetune"]["samples"] == 36
+    assert mixed["teacher"]["rows"] == 24 and mixed["teacher"]["scored_rows"] == 12
+    assert mixed["finetune"]["distilled"] == 0 and mixed["teacher"]["distilled"] is False
+
+
+def test_a_teacher_not_worth_copying_is_not_copied(mirror: dict[str, Any], tmp_path: Path) -> None:
+    """An adapter that hardly changes its base has nothing to teach: its rows are not used, and the record says why."""
+    (tmp_path / "weak").mkdir()
+    weak = write_scaled(Path(mirror["adapter"]), tmp_path / "weak", 0.01)
+    record = run(mirror, tmp_path / "out", adapter=str(weak), teacher_samples=12)
+    assert not record["teacher"]["worth"] and "hardly changes" in record["teacher"]["reason"]
+    assert record["finetune"] is None and (tmp_path / "out" / "adapter_model.safetensors").is_file()
+
+
+def test_everything_wrong_is_said_at_once(mirror: dict[str, Any], tmp_path: Path) -> None:
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"messages": [{"role": "user", "content": "mirror"}]}\n')
+    with pytest.raises(PreflightError) as caught:
+        run(mirror, tmp_path, prompts=str(bad), teacher_samples=4, finetune_samples=3)
+    said = str(caught.value)
+    assert "no chat template" in said and "there is no training data" in said and "exists already" in said
+
+
+def test_a_fleet_shares_the_loaded_old_base(small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[str] = []
+    load = adapter_stages.load_model
+    monkeypatch.setattr(
+        adapter_stages,
+        "load_model",
+        lambda path, *rest, **named: loaded.append(path.name) or load(path, *rest, **named),
+    )
+    written: list[int] = []
+    write = adapter_stages.write_rows
+    monkeypatch.setattr(
+        adapter_stages, "write_rows", lambda *given, **named: written.append(len(loaded)) or write(*given, **named)
+    )
+    file = small.fleet(
+        tmp_path / "fleet.yaml",
+        ("one", "two"),
+        defaults={
+            "calibration": str(small.root / "texts.jsonl"),
+            "teacher_samples": 4,
+            "finetune": TUNE,
+            "teacher": {"max_new_tokens": 8, "min_kept": 0},
+        },
+    )
+    migrate_fleet(str(file))
+    assert written == [1, 1] and loaded[0] == "small-old" and "small-old" not in loaded[1:]
+    assert not adapter_stages._shared
