@@ -6,8 +6,8 @@
 Tasks ``mirror`` and ``blend`` are the miniature Llama pair's; their prompts are the task's, without answers.
 ``sherlock`` is the pair of really pretrained tiny models of ``real_pair.py`` (``--models``, ``--text``); there the
 teacher is given the first words of passages, or nothing. Every cell fine-tunes from a fresh LoRA, or from ``--start``
-adapters, at the learning rate that does best on a fifth of its own rows; prompts are those of as many real rows. ``recovered`` is
-``(x − bare) / (retrain − bare)``, in exact match or in bits per byte. Results are kept in ``cells.json``: run again,
+adapters, at the learning rate that does best on a fifth of its own rows; prompts are those of as many real rows.
+``recovered`` is ``(x − bare) / (retrain − bare)``, in exact match or in bits per byte. Results are kept in ``cells.json``: run again,
 only missing cells are computed, and of cells with the same rows (a filter that drops nothing) only one.
 """
 
