@@ -66,6 +66,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--epochs", type=float, default=3)
+    parser.add_argument("--method", default="lorasuite")
     arguments = parser.parse_args()
     output: Path = arguments.output
     output.mkdir(parents=True)
@@ -83,6 +84,7 @@ def main() -> None:
             "output": str(output / "migrated"),
             "train_data": str(output / "train.jsonl"),
             "eval_data": str(output / "test.jsonl"),
+            "method": arguments.method,
             "learning_rates": RATES,
             "finetune": {"cutoff": 384},
         }
@@ -97,7 +99,9 @@ def main() -> None:
     )
     arms = {**record["evaluation"], "retrained on everything": retrained["retrained"].summary()}
     table = {arm: {"bits_per_byte": a["bits_per_byte"], "stderr": a["bits_per_byte_stderr"]} for arm, a in arms.items()}
-    (output / "result.json").write_text(json.dumps(table, indent=2))
+    (output / "result.json").write_text(json.dumps({"arms": table, "candidates": record["candidates"]}, indent=2))
+    for entry in record["candidates"]:
+        print(f"candidate {entry['method']:18} scale {entry['scale']:<5g} {entry['loss']:.4f} nats/token")
     for arm, row in table.items():
         print(f"{arm:28} {row['bits_per_byte']:.4f} ± {row['stderr']:.4f}")
 
