@@ -7,8 +7,9 @@ Tasks ``mirror`` and ``blend`` are the miniature Llama pair's; their prompts are
 ``sherlock`` is the pair of really pretrained tiny models of ``real_pair.py`` (``--models``, ``--text``); there the
 teacher is given the first words of passages, or nothing. Every cell fine-tunes from a fresh LoRA, or from ``--start``
 adapters, at the learning rate that does best on a fifth of its own rows; prompts are those of as many real rows.
-``recovered`` is ``(x − bare) / (retrain − bare)``, in exact match or in bits per byte. Results are kept in ``cells.json``: run again,
-only missing cells are computed, and of cells with the same rows (a filter that drops nothing) only one.
+``recovered`` is ``(x − bare) / (retrain − bare)``, in exact match or in bits per byte. Results are kept in
+``cells.json``: run again, only missing cells are computed, and of cells with the same rows (a filter that drops
+nothing) only one.
 """
 
 from __future__ import annotations
@@ -182,7 +183,26 @@ def cells(task: str, seeds: Sequence[int], largest: int) -> list[dict[str, Any]]
             found.append(entry)
 
     sampled = 0.9
-    main = sampled if task == "sherlock" else 0.0
+    if task == "sherlock":  # the dear one: fewer cells
+        for seed in seeds:
+            add(seed, source="prompts", samples=100, temperature=sampled)
+            add(seed, source="real", samples=100)
+        for samples in (300, 1000):
+            add(first, source="prompts", samples=samples, temperature=sampled)
+        extras: list[tuple[str, dict[str, Any]]] = [
+            ("itself", {}),
+            ("prompts", {"words": 0}),
+            ("prompts", {"words": 8}),
+        ]
+        for source, extra in extras:
+            add(first, source=source, samples=300, temperature=sampled, **extra)
+        for temperature in (0.9, 0.5, 0.0):
+            for kept in (True, False):
+                add(first, source="prompts", samples=300, temperature=temperature, filter=kept)
+        add(first, source="prompts", samples=300, temperature=sampled, drop_unsure=0.25)
+        add(first, source="real", samples=1000)
+        return found
+    main = 0.0
     for seed in seeds:
         for samples in (100, 300, 1000):
             add(seed, source="prompts", samples=samples, temperature=main)
@@ -199,13 +219,9 @@ def cells(task: str, seeds: Sequence[int], largest: int) -> list[dict[str, Any]]
     # 30 prompts, several answers of each
     add(first, source="prompts", samples=300, temperature=sampled, few_prompts=30)
     add(first, source="prompts", samples=1000, temperature=main, drop_unsure=0.25)
-    if task == "sherlock":
-        for words in (0, 8):
-            add(first, source="prompts", samples=1000, temperature=sampled, words=words)
-    else:
-        for weight in (0.5, 1.0):
-            for samples in (100, 300):
-                add(first, source="prompts", samples=samples, temperature=0.0, distillation=weight)
+    for weight in (0.5, 1.0):
+        for samples in (100, 300):
+            add(first, source="prompts", samples=samples, temperature=0.0, distillation=weight)
     if largest >= 10_000:
         add(first, source="prompts", samples=10_000, temperature=main, epochs=1)
         add(first, source="real", samples=10_000, epochs=1)

@@ -57,7 +57,7 @@ def training(context: Context, settings: MigrationConfig, plan: Plan, vocabulary
     teacher = {**context.open(written).info, **worth, "samples": settings.teacher_samples, "distilled": False}
     if not worth["worth"]:
         get_run_logger().warning("the teacher's rows are not used: %s", worth["reason"])
-        return Training(rows, {}, teacher)
+        return Training(rows, {}, teacher, {"teacher": written})
     rows["teacher"] = written
     soft: dict[str, str | Ref] = {}
     tuning = settings.finetune

@@ -49,6 +49,8 @@ ANY_BASE = "base"
 
 #: Files of a teacher artifact: its rows, and the losses of the old base on them with and without the adapter.
 ROWS, LOSSES = "rows.jsonl", "losses.json"
+#: Rows read at once where losses or distributions are taken.
+BATCH = 16
 
 #: The old base that several adapters' teachers share, while :func:`shared_old_base` lasts.
 _shared: dict[str, Any] = {}
@@ -111,20 +113,20 @@ def teaching(inputs: Inputs, settings: Settings, where: Where) -> StageOutput:
 def teacher_worth(inputs: Inputs, settings: Settings, where: Where) -> StageOutput:
     """Whether the teacher is worth copying: on the training rows, or without any on what it wrote."""
     new_tokenizer = load_tokenizer(where.path("new_base"), trusted(where))
-    labelled = "train_data" in inputs
+    labelled, size = "train_data" in inputs, halved(BATCH, where.halvings)
     if labelled:
         rows = draw(read_rows(where.path("train_data")), settings["samples"], settings["seed"])
         tokenizer = load_tokenizer(where.path("old_base"), trusted(where))
         with _model("old_base", where) as model:
-            old = text_losses(model, tokenizer, rows)
+            old = text_losses(model, tokenizer, rows, batch_size=size)
             with attached(model, where.path("adapter"), where.device) as wrapped:
-                own = text_losses(wrapped, tokenizer, rows)
+                own = text_losses(wrapped, tokenizer, rows, batch_size=size)
     else:
         rows = read_rows(inputs["teacher"].file(ROWS))
         kept = json.loads(inputs["teacher"].file(LOSSES).read_text())
         old, own = ([loss and TextLoss.model_validate(loss) for loss in kept[name]] for name in ("old", "teacher"))
     with _model("new_base", where) as model:
-        new = text_losses(model, new_tokenizer, rows)
+        new = text_losses(model, new_tokenizer, rows, batch_size=size)
     return StageOutput(info=judge_teacher(old, own, new, labelled).model_dump(mode="json"))
 
 
@@ -143,6 +145,7 @@ def soft_labelling(inputs: Inputs, settings: Settings, where: Where) -> StageOut
             (common.old, common.new),
             cutoff=settings["cutoff"],
             temperature=settings["temperature"],
+            batch_size=halved(BATCH, where.halvings),
         )
     return StageOutput(tensors=found.tensors(), info={"rows": len(found.lengths), "tokens": len(found.tokens)})
 

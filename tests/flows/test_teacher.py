@@ -38,6 +38,7 @@ def mirror(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "calibration": str(root / "texts.jsonl"),
         "prompts": str(root / "prompts.jsonl"),
         "controls": False,
+        "method": "procrustes",
         "teacher": {"max_new_tokens": 16},
     } | {"root": root}
 
@@ -117,6 +118,7 @@ def test_a_fleet_shares_the_loaded_old_base(small: Small, tmp_path: Path, monkey
         ("one", "two"),
         defaults={
             "calibration": str(small.root / "texts.jsonl"),
+            "method": "lorasuite",
             "teacher_samples": 4,
             "finetune": TUNE,
             "teacher": {"max_new_tokens": 8, "min_kept": 0},
