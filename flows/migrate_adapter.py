@@ -189,6 +189,8 @@ class _Arms:
         self.tuned: Artifact | None = None
         #: What the published fine-tune began from.
         self.start: str | None = None
+        #: Held-out loss of each start's best fine-tune, where there was a sweep; None where it diverged.
+        self.starts: dict[str, float | None] = {}
         self.control: Artifact | None = None
 
     def run(self) -> Ref:
@@ -211,12 +213,23 @@ class _Arms:
             ):
                 scratch = self._finetune("scratch")
                 self.control, arms["scratch"] = context.open(scratch), scratch
-            final = self._finetune("scratch" if self.method == NOTHING else "migrated")
-            if settings.method == AUTO and swept and scratch is not None:
-                # Both were swept on the same held-out fifth: the better start is the one that is published.
-                final = min((final, scratch), key=lambda ref: best_validation(context.open(ref).info))
-            self.tuned, arms["migrated+lft"] = context.open(final), final
-            self.start = self.method if final != scratch else FRESH
+            final = scratch = scratch or (self._finetune("scratch") if self.method == NOTHING else None)
+            begun = {} if scratch is None else {scratch: FRESH}
+            if self.method != NOTHING:
+                final = self._finetune("migrated")
+                begun[final] = self.method
+            if settings.method == AUTO and swept:
+                # What does best untrained is not always the best start, so the runner-up and a fresh LoRA are tried,
+                # too. All are swept on the same held-out fifth: the best of them is the one that is published.
+                second = self._second()
+                if second is not None:
+                    begun[self._finetune("second", candidates[second])] = second
+                final = min(begun, key=lambda ref: best_validation(context.open(ref).info))
+            assert final is not None
+            if swept:
+                losses = {start: best_validation(context.open(ref).info) for ref, start in begun.items()}
+                self.starts = {start: loss if math.isfinite(loss) else None for start, loss in losses.items()}
+            self.tuned, arms["migrated+lft"], self.start = context.open(final), final, begun[final]
         with shared_load():
             for arm, adapter in arms.items():
                 self._measure(arm, adapter)
@@ -279,18 +292,28 @@ class _Arms:
         best = next(entry["method"] for entry in self.candidates if entry["method"] != NOTHING)
         self.moved = candidates[best]
 
+    def _second(self) -> str | None:
+        """The transform that did best but for the chosen one, unscaled; None where the bare base does better."""
+        for entry in self.candidates:
+            if entry["method"] == NOTHING or entry["loss"] is None:
+                return None
+            if entry["method"] != self.method:
+                return str(entry["method"])
+        return None
+
     def _fresh(self) -> dict[str, Any]:
         new = Checkpoint(self.context.where.path("new_base"))
         return fresh_lora(adapter_folder(self.context.open(self.moved)), new.architecture)
 
-    def _finetune(self, start: str) -> Ref:
+    def _finetune(self, start: str, begun: Ref | None = None) -> Ref:
+        """From a fresh LoRA (``scratch``), from what was chosen, or from another transform's adapter."""
         settings, context = self.settings, self.context
         inputs: dict[str, str | Ref] = {**NEW, **self.training.rows, **self.training.soft}
-        if start == "migrated":
-            inputs["transform"] = self.transformed
+        if start != "scratch":
+            inputs["transform"] = begun or self.transformed
         values = {
             # A fresh LoRA depends on nothing of the adapter but its size and modules.
-            "fresh": None if start == "migrated" else self._fresh(),
+            "fresh": self._fresh() if start == "scratch" else None,
             "samples": settings.samples,
             "seed": settings.seed,
             "finetune": settings.finetune.model_dump(mode="json"),
@@ -322,7 +345,7 @@ class _Arms:
             "carried": moved.get("carried", []),
             "rank": moved.get("rank", self.lora["rank"]),
             "loaded_bytes_peak": moved["loaded_bytes_peak"],
-            "finetune": None if self.tuned is None else {**self.tuned.info, "start": self.start},
+            "finetune": None if self.tuned is None else {**self.tuned.info, "start": self.start, "starts": self.starts},
             "fit_residual": moved.get("fit_residual", {}),
             "control": None if self.control is None else self.control.info,
             "evaluation": self.measured.evaluation,
