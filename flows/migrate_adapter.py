@@ -219,11 +219,10 @@ class _Arms:
                 final = self._finetune("migrated")
                 begun[final] = self.method
             if settings.method == AUTO and swept:
-                # What does best untrained is not always the best start, so the runner-up and a fresh LoRA are tried,
-                # too. All are swept on the same held-out fifth: the best of them is the one that is published.
-                second = self._second()
-                if second is not None:
-                    begun[self._finetune("second", candidates[second])] = second
+                # What does best untrained is not always the best start, so runners-up and a fresh LoRA are tried, too.
+                # All are swept on the same held-out fifth: the best of them is the one that is published.
+                for method in self._others():
+                    begun[self._finetune(method, candidates[method])] = method
                 final = min(begun, key=lambda ref: best_validation(context.open(ref).info))
             assert final is not None
             if swept:
@@ -292,14 +291,11 @@ class _Arms:
         best = next(entry["method"] for entry in self.candidates if entry["method"] != NOTHING)
         self.moved = candidates[best]
 
-    def _second(self) -> str | None:
-        """The transform that did best but for the chosen one, unscaled; None where the bare base does better."""
-        for entry in self.candidates:
-            if entry["method"] == NOTHING or entry["loss"] is None:
-                return None
-            if entry["method"] != self.method:
-                return str(entry["method"])
-        return None
+    def _others(self) -> list[str]:
+        """Transforms to start from beside the chosen one, the least untrained loss first, each at scale 1."""
+        found = dict.fromkeys(entry["method"] for entry in self.candidates if entry["loss"] is not None)
+        others = [method for method in found if method not in (NOTHING, self.method)]
+        return others[: max(self.settings.starts - (self.method != NOTHING), 0)]
 
     def _fresh(self) -> dict[str, Any]:
         new = Checkpoint(self.context.where.path("new_base"))

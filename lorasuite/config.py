@@ -90,6 +90,11 @@ class MigrationConfig(Strict):
     learning_rates: tuple[float, ...] = Field(
         (), description="sweep these for LFT and control alike, chosen on a held-out fifth of the training rows"
     )
+    starts: int = Field(
+        2,
+        ge=1,
+        description="with auto and a sweep: transforms fine-tuned, beside the fresh LoRA; the best is published",
+    )
     seed: int = Field(42, ge=0, lt=2**32, description="of the row draw, fresh initialisations and fine-tuning")
     device: str = Field("auto", description="cpu, cuda, cuda:N, or auto")
     trust_remote_code: bool = Field(False, description="let model repositories run their own code")

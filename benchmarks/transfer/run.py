@@ -190,6 +190,21 @@ def write(cells: dict[str, Any], output: Path) -> None:
                 spread = f" ± {statistics.stdev(found_):.1f}" if len(found_) > 1 else ""
                 values.append(f"{statistics.mean(found_):.1f}{spread}" if found_ else "–")
             lines.append(f"| {name} | {task} | {budget} | " + " | ".join(values) + " |")
+    lines += [
+        "", "Regret: the start with the least loss on the validation rows, against the best start in hindsight.", "",
+        "| pair | task | rows | chosen (by seed) | exact match | best start | regret |",
+        "|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for (name, task), row in table.items():
+        for budget in sorted({n for _, n in row if n}):
+            runs = list(zip(*(row[arm, budget] for arm in STARTS), strict=False))
+            if not runs:
+                continue
+            chosen = [min(zip(STARTS, run, strict=True), key=lambda pair: pair[1]["validation"]) for run in runs]
+            got = statistics.mean(100 * found["exact_match"] for _, found in chosen)
+            best = max(statistics.mean(100 * run[k]["exact_match"] for run in runs) for k in range(len(STARTS)))
+            names = ", ".join(arm for arm, _ in chosen)
+            lines.append(f"| {name} | {task} | {budget} | {names} | {got:.1f} | {best:.1f} | {best - got:.1f} |")
     (output / "table.md").write_text("\n".join(lines) + "\n")
     for pair in dict.fromkeys(name for name, _ in table):
         tasks = [task for name, task in table if name == pair]
@@ -198,7 +213,7 @@ def write(cells: dict[str, Any], output: Path) -> None:
             row = table[pair, task]
             for arm in STARTS:
                 budgets = sorted(n for a, n in row if a == arm)
-                points = [(n or 1, [100 * v["exact_match"] for v in row[arm, n]]) for n in budgets]
+                points = [(n or 1, [100 * v["exact_match"] for v in row[arm, n]]) for n in budgets if row[arm, n]]
                 if points:
                     axes.plot([n for n, _ in points], [statistics.mean(v) for _, v in points], "o-", label=arm)
                     low, high = [min(v) for _, v in points], [max(v) for _, v in points]
