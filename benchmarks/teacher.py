@@ -1,7 +1,8 @@
 """The label-free refresh: how much of the gap rows written by the old base + adapter recover, against real rows.
 
-    python benchmarks/teacher.py --output benchmarks/teacher
-    python benchmarks/teacher.py --output benchmarks/teacher --models DIR --text FILE.txt --tasks sherlock
+    python benchmarks/teacher.py --output benchmarks/teacher_results
+    python benchmarks/teacher.py --output benchmarks/teacher_results --tasks sherlock \\
+        --models DIR --text FILE.txt
 
 Tasks ``mirror`` and ``blend`` are the miniature Llama pair's; their prompts are the task's, without answers.
 ``sherlock`` is the pair of really pretrained tiny models of ``real_pair.py`` (``--models``, ``--text``); there the
@@ -183,20 +184,20 @@ def cells(task: str, seeds: Sequence[int], largest: int) -> list[dict[str, Any]]
             found.append(entry)
 
     sampled = 0.9
-    if task == "sherlock":  # a step is a hundred times dearer: most is tried on 100 rows
+    if task == "sherlock":  # a step is many times dearer: fewer cells
         for seed in seeds:
             add(seed, source="prompts", samples=100, temperature=sampled)
             add(seed, source="real", samples=100)
-        add(first, source="prompts", samples=300, temperature=sampled)
-        for temperature in (0.0, 0.5, 0.9):
-            for kept in (True, False):
-                add(first, source="prompts", samples=100, temperature=temperature, filter=kept)
-        add(first, source="itself", samples=100, temperature=sampled)
+        for samples in (300, 1000):
+            add(first, source="prompts", samples=samples, temperature=sampled)
+        add(first, source="itself", samples=300, temperature=sampled)
         for words in (0, 8):
-            add(first, source="prompts", samples=100, temperature=sampled, words=words)
-        add(first, source="prompts", samples=100, temperature=sampled, drop_unsure=0.25)
-        for source, temperature in (("prompts", sampled), ("real", None)):
-            add(first, source=source, samples=1000, temperature=temperature)
+            add(first, source="prompts", samples=300, temperature=sampled, words=words)
+        for temperature in (0.9, 0.5, 0.0):
+            for kept in (True, False):
+                add(first, source="prompts", samples=300, temperature=temperature, filter=kept)
+        add(first, source="real", samples=1000)
+        add(first, source="prompts", samples=300, temperature=sampled, drop_unsure=0.25)
         return found
     main = 0.0
     for seed in seeds:
