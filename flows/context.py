@@ -131,7 +131,7 @@ class Context:
     ) -> Ref:
         """Run one stage. Inputs given as the name of a fingerprint stand for it."""
         where = self.where.model_copy(update={"paths": {**self.where.paths, **paths}})
-        values = {name: self.prints.get(v, v) if isinstance(v, str) else v for name, v in inputs.items()}
+        values = self.fingerprinted(inputs)
         key = stage.key(values, settings)
         refresh = stage.name in self.refresh and key not in self.done
         self.done.add(key)
@@ -141,6 +141,10 @@ class Context:
         ref = stage.run(inputs=values, settings=settings, where=where, refresh=refresh, label=label)
         log.info("%s: %.2f s", name, time.perf_counter() - begun)
         return ref
+
+    def fingerprinted(self, inputs: Mapping[str, str | Ref]) -> dict[str, str | Ref]:
+        """A stage's inputs with the names of fingerprints replaced by what they stand for."""
+        return {name: self.prints.get(v, v) if isinstance(v, str) else v for name, v in inputs.items()}
 
     def open(self, ref: Ref) -> Artifact:
         return self.store.open(ref.key)

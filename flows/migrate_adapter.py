@@ -24,15 +24,14 @@ from lorasuite import ALGORITHM_VERSION
 from lorasuite.adapter import Adapter, fresh_lora
 from lorasuite.checkpoint import Checkpoint, resolve
 from lorasuite.combination import split_sources
-from lorasuite.config import MigrationConfig, build
-from lorasuite.errors import AdapterError, Problem
+from lorasuite.config import AUTO, MigrationConfig, build
 from lorasuite.gate import BOTH, judge
 from lorasuite.harness import shared_load
-from lorasuite.preflight import AUTO, Plan, check
+from lorasuite.preflight import Plan, check
 from lorasuite.publication import publish
 from lorasuite.selection import NOTHING
 from lorasuite.serving import check as check_serving
-from lorasuite.transforms import names, transform
+from lorasuite.transforms import names, reads_texts, transform
 from tasks.adapter_stages import adapter_folder, finetune, selection, sequential_fit, serving
 from tasks.adapter_stages import transform as transform_stage
 from tasks.fingerprints import (
@@ -80,11 +79,11 @@ def migrate_adapter(config: dict[str, Any], refresh: tuple[str, ...] = ()) -> di
         moved = tuple(role for role in roles if role in new.architecture.roles)
         methods = [settings.method]
         if settings.method == AUTO:
-            usable = [m for m in names() if texts or not (transform(m).aligned or transform(m).joint)]
-            usable = [m for m in usable if adapter.plain(old.architecture) or not transform(m).joint]
+            plain = adapter.plain(old.architecture)
+            usable = [m for m in names() if (texts or not reads_texts(m)) and (plain or not transform(m).joint)]
             methods = [m for m in usable if transform(m).fits(old.dims, new.dims, moved)]
         pair = pair_stages(context, settings.pair, texts, roles, methods)
-        arms = _Arms(context, settings, plan, pair, adapter, methods)
+        arms = _Arms(context, settings, plan, pair, adapter, methods, texts)
         final = arms.run()
         served = context.run(
             serving, {"new_model": "new_model", "new_tokenizer": "new_tokenizer", "adapter": final}, {}
@@ -164,6 +163,7 @@ class _Arms:
         pair: PairRefs,
         adapter: Adapter,
         methods: list[str],
+        texts: str | None,
     ) -> None:
         self.context, self.settings, self.plan, self.pair = context, settings, plan, pair
         self.methods, self.method = methods, methods[0]
@@ -176,8 +176,7 @@ class _Arms:
             self.lora["output_type"] = settings.output_type
         old = Checkpoint(context.where.path("old_base")).architecture
         self.reads_vocabulary = bool(adapter.vocabulary_modules(old))
-        self.plain = adapter.plain(old)
-        self.texts = fingerprint_texts(plan.texts) if plan.texts else None
+        self.texts = texts
         self.measured = Measured(
             context,
             settings.evaluation,
@@ -206,29 +205,28 @@ class _Arms:
         if self.method != NOTHING:
             arms["migrated"] = self.transformed
         if self.training.rows:
-            scratch = None
             swept = len(settings.learning_rates) > 1
-            if (settings.controls and (self.plan.evaluation or settings.eval_tasks)) or (
-                settings.method == AUTO and swept
-            ):
-                scratch = self._finetune("scratch")
-                self.control, arms["scratch"] = context.open(scratch), scratch
-            final = scratch = scratch or (self._finetune("scratch") if self.method == NOTHING else None)
-            begun = {} if scratch is None else {scratch: FRESH}
-            if self.method != NOTHING:
-                final = self._finetune("migrated")
-                begun[final] = self.method
-            if settings.method == AUTO and swept:
-                # What does best untrained is not always the best start, so runners-up and a fresh LoRA are tried, too.
-                # All are swept on the same held-out fifth: the best of them is the one that is published.
-                for method in self._others():
-                    begun[self._finetune(method, candidates[method])] = method
-                final = min(begun, key=lambda ref: best_validation(context.open(ref).info))
-            assert final is not None
+            # What does best untrained is not always the best start, so runners-up and a fresh LoRA are tried, too. All
+            # are swept on the same held-out fifth: the best of them is the one that is published.
+            compared = settings.method == AUTO and swept
+            measured = settings.controls and (self.plan.evaluation or settings.eval_tasks)
+            self.start = FRESH if self.method == NOTHING else self.method
+            begun: dict[str, Ref] = {}
+            if measured or compared or self.start == FRESH:
+                begun[FRESH] = self._finetune("scratch")
+            if measured or compared:
+                self.control, arms["scratch"] = context.open(begun[FRESH]), begun[FRESH]
+            if self.start != FRESH:
+                begun[self.start] = self._finetune("migrated")
+            if compared:
+                begun |= {method: self._finetune(method, candidates[method]) for method in self._others()}
             if swept:
-                losses = {start: best_validation(context.open(ref).info) for ref, start in begun.items()}
+                losses = {start: best_validation(context.open(ref).info) for start, ref in begun.items()}
                 self.starts = {start: loss if math.isfinite(loss) else None for start, loss in losses.items()}
-            self.tuned, arms["migrated+lft"], self.start = context.open(final), final, begun[final]
+                if compared:
+                    self.start = min(losses, key=lambda start: losses[start])
+            final = arms["migrated+lft"] = begun[self.start]
+            self.tuned = context.open(final)
         with shared_load():
             for arm, adapter in arms.items():
                 self._measure(arm, adapter)
@@ -258,10 +256,6 @@ class _Arms:
     def _fit(self, method: str) -> Ref:
         """The sequential fit, which reads the calibration texts and the training rows in both bases."""
         settings = self.settings
-        if not self.plain:
-            raise AdapterError(
-                Problem("method", "sequential moves updates of blocks only, and the adapter has more", "Use another.")
-            )
         models = {name: name for name in ("old_model", "new_model", "old_tokenizer", "new_tokenizer", "adapter")}
         inputs: dict[str, str | Ref] = {**models, "calibration": self.texts or "", **self.training.looked_at}
         values = {
@@ -315,8 +309,7 @@ class _Arms:
             "finetune": settings.finetune.model_dump(mode="json"),
             "learning_rates": list(settings.learning_rates),
         }
-        prints = {name: context.prints.get(v, v) if isinstance(v, str) else v for name, v in inputs.items()}
-        work = context.where.home / "work" / finetune.key(prints, values)[:32]
+        work = context.where.home / "work" / finetune.key(context.fingerprinted(inputs), values)[:32]
         return context.run(finetune, inputs, values, label=start, work=work)
 
     def _measure(self, arm: str, adapter: Ref | str | None) -> None:

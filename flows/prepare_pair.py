@@ -20,9 +20,9 @@ from flows.context import Context, base_record, check_stages, fetch, tag_run
 from flows.dashboard import show_pair
 from lorasuite.architectures import ATTENTION, Role
 from lorasuite.checkpoint import Checkpoint, digest_json, load_tokenizer, resolve
-from lorasuite.config import PairSettings, torch_device
+from lorasuite.config import AUTO, PairSettings, torch_device
 from lorasuite.data import calibration_texts
-from lorasuite.preflight import AUTO, inspect
+from lorasuite.preflight import inspect
 from lorasuite.transforms import names, transform
 from tasks.fingerprints import fingerprint_bases, fingerprint_texts
 from tasks.pair_stages import (

@@ -90,7 +90,7 @@ class Steps(Context):
         label: str | None = None,
         **paths: Path,
     ) -> Ref:
-        values = {name: self.prints.get(v, v) if isinstance(v, str) else v for name, v in inputs.items()}
+        values = self.fingerprinted(inputs)
         key = stage.key(values, settings)
         if key in self.made:
             self.used.setdefault(key, self.made[key])
@@ -260,7 +260,7 @@ class Lab:
             "finetune": tuning.model_dump(mode="json"),
             "learning_rates": list(rates),
         }
-        prints = {name: steps.prints.get(v, v) if isinstance(v, str) else v for name, v in inputs.items()}
+        prints = steps.fingerprinted(inputs)
         return steps.run(
             finetune,
             inputs,

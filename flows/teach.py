@@ -12,14 +12,12 @@ from flows.context import Context, fetch, migration_context
 from flows.prepare_pair import pair_name
 from lorasuite.config import MigrationConfig
 from lorasuite.data import unanswered
-from lorasuite.preflight import AUTO, SEQUENTIAL, Plan, check
+from lorasuite.preflight import Plan, check
 from tasks.adapter_stages import shared_old_base, soft_labelling, teacher_worth, teaching
 from tasks.fingerprints import fingerprint_data
 from tasks.stage import Ref
 
 TEACHER: Mapping[str, str] = {"old_model": "old_model", "old_tokenizer": "old_tokenizer", "adapter": "adapter"}
-#: Rows that the teacher writes where nothing is trained.
-UNTRAINED = 320
 NEW: Mapping[str, str] = {"new_model": "new_model", "new_tokenizer": "new_tokenizer"}
 
 
@@ -46,7 +44,7 @@ def training(context: Context, settings: MigrationConfig, plan: Plan, vocabulary
     """Gather the training rows; the teacher's only if it is worth copying."""
     rows: dict[str, str | Ref] = {"train_data": fingerprint_data(plan.train)} if settings.samples else {}
     if not settings.teacher_samples:
-        if not asked(settings):
+        if not settings.rows_written:
             return Training(rows, {}, None)
         # Without the user's rows and without fine-tuning: what the teacher writes is read, and chosen by.
         written = teacher_rows(context, settings, plan)
@@ -68,13 +66,6 @@ def training(context: Context, settings: MigrationConfig, plan: Plan, vocabulary
     return Training(rows, soft, teacher)
 
 
-def asked(settings: MigrationConfig) -> int:
-    """How many rows the teacher writes."""
-    if not settings.teacher_samples and not settings.samples and settings.method in (AUTO, SEQUENTIAL):
-        return UNTRAINED
-    return settings.teacher_samples
-
-
 def teacher_rows(context: Context, settings: MigrationConfig, plan: Plan) -> Ref:
     """The rows that the old base with the adapter writes: found, or written now."""
     inputs: dict[str, str | Ref] = dict(TEACHER)
@@ -83,7 +74,7 @@ def teacher_rows(context: Context, settings: MigrationConfig, plan: Plan) -> Ref
         words = settings.teacher.text_prefix
         inputs["prompts"] = fingerprint_data([unanswered(row, words) for row in plan.prompts])
     values = {
-        "samples": asked(settings),
+        "samples": settings.rows_written,
         "seed": settings.seed,
         # How many are written at once changes nothing.
         "teacher": settings.teacher.model_dump(mode="json", exclude={"batch_size"}),
@@ -98,7 +89,7 @@ def write_ahead(configs: Iterable[MigrationConfig], refreshed: frozenset[str]) -
     """
     if teaching.name in refreshed:  # each migration writes them again
         return
-    asking = sorted((config for config in configs if asked(config)), key=lambda config: config.old_base)
+    asking = sorted((config for config in configs if config.rows_written), key=lambda config: config.old_base)
     with shared_old_base():
         for config in asking:
             try:

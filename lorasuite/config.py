@@ -21,6 +21,10 @@ from lorasuite.similarity import Metric
 from lorasuite.teacher import TeacherSettings
 from lorasuite.transfer_matrix import When
 
+#: ``--method auto`` measures every transform and takes the best, or none.
+AUTO = "auto"
+#: Rows that the teacher writes where nothing is trained.
+UNTRAINED = 320
 #: Training rows of the light fine-tune (METHOD section 6).
 LFT_SAMPLES = 100
 
@@ -76,7 +80,7 @@ class MigrationConfig(Strict):
     )
     include_path: str | None = Field(None, description="directory of lm-eval task files, searched for --eval-tasks")
     method: str = Field(
-        "auto", description="transform to use, or auto: whatever does best on rows held out, or none where none helps"
+        AUTO, description="transform to use, or auto: whatever does best on rows held out, or none where none helps"
     )
     rank: int | None = Field(None, ge=1, description="rank of the new adapter; the old one's if unset")
     energy: float | None = Field(
@@ -125,7 +129,7 @@ class MigrationConfig(Strict):
     @field_validator("method")
     @classmethod
     def _known_method(cls, value: str) -> str:
-        known = ["auto", *transforms.names()]
+        known = [AUTO, *transforms.names()]
         if value not in known:
             raise ValueError(f"unknown method {value!r}. {did_you_mean(value, known)}")
         return value
@@ -156,6 +160,12 @@ class MigrationConfig(Strict):
     def prompt_data(self) -> str | None:
         """Where the teacher's prompts come from."""
         return self.prompts or self.train_data or self.calibration
+
+    @property
+    def rows_written(self) -> int:
+        """Rows the teacher writes: those asked for; without any rows to train on, what candidates are told apart by."""
+        chooses = self.method == AUTO or transforms.transform(self.method).joint
+        return UNTRAINED if chooses and not self.teacher_samples and not self.samples else self.teacher_samples
 
     @property
     def calibration_data(self) -> str | None:

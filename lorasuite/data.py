@@ -21,7 +21,7 @@ import json
 import logging
 import random
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -183,14 +183,18 @@ def read_rows(path: str | Path) -> list[Row]:
             is
             reported, with its line (JSONL) or its number counted from 1 (array).
     """
-    path = Path(path)
+    return _rows(Path(path), lambda record: record)
+
+
+def _rows(path: Path, prepare: Callable[[Any], Any]) -> list[Row]:
+    """The rows of a file, each record prepared before it is checked; raises as :func:`read_rows`."""
     text = _read_text(path)
     if path.suffix.lower() == ".txt":
         return _paragraphs(path, text)
     rows: list[Row] = []
     problems: list[Problem] = []
     for where, record in _records(path, text, problems):
-        row = _to_row(where, record, problems)
+        row = _to_row(where, prepare(record), problems)
         if row is not None:
             rows.append(row)
     if problems:
@@ -254,21 +258,7 @@ def read_prompts(path: str | Path) -> list[Row]:
     Raises:
         DataError: as :func:`read_rows`.
     """
-    path = Path(path)
-    text = _read_text(path)
-    if path.suffix.lower() == ".txt":
-        return _paragraphs(path, text)
-    rows: list[Row] = []
-    problems: list[Problem] = []
-    for where, record in _records(path, text, problems):
-        row = _to_row(where, _with_answer(record), problems)
-        if row is not None:
-            rows.append(row if row.kind == "text" else unanswered(row))
-    if problems:
-        raise DataError(problems)
-    if not rows:
-        raise DataError([Problem(str(path), "has no rows", _SHAPES)])
-    return rows
+    return [row if row.kind == "text" else unanswered(row) for row in _rows(Path(path), _with_answer)]
 
 
 def _with_answer(record: Any) -> Any:

@@ -114,7 +114,7 @@ def soft_labels(
     Raises:
         DataError: without usable rows.
     """
-    from lorasuite.finetune import collate
+    from lorasuite.finetune import read_batches
 
     old, new = common
     # ids beyond the tokenizer are padding of the embeddings
@@ -126,26 +126,14 @@ def soft_labels(
         for example in encode_rows(rows, tokenizer, cutoff).examples
         if all(token in translation for token in example["input_ids"])
     ]
-    device = next(model.parameters()).device
     k = min(top, len(old))
-    shared = old.to(device)
+    shared = old.to(next(model.parameters()).device)
     parts: dict[int, tuple[Tensor, Tensor]] = {}
-    order = sorted(range(len(examples)), key=lambda n: len(examples[n]["input_ids"]), reverse=True)
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            for start in range(0, len(order), batch_size):
-                members = order[start : start + batch_size]
-                batch = {key: value.to(device) for key, value in collate([examples[n] for n in members]).items()}
-                del batch["labels"]
-                logits = model(**batch).logits[..., shared].float() / temperature
-                found = logits.log_softmax(dim=-1).topk(k, dim=-1)
-                for at, n in enumerate(members):
-                    length = len(examples[n]["input_ids"])
-                    parts[n] = found.indices[at, :length].int().cpu(), found.values[at, :length].cpu()
-    finally:
-        model.train(training)
+    for members, _, logits in read_batches(model, examples, batch_size):
+        found = (logits[..., shared].float() / temperature).log_softmax(dim=-1).topk(k, dim=-1)
+        for at, n in enumerate(members):
+            length = len(examples[n]["input_ids"])
+            parts[n] = found.indices[at, :length].int().cpu(), found.values[at, :length].cpu()
     if not parts:
         raise DataError("no row consists of tokens that both vocabularies hold: there are no soft labels")
     return SoftLabels(

@@ -18,10 +18,9 @@ from pydantic import Field
 
 from lorasuite import zoo
 from lorasuite.architectures import ATTENTION, Role
-from lorasuite.config import LFT_SAMPLES, MigrationConfig, Strict, build, read_config
+from lorasuite.config import AUTO, LFT_SAMPLES, MigrationConfig, Strict, build, read_config
 from lorasuite.errors import ConfigError, Problem, did_you_mean
 from lorasuite.finetune import FinetuneSettings
-from lorasuite.preflight import AUTO
 from lorasuite.transforms import names, transform
 
 Arm = Literal["old", "old+adapter", "new", "migrated", "scratch", "migrated+lft", "retrained"]

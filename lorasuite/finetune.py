@@ -429,31 +429,42 @@ def validation_loss(
         DataError: no usable rows.
         NumericalError: the loss is NaN or infinite.
     """
-    import torch
 
-    examples = encode_rows(rows, tokenizer, cutoff).examples
-    # Longest first: least padding, and memory runs out at once or not at all.
-    examples.sort(key=lambda example: len(example["input_ids"]), reverse=True)
-    device = next(model.parameters()).device
-    training = model.training
-    model.eval()
     total, count = 0.0, 0
-    try:
-        with torch.no_grad():
-            for start in range(0, len(examples), batch_size):
-                batch = {key: value.to(device) for key, value in collate(examples[start : start + batch_size]).items()}
-                labels = batch.pop("labels")
-                logits = model(**batch).logits
-                total += float(_summed_loss(logits, labels))
-                count += int((labels[:, 1:] != IGNORED).sum())
-    finally:
-        model.train(training)
+    for _, labels, logits in read_batches(model, encode_rows(rows, tokenizer, cutoff).examples, batch_size):
+        total += float(_summed_loss(logits, labels))
+        count += int((labels[:, 1:] != IGNORED).sum())
     loss = total / count
     if not math.isfinite(loss):
         raise NumericalError(
             [Problem("validation loss", f"is {loss}", "Lower the learning rate, or check the base model")]
         )
     return loss
+
+
+def read_batches(
+    model: PreTrainedModel | PeftModel, examples: Sequence[dict[str, list[int]]], batch_size: int
+) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor]]:
+    """What a model in evaluation mode makes of examples, without gradients: each batch's numbers of its examples, its
+    labels ``(batch, tokens)`` and logits ``(batch, tokens, V)``. Longest first: least padding, and memory runs out at
+    once or not at all.
+    """
+    import torch
+
+    device = next(model.parameters()).device
+    order = sorted(range(len(examples)), key=lambda n: len(examples[n]["input_ids"]), reverse=True)
+    training = model.training
+    model.eval()
+    try:
+        for start in range(0, len(order), batch_size):
+            members = order[start : start + batch_size]
+            batch = {key: value.to(device) for key, value in collate([examples[n] for n in members]).items()}
+            labels = batch.pop("labels")
+            with torch.no_grad():
+                logits = model(**batch).logits
+            yield members, labels, logits
+    finally:
+        model.train(training)
 
 
 def collate(examples: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:

@@ -16,19 +16,15 @@ from lorasuite.adapter_types import weight_shape
 from lorasuite.architectures import ROLES, Role, architectures, propose
 from lorasuite.checkpoint import Checkpoint, Weights, load_tokenizer
 from lorasuite.combination import open_adapters
-from lorasuite.config import MigrationConfig, torch_device
+from lorasuite.config import AUTO, MigrationConfig, torch_device
 from lorasuite.data import Row, calibration_texts, draw, encode_rows, read_prompts, read_rows, unanswered
 from lorasuite.errors import LoRASuiteError, PreflightError, Problem
 from lorasuite.estimate import estimate, measure
 from lorasuite.similarity import SMALLEST_BATCH
 from lorasuite.task_evaluation import check_tasks
-from lorasuite.transforms import transform
+from lorasuite.transforms import reads_texts, transform
 from lorasuite.vocabulary import common_tokens
 
-#: The method that is chosen by measurement.
-AUTO = "auto"
-#: The transform that fits whole models in order.
-SEQUENTIAL = "sequential"
 FLOAT = 4  # bytes of a float32
 
 
@@ -254,6 +250,9 @@ def _modules(result: Inspection, old: Checkpoint, new: Checkpoint, adapter: Adap
         result.notices.append(
             f"{old.dims.layers - new.dims.layers} of {old.dims.layers} old layers have no partner and are dropped"
         )
+    if method != AUTO and transform(method).joint and not adapter.plain(old.architecture):
+        what = f"{method} moves updates of blocks only, and the adapter has more"
+        result.problems.append(Problem("method", what, "Use --method auto, or another one."))
     if method == "copy":
         unlike = [
             Problem("method", f"copy: {role} is {a} in the old base, {b} in the new one", "Use --method lorasuite.")
@@ -317,8 +316,7 @@ def check(config: MigrationConfig) -> Plan:
     texts = _calibration(result, config)
     train = _training_rows(result, config)
     held_out = _held_out_rows(result, config)
-    writes = config.teacher_samples or (config.method in (AUTO, SEQUENTIAL) and not config.samples)
-    prompts = _teacher(result, config) if writes else None
+    prompts = _teacher(result, config) if config.rows_written else None
     if config.include_path is not None and not Path(config.include_path).is_dir():
         result.problems.append(Problem(config.include_path, "is not a directory", "Give one with lm-eval task files."))
     elif config.eval_tasks:
@@ -330,7 +328,7 @@ def check(config: MigrationConfig) -> Plan:
 
 def _calibration(result: Inspection, config: MigrationConfig) -> list[str]:
     source = config.calibration_data
-    if source is None and config.method != AUTO and (transform(config.method).aligned or config.method == SEQUENTIAL):
+    if source is None and config.method != AUTO and reads_texts(config.method):
         result.problems.append(
             Problem(
                 "calibration", f"{config.method} compares activations, and there are no texts", "Give --calibration."

@@ -518,10 +518,9 @@ def text_losses(
     """
     import torch
 
-    from lorasuite.finetune import collate
+    from lorasuite.finetune import read_batches
 
     context = context_length(model)
-    device = next(model.parameters()).device
     found: list[TextLoss | None] = [None] * len(rows)
     examples: list[tuple[int, dict[str, list[int]], int]] = []
     for index, row in enumerate(rows):
@@ -539,23 +538,13 @@ def text_losses(
         labels = [IGNORED] * max(len(head), 1) + ids[max(len(head), 1) :]
         size = len(scored.encode())
         examples.append((index, {"input_ids": ids, "labels": labels, "attention_mask": [1] * len(ids)}, size))
-    examples.sort(key=lambda example: len(example[1]["input_ids"]), reverse=True)
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            for start in range(0, len(examples), batch_size):
-                part = examples[start : start + batch_size]
-                batch = {key: value.to(device) for key, value in collate([e for _, e, _ in part]).items()}
-                targets = batch.pop("labels")[:, 1:]
-                logits = model(**batch).logits[:, :-1].float()
-                loss = torch.nn.functional.cross_entropy(
-                    logits.transpose(1, 2), targets, ignore_index=IGNORED, reduction="none"
-                ).sum(dim=1)
-                for (index, _, size), nats in zip(part, loss.tolist(), strict=True):
-                    found[index] = TextLoss(nats=nats, bytes=size, rows=1)
-    finally:
-        model.train(training)
+    for members, targets, logits in read_batches(model, [example for _, example, _ in examples], batch_size):
+        loss = torch.nn.functional.cross_entropy(
+            logits[:, :-1].float().transpose(1, 2), targets[:, 1:], ignore_index=IGNORED, reduction="none"
+        ).sum(dim=1)
+        for n, nats in zip(members, loss.tolist(), strict=True):
+            index, _, size = examples[n]
+            found[index] = TextLoss(nats=nats, bytes=size, rows=1)
     return found
 
 

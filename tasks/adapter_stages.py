@@ -21,6 +21,7 @@ from lorasuite.data import Row, calibration_texts, draw, read_prompts, read_rows
 from lorasuite.distillation import SoftLabels, soft_labels
 from lorasuite.evaluation import EvaluationSettings, evaluate
 from lorasuite.finetune import FinetuneSettings, attached
+from lorasuite.lowrank import LowRank
 from lorasuite.migration import migrate
 from lorasuite.selection import NOTHING, choose, write_scaled
 from lorasuite.serving import compare_merged
@@ -174,19 +175,7 @@ def transform(inputs: Inputs, settings: Settings, where: Where) -> StageOutput:
         seed=settings["seed"],
         common=shared_tokens(inputs["vocabulary"]) if "vocabulary" in inputs else None,
     )
-    with tempfile.TemporaryDirectory() as folder:
-        path = write_adapter(
-            Path(folder),
-            moved.updates,
-            architecture=new.architecture,
-            dims=new.dims,
-            base=ANY_BASE,
-            extra=moved.fresh,
-            extras=moved.extras,
-            output_type=settings.get("output_type", "lora"),
-            **adapter.lora_settings(moved.rank),
-        )
-        files = _contents(path)
+    files = _written(adapter, new, moved.updates, moved.rank, settings, extra=moved.fresh, extras=moved.extras)
     info = {
         "norms": moved.norms(),
         "retained_energy": moved.retained,
@@ -225,17 +214,7 @@ def sequential_fit(inputs: Inputs, settings: Settings, where: Where) -> StageOut
             seed=settings["seed"],
             progress=Progress("sequential fit").step,
         )
-    with tempfile.TemporaryDirectory() as folder:
-        path = write_adapter(
-            Path(folder),
-            fitted.updates,
-            architecture=new.architecture,
-            dims=new.dims,
-            base=ANY_BASE,
-            output_type=settings.get("output_type", "lora"),
-            **adapter.lora_settings(settings["rank"]),
-        )
-        files = _contents(path)
+    files = _written(adapter, new, fitted.updates, settings["rank"], settings)
     info = {
         "norms": {name: update.norm() for name, update in fitted.updates.items()},
         "retained_energy": dict.fromkeys(fitted.updates, 1.0),
@@ -385,6 +364,24 @@ def _evaluated(inputs: Inputs, where: Where) -> Path | None:
 def adapter_folder(artifact: Artifact) -> Path:
     """The PEFT directory kept in a transform or finetune artifact."""
     return artifact.file(CONFIG).parent
+
+
+def _written(
+    adapter: Adapter, new: Checkpoint, updates: Mapping[str, LowRank], rank: int, settings: Settings, **beside: Any
+) -> dict[str, Path | bytes]:
+    """The files of a PEFT adapter of these updates, of the scaling the old one was trained with."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = write_adapter(
+            Path(folder),
+            updates,
+            architecture=new.architecture,
+            dims=new.dims,
+            base=ANY_BASE,
+            output_type=settings.get("output_type", "lora"),
+            **beside,
+            **adapter.lora_settings(rank),
+        )
+        return _contents(path)
 
 
 def _contents(folder: Path) -> dict[str, Path | bytes]:

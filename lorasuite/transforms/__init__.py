@@ -1,7 +1,7 @@
 """Transforms: each takes a LoRA update of the old base to one for the new base. One module a transform."""
 
 from lorasuite.transforms import copy, functional, lorasuite, procrustes, sequential
-from lorasuite.transforms.base import LayerPair, Transform, names, transform
+from lorasuite.transforms.base import LayerPair, Transform, names, reads_texts, transform
 
 __all__ = [
     "LayerPair",
@@ -11,6 +11,7 @@ __all__ = [
     "lorasuite",
     "names",
     "procrustes",
+    "reads_texts",
     "sequential",
     "transform",
 ]

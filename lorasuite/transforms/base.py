@@ -85,6 +85,12 @@ def transform(name: str) -> Transform:
     return _REGISTRY[name]
 
 
+def reads_texts(name: str) -> bool:
+    """Whether the transform of that name looks at what both bases do with calibration texts."""
+    chosen = transform(name)
+    return chosen.aligned or chosen.joint
+
+
 def names() -> list[str]:
     """Every registered transform."""
     return sorted(_REGISTRY)

@@ -291,8 +291,7 @@ def fit(
             if progress is not None:
                 progress(layer + 1, new.dims.layers)
     finally:
-        for path, weight in original.items():
-            new.model.get_submodule(path).weight.data.copy_(weight)
+        _put(new, original)
     return result
 
 
@@ -310,10 +309,10 @@ def _fit_block(
     chosen = {name for name, (module, _) in modules.items() if set(module.roles) & set(roles)}
     if not chosen:
         return
-    ends = [(layer, "block", "in"), (layer, "block", "out"), *((layer, name, "out") for name in modules)]
+    ends = [(layer, "block", "in"), (layer, "block", "out"), *((layer, name, "out") for name in sorted(chosen))]
     maps, additive = _maps(new, layer, ends, known, original)
     for group in ORDER:
-        names = [n for n in chosen if set(modules[n][0].roles) & set(group) and modules[n][0].roles[0] in group]
+        names = sorted(name for name in chosen if modules[name][0].roles[0] in group)
         if not names:
             continue
         stats: dict[str, list[Tensor]] = {}
@@ -322,16 +321,17 @@ def _fit_block(
                 at = watch.read(batch.new, batch.new_rows)
                 for name in names:
                     x, y = at[layer, name, "in"], at[layer, name, "out"]
-                    gap = maps[layer, name, "out"](z) - y
+                    if additive and group == ("down",):
+                        gap = maps[layer, "block", "out"](z) - at[layer, "block", "out"]
+                    else:
+                        gap = maps[layer, name, "out"](z) - y
                     if additive and group == ("o",):  # mend the stream's own error with what is added to it
                         gap = gap + maps[layer, "block", "in"](z) - at[layer, "block", "in"]
-                    elif additive and group == ("down",):
-                        gap = maps[layer, "block", "out"](z) - at[layer, "block", "out"]
                     parts = (x.T @ x, x.T @ gap, (gap * gap).sum())
                     stats[name] = (
                         [a + b for a, b in zip(stats[name], parts, strict=True)] if name in stats else [*parts]
                     )
-        for name in sorted(names):
+        for name in names:
             module, linear = modules[name]
             path = new.architecture.path(layer, module)
             update, left = reduced_rank(*stats[name], rank=rank)
@@ -340,9 +340,7 @@ def _fit_block(
                 change = update.dense().T if module.transposed else update.dense()
                 linear.weight += change.to(linear.weight)
             result.updates[path], result.residual[path] = update, left
-    for key, fitted in maps.items():
-        if key[1] == "block" and key[2] == "out":
-            result.map_error[f"{new.architecture.layers}.{layer}"] = fitted.error
+    result.map_error[f"{new.architecture.layers}.{layer}"] = maps[layer, "block", "out"].error
 
 
 @contextlib.contextmanager
@@ -379,6 +377,7 @@ def _maps(
     batches, inputs, solver = known
     sums: dict[tuple[Any, ...], list[Tensor]] = {}
     rows, additive = 0, True
+    writers = [name for name, (module, _) in _modules(new, layer).items() if module.roles[0] in ("o", "down")]
     with _weights(new, original), _watching(new, layer) as watch:
         for batch, z in zip(batches, inputs, strict=True):
             seen = watch.read(batch.new, batch.new_rows)
@@ -387,11 +386,7 @@ def _maps(
                 y = seen[key]
                 parts = (z.T @ y, y.sum(0), (y * y).sum())
                 sums[key] = [a + b for a, b in zip(sums[key], parts, strict=True)] if key in sums else [*parts]
-            written = [
-                seen[layer, module.name, "out"]
-                for module, _ in _modules(new, layer).values()
-                if module.roles[0] in ("o", "down")
-            ]
+            written = [seen[layer, name, "out"] for name in writers]
             added = seen[layer, "block", "out"] - seen[layer, "block", "in"]
             if len(written) != 2 or not torch.allclose(added, sum(written, 0 * added), atol=1e-3, rtol=1e-3):
                 additive = False
@@ -408,15 +403,17 @@ def _maps(
 @contextlib.contextmanager
 def _weights(new: Side, weights: Mapping[str, Tensor]) -> Iterator[None]:
     """Other weights for a while: those of the bare base, when its own states are read."""
-    modules = {path: new.model.get_submodule(path) for path in weights}
-    kept = {path: module.weight.detach().clone() for path, module in modules.items()}
+    kept = {path: new.model.get_submodule(path).weight.detach().clone() for path in weights}
     try:
-        for path, weight in weights.items():
-            modules[path].weight.data.copy_(weight)
+        _put(new, weights)
         yield
     finally:
-        for path, weight in kept.items():
-            modules[path].weight.data.copy_(weight)
+        _put(new, kept)
+
+
+def _put(new: Side, weights: Mapping[str, Tensor]) -> None:
+    for path, weight in weights.items():
+        new.model.get_submodule(path).weight.data.copy_(weight)
 
 
 def reduced_rank(xx: Tensor, xr: Tensor, square: Tensor, *, rank: int) -> tuple[LowRank, float]:
