@@ -42,7 +42,7 @@ def timed(name):
             spent[name] = spent.get(name, 0) + time.perf_counter() - mark
     setattr(main, name, wrapped)
 
-for name in ("check", "publish", "fingerprint_bases", "show_pair", "show_migration"):
+for name in ("check", "publish", "migration_context", "show_pair", "show_migration"):
     timed(name)
 mark = time.perf_counter()
 record = main.migrate_adapter(json.loads(sys.argv[2]))
@@ -119,7 +119,7 @@ def main() -> None:
         alone = migrate(config("alone"), environment)
     found = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
     library = sum(found[name] for name in ("imports", "check", "publish"))
-    rest = found["flow"] - sum(found[name] for name in ("check", "publish", "fingerprint_bases", "stages"))
+    rest = found["flow"] - sum(found[name] for name in ("check", "publish", "migration_context", "stages"))
     rest -= found["show_pair"] + found["show_migration"]
     rows = {
         "wall time": found["wall"],
@@ -127,7 +127,7 @@ def main() -> None:
         "  the library's own: checks before the run": found["check"],
         "  the library's own: publishing, report": found["publish"],
         f"  {int(found['number'])} cached stages as Prefect tasks": found["stages"],
-        "  fingerprints, as a Prefect task": found["fingerprint_bases"],
+        "  fingerprints of models and adapter": found["migration_context"],
         "  artifacts for the dashboard": found["show_pair"] + found["show_migration"],
         "  flow run: states, heartbeat, logs": rest,
         "  interpreter, exit": found["wall"] - found["imports"] - found["flow"],
