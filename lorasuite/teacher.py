@@ -14,9 +14,11 @@ Importing this module loads neither torch nor transformers.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import random
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -44,6 +46,8 @@ NGRAM = 4
 SHORTEST = 12
 #: Sampling temperature where one answer a prompt is not enough, or the teacher writes running text.
 SAMPLED = 0.9
+#: Sampling temperature of prompts that the old base writes.
+IMITATED = 1.0
 #: Attempts for each row asked for, at most.
 ATTEMPTS = 3
 #: Tokens that a model without a stated context length is given.
@@ -66,6 +70,14 @@ class TeacherSettings(BaseModel):
     batch_size: int = Field(32, ge=1, description="rows written at once; does not change what is written")
     text_prefix: int = Field(3, ge=0, description="words of a text row that are given to the teacher as its beginning")
     prefix: str = Field("", description="beginning of every row where no prompts are given")
+    suffix: str = Field(
+        "", description="end of every prompt where none are given: the old base writes what stands between"
+    )
+    imitate: bool = Field(
+        False,
+        description="where prompts are fewer than rows: let the old base write more of them, between the words with "
+        "which all given ones begin and end",
+    )
     truncated: Literal["text", "keep", "drop"] = Field(
         "text", description="rows cut off at max_new_tokens: kept where they are running text, always, or never"
     )
@@ -101,6 +113,8 @@ class TeacherRows:
     temperature: float = 0.0
     #: Distinct prompts there were; 0: the teacher wrote from nothing.
     prompts: int = 0
+    #: Prompts that the old base wrote itself.
+    imitated: int = 0
 
     def info(self) -> dict[str, Any]:
         """Counts, as JSON."""
@@ -112,6 +126,7 @@ class TeacherRows:
             "tokens": self.tokens,
             "temperature": self.temperature,
             "prompts": self.prompts,
+            "imitated": self.imitated,
             "mean_log_prob": mean,
         }
 
@@ -173,6 +188,9 @@ def write_rows(
     if samples < 1:
         raise DataError([Problem("teacher_samples", f"is {samples}", "Ask for at least one row")])
     given = _distinct(prompts, settings.text_prefix) if prompts else []
+    own = len(given)
+    if settings.suffix or settings.imitate:
+        given += imitated(model, tokenizer, given, samples - own, settings, seed=seed)
     temperature = settings.temperature
     if temperature is None:
         plain = len(given) >= samples and not any(row.kind == "text" for row in given)
@@ -225,8 +243,85 @@ def write_rows(
         dropped=dict(dropped),
         tokens=tokens,
         temperature=temperature,
-        prompts=len(given),
+        prompts=own,
+        imitated=len(given) - own,
     )
+
+
+def frame(prompts: Sequence[str]) -> tuple[str, str]:
+    """The words with which all prompts begin, and those with which all end, with the blanks around what differs.
+
+    Both empty for fewer than two prompts, and where the prompts do not end alike: then nothing says where one is over.
+    """
+    if len(set(prompts)) < 2:
+        return "", ""
+    split = [re.findall(r"\s*\S+", prompt.rstrip()) for prompt in prompts]
+    shortest = min(len(words) for words in split)
+    ahead = _alike(split, shortest - 1)
+    behind = _alike([words[::-1] for words in split], shortest - 1 - ahead)
+    last = split[0]
+    trail = prompts[0][len(prompts[0].rstrip()) :]
+    return ("".join(last[:ahead]), "".join(last[len(last) - behind :]) + trail) if behind else ("", "")
+
+
+def _alike(lists: Sequence[Sequence[str]], longest: int) -> int:
+    """How many first elements all lists share, at most ``longest``."""
+    count = 0
+    while count < longest and len({words[count] for words in lists}) == 1:
+        count += 1
+    return count
+
+
+def imitated(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    given: Sequence[Row],
+    count: int,
+    settings: TeacherSettings,
+    *,
+    seed: int = 0,
+) -> list[Row]:
+    """New prompts: the old base, without its adapter, goes on from the given ones' beginning until their end.
+
+    In the way of Magpie (arXiv 2406.08464), which lets a chat model go on from its template. The adapter is off: it was
+    trained to answer prompts, not to write them. Conversations and running text are not imitated.
+
+    Returns:
+        at most ``count`` completion rows, each prompt once, none of the given ones among them; fewer where the base
+        does not reach the end, or repeats itself.
+
+    Raises:
+        DataError: if prompts are not alike, or none of the new ones comes to its end.
+    """
+    if count <= 0:
+        return []
+    begin, end = settings.prefix, settings.suffix
+    texts = [row.prompt_and_completion()[0] for row in given if row.kind in ("completion", "instruction")]
+    if not end:
+        begin, end = frame(texts)
+    if not end:
+        remedy = "Give two or more completion or instruction rows that end alike, or teacher.prefix and teacher.suffix"
+        raise DataError([Problem("teacher.imitate", "the prompts have no common end to stop at", remedy)])
+    writer = _Writer(model, tokenizer, settings, IMITATED, f"{seed} prompts")
+    known, found = set(texts), list[Row]()
+    off = model.disable_adapter() if hasattr(model, "disable_adapter") else contextlib.nullcontext()
+    with off:
+        for start in range(0, ATTEMPTS * count, max(count, settings.batch_size)):
+            if len(found) >= count:
+                break
+            numbers = range(start, start + max(count, settings.batch_size))
+            attempts = [writer.attempt(n, Row(kind="text", text=begin)) for n in numbers]
+            written = {w.attempt.number: w.answer for batch in writer.write(attempts) for w in batch}
+            for number in sorted(written):
+                middle, stop, _ = written[number].partition(end)
+                text = begin + middle + end
+                if stop and middle.strip() and text not in known:
+                    known.add(text)
+                    found.append(Row(kind="completion", prompt=text))
+    if not found:
+        what = f"of {ATTEMPTS * count} prompts the old base began, none came to {end.strip()!r}"
+        raise DataError([Problem("teacher.imitate", what, "Give more prompts (--prompts) instead")])
+    return found[:count]
 
 
 def _distinct(prompts: Sequence[Row], words: int) -> list[Row]:
@@ -258,7 +353,7 @@ class _Writer:
         tokenizer: PreTrainedTokenizerBase,
         settings: TeacherSettings,
         temperature: float,
-        seed: int,
+        seed: int | str,
     ) -> None:
         self.model, self.tokenizer, self.settings = model, tokenizer, settings
         self.temperature, self.seed = temperature, seed
