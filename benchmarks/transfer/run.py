@@ -3,13 +3,14 @@
     python benchmarks/transfer/run.py --output benchmarks/transfer/results
 
 For each pair and task every transform is run once through the ordinary flow, without labels (`sequential` reads what
-the old base + adapter writes to 320 prompts). Then every arm is fine-tuned on the same few rows, batch 16, for 1, 3 and 12 epochs:
+the old base + adapter writes to 320 prompts). Then every arm is fine-tuned on the same few rows, batch 16, for 1, 3 and
+12 epochs:
 
 * `scratch`: a fresh LoRA of the same modules and size; `eva`, `lora-ga`, `pissa`: the same with PEFT's initialisations
   that look at the data, its gradients, or the weights;
 * a transform's name: from the adapter that it gives;
-* `refresh`: a fresh LoRA on the rows **and** 300 more that the old base + adapter wrote: prompts imitated by the old base
-  from the few rows' beginnings and ends (without any row: from the task's name), answers by the adapter.
+* `refresh`: a fresh LoRA on the rows **and** 300 more that the old base + adapter wrote: prompts imitated by the old
+  base from the few rows' beginnings and ends (without any row: from the task's name), answers by the adapter.
   `refresh-1000`: 1,000 more.
 
 The learning rate is chosen for each arm by loss on 100 validation rows among 1e-3, 3e-3, 1e-2, and further on by a
@@ -44,7 +45,7 @@ from peft import EvaConfig, LoraConfig, LoraGAConfig, get_peft_model, initialize
 from lorasuite import zoo
 from lorasuite.adapter import fresh_config, fresh_lora
 from lorasuite.checkpoint import Checkpoint, load_model, load_tokenizer
-from lorasuite.data import Row
+from lorasuite.data import Row as DataRow
 from lorasuite.errors import LoRASuiteError
 from lorasuite.finetune import attach_adapter, attached
 from lorasuite.teacher import TeacherSettings, write_rows
@@ -170,7 +171,7 @@ def swept(attempt: Callable[[float], dict[str, Any]], known: list[dict[str, Any]
 
 def written_rows(pair: zoo.Pair, task: str, rows: list[dict[str, str]], count: int, seed: int) -> list[dict[str, str]]:
     """Rows by the old base + adapter; never one whose prompt is among the test rows."""
-    given = [Row(kind="completion", **row) for row in rows]
+    given = [DataRow(kind="completion", **row) for row in rows]
     frame = {} if given else {"prefix": f"{task} :", "suffix": " ="}
     settings = TeacherSettings(max_new_tokens=24, batch_size=64, imitate=True, **frame)
     tokenizer = load_tokenizer(pair.old)
@@ -242,70 +243,165 @@ def run_task(
         cell(f"{arm}/{budget}/{count}/{seed}", compute)
 
 
-def write(cells: dict[str, Any], output: Path) -> None:
+Row = dict[tuple[str, int, int], dict[int, dict[str, float]]]
+
+
+def read(output: Path) -> dict[tuple[str, str], Row]:
+    """(pair, task) → (arm, rows, epochs) → seed → cell; epochs 0 where nothing is trained."""
+    found: dict[tuple[str, str], Row] = {}
+    order = ["llama", "neox", FURTHER]
+    for file in sorted((output / "cells").glob("*.json"), key=lambda f: (order.index(f.stem.split("-")[0]), f.stem)):
+        row: Row = defaultdict(dict)
+        for key, value in json.loads(file.read_text()).items():
+            match key.split("/"):
+                case [arm] | [arm, "0"]:
+                    row[arm, 0, 0][0] = value
+                case [arm, rows, epochs, seed]:
+                    row[arm, int(rows), int(epochs)][int(seed)] = value
+        pair, task = file.stem.split("-")
+        found[pair, task] = row
+    return found
+
+
+def spread(values: list[float]) -> str:
+    """Mean ± standard deviation over seeds."""
+    if not values:
+        return "–"
+    return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
+
+
+def percents(row: Row, arm: str, rows: int, epochs: int) -> list[float]:
+    return [100 * cell["exact_match"] for _, cell in sorted(row.get((arm, rows, epochs), {}).items())]
+
+
+def write(output: Path) -> None:
     """Tables in Markdown and a figure a pair."""
-    table: dict[tuple[str, str], dict[tuple[str, int], list[dict[str, float]]]] = defaultdict(lambda: defaultdict(list))
-    for key, value in cells.items():
-        name, task, arm, *rest = key.split("/")
-        table[name, task][arm, int(rest[0]) if rest else 0].append(value)
-    shown = list(METHODS)
-    lines = [
-        "Without fine-tuning and without labels: exact match in % (loss in nats a token).", "",
-        "| pair | task | bare | " + " | ".join(shown) + " | old + adapter | retrain (10k) |",
-        "|---" * (len(shown) + 5) + "|",
-    ]  # fmt: skip
-
-    def single(row: Any, arm: str) -> str:
-        found = row.get((arm, 0))
-        return f"{100 * found[0]['exact_match']:.1f} ({found[0]['loss']:.2f})" if found else "–"
-
-    for (name, task), row in table.items():
-        values = [single(row, arm) for arm in ("bare", *shown, "old+adapter", "retrain")]
-        lines.append(f"| {name} | {task} | " + " | ".join(values) + " |")
-    lines += [
-        "", f"After fine-tuning, {EPOCHS} epochs, best of {len(RATES)} learning rates: exact match in %, mean ± "
-        "standard deviation over seeds.", "",
-        "| pair | task | rows | " + " | ".join(STARTS) + " |", "|---" * (len(STARTS) + 3) + "|",
-    ]  # fmt: skip
-    for (name, task), row in table.items():
-        for budget in sorted({n for _, n in row if n}):
-            values = []
-            for arm in STARTS:
-                found_ = [100 * v["exact_match"] for v in row.get((arm, budget), [])]
-                spread = f" ± {statistics.stdev(found_):.1f}" if len(found_) > 1 else ""
-                values.append(f"{statistics.mean(found_):.1f}{spread}" if found_ else "–")
-            lines.append(f"| {name} | {task} | {budget} | " + " | ".join(values) + " |")
-    lines += [
-        "", "Regret: the start with the least loss on the validation rows, against the best start in hindsight.", "",
-        "| pair | task | rows | chosen (by seed) | exact match | best start | regret |",
-        "|---|---|---|---|---|---|---|",
-    ]  # fmt: skip
-    for (name, task), row in table.items():
-        for budget in sorted({n for _, n in row if n}):
-            runs = list(zip(*(row[arm, budget] for arm in STARTS), strict=False))
-            if not runs:
-                continue
-            chosen = [min(zip(STARTS, run, strict=True), key=lambda pair: pair[1]["validation"]) for run in runs]
-            got = statistics.mean(100 * found["exact_match"] for _, found in chosen)
-            best = max(statistics.mean(100 * run[k]["exact_match"] for run in runs) for k in range(len(STARTS)))
-            names = ", ".join(arm for arm, _ in chosen)
-            lines.append(f"| {name} | {task} | {budget} | {names} | {got:.1f} | {best:.1f} | {best - got:.1f} |")
+    cells = read(output)
+    lines = ["## Without fine-tuning and without labels", "", "Exact match in % (loss in nats a token).", ""]
+    lines += _header("pair", "task", "bare", *METHODS, "old + adapter", "retrain (10k)")
+    for (name, task), row in cells.items():
+        shown = []
+        for arm in ("bare", *METHODS, "old+adapter", "retrain"):
+            found = row.get((arm, 0, 0), {}).get(0)
+            shown.append(f"{100 * found['exact_match']:.1f} ({found['loss']:.2f})" if found else "–")
+        lines.append(_line(name, task, *shown))
+    lines += _unlabelled(cells) + _budgets(cells) + _against_scratch(cells) + _regret(cells)
     (output / "table.md").write_text("\n".join(lines) + "\n")
-    for pair in dict.fromkeys(name for name, _ in table):
-        tasks = [task for name, task in table if name == pair]
-        figure = Figure(figsize=(4 * len(tasks), 3.4), layout="constrained", dpi=110)
+    _draw(cells, output)
+
+
+def _header(*names: str) -> list[str]:
+    return [_line(*names), "|---" * len(names) + "|"]
+
+
+def _line(*values: Any) -> str:
+    return "| " + " | ".join(map(str, values)) + " |"
+
+
+def _unlabelled(cells: dict[tuple[str, str], Row]) -> list[str]:
+    """Gap recovered by the refresh without a labelled row."""
+    lines = ["", "## Gap recovered without any labelled row, fine-tuned on written ones", "",
+             "(arm − bare) / (retrain − bare), by seed.", ""]  # fmt: skip
+    lines += _header("pair", "task", "written rows", "epochs", "by seed", "mean")
+    for (name, task), row in cells.items():
+        for arm, epochs in product(WRITTEN, EPOCHS):
+            found = percents(row, arm, 0, epochs)
+            if found:
+                low, high = (100 * row[end, 0, 0][0]["exact_match"] for end in ("bare", "retrain"))
+                shares = [(value - low) / (high - low) for value in found]
+                by_seed = ", ".join(f"{share:.3f}" for share in shares)
+                lines.append(_line(name, task, WRITTEN[arm], epochs, by_seed, f"{statistics.mean(shares):.3f}"))
+    return lines
+
+
+def _budgets(cells: dict[tuple[str, str], Row]) -> list[str]:
+    lines = []
+    for epochs in EPOCHS:
+        arms = [arm for arm in ARMS if any(arm == a and e == epochs for row in cells.values() for a, _, e in row)]
+        if not arms:
+            continue
+        lines += ["", f"## Fine-tuned for {epochs} epochs", "",
+                  "Exact match in %, learning rate of each arm swept; mean ± standard deviation over seeds.",
+                  ""]  # fmt: skip
+        lines += _header("pair", "task", "rows", "seeds", *arms)
+        for (name, task), row in cells.items():
+            for rows in sorted({n for _, n, e in row if e == epochs}):
+                values = [percents(row, arm, rows, epochs) for arm in arms]
+                counts = sorted({len(v) for v in values if v})
+                seeds = "–".join(map(str, {counts[0]: 0, counts[-1]: 0}))
+                lines.append(_line(name, task, rows, seeds, *map(spread, values)))
+    return lines
+
+
+def _against_scratch(cells: dict[tuple[str, str], Row]) -> list[str]:
+    """Each arm against the fresh LoRA, the same rows and seed in both."""
+    lines = ["", "## Against a fresh LoRA on the same rows", "",
+             "Cells (task × seed) won / tied within 2 points / lost (mean difference in points).", ""]  # fmt: skip
+    lines += _header("rows", "epochs", *(arm for arm in ARMS if arm != "scratch"))
+    for rows, epochs in product((10, 30, 100, 300), EPOCHS):
+        shown = []
+        for arm in ARMS[1:]:
+            gains = [
+                100 * (cell["exact_match"] - row["scratch", rows, epochs][seed]["exact_match"])
+                for row in cells.values()
+                for seed, cell in row.get((arm, rows, epochs), {}).items()
+                if seed in row.get(("scratch", rows, epochs), {})
+            ]
+            won, lost = sum(gain > 2 for gain in gains), sum(gain < -2 for gain in gains)
+            mean = f" ({statistics.mean(gains):+.0f})" if gains else ""
+            shown.append(f"{won}/{len(gains) - won - lost}/{lost}{mean}" if gains else "–")
+        if any(value != "–" for value in shown):
+            lines.append(_line(rows, epochs, *shown))
+    return lines
+
+
+def _regret(cells: dict[tuple[str, str], Row]) -> list[str]:
+    lines = ["", "## Regret", "",
+             "The arm with the least loss on the validation rows, as `auto` chooses among starts, against the best arm.",
+             ""]  # fmt: skip
+    lines += _header("pair", "task", "rows", "epochs", "chosen (by seed)", "exact match", "best arm", "regret")
+    arms = ("scratch", *TRANSFORMED, "refresh")
+    for (name, task), row in cells.items():
+        for rows, epochs in sorted({(n, e) for _, n, e in row if n and e}):
+            present = [arm for arm in arms if row.get((arm, rows, epochs))]
+            seeds = set.intersection(*(set(row[arm, rows, epochs]) for arm in present)) if present else set()
+            if not seeds or "scratch" not in present:
+                continue
+            picked = {
+                s: min((_finite(row[arm, rows, epochs][s]["validation"]), arm) for arm in present)[1] for s in seeds
+            }
+            score = {arm: {s: 100 * row[arm, rows, epochs][s]["exact_match"] for s in seeds} for arm in present}
+            got = statistics.mean(score[arm][s] for s, arm in picked.items())
+            top, best = max((statistics.mean(values.values()), arm) for arm, values in score.items())
+            names = ", ".join(picked[s] for s in sorted(seeds))
+            lines.append(_line(name, task, rows, epochs, names, f"{got:.1f}", f"{best} {top:.1f}", f"{top - got:.1f}"))
+    return lines
+
+
+def _finite(loss: float) -> float:
+    return loss if math.isfinite(loss) else math.inf
+
+
+def _draw(cells: dict[tuple[str, str], Row], output: Path) -> None:
+    epochs = EPOCHS[0]
+    for pair in dict.fromkeys(name for name, _ in cells if name != FURTHER):
+        tasks = [task for name, task in cells if name == pair]
+        figure = Figure(figsize=(4 * len(tasks), 3.6), layout="constrained", dpi=110)
         for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
-            row = table[pair, task]
-            for arm in STARTS:
-                budgets = sorted(n for a, n in row if a == arm)
-                points = [(n or 1, [100 * v["exact_match"] for v in row[arm, n]]) for n in budgets if row[arm, n]]
+            row = cells[pair, task]
+            for arm in ("scratch", *TRANSFORMED, "refresh"):
+                points = [(n, percents(row, arm, n, epochs)) for n in (0, 10, 30, 100, 300)]
+                points = [(n or 3, values) for n, values in points if values]
                 if points:
-                    axes.plot([n for n, _ in points], [statistics.mean(v) for _, v in points], "o-", label=arm)
-                    low, high = [min(v) for _, v in points], [max(v) for _, v in points]
-                    axes.fill_between([n for n, _ in points], low, high, alpha=0.15)
-            axes.set(title=task, xlabel="labelled rows (none drawn at 1)", xscale="log", ylim=(-2, 102))
+                    places = [n for n, _ in points]
+                    axes.plot(places, [statistics.mean(v) for _, v in points], "o-", label=arm)
+                    axes.fill_between(places, [min(v) for _, v in points], [max(v) for _, v in points], alpha=0.15)
+            axes.set(title=task, xlabel="labelled rows", xscale="log", ylim=(-2, 102))
+            axes.set_xticks([3, 10, 30, 100, 300], ["0", "10", "30", "100", "300"])
+            axes.minorticks_off()
         figure.axes[0].set_ylabel("exact match, %")
-        figure.axes[0].legend(fontsize=8)
+        if figure.axes[0].lines:
+            figure.axes[0].legend(fontsize=8)
         figure.savefig(output / f"{pair}.png")
 
 
