@@ -31,6 +31,7 @@ from lorasuite.preflight import Plan, check
 from lorasuite.publication import publish
 from lorasuite.selection import NOTHING
 from lorasuite.serving import check as check_serving
+from lorasuite.sweep import ENOUGH
 from lorasuite.transforms import names, reads_texts, transform
 from tasks.adapter_stages import adapter_folder, finetune, selection, sequential_fit, serving
 from tasks.adapter_stages import transform as transform_stage
@@ -42,6 +43,8 @@ from tasks.stage import Recorder, Ref
 
 #: The start of a fine-tune that no adapter was migrated for.
 FRESH = "fresh"
+#: The same, fine-tuned on the user's rows alone where the teacher wrote others: what the teacher has to beat.
+ALONE = "fresh, without the teacher's rows"
 #: Arms the published adapter is compared with, sample by sample.
 COMPARED = (*BOTH, "scratch")
 
@@ -220,6 +223,8 @@ class _Arms:
                 begun[self.start] = self._finetune("migrated")
             if compared:
                 begun |= {method: self._finetune(method, candidates[method]) for method in self._others()}
+                if self.training.written and len(self.plan.train) >= ENOUGH:
+                    begun[ALONE] = self._finetune("alone")
             if swept:
                 losses = {start: best_validation(context.open(ref).info) for start, ref in begun.items()}
                 self.starts = {start: loss if math.isfinite(loss) else None for start, loss in losses.items()}
@@ -296,14 +301,17 @@ class _Arms:
         return fresh_lora(adapter_folder(self.context.open(self.moved)), new.architecture)
 
     def _finetune(self, start: str, begun: Ref | None = None) -> Ref:
-        """From a fresh LoRA (``scratch``), from what was chosen, or from another transform's adapter."""
+        """From a fresh LoRA (``scratch``; ``alone``: on the user's rows only), from what was chosen, or from another
+        transform's adapter."""
         settings, context = self.settings, self.context
-        inputs: dict[str, str | Ref] = {**NEW, **self.training.rows, **self.training.soft}
-        if start != "scratch":
+        fresh = start in ("scratch", "alone")
+        rows = self.training.own if start == "alone" else {**self.training.rows, **self.training.soft}
+        inputs: dict[str, str | Ref] = {**NEW, **rows}
+        if not fresh:
             inputs["transform"] = begun or self.transformed
         values = {
             # A fresh LoRA depends on nothing of the adapter but its size and modules.
-            "fresh": self._fresh() if start == "scratch" else None,
+            "fresh": self._fresh() if fresh else None,
             "samples": settings.samples,
             "seed": settings.seed,
             "finetune": settings.finetune.model_dump(mode="json"),

@@ -35,6 +35,16 @@ class Training:
     seen: dict[str, str | Ref] = field(default_factory=dict)
 
     @property
+    def own(self) -> dict[str, str | Ref]:
+        """The user's rows alone."""
+        return {name: rows for name, rows in self.rows.items() if name == "train_data"}
+
+    @property
+    def written(self) -> bool:
+        """Whether rows of the teacher's are trained on."""
+        return "teacher" in self.rows
+
+    @property
     def looked_at(self) -> dict[str, str | Ref]:
         """The rows that transforms may read and candidates are scored by."""
         return self.rows or self.seen

@@ -159,7 +159,8 @@ class MigrationConfig(Strict):
     @property
     def prompt_data(self) -> str | None:
         """Where the teacher's prompts come from."""
-        return self.prompts or self.train_data or self.calibration
+        framed = self.teacher.suffix  # then the old base writes the prompts
+        return self.prompts or self.train_data or (None if framed else self.calibration)
 
     @property
     def rows_written(self) -> int:

@@ -22,6 +22,7 @@ from lorasuite.errors import LoRASuiteError, PreflightError, Problem
 from lorasuite.estimate import estimate, measure
 from lorasuite.similarity import SMALLEST_BATCH
 from lorasuite.task_evaluation import check_tasks
+from lorasuite.teacher import prompt_frame
 from lorasuite.transforms import reads_texts, transform
 from lorasuite.vocabulary import common_tokens
 
@@ -403,9 +404,10 @@ def _teacher(result: Inspection, config: MigrationConfig) -> list[Row] | None:
         )
     source = config.prompt_data
     if source is None:
-        result.notices.append(
-            "no prompts for the teacher: it writes from nothing, which suits adapters of running text"
-        )
+        if not config.teacher.suffix:
+            result.notices.append(
+                "no prompts for the teacher: it writes from nothing, which suits adapters of running text"
+            )
         return None
     rows: list[Row] = _attempt(result, lambda: read_prompts(source)) or []
     words = config.teacher.text_prefix
@@ -419,7 +421,10 @@ def _teacher(result: Inspection, config: MigrationConfig) -> list[Row] | None:
             what = f"prompt {number} is a conversation, and the old base's tokenizer has no chat template"
             result.problems.append(Problem(source, what, "Use rows of prompt and completion."))
             break
-    if rows and config.teacher.temperature == 0 and len(distinct) < config.teacher_samples:
+    fewer = len(distinct) < config.teacher_samples
+    if rows and fewer and config.teacher.imitate and not config.teacher.suffix:
+        _attempt(result, lambda: prompt_frame(distinct))
+    elif rows and config.teacher.temperature == 0 and fewer:
         found = f"{len(distinct)} different prompts for {config.teacher_samples} teacher samples"
         result.notices.append(f"{found}: greedy, there is one answer each")
     return rows or None

@@ -8,12 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lorasuite.data import Row
+from lorasuite.data import Row, unanswered
 from lorasuite.errors import NumericalError, Problem
 from lorasuite.finetune import FinetuneResult, FinetuneSettings, finetune
 
 #: Share of the training rows a sweep holds out to choose by.
 HELD_OUT = 0.2
+#: The user's rows from which on they alone are held out, beside the teacher's: their fifth is then ten rows or more.
+ENOUGH = 50
 
 
 def split(rows: Sequence[Row], seed: int) -> tuple[list[Row], list[Row]]:
@@ -22,6 +24,19 @@ def split(rows: Sequence[Row], seed: int) -> tuple[list[Row], list[Row]]:
     random.Random(seed).shuffle(order)
     held = max(1, round(HELD_OUT * len(rows)))
     return [rows[n] for n in sorted(order[held:])], [rows[n] for n in sorted(order[:held])]
+
+
+def split_mixed(own: Sequence[Row], written: Sequence[Row], seed: int) -> tuple[list[Row], list[Row]]:
+    """The split of the user's rows and the teacher's.
+
+    With :data:`ENOUGH` of the user's, only those are held out, the same ones whatever the teacher wrote; what it wrote
+    to their prompts is not trained on. With fewer, a fifth of all is held out.
+    """
+    if not written or len(own) < ENOUGH:
+        return split([*own, *written], seed)
+    train, held_out = split(own, seed)
+    prompts = {unanswered(row) for row in held_out}
+    return train + [row for row in written if unanswered(row) not in prompts], held_out
 
 
 def finetune_swept(
@@ -33,6 +48,7 @@ def finetune_swept(
     *,
     output: Path,
     work_dir: Path,
+    written: Sequence[Row] = (),
     **arguments: Any,
 ) -> tuple[FinetuneResult, list[dict[str, Any]]]:
     """Fine-tune on all rows at the learning rate, and for the epochs, that did best on a held-out fifth of them.
@@ -42,6 +58,7 @@ def finetune_swept(
     is: on the held-out rows the result is never worse than what it began from (a fresh LoRA begins as the bare base).
 
     Args:
+        rows: the user's; written: the teacher's, trained on beside them and held out as :func:`split_mixed` says.
         arguments: the other arguments of :func:`lorasuite.finetune.finetune`.
 
     Returns:
@@ -55,7 +72,7 @@ def finetune_swept(
     tried: list[dict[str, Any]] = []
     stop: int | None = None
     if len(rates) > 1:
-        train, held_out = split(rows, settings.seed)
+        train, held_out = split_mixed(rows, written, settings.seed)
         for rate in rates:
             with tempfile.TemporaryDirectory() as scratch:
                 try:
@@ -87,6 +104,13 @@ def finetune_swept(
         rates, stop = [chosen["learning_rate"]], chosen["epochs"]
     final = settings.model_copy(update={"learning_rate": rates[0]})
     result = finetune(
-        base, tokenizer, rows, final, output=output, work_dir=work_dir / "final", stop_after=stop, **arguments
+        base,
+        tokenizer,
+        [*rows, *written],
+        final,
+        output=output,
+        work_dir=work_dir / "final",
+        stop_after=stop,
+        **arguments,
     )
     return result, tried

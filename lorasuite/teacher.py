@@ -20,7 +20,7 @@ import math
 import random
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -264,6 +264,23 @@ def frame(prompts: Sequence[str]) -> tuple[str, str]:
     return ("".join(last[:ahead]), "".join(last[len(last) - behind :]) + trail) if behind else ("", "")
 
 
+def prompt_frame(prompts: Iterable[Row]) -> tuple[str, str]:
+    """The :func:`frame` of prompts that can be imitated.
+
+    Raises:
+        DataError: if they have none.
+    """
+    begin, end = frame(_texts(prompts))
+    if not end:
+        remedy = "Give two or more completion or instruction rows that end alike, or teacher.prefix and teacher.suffix"
+        raise DataError([Problem("teacher.imitate", "the prompts have no common end to stop at", remedy)])
+    return begin, end
+
+
+def _texts(prompts: Iterable[Row]) -> list[str]:
+    return [row.prompt_and_completion()[0] for row in prompts if row.kind in ("completion", "instruction")]
+
+
 def _alike(lists: Sequence[Sequence[str]], longest: int) -> int:
     """How many first elements all lists share, at most ``longest``."""
     count = 0
@@ -295,15 +312,9 @@ def imitated(
     """
     if count <= 0:
         return []
-    begin, end = settings.prefix, settings.suffix
-    texts = [row.prompt_and_completion()[0] for row in given if row.kind in ("completion", "instruction")]
-    if not end:
-        begin, end = frame(texts)
-    if not end:
-        remedy = "Give two or more completion or instruction rows that end alike, or teacher.prefix and teacher.suffix"
-        raise DataError([Problem("teacher.imitate", "the prompts have no common end to stop at", remedy)])
+    begin, end = (settings.prefix, settings.suffix) if settings.suffix else prompt_frame(given)
     writer = _Writer(model, tokenizer, settings, IMITATED, f"{seed} prompts")
-    known, found = set(texts), list[Row]()
+    known, found = set(_texts(given)), list[Row]()
     off = model.disable_adapter() if hasattr(model, "disable_adapter") else contextlib.nullcontext()
     with off:
         for start in range(0, ATTEMPTS * count, max(count, settings.batch_size)):

@@ -11,6 +11,7 @@ import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from lorasuite.lowrank import LowRank
 from lorasuite.migration import migrate
 from lorasuite.selection import NOTHING, choose, write_scaled
 from lorasuite.serving import compare_merged
-from lorasuite.sweep import finetune_swept, split
+from lorasuite.sweep import finetune_swept, split_mixed
 from lorasuite.task_evaluation import evaluate_tasks, write_task_samples
 from lorasuite.teacher import TeacherSettings, TextLoss, judge_teacher, rows_to_jsonl, text_losses, write_rows
 from lorasuite.transforms import sequential
@@ -142,7 +143,7 @@ def soft_labelling(inputs: Inputs, settings: Settings, where: Where) -> StageOut
         found = soft_labels(
             teacher,
             load_tokenizer(where.path("old_base"), trusted(where)),
-            _training_rows(inputs, settings, where),
+            [*chain(*_training_rows(inputs, settings, where))],
             (common.old, common.new),
             cutoff=settings["cutoff"],
             temperature=settings["temperature"],
@@ -196,7 +197,7 @@ def sequential_fit(inputs: Inputs, settings: Settings, where: Where) -> StageOut
     reader = load_tokenizer(where.path("new_base"), trusted(where))
     calibration = calibration_texts(where.path("calibration"), reader)[: settings["calibration_samples"]]
     # A fifth of the rows is what `auto` chooses by: it is not looked at here.
-    rows = split(_training_rows(inputs, settings, where), settings["seed"])[0]
+    rows = split_mixed(*_training_rows(inputs, settings, where), settings["seed"])[0]
     with _model("old_base", where) as old, _model("new_base", where) as fresh:
         sides = [
             sequential.Side(model, load_tokenizer(where.path(name), trusted(where)), base.architecture, base.dims)
@@ -231,13 +232,13 @@ def sequential_fit(inputs: Inputs, settings: Settings, where: Where) -> StageOut
 @stage("select")
 def selection(inputs: Inputs, settings: Settings, where: Where) -> StageOutput:
     """The candidate and scale with the least loss on a held-out fifth of the training rows, or none of them."""
-    rows = _training_rows(inputs, settings, where)
+    rows = split_mixed(*_training_rows(inputs, settings, where), settings["seed"])[1]
     candidates = {method: adapter_folder(inputs[f"transform_{method}"]) for method in settings["methods"]}
     tried = choose(
         load_model(where.path("new_base"), where.device, trust_remote_code=trusted(where)),
         load_tokenizer(where.path("new_base"), trusted(where)),
         candidates,
-        split(rows, settings["seed"])[1],
+        rows,
         cutoff=settings["cutoff"],
         device=where.device,
     )
@@ -248,10 +249,10 @@ def selection(inputs: Inputs, settings: Settings, where: Where) -> StageOutput:
     return StageOutput(info={"candidates": tried, "method": best["method"], "scale": best["scale"]}, files=files)
 
 
-@stage("finetune")
+@stage("finetune", version=2)
 def finetune(inputs: Inputs, settings: Settings, where: Where) -> StageOutput:
     """The light fine-tune of a migrated adapter, or of a fresh LoRA on the same rows."""
-    rows = _training_rows(inputs, settings, where)
+    own, written = _training_rows(inputs, settings, where)
     fresh = settings["fresh"]  # None: start from the migrated adapter
     tuning = FinetuneSettings.model_validate(settings["finetune"])
     if where.halvings:
@@ -261,9 +262,10 @@ def finetune(inputs: Inputs, settings: Settings, where: Where) -> StageOutput:
         result, sweep = finetune_swept(
             str(where.path("new_base")),
             load_tokenizer(where.path("new_base"), trusted(where)),
-            rows,
+            own,
             tuning,
             settings["learning_rates"],
+            written=written,
             adapter=adapter_folder(inputs["transform"]) if fresh is None else None,
             lora=None if fresh is None else fresh_config(fresh),
             output=Path(folder) / "adapter",
@@ -332,14 +334,12 @@ def serving(inputs: Inputs, settings: Settings, where: Where) -> StageOutput:
     return StageOutput(info={loader: served.model_dump(mode="json") for loader, served in found.items()})
 
 
-def _training_rows(inputs: Inputs, settings: Settings, where: Where) -> list[Row]:
-    """The user's rows, drawn by the seed, then the teacher's."""
-    rows: list[Row] = []
+def _training_rows(inputs: Inputs, settings: Settings, where: Where) -> tuple[list[Row], list[Row]]:
+    """The user's rows, drawn by the seed, and the teacher's."""
+    own: list[Row] = []
     if "train_data" in inputs:
-        rows += draw(read_rows(where.path("train_data")), settings["samples"], settings["seed"])
-    if "teacher" in inputs:
-        rows += read_rows(inputs["teacher"].file(ROWS))
-    return rows
+        own = draw(read_rows(where.path("train_data")), settings["samples"], settings["seed"])
+    return own, read_rows(inputs["teacher"].file(ROWS)) if "teacher" in inputs else []
 
 
 def _dumped(losses: Sequence[TextLoss | None]) -> list[dict[str, Any] | None]:

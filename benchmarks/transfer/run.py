@@ -357,7 +357,7 @@ def _against_scratch(cells: dict[tuple[str, str], Row]) -> list[str]:
 
 def _regret(cells: dict[tuple[str, str], Row]) -> list[str]:
     lines = ["", "## Regret", "",
-             "The arm with the least loss on the validation rows, as `auto` chooses among starts, against the best arm.",
+             "The arm with the least loss on the validation rows, as `auto` chooses a start, against the best arm.",
              ""]  # fmt: skip
     lines += _header("pair", "task", "rows", "epochs", "chosen (by seed)", "exact match", "best arm", "regret")
     arms = ("scratch", *TRANSFORMED, "refresh")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from artifacts import Store
-from flows.migrate_adapter import migrate_adapter
+from flows.migrate_adapter import ALONE, migrate_adapter
 from flows.migrate_fleet import migrate_fleet
 from lorasuite import zoo
 from lorasuite.errors import PreflightError
@@ -80,6 +80,28 @@ def test_without_labels_then_cached_then_mixed(mirror: dict[str, Any], home: Pat
     assert mixed["teacher"]["measured_on"] == "training rows" and mixed["finetune"]["samples"] == 36
     assert mixed["teacher"]["rows"] == 24 and mixed["teacher"]["scored_rows"] == 12
     assert mixed["finetune"]["distilled"] == 0 and mixed["teacher"]["distilled"] is False
+
+
+def test_auto_makes_the_teacher_earn_its_place(mirror: dict[str, Any], tmp_path: Path) -> None:
+    """The old base imitates the user's prompts; a LoRA on the user's rows alone is a start that could win."""
+    rows = zoo.rows("neox", "mirror", "train", 50, seed=6)
+    zoo.write_rows(rows, tmp_path / "train.jsonl")
+    record = run(
+        mirror, tmp_path / "out",
+        method="auto", starts=1, learning_rates=[3e-3, 1e-2], prompts=None, train_data=str(tmp_path / "train.jsonl"),
+        finetune_samples=50, teacher_samples=80, finetune=TUNE, teacher={"max_new_tokens": 16, "imitate": True},
+    )  # fmt: skip
+    assert record["teacher"]["prompts"] == 50 and record["teacher"]["imitated"] == 30
+    assert record["teacher"]["temperature"] == 0
+    starts = record["finetune"]["starts"]
+    assert ALONE in starts and starts[record["finetune"]["start"]] == min(starts.values())
+
+
+def test_no_row_of_the_users_at_all(mirror: dict[str, Any], tmp_path: Path) -> None:
+    """Beginning and end of a prompt are enough: the calibration texts are not taken for prompts."""
+    teacher = {"max_new_tokens": 16, "prefix": "mirror :", "suffix": " ="}
+    record = run(mirror, tmp_path / "out", prompts=None, teacher_samples=16, finetune=TUNE, teacher=teacher)
+    assert record["teacher"]["prompts"] == 0 and record["teacher"]["imitated"] == record["teacher"]["rows"] == 16
 
 
 def test_a_teacher_not_worth_copying_is_not_copied(mirror: dict[str, Any], tmp_path: Path) -> None:

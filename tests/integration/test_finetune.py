@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from lorasuite.adapter import Adapter, fresh_config, untrained
 from lorasuite.checkpoint import Checkpoint
-from lorasuite.data import IGNORED, encode
+from lorasuite.data import IGNORED, Row, encode
 from lorasuite.errors import AdapterError, ConfigError, DataError, NumericalError, OutputError
 from lorasuite.finetune import (
     FinetuneResult,
@@ -25,7 +26,7 @@ from lorasuite.finetune import (
     save_adapter,
     validation_loss,
 )
-from lorasuite.sweep import finetune_swept
+from lorasuite.sweep import ENOUGH, finetune_swept, split_mixed
 from tests.integration.tiny import digit_rows, tiny_lora, tiny_model, tiny_tokenizer
 
 SETTINGS = FinetuneSettings(batch_size=4, epochs=2, learning_rate=5e-3)
@@ -333,3 +334,15 @@ def test_a_sweep_is_never_worse_than_its_start(tmp_path, helps: bool, monkeypatc
     assert (result.steps > 0) == helps
     if not helps:  # the start, whose B is zero, is written as it is
         assert all(float(t.abs().max()) == 0 for name, t in tensors(tmp_path / "swept").items() if "lora_B" in name)
+
+
+def test_written_rows_are_judged_by_the_users_rows():
+    """With enough of the user's rows, the same are held out whatever was written, and their prompts stay unseen."""
+    own = [Row(kind="completion", prompt=f"add {n} =", completion=f" {n + 1}") for n in range(ENOUGH)]
+    written = [replace(row, completion=" other") for row in own]
+    train, held_out = split_mixed(own, written, 3)
+    assert held_out == split_mixed(own, [], 3)[1] and len(held_out) == ENOUGH // 5
+    assert not {row.prompt for row in train} & {row.prompt for row in held_out}
+    assert len(train) == 2 * len({row.prompt for row in train})
+    few_train, few_held = split_mixed(own[: ENOUGH - 1], written, 3)
+    assert len(few_train) + len(few_held) == 2 * ENOUGH - 1 and any(row.completion == " other" for row in few_held)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from lorasuite.finetune import attached, save_adapter
 from lorasuite.teacher import (
     TeacherSettings,
     TextLoss,
+    frame,
     judge_teacher,
     rows_to_jsonl,
     text_losses,
@@ -231,3 +234,55 @@ def test_worth() -> None:
     assert not judge_teacher(losses(9), losses(4), losses(3), labelled=False).worth
     with pytest.raises(DataError):
         judge_teacher(losses(None), losses(1), losses(1), labelled=True)
+
+
+FRAMED = [Row(kind="completion", prompt=f"say {word} now :", completion=" nothing") for word in ("one", "two", "six")]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "found"),
+    [
+        (["add : 1 2 =", "add : 3 =", "add : 4 5 6 ="], ("add :", " =")),
+        (["one =", "two ="], ("", " =")),
+        (["a\n\n### Q:\nx y\n\n### A:\n", "a\n\n### Q:\nz\n\n### A:\n"], ("a\n\n### Q:", "\n\n### A:\n")),
+        (["add : 1 =", "add : 1 ="], ("", "")),  # one prompt says nothing of what all begin with
+        (["add : 1 =", "add : 1 2"], ("", "")),
+        (["b = b", "b ="], ("", "")),  # nothing is left between
+    ],
+)
+def test_the_frame_of_prompts(prompts: list[str], found: tuple[str, str]) -> None:
+    assert frame(prompts) == found
+
+
+def test_the_base_writes_prompts_between_beginning_and_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """New prompts have the given ones' frame, are new, and are the base's own: its adapter is off, then on again."""
+    states = []
+    generate = module._Writer._batch
+
+    def watched(self: Any, attempts: Any, chat: bool) -> Any:
+        layers = [m for m in self.model.modules() if hasattr(m, "disable_adapters")]
+        states.append((attempts[0].row.kind, all(m.disable_adapters for m in layers)))
+        written = generate(self, attempts, chat)
+        if attempts[0].row.kind != "text":
+            return written
+        # the tiny model knows no words: every third prompt comes to its end, every sixth is one that was given
+        middle = [" two" if n % 6 == 0 else f" w{n}" for n in (w.attempt.number for w in written)]
+        ends = [" now : rest" if w.attempt.number % 3 == 0 else "" for w in written]
+        return [replace(w, answer=m + e) for w, m, e in zip(written, middle, ends, strict=True)]
+
+    monkeypatch.setattr(module._Writer, "_batch", watched)
+    with attached(tiny_model(), adapter_of(tmp_path / "adapter")) as wrapped:
+        found = write_rows(wrapped, tiny_tokenizer(), FRAMED, 8, settings(imitate=True, temperature=0.0))
+    assert found.prompts == 3 and found.imitated == 5 and len(found.rows) == 8
+    new = [row.prompt for row in found.rows if row not in FRAMED and row.prompt not in {r.prompt for r in FRAMED}]
+    assert len(new) == len(set(new)) == 5
+    assert all(re.fullmatch(r"say w\d+ now :", prompt) for prompt in new)
+    assert dict(states) == {"text": True, "completion": False}
+
+
+def test_prompts_from_a_frame_alone_and_none_that_ends() -> None:
+    """The stated frame needs no prompt; a base that never comes to its end is an error that says so."""
+    with pytest.raises(DataError, match="none came to 'zzz'"):
+        write_rows(tiny_model(), tiny_tokenizer(), None, 4, settings(prefix="say", suffix=" zzz"))
+    with pytest.raises(DataError, match="no common end"):
+        write_rows(tiny_model(), tiny_tokenizer(), [Row(kind="text", text="a b")], 4, settings(imitate=True))
