@@ -11,7 +11,9 @@ the old base + adapter writes to 320 prompts). Then every arm is fine-tuned on t
 * a transform's name: from the adapter that it gives;
 * `refresh`: a fresh LoRA on the rows **and** 300 more that the old base + adapter wrote: prompts imitated by the old
   base from the few rows' beginnings and ends (without any row: from the task's name), answers by the adapter.
-  `refresh-1000`: 1,000 more.
+  `refresh-1000`: 1,000 more;
+* `auto`, `auto+refresh`: what `lorasuite migrate --method auto` publishes, which compares starts by itself on a fifth
+  of its rows and knows no validation rows; without and with 300 written rows.
 
 The learning rate is chosen for each arm by loss on 100 validation rows among 1e-3, 3e-3, 1e-2, and further on by a
 factor of three where the best is an end of the grid; the result is exact match on 500 test rows. *Gap recovered* is
@@ -34,6 +36,7 @@ import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import islice, product
 from pathlib import Path
 from typing import Any
@@ -55,7 +58,9 @@ METHODS = ("copy", "lorasuite", "procrustes", "functional", "functional-ridge", 
 TRANSFORMED = ("lorasuite", "procrustes", "functional", "sequential")
 DATA_DRIVEN = ("eva", "lora-ga", "pissa")
 WRITTEN = {"refresh": 300, "refresh-1000": 1000}
-ARMS = ("scratch", *DATA_DRIVEN, *TRANSFORMED, *WRITTEN)
+#: What the command line does by itself: whether the teacher writes.
+AUTOMATIC = {"auto": False, "auto+refresh": True}
+ARMS = ("scratch", *DATA_DRIVEN, *TRANSFORMED, *WRITTEN, *AUTOMATIC)
 RATES = (1e-3, 3e-3, 1e-2)
 LOWEST, HIGHEST = 1e-4, 1e-1
 EPOCHS = (12, 3, 1)
@@ -223,7 +228,35 @@ def run_task(
         if found is not None:
             starts[method] = found
             cell(f"{method}/0", lambda found=found: measure(found))
+
+    def automatic(budget: int, count: int, seed: int, taught: bool) -> dict[str, Any]:
+        """What the command line publishes with ``--method auto``, a sweep, and (``taught``) 300 written rows."""
+        from flows.migrate_adapter import migrate_adapter
+
+        rows = zoo.rows(words, task, "train", budget, seed=100 + seed) if budget else []
+        config: dict[str, Any] = {
+            "adapter": str(pair.adapter(task)), "old_base": str(pair.old), "new_base": str(new),
+            "calibration": str(data / "texts.jsonl"), "pair": {"calibration_samples": 512}, "seed": seed,
+            "finetune": {"epochs": count, "batch_size": BATCH}, "learning_rates": list(RATES),
+        }  # fmt: skip
+        if rows:
+            zoo.write_rows(rows, data / f"rows-{budget}-{seed}.jsonl")
+            config |= {"train_data": str(data / f"rows-{budget}-{seed}.jsonl"), "finetune_samples": budget}
+        if taught:
+            frame = {"imitate": True} if rows else {"prefix": f"{task} :", "suffix": " ="}
+            config |= {"teacher_samples": 300 + budget, "teacher": {"max_new_tokens": 24, **frame}}
+        with tempfile.TemporaryDirectory() as folder:
+            record = migrate_adapter({**config, "output": f"{folder}/out"})
+            tuning = record["finetune"] or {}
+            told = {"method": record["method"], "start": tuning.get("start"), "starts": tuning.get("starts")}
+            return {**told, **measure(Path(folder) / "out")}
+
     for seed, count, budget, arm in product(seeds, epochs, budgets, arms):
+        if arm in AUTOMATIC:
+            if budget or AUTOMATIC[arm]:
+                chosen = AUTOMATIC[arm]
+                cell(f"{arm}/{budget}/{count}/{seed}", partial(automatic, budget, count, seed, chosen))
+            continue
         if arm not in WRITTEN and not budget:
             continue
 
@@ -285,7 +318,7 @@ def write(output: Path) -> None:
             found = row.get((arm, 0, 0), {}).get(0)
             shown.append(f"{100 * found['exact_match']:.1f} ({found['loss']:.2f})" if found else "–")
         lines.append(_line(name, task, *shown))
-    lines += _unlabelled(cells) + _budgets(cells) + _against_scratch(cells) + _regret(cells)
+    lines += _unlabelled(cells) + _budgets(cells) + _against_scratch(cells) + _regret(cells) + _regret_of_auto(cells)
     (output / "table.md").write_text("\n".join(lines) + "\n")
     _draw(cells, output)
 
@@ -356,7 +389,7 @@ def _against_scratch(cells: dict[tuple[str, str], Row]) -> list[str]:
 
 
 def _regret(cells: dict[tuple[str, str], Row]) -> list[str]:
-    lines = ["", "## Regret", "",
+    lines = ["", "## Regret of a choice by validation loss", "",
              "The arm with the least loss on the validation rows, as `auto` chooses a start, against the best arm.",
              ""]  # fmt: skip
     lines += _header("pair", "task", "rows", "epochs", "chosen (by seed)", "exact match", "best arm", "regret")
@@ -375,6 +408,28 @@ def _regret(cells: dict[tuple[str, str], Row]) -> list[str]:
             top, best = max((statistics.mean(values.values()), arm) for arm, values in score.items())
             names = ", ".join(picked[s] for s in sorted(seeds))
             lines.append(_line(name, task, rows, epochs, names, f"{got:.1f}", f"{best} {top:.1f}", f"{top - got:.1f}"))
+    return lines
+
+
+def _regret_of_auto(cells: dict[tuple[str, str], Row]) -> list[str]:
+    """What the command line publishes against the best arm in hindsight."""
+    lines = ["", "## Regret of `auto` itself", "",
+             "Exact match of what is published, and the points lost against the best single arm of the same rows and seed.", ""]  # fmt: skip
+    lines += _header("pair", "task", "rows", "seed", "arm", "published", "start", "best single arm", "regret")
+    for (name, task), row in cells.items():
+        for arm, taught in AUTOMATIC.items():
+            for (a, rows, epochs), seeds in sorted(row.items()):
+                for seed, cell in seeds.items() if a == arm else ():
+                    rivals = ("scratch", *TRANSFORMED, *(["refresh"] if taught else []))
+                    scores = [
+                        (100 * row[rival, rows, epochs][seed]["exact_match"], rival)
+                        for rival in rivals
+                        if seed in row.get((rival, rows, epochs), {})
+                    ]
+                    if scores:
+                        got, (top, best) = 100 * cell["exact_match"], max(scores)
+                        shown = f"{got:.1f}", cell["start"], f"{best} {top:.1f}", f"{top - got:.1f}"
+                        lines.append(_line(name, task, rows, seed, arm, *shown))
     return lines
 
 
