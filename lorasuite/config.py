@@ -130,7 +130,7 @@ class MigrationConfig(Strict):
     @classmethod
     def _known_method(cls, value: str) -> str:
         known = [AUTO, *transforms.names()]
-        if value not in known:
+        if value not in (*known, *transforms.names(controls=True)):
             raise ValueError(f"unknown method {value!r}. {did_you_mean(value, known)}")
         return value
 

@@ -346,7 +346,7 @@ def _settings(
     ]
     if given.get("method") == AUTO:
         wrong.append(Problem(f"{where}: method", "auto is no method to compare", "Name the transform."))
-    elif given.get("method") in names() and transform(given["method"]).joint:
+    elif given.get("method") in names(controls=True) and transform(given["method"]).joint:
         what = f"{given['method']} is fitted with stages of its own, which experiments do not have"
         wrong.append(Problem(f"{where}: method", what, "Name another one."))
     fixed = {

@@ -1,11 +1,12 @@
 """Transforms: each takes a LoRA update of the old base to one for the new base. One module a transform."""
 
-from lorasuite.transforms import copy, functional, lorasuite, procrustes, sequential
+from lorasuite.transforms import controls, copy, functional, lorasuite, procrustes, sequential
 from lorasuite.transforms.base import LayerPair, Transform, names, reads_texts, transform
 
 __all__ = [
     "LayerPair",
     "Transform",
+    "controls",
     "copy",
     "functional",
     "lorasuite",

@@ -54,6 +54,8 @@ class Transform(Protocol):
     aligned: bool
     #: Whether it fits whole models at once (:mod:`lorasuite.transforms.sequential`) instead of layer by layer.
     joint: bool
+    #: Whether it is there to be beaten (:mod:`lorasuite.transforms.controls`): never proposed, never chosen.
+    control: bool
 
     def fits(self, old: Dimensions, new: Dimensions, updated: tuple[Role, ...]) -> bool:
         """Whether it can move updates of the roles ``updated`` between bases of these dimensions."""
@@ -81,7 +83,7 @@ def transform(name: str) -> Transform:
         ConfigError: for an unknown name.
     """
     if name not in _REGISTRY:
-        raise ConfigError(Problem("method", f"unknown method {name!r}", did_you_mean(name, names())))
+        raise ConfigError(Problem("method", f"unknown method {name!r}", did_you_mean(name, names(controls=True))))
     return _REGISTRY[name]
 
 
@@ -91,9 +93,9 @@ def reads_texts(name: str) -> bool:
     return chosen.aligned or chosen.joint
 
 
-def names() -> list[str]:
-    """Every registered transform."""
-    return sorted(_REGISTRY)
+def names(controls: bool = False) -> list[str]:
+    """Every registered transform; those that are only there to be beaten if asked for."""
+    return sorted(name for name, found in _REGISTRY.items() if controls or not found.control)
 
 
 Progress = Callable[[int, int], None]

@@ -21,6 +21,7 @@ class Copy:
     name = "copy"
     aligned = False
     joint = False
+    control = False
 
     def fits(self, old: Dimensions, new: Dimensions, updated: tuple[Role, ...]) -> bool:
         same = all((old.rows(r), old.columns(r)) == (new.rows(r), new.columns(r)) for r in updated)

@@ -1,9 +1,11 @@
 """The new update that does to the new activations what the old one did to the old (METHOD section 8, *functional*).
 
 What the adapter adds on the calibration rows, ``D = X_o ΔW_oᵀ``, is mapped to the new output space by ``T_out`` and
-fitted from the new inputs: ``min ‖X_n ΔW_nᵀ − D T_out‖² + λ‖ΔW_n‖²``. Its solution
-``ΔW_n = T_outᵀ ΔW_o (X_oᵀX_n)(X_nᵀX_n + λI)⁻¹`` has the old rank, and needs only the sums kept by
-:mod:`lorasuite.alignment`. Second moments are not centred on the input side: a LoRA has no bias to fit a mean with.
+fitted from the new inputs, near what Procrustes gives: ``min ‖X_n ΔW_nᵀ − D T_out‖² + λ‖ΔW_n − T_outᵀ ΔW_o T_in‖²``.
+Its solution ``ΔW_n = T_outᵀ ΔW_o (X_oᵀX_n + λT_in)(X_nᵀX_n + λI)⁻¹`` has the old rank, and needs only the sums kept by
+:mod:`lorasuite.alignment`. Directions that the texts hardly use so come as Procrustes moves them and not shrunk, which
+makes the same update come back on the same base. Second moments are not centred on the input side: a LoRA has no bias
+to fit a mean with.
 """
 
 from __future__ import annotations
@@ -19,11 +21,15 @@ from lorasuite.transforms.procrustes import Procrustes, written
 RIDGE = 1e-3
 
 
-def ridge(xx: Tensor, xy: Tensor, strength: float = RIDGE) -> Tensor:
-    """``(xx + λI)⁻¹·xy`` with λ relative to the mean of the diagonal of ``xx``."""
+def ridge(xx: Tensor, xy: Tensor, strength: float = RIDGE, prior: Tensor | None = None) -> Tensor:
+    """``(xx + λI)⁻¹·(xy + λ·prior)`` with λ relative to the mean of the diagonal of ``xx``; the prior is zero if left out.
+
+    It minimises ``‖XM − Y‖² + λ‖M − prior‖²``.
+    """
     size = xx.shape[0]
     penalty = strength * xx.diagonal().mean().clamp(min=torch.finfo(xx.dtype).tiny)
-    solution: Tensor = torch.linalg.solve(xx + penalty * torch.eye(size, dtype=xx.dtype), xy)
+    wanted = xy if prior is None else xy + penalty * prior
+    solution: Tensor = torch.linalg.solve(xx + penalty * torch.eye(size, dtype=xx.dtype), wanted)
     return solution
 
 
@@ -35,7 +41,7 @@ class Functional(Procrustes):
 
     def input_map(self, pair: LayerPair, role: Role) -> Tensor:
         reads = pair.moments(role, "in")
-        return ridge(reads.yy, reads.xy.T).T
+        return ridge(reads.yy, reads.xy.T, prior=super().input_map(pair, role).T).T
 
 
 @register

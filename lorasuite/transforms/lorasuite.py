@@ -24,6 +24,7 @@ class LoRASuite:
     name = "lorasuite"
     aligned = False
     joint = False
+    control = False
 
     def fits(self, old: Dimensions, new: Dimensions, updated: tuple[Role, ...]) -> bool:
         return True

@@ -41,6 +41,7 @@ class Procrustes:
     name = "procrustes"
     aligned = True
     joint = False
+    control = False
 
     def fits(self, old: Dimensions, new: Dimensions, updated: tuple[Role, ...]) -> bool:
         return True

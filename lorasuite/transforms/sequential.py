@@ -52,6 +52,7 @@ class Sequential:
     name = "sequential"
     aligned = False
     joint = True
+    control = False
 
     def fits(self, old: Dimensions, new: Dimensions, updated: tuple[Role, ...]) -> bool:
         return True

@@ -1,0 +1,83 @@
+"""Controls: what a transform must beat to have moved anything. Asked for by name only; ``auto`` never tries them.
+
+A third one, the transform with the layers paired wrongly, is a layer map and not a transform: see
+``benchmarks/transfer/variants.py``.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from lorasuite.architectures import Dimensions, Role
+from lorasuite.lowrank import LowRank
+from lorasuite.transforms.base import LayerPair, register
+from lorasuite.transforms.procrustes import Procrustes
+
+
+@register
+class Random:
+    """A random update of the old one's rank and norm: says what a change of this size does by itself.
+
+    Drawn from the old factors' bytes: the same adapter gives the same updates, each module another one.
+    """
+
+    name = "random"
+    aligned = False
+    joint = False
+    control = True
+
+    def fits(self, old: Dimensions, new: Dimensions, updated: tuple[Role, ...]) -> bool:
+        return True
+
+    def roles(self, updated: tuple[Role, ...]) -> tuple[Role, ...]:
+        return ()
+
+    def layer(self, pair: LayerPair, updates: Mapping[Role, LowRank]) -> dict[Role, LowRank]:
+        moved = {}
+        inputs: dict[int, Tensor] = {}  # projections of one fused module share A, here too
+        for role, update in updates.items():
+            if id(update.A) not in inputs:
+                inputs[id(update.A)] = _normal((update.rank, pair.new_dims.columns(role)), update.A)
+            drawn = LowRank(_normal((pair.new_dims.rows(role), update.rank), update.B), inputs[id(update.A)])
+            norm = drawn.norm()
+            moved[role] = drawn.scaled(update.norm() / norm) if norm else drawn
+        return moved
+
+
+def _normal(shape: tuple[int, int], seed: Tensor) -> Tensor:
+    """Standard normal float64, seeded by a tensor's float32 bytes."""
+    generator = torch.Generator().manual_seed(zlib.crc32(seed.float().contiguous().cpu().numpy().tobytes()))
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+@register
+class TargetMean(Procrustes):
+    """Only the mean of what the update adds on the calibration texts, as a function of the mean input.
+
+    ``ΔW_n = t·aᵀ`` where ``t`` is the mean change, mapped as Procrustes maps outputs, and ``a`` the multiple of the mean
+    new input that fits it best: says how much of a transform's effect is a shift that reads nothing.
+    """
+
+    name = "target-mean"
+    control = True
+
+    def layer(self, pair: LayerPair, updates: Mapping[Role, LowRank]) -> dict[Role, LowRank]:
+        moved = {}
+        inputs: dict[int, tuple[Tensor, Tensor]] = {}
+        for role, update in updates.items():
+            if id(update.A) not in inputs:
+                reads = pair.moments(role, "in")
+                rows = max(reads.rows, 1)
+                mean = reads.y / rows
+                # min over c of Σ‖t·(c·m·x) − t‖²: c = n‖m‖² / mᵀ(Σxxᵀ)m
+                square = mean @ reads.yy @ mean
+                factor = rows * (mean @ mean) / square if square > 0 else square
+                inputs[id(update.A)] = reads.x / rows, (factor * mean)[None]
+            old_mean, reader = inputs[id(update.A)]
+            change = update.B @ (update.A @ old_mean)
+            moved[role] = LowRank((self.output_map(pair, role).T @ change)[:, None], reader)
+        return moved
