@@ -161,6 +161,18 @@ def check_stages(names: tuple[str, ...]) -> frozenset[str]:
     return frozenset(names)
 
 
+def fit_settings(settings: MigrationConfig, lora: Mapping[str, Any]) -> dict[str, Any]:
+    """What the sequential fit is told; ``lora``: the ``rank`` and ``output_type`` of the adapter to write."""
+    return {
+        "rank": lora["rank"],
+        "output_type": lora.get("output_type", "lora"),
+        "calibration_samples": settings.pair.calibration_samples,
+        "cutoff": settings.pair.calibration_cutoff,
+        "samples": settings.samples,
+        "seed": settings.seed,
+    }
+
+
 def base_record(source: str, fingerprint: str) -> dict[str, Any]:
     """A base model as ``migration.json`` names it."""
     if Path(source).is_dir():

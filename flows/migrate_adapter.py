@@ -15,7 +15,7 @@ from prefect.runtime import flow_run
 from torch import Tensor
 
 from artifacts import Artifact
-from flows.context import Context, base_record, check_stages, fetch, migration_context, tag_run
+from flows.context import Context, base_record, check_stages, fetch, fit_settings, migration_context, tag_run
 from flows.dashboard import show_migration, show_pair
 from flows.measure import Measured
 from flows.prepare_pair import PairRefs, pair_name, pair_record, pair_stages, timings
@@ -260,18 +260,10 @@ class _Arms:
 
     def _fit(self, method: str) -> Ref:
         """The sequential fit, which reads the calibration texts and the training rows in both bases."""
-        settings = self.settings
         models = {name: name for name in ("old_model", "new_model", "old_tokenizer", "new_tokenizer", "adapter")}
         inputs: dict[str, str | Ref] = {**models, "calibration": self.texts or "", **self.training.looked_at}
-        values = {
-            "rank": self.lora["rank"],
-            "output_type": self.lora.get("output_type", "lora"),
-            "calibration_samples": settings.pair.calibration_samples,
-            "cutoff": settings.pair.calibration_cutoff,
-            "samples": settings.samples,
-            "seed": settings.seed,
-        }
-        return self.context.run(sequential_fit, inputs, values, label=method if len(self.methods) > 1 else None)
+        label = method if len(self.methods) > 1 else None
+        return self.context.run(sequential_fit, inputs, fit_settings(self.settings, self.lora), label=label)
 
     def _select(self, candidates: dict[str, Ref]) -> None:
         """Go on with the best candidate at its best scale; with a fresh LoRA where the bare base is better."""

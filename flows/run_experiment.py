@@ -17,17 +17,18 @@ from prefect.logging.loggers import get_run_logger
 from prefect.runtime import flow_run
 
 from artifacts import default_home
-from flows.context import Context, check_stages, fetch, tag_run
+from flows.context import Context, check_stages, fetch, fit_settings, tag_run
 from flows.dashboard import slug
 from flows.measure import TASK_SETTINGS
 from flows.prepare_pair import pair_stages
+from flows.teach import teacher_rows
 from lorasuite import zoo
 from lorasuite.adapter import Adapter, untrained
 from lorasuite.architectures import Role
 from lorasuite.checkpoint import Checkpoint, load_tokenizer, resolve
 from lorasuite.config import torch_device
-from lorasuite.data import calibration_texts, read_rows
-from lorasuite.errors import LoRASuiteError, NumericalError, OutputError, PreflightError, Problem
+from lorasuite.data import Row, calibration_texts, read_rows
+from lorasuite.errors import AdapterError, LoRASuiteError, NumericalError, OutputError, PreflightError, Problem
 from lorasuite.eval_tasks import expand
 from lorasuite.experiment import Cell, Experiment, ExperimentTask, read_experiment
 from lorasuite.finetune import FinetuneSettings
@@ -38,7 +39,7 @@ from lorasuite.results import RESULTS, Measurement, Score, kept, read_results, w
 from lorasuite.sweep import HELD_OUT
 from lorasuite.task_evaluation import check_tasks
 from lorasuite.transforms import transform
-from tasks.adapter_stages import adapter_folder, evaluation, finetune, task_evaluation
+from tasks.adapter_stages import adapter_folder, evaluation, finetune, sequential_fit, task_evaluation, teaching
 from tasks.adapter_stages import transform as transform_stage
 from tasks.fingerprints import (
     fingerprint_adapter,
@@ -55,6 +56,8 @@ ZOO_TEXTS, ZOO_ROWS = 256, 10_000
 #: Stages by what their cost is counted as; those not named are the pair's, and evaluations are not counted.
 PARTS: dict[str, str | None] = {
     transform_stage.name: "transform",
+    sequential_fit.name: "transform",
+    teaching.name: "transform",
     finetune.name: "finetune",
     evaluation.name: None,
     task_evaluation.name: None,
@@ -127,7 +130,11 @@ class Lab:
             home=home,
             device=torch_device(first.device),
             paths={"old_base": self.old.path, "new_base": self.new.path},
-            options={"trust_remote_code": first.trust_remote_code, "allow_pickle": first.allow_pickle},
+            options={
+                "trust_remote_code": first.trust_remote_code,
+                "allow_pickle": first.allow_pickle,
+                "teacher_batch": first.teacher.batch_size,
+            },
             # a look must not lock: only a run takes turns with other hosts
             **({"remote": None} if dry else {}),
         )
@@ -185,6 +192,8 @@ class Lab:
                 return self.tuned(cell, None), {}
             case "migrated+lft":
                 return self.tuned(cell, self.migrated(cell)), {}
+            case "refreshed":
+                return self.refreshed(cell), {}
 
     def trained(self, cell: Cell, side: str) -> Ref:
         """A LoRA trained on all the rows, on either base."""
@@ -220,6 +229,24 @@ class Lab:
             start=start,
         )
 
+    def refreshed(self, cell: Cell) -> Ref:
+        """A fresh LoRA fine-tuned on what the old base with the adapter wrote, whether or not it is worth copying."""
+        settings, task = cell.settings.migration, self.task(cell.task)
+        source, paths = self._source(cell)
+        steps = self._with(**paths, prompts=Path(str(task.config.train_data)))
+        written = teacher_rows(steps, settings, task.train, source)
+        return self._finetune(
+            cell,
+            "new",
+            self._untrained(cell, "new", settings.teacher_samples, settings.finetune),
+            samples=0,
+            seed=settings.seed,
+            tuning=settings.finetune,
+            rates=settings.learning_rates,
+            label="refreshed",
+            rows={"teacher": written},
+        )
+
     def _untrained(self, cell: Cell, side: str, rows: int, tuning: FinetuneSettings) -> dict[str, Any]:
         lora = cell.settings.lora
         return untrained(
@@ -243,13 +270,14 @@ class Lab:
         rates: tuple[float, ...],
         label: str,
         start: Ref | None = None,
+        rows: Mapping[str, Ref] | None = None,
     ) -> Ref:
         task, steps = self.task(cell.task), self.steps
         inputs: dict[str, str | Ref] = {
             # the stage calls the base it trains on the new one
             "new_model": f"{side}_model",
             "new_tokenizer": f"{side}_tokenizer",
-            "train_data": task.train_print,
+            **(rows or {"train_data": task.train_print}),
         }
         if start is not None:
             inputs["transform"] = start
@@ -286,12 +314,25 @@ class Lab:
             kept = adapter.lora_settings(settings.rank or adapter.rank)
             held = set(adapter.roles(self.old.architecture))
             vocabulary = bool(adapter.vocabulary_modules(self.old.architecture))
+            if transform(settings.method).joint and not adapter.plain(self.old.architecture):
+                what = f"{settings.method} moves updates of blocks only, and the adapter has more"
+                raise AdapterError(Problem("method", what, "Name another one."))
         if settings.output_type != "lora":
             kept["output_type"] = settings.output_type
         roles: list[Role] = [role for role in self.old.architecture.roles if role in held]
         paths["calibration"] = Path(str(task.config.calibration or task.config.train_data))
         steps = self._with(**paths)
         texts = task.calibration_print(settings.pair.calibration_samples)
+        if transform(settings.method).joint:
+            models = {name: name for name in ("old_model", "new_model", "old_tokenizer", "new_tokenizer")}
+            inputs: dict[str, str | Ref] = {
+                **models,
+                "adapter": source,
+                "calibration": texts,
+                "train_data": task.train_print,
+            }
+            rows = Path(str(task.config.train_data))
+            return steps.run(sequential_fit, inputs, fit_settings(settings, kept), settings.method, train_data=rows)
         pair = pair_stages(steps, settings.pair, texts, roles, [settings.method]).named()
         group = "alignment" if transform(settings.method).aligned else "mlp_factors"
         groups = ("layer_", "head_", "transfer_", group, *(["vocabulary"] if vocabulary else []))
@@ -384,17 +425,18 @@ class TaskData:
     trust: bool
 
     @cached_property
-    def _train(self) -> list[Any]:
+    def train(self) -> list[Row]:
+        """Rows to train on, and those whose prompts the teacher answers."""
         return read_rows(str(self.config.train_data))
 
     @property
     def rows(self) -> int:
         """Training rows there are."""
-        return len(self._train)
+        return len(self.train)
 
     @cached_property
     def train_print(self) -> str:
-        return fingerprint_data(self._train)
+        return fingerprint_data(self.train)
 
     @cached_property
     def eval_print(self) -> str:

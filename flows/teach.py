@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,7 @@ from prefect.logging.loggers import get_run_logger
 from flows.context import Context, fetch, migration_context
 from flows.prepare_pair import pair_name
 from lorasuite.config import MigrationConfig
-from lorasuite.data import unanswered
+from lorasuite.data import Row, unanswered
 from lorasuite.preflight import Plan, check
 from tasks.adapter_stages import shared_old_base, soft_labelling, teacher_worth, teaching
 from tasks.fingerprints import fingerprint_data
@@ -57,10 +57,10 @@ def training(context: Context, settings: MigrationConfig, plan: Plan, vocabulary
         if not settings.rows_written:
             return Training(rows, {}, None)
         # Without the user's rows and without fine-tuning: what the teacher writes is read, and chosen by.
-        written = teacher_rows(context, settings, plan)
+        written = teacher_rows(context, settings, plan.prompts)
         return Training({}, {}, None, {"teacher": written})
     drawn = {"samples": settings.samples, "seed": settings.seed}
-    written = teacher_rows(context, settings, plan)
+    written = teacher_rows(context, settings, plan.prompts)
     worth = context.open(context.run(teacher_worth, {**NEW, **TEACHER, **rows, "teacher": written}, drawn)).info
     teacher = {**context.open(written).info, **worth, "samples": settings.teacher_samples, "distilled": False}
     if not worth["worth"]:
@@ -76,13 +76,15 @@ def training(context: Context, settings: MigrationConfig, plan: Plan, vocabulary
     return Training(rows, soft, teacher)
 
 
-def teacher_rows(context: Context, settings: MigrationConfig, plan: Plan) -> Ref:
+def teacher_rows(
+    context: Context, settings: MigrationConfig, prompts: Sequence[Row] | None, adapter: str | Ref = "adapter"
+) -> Ref:
     """The rows that the old base with the adapter writes: found, or written now."""
-    inputs: dict[str, str | Ref] = dict(TEACHER)
-    if plan.prompts is not None:
+    inputs: dict[str, str | Ref] = {**TEACHER, "adapter": adapter}
+    if prompts is not None:
         # Without their answers: those are not read, so they must not make another key.
         words = settings.teacher.text_prefix
-        inputs["prompts"] = fingerprint_data([unanswered(row, words) for row in plan.prompts])
+        inputs["prompts"] = fingerprint_data([unanswered(row, words) for row in prompts])
     values = {
         "samples": settings.rows_written,
         "seed": settings.seed,
@@ -105,6 +107,6 @@ def write_ahead(configs: Iterable[MigrationConfig], refreshed: frozenset[str]) -
             try:
                 fetch(config.old_base, config.new_base, config.adapter)
                 pair = pair_name(config.old_base, config.new_base)
-                teacher_rows(migration_context(config, pair), config, check(config))
+                teacher_rows(migration_context(config, pair), config, check(config).prompts)
             except Exception as error:
                 get_run_logger().warning("the teacher's rows of %s: %s", config.adapter, error)

@@ -23,17 +23,17 @@ from lorasuite.errors import ConfigError, Problem, did_you_mean
 from lorasuite.finetune import FinetuneSettings
 from lorasuite.transforms import names, transform
 
-Arm = Literal["old", "old+adapter", "new", "migrated", "scratch", "migrated+lft", "retrained"]
-#: The seven rows of the paper's tables, in their order.
-ARMS: tuple[Arm, ...] = get_args(Arm)
+Arm = Literal["old", "old+adapter", "new", "migrated", "scratch", "migrated+lft", "retrained", "refreshed"]
+#: The seven rows of the paper's tables, in their order: all but the refresh without labels.
+ARMS: tuple[Arm, ...] = get_args(Arm)[:-1]
 #: Arms that the seed changes: rows are drawn for them, and weights initialised.
-SEEDED: tuple[Arm, ...] = ("scratch", "migrated+lft")
+SEEDED: tuple[Arm, ...] = ("scratch", "migrated+lft", "refreshed")
 Kind = Literal["lora", "dora", "adalora"]
 
 #: Settings of a migration that the pair, the tasks, the seeds and the arms decide, or that no arm has.
 DECIDED = (
     "adapter", "old_base", "new_base", "output", "calibration", "train_data", "eval_data", "eval_tasks", "eval_dir",
-    "include_path", "seed", "gate", "controls", "energy", "teacher_samples", "prompts", "teacher",
+    "include_path", "seed", "gate", "controls", "energy", "prompts",
 )  # fmt: skip
 #: Settings that decide what adapter there is to migrate, and what it is to retrain it.
 TRAINED = ("lora", "retrain")
@@ -141,6 +141,11 @@ class CellSettings:
         return self.migration.rank or self.lora.rank
 
 
+def seeded(arm: Arm, settings: CellSettings) -> bool:
+    """Whether another seed gives an arm another number: a joint transform reads the rows that the seed draws."""
+    return arm in SEEDED or (arm == "migrated" and transform(settings.migration.method).joint)
+
+
 @dataclass(frozen=True)
 class Cell:
     """One arm of a table on one task, with one seed, at one level of each factor."""
@@ -154,7 +159,7 @@ class Cell:
 
     def __str__(self) -> str:
         parts = [self.table, *(f"{name}={value}" for name, value in self.level), self.task, self.arm]
-        return "/".join(parts) + (f"/seed {self.seed}" if self.arm in SEEDED else "")
+        return "/".join(parts) + (f"/seed {self.seed}" if seeded(self.arm, self.settings) else "")
 
 
 @dataclass(frozen=True)
@@ -305,19 +310,32 @@ def _cells(config: ExperimentConfig, where: str, problems: list[Problem]) -> Ite
                         break
                     problems += _training_problems(settings, table, place)
                     # The others are the same with every seed.
-                    arms = [arm for arm in table.arms if n == 0 or arm in SEEDED]
+                    arms = [arm for arm in table.arms if n == 0 or seeded(arm, settings)]
                     yield from (Cell(key, arm, task, seed, level, settings) for arm in arms)
 
 
 def _training_problems(settings: CellSettings, table: ExperimentTable, where: str) -> Iterator[Problem]:
-    samples = settings.migration.samples
-    if not set(SEEDED) & set(table.arms):
-        return
-    if not samples:
-        yield Problem(f"{where}: finetune_samples", "is 0, and there are arms to fine-tune", "Leave out those arms.")
-    elif len(settings.migration.learning_rates) > 1 and samples < 10:
-        what = f"a sweep holds out a fifth of the training rows, and there are only {samples}"
-        yield Problem(f"{where}: learning_rates", what, "Give one learning rate, or at least 10 rows.")
+    migration, kind = settings.migration, settings.lora.kind
+    joint = transform(migration.method).joint and {"migrated", "migrated+lft"} & set(table.arms)
+    counts = {}
+    if {"scratch", "migrated+lft"} & set(table.arms) or joint:
+        counts["finetune_samples"] = migration.samples
+    if "refreshed" in table.arms:
+        counts["teacher_samples"] = migration.teacher_samples
+    for name, rows in counts.items():
+        if not rows:
+            yield Problem(f"{where}: {name}", "is 0, and there are arms that read them", "Leave out those arms.")
+        elif len(migration.learning_rates) > 1 and rows < 10:
+            what = f"a sweep holds out a fifth of the training rows, and there are only {rows}"
+            yield Problem(f"{where}: learning_rates", what, "Give one learning rate, or at least 10 rows.")
+    if joint and kind == "dora":
+        what = f"{migration.method} moves updates of blocks only, and a DoRA has magnitudes"
+        yield Problem(f"{where}: method", what, "Name another one, or another lora.kind.")
+    if "refreshed" in table.arms and kind == "adalora":
+        what = "an AdaLoRA must know its steps, and how many rows the teacher keeps is not known before"
+        yield Problem(f"{where}: lora.kind", what, "Leave out the arm refreshed, or use another kind.")
+    if migration.finetune.distillation:
+        yield Problem(f"{where}: finetune.distillation", "no arm has soft labels", "Leave it out.")
 
 
 def _assigned(values: Mapping[str, Any], name: str, value: Any) -> dict[str, Any]:
@@ -345,10 +363,8 @@ def _settings(
         if name in given
     ]
     if given.get("method") == AUTO:
-        wrong.append(Problem(f"{where}: method", "auto is no method to compare", "Name the transform."))
-    elif given.get("method") in names(controls=True) and transform(given["method"]).joint:
-        what = f"{given['method']} is fitted with stages of its own, which experiments do not have"
-        wrong.append(Problem(f"{where}: method", what, "Name another one."))
+        what = "auto may take another method in each cell, and a row is to be one"
+        wrong.append(Problem(f"{where}: method", what, f"Name one, or compare: {', '.join(names())}."))
     fixed = {
         "adapter": "-", "output": "-", "old_base": config.pair.old_base, "new_base": config.pair.new_base,
         "train_data": config.tasks[task].train_data, "seed": seed,

@@ -30,6 +30,7 @@ NAMES: dict[Arm, str] = {
     "scratch": "LoRA (small)",
     "migrated+lft": "migrated, w LFT",
     "retrained": "LoRA (full)",
+    "refreshed": "refreshed (no labels)",
 }
 #: Metrics that are shares, shown in percent.
 SHARES = {*TASK_METRICS}
@@ -62,7 +63,7 @@ class Measurement(_Frozen):
     metric: str = ""
     scores: dict[str, Score] = Field({}, description="of the task, or of each lm-eval task it is made of")
     loss: float | None = Field(None, description="nats per token of the completions")
-    cost: dict[str, float] = Field({}, description="seconds once for the pair, of the transform, of the fine-tune")
+    cost: dict[str, float] = Field({}, description="seconds: pair (once), transform or written rows, finetune")
     peak_memory_bytes: int | None = Field(None, description="largest of those stages")
     learning_rate: float | None = None
 
@@ -222,7 +223,14 @@ def _factor_table(spec: ExperimentTable, found: Cells) -> tuple[list[str], list[
 
 def _cost_table(spec: ExperimentTable, found: Cells) -> tuple[list[str], list[list[str]]]:
     """An arm a row: seconds, peak memory, and both against training on all rows."""
-    columns = ["", "for the pair, once (s)", "transform (s)", "fine-tune (s)", "per adapter (s)", "time saved"]
+    columns = [
+        "",
+        "for the pair, once (s)",
+        "transform / written rows (s)",
+        "fine-tune (s)",
+        "per adapter (s)",
+        "time saved",
+    ]
     columns += ["peak memory (GiB)", "memory saved (GiB)"] + [f"paper: {paper.label}" for paper in spec.paper]
     whole = [m for m in found if m.arm == "retrained"]
     reference, memory = _seconds(whole), _memory(whole)

@@ -414,7 +414,7 @@ def _regret(cells: dict[tuple[str, str], Row]) -> list[str]:
 def _regret_of_auto(cells: dict[tuple[str, str], Row]) -> list[str]:
     """What the command line publishes against the best arm in hindsight."""
     lines = ["", "## Regret of `auto` itself", "",
-             "Exact match of what is published, and the points lost against the best single arm of the same rows and seed.", ""]  # fmt: skip
+             "Exact match of what is published, and the points lost against the best single arm of those rows.", ""]  # fmt: skip
     lines += _header("pair", "task", "rows", "seed", "arm", "published", "start", "best single arm", "regret")
     for (name, task), row in cells.items():
         for arm, taught in AUTOMATIC.items():

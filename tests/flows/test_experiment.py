@@ -15,6 +15,8 @@ from typer.testing import CliRunner
 
 from artifacts import Store
 from flows.command_line import app
+from flows.migrate_adapter import migrate_adapter
+from lorasuite import zoo
 from lorasuite.experiment import ARMS
 
 CONTENT: dict[str, Any] = {
@@ -91,6 +93,48 @@ def test_a_killed_experiment_goes_on_where_it_was(file: Path, home: Path, prefec
     again = run(*arguments, "--only", "main")
     assert (again["cached"], again["computed"], list(again["tables"])) == (7, 0, ["main"])
     assert (output / "results.csv").read_text() == kept, "the other table is still there"
+
+
+def test_the_sequential_fit_and_rows_without_labels(
+    file: Path, home: Path, prefect_server: str, tmp_path: Path
+) -> None:
+    settings = {**CONTENT["settings"], "teacher_samples": 12, "teacher": {"max_new_tokens": 12}}
+    content = {
+        **CONTENT,
+        "settings": settings,
+        "tables": {
+            "sequential": {"title": "Fit", "set": {"method": "sequential"}, "arms": ["migrated", "migrated+lft"]},
+            "refresh": {"title": "No labels", "arms": ["refreshed"]},
+            "cost": {"title": "Cost", "kind": "cost", "tasks": ["own"], "arms": ["migrated", "refreshed", "retrained"]},
+        },
+        "tasks": {**CONTENT["tasks"], "own": {"zoo": "mirror", "eval_rows": 6, "set": {"method": "sequential"}}},
+        "retrain": {"rows": 16, "finetune": {"epochs": 1}},
+    }
+    content["tables"] |= {name: {**content["tables"][name], "tasks": ["mirror"]} for name in ("sequential", "refresh")}
+    file.write_text(yaml.safe_dump(content, sort_keys=False))
+    arguments = [str(file), "--output", str(tmp_path / "out")]
+    result = run(*arguments)
+    assert (result["cells"], result["computed"], result["failed"]) == (6, 6, [])
+    assert [row[0] for row in result["tables"]["refresh"]["rows"]] == ["refreshed (no labels)"]
+    assert all(row[2] != "–" for row in result["tables"]["cost"]["rows"][:2]), "fits and written rows cost time"
+    assert {state for _, _, state in states(run(*arguments, "--dry-run"))} == {"cached"}
+
+    # A migration of the same adapter, with the same settings, gives the same rows and the same fit.
+    pair, data = zoo.pair("llama"), tmp_path / "out/data/mirror"
+    shared = {
+        "adapter": str(pair.adapter("mirror")), "old_base": str(pair.old), "new_base": str(pair.new),
+        "calibration": str(data / "calibration.jsonl"), "prompts": str(data / "train_data.jsonl"),
+        "controls": False, "seed": 0, "method": "lorasuite", **settings,
+    }  # fmt: skip
+    record = migrate_adapter({**shared, "output": str(tmp_path / "refreshed"), "finetune_samples": 0})
+    assert next(row["cached"] for row in record["timings"] if row["stage"] == "teacher")
+    fit = {"method": "sequential", "train_data": str(data / "train_data.jsonl"), "teacher_samples": 0}
+    record = migrate_adapter({**shared, "output": str(tmp_path / "fitted"), **fit, "finetune": {"max_steps": 1}})
+    own = next(row["key"] for row in record["timings"] if row["stage"] == "sequential")
+    fitted = [e for e in Store(home).ls() if e.manifest and e.manifest.stage == "sequential"]
+    ready = [e.key for e in fitted if e.manifest and e.manifest.inputs["adapter"] == record["adapter"]["fingerprint"]]
+    files = [Store(home).open(key).file("adapter_model.safetensors").read_bytes() for key in ready]
+    assert own in ready and len(files) == 2 and files[0] == files[1]
 
 
 def test_bases_that_are_not_here_are_not_fetched_for_a_look(file: Path, home: Path, tmp_path: Path) -> None:

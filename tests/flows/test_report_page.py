@@ -109,9 +109,13 @@ def test_a_fleet(device: str, migrated: dict[str, Any], tmp_path: Path) -> None:
     file = write_fleet(tmp_path, {"adapters": rows}, "fleet.yaml")
     KEPT.mkdir(parents=True, exist_ok=True)
     with page(width=WIDTHS[device]) as seen:
-        seen.page.goto(file.as_uri())
-        nothing_amiss(seen, file)
-        seen.page.screenshot(path=KEPT / f"fleet-{device}.png", full_page=True)
+        for scheme in ("dark", "light"):
+            seen.page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
+            seen.page.goto(file.as_uri())
+            nothing_amiss(seen, file)
+            seen.page.screenshot(path=KEPT / f"fleet-{device}-{scheme}.png", full_page=True)
+        if device == "desktop":
+            seen.page.pdf(path=KEPT / "fleet.pdf", format="A4")
         names = seen.page.locator("tbody th")
         assert names.all_inner_texts() == ["ten", "nine", "none"]
         kept = seen.page.get_by_role("button", name="lead kept")

@@ -72,6 +72,11 @@ def test_only_the_fine_tuned_arms_are_repeated_with_every_seed(tmp_path: Path) -
     assert Counter(cell.arm for cell in cells) == {arm: 2 if arm in ("scratch", "migrated+lft") else 1 for arm in ARMS}
     assert {cell.settings.migration.seed for cell in cells if cell.arm == "scratch"} == {0, 1}
     assert {cell.settings.migration.finetune.seed for cell in cells if cell.arm == "scratch"} == {0, 1}
+    # the sequential fit reads the rows that the seed draws, and so does the teacher
+    joint = read(tmp_path, tables={"t": table(set={"method": "sequential"}, arms=["migrated", "migrated+lft"])}).cells
+    assert [(cell.arm, cell.seed) for cell in joint] == [(a, s) for s in (0, 1) for a in ("migrated", "migrated+lft")]
+    written = read(tmp_path, tables={"t": table(set={"teacher_samples": 50}, arms=["retrained", "refreshed"])}).cells
+    assert [cell.arm for cell in written] == ["retrained", "refreshed", "refreshed"]
 
 
 def test_factors_go_over_the_table_over_the_task_over_the_file(tmp_path: Path) -> None:
@@ -133,8 +138,21 @@ def test_every_problem_of_a_file_at_once(tmp_path: Path) -> None:
     ("changes", "told"),
     [
         ({"settings": {"finetune": {"epoch": 3}}}, "Did you mean 'epochs'?"),
-        ({"settings": {"method": "auto"}}, "auto is no method to compare"),
-        ({"settings": {"method": "sequential"}}, "stages of its own"),
+        ({"settings": {"method": "auto"}}, "auto may take another method in each cell"),
+        ({"settings": {"method": "sequential"}, "lora": {"kind": "dora"}}, "a DoRA has magnitudes"),
+        ({"settings": {"finetune": {"distillation": 0.5}}}, "no arm has soft labels"),
+        ({"tables": {"t": table(arms=["refreshed"])}}, "teacher_samples: is 0"),
+        (
+            {
+                "tables": {"t": table(arms=["refreshed"])},
+                "settings": {"teacher_samples": 8, "learning_rates": [0.1, 0.2]},
+            },
+            "there are only 8",
+        ),
+        (
+            {"tables": {"t": table(arms=["refreshed"], set={"lora.kind": "adalora", "teacher_samples": 50})}},
+            "how many rows the teacher keeps",
+        ),
         ({"settings": {"seed": 3, "output": "x"}}, "seed: is no setting of an experiment"),
         ({"settings": {"finetune_samples": 0}}, "there are arms to fine-tune"),
         ({"lora": {"targets": ["query"]}}, "Input should be 'q'"),
