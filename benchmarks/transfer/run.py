@@ -11,7 +11,7 @@ the old base + adapter writes to 320 prompts). Then every arm is fine-tuned on t
 * a transform's name: from the adapter that it gives;
 * `refresh`: a fresh LoRA on the rows **and** 300 more that the old base + adapter wrote: prompts imitated by the old
   base from the few rows' beginnings and ends (without any row: from the task's name), answers by the adapter.
-  `refresh-1000`: 1,000 more;
+  `refresh-1000` and `refresh-10000`: so many more;
 * `auto`, `auto+refresh`: what `lorasuite migrate --method auto` publishes, which compares starts by itself on a fifth
   of its rows and knows no validation rows; without and with 300 written rows.
 
@@ -57,7 +57,7 @@ from lorasuite.zoo import train as trained
 METHODS = ("copy", "lorasuite", "procrustes", "functional", "functional-ridge", "sequential")
 TRANSFORMED = ("lorasuite", "procrustes", "functional", "sequential")
 DATA_DRIVEN = ("eva", "lora-ga", "pissa")
-WRITTEN = {"refresh": 300, "refresh-1000": 1000}
+WRITTEN = {"refresh": 300, "refresh-1000": 1000, "refresh-10000": 10_000}
 #: What the command line does by itself: whether the teacher writes.
 AUTOMATIC = {"auto": False, "auto+refresh": True}
 ARMS = ("scratch", *DATA_DRIVEN, *TRANSFORMED, *WRITTEN, *AUTOMATIC)
@@ -414,7 +414,8 @@ def _regret(cells: dict[tuple[str, str], Row]) -> list[str]:
 def _regret_of_auto(cells: dict[tuple[str, str], Row]) -> list[str]:
     """What the command line publishes against the best arm in hindsight."""
     lines = ["", "## Regret of `auto` itself", "",
-             "Exact match of what is published, and the points lost against the best single arm of those rows.", ""]  # fmt: skip
+             "Exact match of what is published, and points lost against the best single arm of the rows.",
+             ""]  # fmt: skip
     lines += _header("pair", "task", "rows", "seed", "arm", "published", "start", "best single arm", "regret")
     for (name, task), row in cells.items():
         for arm, taught in AUTOMATIC.items():

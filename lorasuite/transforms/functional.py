@@ -22,7 +22,7 @@ RIDGE = 1e-3
 
 
 def ridge(xx: Tensor, xy: Tensor, strength: float = RIDGE, prior: Tensor | None = None) -> Tensor:
-    """``(xx + λI)⁻¹·(xy + λ·prior)`` with λ relative to the mean of the diagonal of ``xx``; the prior is zero if left out.
+    """``(xx + λI)⁻¹·(xy + λ·prior)`` with λ relative to the mean of the diagonal of ``xx``; no prior: zero.
 
     It minimises ``‖XM − Y‖² + λ‖M − prior‖²``.
     """
