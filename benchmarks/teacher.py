@@ -41,6 +41,8 @@ from lorasuite.vocabulary import common_tokens
 from lorasuite.zoo.train import correct
 
 RATES = (1e-3, 3e-3, 1e-2)
+#: For the pretrained pair, where 1e-2, the end of the other grid, had won every cell.
+WIDER = (*RATES, 3e-2)
 HELD_OUT = 500
 
 
@@ -59,10 +61,12 @@ class Task:
     cutoff: int
     prefix: str
 
-    def lora(self) -> LoraConfig:
-        config = json.loads((self.adapter / "adapter_config.json").read_text())
-        targets = config["target_modules"]
-        return LoraConfig(r=config["r"], lora_alpha=config["lora_alpha"], task_type="CAUSAL_LM", target_modules=targets)
+
+def lora_of(adapter: Path) -> LoraConfig:
+    """A fresh LoRA of an adapter's size and modules."""
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    targets = config["target_modules"]
+    return LoraConfig(r=config["r"], lora_alpha=config["lora_alpha"], task_type="CAUSAL_LM", target_modules=targets)
 
 
 def zoo_task(name: str) -> Task:
@@ -85,9 +89,15 @@ def real_task(models: Path, text: Path, output: Path) -> Task:
     files = {"train": found[:cut], "test": found[cut : cut + 100]}
     for name, rows in files.items():
         zoo.write_rows(rows, output / f"{name}.jsonl")
-    for base, name in ((old, "adapter"), (new, "reference")):
-        if not (output / name).exists():
-            train(base, output / "train.jsonl", output / name, 3, 3e-3)
+    if not (output / "adapter").exists():
+        train(old, output / "train.jsonl", output / "adapter", 3, 3e-3)
+    if not (output / "reference").exists():  # its rate is swept as every cell's is
+        result, sweep = finetune_swept(
+            str(new), load_tokenizer(new), read_rows(output / "train.jsonl"),
+            FinetuneSettings(epochs=3, cutoff=384), WIDER, adapter=None, lora=lora_of(output / "adapter"),
+            output=output / "reference", work_dir=output / "reference.work",
+        )  # fmt: skip
+        print("reference:", result.learning_rate, sweep, file=sys.stderr)
     test = read_rows(output / "test.jsonl")
 
     def negative_bits(model: Any, tokenizer: Any) -> float:
@@ -138,6 +148,8 @@ def written(task: Task, cell: dict[str, Any]) -> tuple[list[Row], dict[str, Any]
     info = {**found.info(), "writing_seconds": seconds}
     if truth and cell["source"] == "prompts":
         info["right"] = statistics.mean(truth.get(row.prompt) == row.completion for row in found.rows)
+    if cell["source"] == "mixed":  # beside as many real rows as prompts were given
+        return [*(prompts or []), *found.rows], info
     return found.rows, info
 
 
@@ -145,7 +157,7 @@ def run(task: Task, cell: dict[str, Any], start: Path | None, known: list[dict[s
     """Fine-tune on one cell's rows; its score. A known cell with the same rows and settings has it already."""
     rows, info = written(task, cell)
     info["rows_fingerprint"] = fingerprint_rows(rows)
-    same = ("task", "seed", "epochs", "start", "distillation", "rows_fingerprint")
+    same = ("task", "seed", "epochs", "start", "distillation", "wider", "rows_fingerprint")
     for other in known:
         if all(other.get(name) == {**cell, **info}.get(name) for name in same):
             return {**other, **cell, **info}
@@ -161,8 +173,8 @@ def run(task: Task, cell: dict[str, Any], start: Path | None, known: list[dict[s
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "adapter"
         result, sweep = finetune_swept(
-            model, tokenizer, rows, tuning, RATES,
-            adapter=start, lora=None if start else task.lora(), output=output, work_dir=Path(folder) / "work",
+            model, tokenizer, rows, tuning, WIDER if cell.get("wider") else RATES,
+            adapter=start, lora=None if start else lora_of(task.adapter), output=output, work_dir=Path(folder) / "work",
             soft_labels=soft,
         )  # fmt: skip
         seconds = time.perf_counter() - begun
@@ -188,6 +200,13 @@ def cells(task: str, seeds: Sequence[int], largest: int) -> list[dict[str, Any]]
         for seed in seeds:
             add(seed, source="prompts", samples=100, temperature=sampled)
             add(seed, source="real", samples=100)
+        for seed in seeds:
+            for samples in (100, 300):
+                add(seed, source="prompts", samples=samples, temperature=sampled, wider=True)
+            add(seed, source="real", samples=100, wider=True)
+            add(seed, source="mixed", samples=300, few_prompts=100, temperature=sampled, wider=True)
+        for source in ("prompts", "real"):
+            add(first, source=source, samples=1000, temperature=sampled if source == "prompts" else None, wider=True)
         for samples in (300, 1000):
             add(first, source="prompts", samples=samples, temperature=sampled)
         add(first, source="itself", samples=300, temperature=sampled)
@@ -233,6 +252,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--start", type=Path, help="directory of transformed adapters, one a task, to start from")
+    parser.add_argument("--wider", action="store_true", help="only the cells with the wider grid of rates")
     parser.add_argument("--largest", type=int, default=1000, help="10000 adds the cells of so many rows")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -247,24 +267,29 @@ def main() -> None:
         kept["references"].setdefault(name, references(task))
         for cell in cells(name, arguments.seeds, arguments.largest):
             start = arguments.start / name if arguments.start else None
+            if arguments.wider and "wider" not in cell:
+                continue
             entry = {**cell, "start": start is not None}
             key = json.dumps(entry, sort_keys=True)
             if key in kept["cells"]:
                 continue
             kept["cells"][key] = run(task, entry, start, list(kept["cells"].values()))
-            ends = kept["references"][name]
-            score = kept["cells"][key]["score"]
-            kept["cells"][key]["recovered"] = (score - ends["bare"]) / (ends["retrain"] - ends["bare"])
-            print(key, f"{kept['cells'][key]['recovered']:.3f}", file=sys.stderr, flush=True)
+            print(key, f"{recovered(kept, kept['cells'][key]):.3f}", file=sys.stderr, flush=True)
             file.write_text(json.dumps(kept, indent=1))
     (output / "table.md").write_text(table(kept))
+
+
+def recovered(kept: dict[str, Any], cell: dict[str, Any]) -> float:
+    """The share of the gap between the bare and the retrained new base."""
+    ends = kept["references"][cell["task"]]
+    return float((cell["score"] - ends["bare"]) / (ends["retrain"] - ends["bare"]))
 
 
 def table(kept: dict[str, Any]) -> str:
     """One line a kind of cell, the mean over its seeds."""
     groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for cell in kept["cells"].values():
-        extra = {k: cell[k] for k in ("words", "few_prompts", "drop_unsure", "distillation") if k in cell}
+        extra = {k: cell[k] for k in ("words", "few_prompts", "drop_unsure", "distillation", "wider") if k in cell}
         rows = f"{cell['source']}" + "".join(f", {k} {v}" for k, v in extra.items())
         rows += ", from the transform" if cell["start"] else ""
         temperature = "–" if cell["source"] == "real" else str(cell["temperature"])
@@ -277,7 +302,7 @@ def table(kept: dict[str, Any]) -> str:
     for key, members in sorted(groups.items(), key=lambda item: (item[0][0], int(item[0][2]), item[0])):
         rates = "/".join(f"{cell['learning_rate']:g}" for cell in members)
         score = statistics.mean(cell["score"] for cell in members)
-        shares = ", ".join(f"{cell['recovered']:.2f}" for cell in members)
+        shares = ", ".join(f"{recovered(kept, cell):.2f}" for cell in members)
         lines.append("| " + " | ".join([*key, rates, f"{score:.3f}", shares]) + " |")
     ends = "; ".join(
         f"{name}: " + ", ".join(f"{k} {v:.3f}" for k, v in r.items()) for name, r in kept["references"].items()
