@@ -374,13 +374,15 @@ def demo(
     output: Annotated[Path, typer.Option(help="directory to create")] = Path("demo-output"),
     task: Annotated[str | None, typer.Option(help="adapter of the miniature pair")] = None,
     pair: Annotated[str, typer.Option(help="miniature pair: llama or neox")] = "llama",
+    samples: Annotated[int, typer.Option(help="labelled rows for the fine-tune", min=0)] = 100,
+    written: Annotated[int, typer.Option(help="rows that the old base with the adapter writes besides", min=0)] = 0,
     as_json: Json = False,
 ) -> None:
     """Migrate a real, tiny adapter between two real, tiny bases: no network, under three minutes."""
     with _errors(as_json):
         from flows.demo import run_demo
 
-        result = run_demo(output, pair, task)
+        result = run_demo(output, pair, task, samples, written)
         if as_json:
             _print_json(result)
         else:

@@ -17,8 +17,14 @@ HELD_OUT = 200
 TEXTS = 256
 
 
-def run_demo(output: Path, pair_name: str = "llama", task: str | None = None) -> dict[str, Any]:
+def run_demo(
+    output: Path, pair_name: str = "llama", task: str | None = None, samples: int = SAMPLES, written: int = 0
+) -> dict[str, Any]:
     """Write the data beside the output, migrate, and return the content of ``migration.json``.
+
+    Args:
+        samples: labelled rows of the fine-tune; 0: none.
+        written: rows that the old base with the adapter writes besides, prompts too.
 
     Raises:
         ConfigError: for a pair or task the zoo does not have.
@@ -34,7 +40,12 @@ def run_demo(output: Path, pair_name: str = "llama", task: str | None = None) ->
         raise OutputError(Problem(str(output), "exists already", "Remove it, or give another --output."))
     data = output / "data"
     data.mkdir(parents=True)
-    zoo.write_rows(zoo.rows(pair_name, chosen, "train", SAMPLES), data / "train.jsonl")
+    labelled: dict[str, Any] = {}
+    if samples:
+        zoo.write_rows(zoo.rows(pair_name, chosen, "train", samples), data / "train.jsonl")
+        labelled = {"train_data": str(data / "train.jsonl"), "finetune_samples": samples}
+    # All prompts of a task begin with its name: enough for the old base to write others.
+    frame = {"prefix": f"{chosen} :", "suffix": " ="}
     zoo.write_rows(zoo.rows(pair_name, chosen, "test", HELD_OUT), data / "test.jsonl")
     zoo.write_rows([{"text": text} for text in zoo.texts(pair_name, TEXTS)], data / "texts.jsonl")
     from flows.migrate_adapter import migrate_adapter
@@ -46,9 +57,10 @@ def run_demo(output: Path, pair_name: str = "llama", task: str | None = None) ->
             "new_base": str(pair.new),
             "output": str(output / "adapter"),
             "calibration": str(data / "texts.jsonl"),
-            "train_data": str(data / "train.jsonl"),
             "eval_data": str(data / "test.jsonl"),
-            "finetune_samples": SAMPLES,
+            **labelled,
+            "teacher_samples": samples + written if written else 0,
+            "teacher": {"max_new_tokens": 24, "imitate": bool(written), **(frame if written else {})},
             "learning_rates": LEARNING_RATES,
             "finetune": {"epochs": EPOCHS},
         }

@@ -46,7 +46,7 @@ FRESH = "fresh"
 #: The same, fine-tuned on the user's rows alone where the teacher wrote others: what the teacher has to beat.
 ALONE = "fresh, without the teacher's rows"
 #: Arms the published adapter is compared with, sample by sample.
-COMPARED = (*BOTH, "scratch")
+COMPARED = (*BOTH, "scratch", "scratch-own")
 
 
 def run_name(parameters: Mapping[str, Any] | None = None) -> str:
@@ -223,8 +223,14 @@ class _Arms:
                 begun[self.start] = self._finetune("migrated")
             if compared:
                 begun |= {method: self._finetune(method, candidates[method]) for method in self._others()}
-                if self.training.written and len(self.plan.train) >= ENOUGH:
-                    begun[ALONE] = self._finetune("alone")
+            if self.training.written and self.training.own:
+                judged = compared and len(self.plan.train) >= ENOUGH
+                if judged or measured:
+                    alone = self._finetune("alone")
+                if judged:
+                    begun[ALONE] = alone
+                if measured:
+                    arms["scratch-own"] = alone
             if swept:
                 losses = {start: best_validation(context.open(ref).info) for start, ref in begun.items()}
                 self.starts = {start: loss if math.isfinite(loss) else None for start, loss in losses.items()}

@@ -32,6 +32,7 @@ ARMS = {
     "old+adapter": "old base + adapter",
     "new": "new base",
     "migrated": "migrated, no LFT",
+    "scratch-own": "LoRA from scratch, without the written rows",
     "scratch": "LoRA from scratch, same samples",
     "migrated+lft": "migrated + LFT",
 }
@@ -215,6 +216,10 @@ def _remark(one: Mapping[str, Any]) -> list[str]:
         return ["A fresh LoRA trained on the same samples does better: consider it in place of this adapter."]
     if one["first"] == "scratch" and low > 0:
         return ["It does better than a fresh LoRA trained on the same samples."]
+    if one["first"] == "scratch-own" and high < 0:
+        return ["A fresh LoRA does better without the rows that the old adapter wrote."]
+    if one["first"] == "scratch-own" and low > 0:
+        return ["It does better than a fresh LoRA without the rows that the old adapter wrote."]
     if one["first"] == "new" and high < 0:
         return ["The bare new base does better without it."]
     return []
@@ -275,7 +280,9 @@ def _drawn(rows: list[dict[str, Any]], metric: str) -> list[dict[str, Any]]:
 def task_tables(tasks: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """lm-eval: a row a task and metric, a column an arm, what matters most first; value with its 95 % interval."""
     first = [arm for arm in ("migrated+lft", "migrated") if arm in tasks][:1]
-    arms = list(dict.fromkeys([*first, *(a for a in ("old+adapter", "new", "scratch") if a in tasks), *tasks]))
+    arms = list(
+        dict.fromkeys([*first, *(a for a in ("old+adapter", "new", "scratch", "scratch-own") if a in tasks), *tasks])
+    )
     keys = sorted({(t, m) for arm in arms for t, score in tasks[arm].items() for m in score["metrics"]})
     groups = {t for arm in arms for t, score in tasks[arm].items() if score.get("group")}
     keys.sort(key=lambda key: key[0] in groups)  # means after what they are means of

@@ -90,7 +90,10 @@ def test_auto_makes_the_teacher_earn_its_place(mirror: dict[str, Any], tmp_path:
         mirror, tmp_path / "out",
         method="auto", starts=1, learning_rates=[3e-3, 1e-2], prompts=None, train_data=str(tmp_path / "train.jsonl"),
         finetune_samples=50, teacher_samples=80, finetune=TUNE, teacher={"max_new_tokens": 16, "imitate": True},
+        controls=True, eval_data=str(mirror["root"] / "train.jsonl"), evaluation={"generate": False},
     )  # fmt: skip
+    assert {"scratch", "scratch-own", "migrated+lft"} <= record["evaluation"].keys()
+    assert ("scratch-own", "migrated+lft") in {(c["first"], c["second"]) for c in record["comparisons"]}
     assert record["teacher"]["prompts"] == 50 and record["teacher"]["imitated"] == 30
     assert record["teacher"]["temperature"] == 0
     starts = record["finetune"]["starts"]
