@@ -449,10 +449,15 @@ def _normalised(weights: Mapping[tuple[int, int], float]) -> dict[tuple[int, int
     return {(o, n): weight / totals[o] for (o, n), weight in weights.items()}
 
 
+def wrong_layers(lab: Lab) -> dict[tuple[int, int], float]:
+    """The layer map upside down."""
+    return dict.fromkeys(zip(lab.layers, list(lab.layers.values())[::-1], strict=True), 1.0)
+
+
 def layers(task: Task) -> Iterator[tuple[str, str, Callable[[], Updates]]]:
     lab = task.lab
     partners = list(lab.layers.values())
-    wrong = dict.fromkeys(zip(lab.layers, partners[::-1], strict=True), 1.0)
+    wrong = wrong_layers(lab)
     turned = dict.fromkeys(zip(lab.layers, partners[1:] + partners[:1], strict=True), 1.0)
     for name in ("procrustes", "functional"):
         make = lambda *_, m=transform(name): m  # noqa: E731
@@ -467,8 +472,8 @@ def scales(task: Task) -> Iterator[tuple[str, str, Callable[[], Updates]]]:
     """One scale for the adapter, and one for each layer (coordinate search, two rounds), on rows the teacher wrote."""
     new = task.lab.new
 
-    def searched(parent: str, per_layer: bool) -> Updates:
-        updates = task.lab.moved(task.parts, lambda *_: transform(parent))
+    def searched(parent: str, per_layer: bool, weights: Mapping[tuple[int, int], float] | None = None) -> Updates:
+        updates = task.lab.moved(task.parts, lambda *_: transform(parent), weights)
         of = {path: new.architecture.locate(path)[0] for path in updates}  # type: ignore[index]
 
         def loss(chosen: Mapping[int, float]) -> float:
@@ -481,6 +486,8 @@ def scales(task: Task) -> Iterator[tuple[str, str, Callable[[], Updates]]]:
             best = min(({**best, n: s} for s in SCALES), key=loss)
         return {path: update.scaled(best[of[path]]) for path, update in updates.items()}
 
+    wrong = wrong_layers(task.lab)
+    yield "one scale, wrong layers (reversed), procrustes", "bare", lambda: searched("procrustes", False, wrong)
     for name in ("procrustes", "functional", "functional-ridge", "random"):
         yield f"one scale, {name}", name, lambda name=name: searched(name, False)
         yield f"one scale a layer, {name}", f"one scale, {name}", lambda name=name: searched(name, True)
@@ -819,11 +826,24 @@ def _both(*patches: Callable[[], Any]) -> Iterator[None]:
 # ------------------------------------------------------------------------------------------------------------- cells
 
 
+def unread(task: Task) -> dict[str, float]:
+    """What a guess gets that knows how often each token occurs in the teacher's answers, and reads nothing."""
+
+    def tokens(rows: Sequence[Row]) -> Tensor:
+        ids, labels = task.lab.new.rows(rows)
+        return ids[labels != trained.IGNORED]
+
+    counts = torch.bincount(tokens(task.rows), minlength=task.lab.new.dims.vocab_size).double() + 0.1
+    return {"exact_match": 0.0, "loss": float(-(counts / counts.sum()).log()[tokens(task.test)].mean())}
+
+
 def run_task(task: Task, name: str, parts: Sequence[str], deep: bool, keep: Callable[[str, str, Any], None]) -> None:
     def cell(variant: str, parent: str, compute: Callable[[], Updates]) -> None:
         keep(variant, parent, lambda: task.score(compute()))
 
     keep("bare", "", lambda: scores(task.lab.new.model, task.lab.new.tokenizer, task.test))
+    if "maps" in parts:
+        keep("frequency of answer tokens (reads nothing)", "", lambda: unread(task))
     sources: dict[str, Callable[[Task], Any]] = {"maps": maps, "layers": layers, "scales": scales, "targets": targets}
     for variant in chain.from_iterable(sources[part](task) for part in parts if part in sources):
         cell(*variant)

@@ -58,8 +58,8 @@ def _normal(shape: tuple[int, int], seed: Tensor) -> Tensor:
 class TargetMean(Procrustes):
     """Only the mean of what the update adds on the calibration texts, as a function of the mean input.
 
-    ``ΔW_n = t·aᵀ`` where ``t`` is the mean change, mapped as Procrustes maps outputs, and ``a`` the multiple of the mean
-    new input that fits it best: says how much of a transform's effect is a shift that reads nothing.
+    ``ΔW_n = t·aᵀ`` where ``t`` is the mean change, mapped as Procrustes maps outputs, and ``a`` the multiple of the
+    mean new input that fits it best: says how much of a transform's effect is a shift that reads nothing.
     """
 
     name = "target-mean"
