@@ -746,50 +746,6 @@ def neighbours(count: int = 8, kept: int = 128) -> Any:
     return mock.patch.object(sequential, "_maps", maps)
 
 
-@contextlib.contextmanager
-def twice() -> Iterator[None]:
-    """A patch of the fit: a second pass over the layers, each module refitted with all others as they are."""
-    original = sequential._fit_block
-    calls: list[tuple[Any, ...]] = []
-
-    def block(new: Any, layer: int, roles: Any, known: Any, task: Any, rank: int, weights: Any, result: Any) -> None:
-        original(new, layer, roles, known, task, rank, weights, result)
-        calls.append((new, layer, roles, known, task, rank, weights, result))
-        if layer < new.dims.layers - 1:
-            return
-        for call in calls:
-            refit(*call)
-
-    def refit(new: Any, layer: int, roles: Any, known: Any, task: Any, rank: int, weights: Any, result: Any) -> None:
-        def reduced(xx: Tensor, xr: Tensor, square: Tensor, *, rank: int, now: LowRank) -> tuple[LowRank, float]:
-            # the target of a module that already has an update: what is missing, and what it adds now
-            wanted = xr + (xx @ now.A.T) @ now.B.T
-            return fit_one(xx, wanted, square, rank=rank)
-
-        fit_one = sequential.reduced_rank
-        modules = sequential._modules(new, layer)
-        paths = {name: new.architecture.path(layer, m) for name, (m, _) in modules.items()}
-        order = [
-            paths[name] for group in sequential.ORDER
-            for name in sorted(n for n in modules if paths[n] in result.updates and modules[n][0].roles[0] in group)
-        ]  # fmt: skip
-        queue = iter(order)
-
-        def next_one(xx: Tensor, xr: Tensor, square: Tensor, *, rank: int) -> tuple[LowRank, float]:
-            path = next(queue)
-            now = result.updates[path]
-            found = reduced(xx, xr, square, rank=rank, now=now)
-            weight = new.model.get_submodule(path).weight
-            weight.data -= now.dense().to(weight)  # the caller adds the new update to what is there
-            return found
-
-        with mock.patch.object(sequential, "reduced_rank", next_one):
-            original(new, layer, roles, known, task, rank, weights, result)
-
-    with mock.patch.object(sequential, "_fit_block", block):
-        yield
-
-
 def sequentials(task: Task, more: bool) -> Iterator[tuple[str, str, Callable[[], Updates]]]:
     lab = task.lab
     every = lab.new.architecture.roles
@@ -800,7 +756,6 @@ def sequentials(task: Task, more: bool) -> Iterator[tuple[str, str, Callable[[],
 
     yield "sequential", "bare", lambda: run(TASK, task.roles)
     yield "sequential, all projections", "sequential", lambda: run(TASK, every)
-    yield "sequential, two sweeps", "sequential", lambda: run(TASK, task.roles, twice)
     fourier = partial(mock.patch.object, sequential, "_Features", Fourier)
     yield "sequential, Fourier features", "sequential", lambda: run(TASK, task.roles, fourier)
     yield "sequential, nearest neighbours", "sequential", lambda: run(TASK, task.roles, neighbours)
@@ -809,18 +764,11 @@ def sequentials(task: Task, more: bool) -> Iterator[tuple[str, str, Callable[[],
         yield "sequential, 4,000 rows", "sequential", lambda: run(4000, task.roles)
     yield "sequential, 1,500 rows, all projections", "sequential", lambda: run(1500, every)
     if more:
-        both = lambda: _both(fourier, twice)  # noqa: E731
-        yield "sequential, 1,500 rows, all, two sweeps", "sequential", lambda: run(1500, every, twice)
-        yield "sequential, 1,500 rows, all, two sweeps, Fourier", "sequential", lambda: run(1500, every, both)
         yield "sequential, 4,000 rows, all projections", "sequential", lambda: run(4000, every)
-
-
-@contextlib.contextmanager
-def _both(*patches: Callable[[], Any]) -> Iterator[None]:
-    with contextlib.ExitStack() as stack:
-        for patch in patches:
-            stack.enter_context(patch())
-        yield
+    every_near = "sequential, all projections, nearest neighbours"
+    yield every_near, "sequential, all projections", lambda: run(TASK, every, neighbours)
+    if more:
+        yield "sequential, 1,500 rows, all, nearest", every_near, lambda: run(1500, every, neighbours)
 
 
 # ------------------------------------------------------------------------------------------------------------- cells
@@ -904,6 +852,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--deep", nargs="*", default=["llama/mirror"], help="tasks with 4,000 rows of sequential, too")
+    parser.add_argument("--only", nargs="*", default=[], help="variants with one of these in their names")
     parser.add_argument("--further", type=Path, help="folder of the pair further's new base, made where missing")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -923,7 +872,8 @@ def main() -> None:
 
                 def keep(variant: str, parent: str, compute: Any, name: str = name, task: str = task) -> None:
                     key = f"{name}/{task}/{variant}/{seed}"  # noqa: B023
-                    if key not in cells:
+                    wanted = not arguments.only or any(part in variant for part in arguments.only)
+                    if wanted and key not in cells:
                         cells[key] = {"parent": parent, **compute()}
                         part = output / "cells.json.partial"
                         part.write_text(json.dumps(cells, indent=1))
