@@ -254,7 +254,7 @@ class _Arms:
         )
 
     def _fit(self, method: str) -> Ref:
-        """The sequential fit, which reads the calibration texts and the training rows in both bases."""
+        """A fit of whole models, which reads the calibration texts and the training rows in both bases."""
         settings = self.settings
         models = {name: name for name in ("old_model", "new_model", "old_tokenizer", "new_tokenizer", "adapter")}
         inputs: dict[str, str | Ref] = {**models, "calibration": self.texts or "", **self.training.looked_at}
@@ -266,6 +266,8 @@ class _Arms:
             "samples": settings.samples,
             "seed": settings.seed,
         }
+        if method != "sequential":
+            values["method"] = method
         return self.context.run(sequential_fit, inputs, values, label=method if len(self.methods) > 1 else None)
 
     def _select(self, candidates: dict[str, Ref]) -> None:

@@ -37,7 +37,7 @@ from lorasuite.lowrank import LowRank
 from lorasuite.migration import map_heads
 from lorasuite.similarity import layer_similarity
 from lorasuite.transfer_matrix import fit_transfer_matrix, mlp_factor
-from lorasuite.transforms import LayerPair, sequential, transform
+from lorasuite.transforms import LayerPair, logits, sequential, transform
 from lorasuite.transforms.functional import Functional, FunctionalRidge, ridge
 from lorasuite.transforms.procrustes import Procrustes, polar
 from lorasuite.vocabulary import common_tokens
@@ -86,18 +86,18 @@ class Base:
 
     def read(self, ids: Tensor, rows: tuple[Tensor, Tensor]) -> Reading:
         """What every role reads and writes, and the stream before each block and after the last, at some positions."""
-        watch = sequential._Watch(self.side)
+        watch = sequential.Watch(self.side)
         layers = range(self.dims.layers)
         for layer in layers:
             watch.block(layer)
-            for module, linear in sequential._modules(self.side, layer).values():
+            for module, linear in sequential.linear_modules(self.side, layer).values():
                 watch.module(layer, module, linear)
         with watch.on():
             seen = watch.read(ids, rows)
         found: Reading = {("stream", layer): seen[layer, "block", "in"].float() for layer in layers}
         found["stream", self.dims.layers] = seen[self.dims.layers - 1, "block", "out"].float()
         for layer in layers:
-            for module, _ in sequential._modules(self.side, layer).values():
+            for module, _ in sequential.linear_modules(self.side, layer).values():
                 reads = seen[layer, module.name, "in"].float()
                 written = module.split(seen[layer, module.name, "out"].float().T, self.dims)
                 for role in module.roles:
@@ -132,7 +132,7 @@ class Texts:
     def __init__(self, texts: Sequence[str], old: Base, new: Base) -> None:
         self.texts = list(texts)
         with mock.patch.object(sequential, "BATCH", len(texts)):
-            (whole,) = sequential._batches(self.texts, old.side, new.side, 256)
+            (whole,) = sequential.text_batches(self.texts, old.side, new.side, 256)
         self.old, self.new, self.old_rows, self.new_rows = whole.old, whole.new, whole.old_rows, whole.new_rows
 
 
@@ -574,18 +574,18 @@ def gradients(base: Base, rows: Sequence[Row], offsets: Sequence[Tensor]) -> Rea
         kept[key] = args[0].detach(), output
 
     for layer in range(base.dims.layers):
-        for module, linear in sequential._modules(base.side, layer).values():
+        for module, linear in sequential.linear_modules(base.side, layer).values():
             handles.append(linear.register_forward_hook(partial(keep, (layer, module.name))))
     try:
-        logits = base.model(input_ids=ids).logits[:, :-1].transpose(1, 2)
-        torch.nn.functional.cross_entropy(logits, labels[:, 1:], ignore_index=trained.IGNORED).backward()
+        predicted = base.model(input_ids=ids).logits[:, :-1].transpose(1, 2)
+        torch.nn.functional.cross_entropy(predicted, labels[:, 1:], ignore_index=trained.IGNORED).backward()
     finally:
         for handle in handles:
             handle.remove()
     base.model.zero_grad(set_to_none=True)
     found: Reading = {}
     for layer in range(base.dims.layers):
-        for module, _ in sequential._modules(base.side, layer).values():
+        for module, _ in sequential.linear_modules(base.side, layer).values():
             reads, output = kept[layer, module.name]
             assert output.grad is not None
             split = module.split(output.grad[tuple(offsets)].double().T, base.dims)
@@ -630,6 +630,7 @@ def targets(task: Task) -> Iterator[tuple[str, str, Callable[[], Updates]]]:
     yield "residual stream", "functional", lambda: residual(task)
     for alpha in (1.0, 2.0):
         yield f"proxy logits, alpha {alpha:g}", "bare", lambda alpha=alpha: proxy(task, alpha)
+    yield "logits", "proxy logits, alpha 1", lambda: fit_jointly(logits, task.lab, task.adapted, task.rows, task.roles)
     yield "output maps from gradients, old base", "procrustes", lambda: gradient(task, "bare")
     yield "output maps from gradients, old base + adapter", "procrustes", lambda: gradient(task, "adapted")
     yield "B from the new base's gradient", "procrustes", lambda: gradient(task, "B")
@@ -639,37 +640,40 @@ def proxy_itself(task: Task, alpha: float) -> dict[str, float]:
     """What the proxy's own logits say: the target of its fit, on the teacher's rows."""
     own, change, ids = proxied(task, alpha)
     which = task.texts.new_rows[0]
-    logits, wanted = (own + change)[:-1], ids[1:]
+    said, wanted = (own + change)[:-1], ids[1:]
     inside = which[1:] == which[:-1]
     starts = {}
     for row, (text, at) in enumerate(zip(which.tolist(), ids.tolist(), strict=True)):
         if at == task.lab.new.tokenizer.convert_tokens_to_ids("="):
             starts[text] = row
     answer = torch.tensor([inside[n] and n >= starts.get(int(which[n]), len(which)) for n in range(len(inside))])
-    right = (logits.argmax(1) == wanted) | ~answer
+    right = (said.argmax(1) == wanted) | ~answer
     whole = dict.fromkeys(starts, True)
     for n in range(len(inside)):
         whole[int(which[n])] &= bool(right[n])
-    loss = torch.nn.functional.cross_entropy(logits[answer], wanted[answer])
+    loss = torch.nn.functional.cross_entropy(said[answer], wanted[answer])
     return {"exact_match": sum(whole.values()) / len(whole), "loss": float(loss)}
 
 
 # --------------------------------------------------------------------------------------------------- there and back
 
 
-def fit_sequential(lab: Lab, adapted: Callable[[], Any], rows: Sequence[Row], roles: Sequence[Role]) -> Updates:
-    return sequential.fit(
+def fit_jointly(
+    method: Any, lab: Lab, adapted: Callable[[], Any], rows: Sequence[Row], roles: Sequence[Role]
+) -> Updates:
+    found: Updates = method.fit(
         lab.old.side, lab.new.side, adapted, roles, calibration=lab.general.texts,
         texts=[row["prompt"] + row["completion"] for row in rows], rank=RANK,
     ).updates  # fmt: skip
+    return found
 
 
 def there_and_back(task: Task, method: str) -> dict[str, float]:
     lab = task.lab
     back = lab.reversed()
     if method == "sequential":
-        there = fit_sequential(lab, task.adapted, task.rows, task.roles)
-        returned = fit_sequential(back, lambda: lab.new.changed(there), task.rows, task.roles)
+        there = fit_jointly(sequential, lab, task.adapted, task.rows, task.roles)
+        returned = fit_jointly(sequential, back, lambda: lab.new.changed(there), task.rows, task.roles)
     else:
         there = lab.moved(task.parts, lambda *_: transform(method))
         returned = back.moved(lab.new.parts(there), lambda *_: transform(method))
@@ -752,7 +756,7 @@ def sequentials(task: Task, more: bool) -> Iterator[tuple[str, str, Callable[[],
 
     def run(count: int, roles: Sequence[Role], patch: Callable[[], Any] = contextlib.nullcontext) -> Updates:
         with patch():
-            return fit_sequential(lab, task.adapted, task.written(count), roles)
+            return fit_jointly(sequential, lab, task.adapted, task.written(count), roles)
 
     yield "sequential", "bare", lambda: run(TASK, task.roles)
     yield "sequential, all projections", "sequential", lambda: run(TASK, every)

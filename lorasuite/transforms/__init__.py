@@ -1,6 +1,6 @@
 """Transforms: each takes a LoRA update of the old base to one for the new base. One module a transform."""
 
-from lorasuite.transforms import controls, copy, functional, lorasuite, procrustes, sequential
+from lorasuite.transforms import controls, copy, functional, logits, lorasuite, procrustes, sequential
 from lorasuite.transforms.base import LayerPair, Transform, names, reads_texts, transform
 
 __all__ = [
@@ -9,6 +9,7 @@ __all__ = [
     "controls",
     "copy",
     "functional",
+    "logits",
     "lorasuite",
     "names",
     "procrustes",

@@ -234,6 +234,11 @@ def test_auto_needs_no_data_of_the_user(home: Path, settings: Settings, pair: tu
     fitted = migrate_adapter(settings(method="sequential", output=f"{record['output']}-2", **made))
     assert fitted["method"] == "sequential" and states(fitted)["teacher"] and fitted["fit_residual"]
     check_loads(Path(fitted["output"]), pair[1])
+    last = migrate_adapter(settings(method="logits", output=f"{record['output']}-3", **made))
+    assert last["method"] == "logits" and len(last["fit_residual"]) == 2
+    # the last block is fitted; what else the adapter updates starts from nothing, for a fine-tune to use
+    assert set(last["fresh"]).isdisjoint(last["fit_residual"]) and last["fresh"]
+    check_loads(Path(last["output"]), pair[1])
 
 
 @pytest.mark.parametrize("method", ["procrustes", "functional"])
