@@ -255,8 +255,8 @@ def _lacks(new: Checkpoint, layer: int, role: Role) -> str:
 def initialise(
     result: Migrated, new: Checkpoint, mapped: Collection[int], covered: Collection[Role], rank: int, seed: int
 ) -> None:
-    """PEFT's own initialisation (Kaiming-uniform ``A``, zero ``B``) of the ``covered`` roles' modules that lack an update,
-    in layers that are not ``mapped``."""
+    """PEFT's own initialisation (Kaiming-uniform ``A``, zero ``B``) of modules that lack an update: those of the
+    ``covered`` roles, in layers that are not ``mapped``."""
     generator = torch.Generator().manual_seed(seed)
     for layer in range(new.dims.layers):
         if layer in mapped:
