@@ -31,7 +31,7 @@ from lorasuite.preflight import Plan, check
 from lorasuite.publication import publish
 from lorasuite.selection import NOTHING
 from lorasuite.serving import check as check_serving
-from lorasuite.transforms import names, reads_texts, transform
+from lorasuite.transforms import NO_START, names, reads_texts, transform
 from tasks.adapter_stages import adapter_folder, finetune, selection, sequential_fit, serving
 from tasks.adapter_stages import transform as transform_stage
 from tasks.fingerprints import (
@@ -81,7 +81,9 @@ def migrate_adapter(config: dict[str, Any], refresh: tuple[str, ...] = ()) -> di
         if settings.method == AUTO:
             plain = adapter.plain(old.architecture)
             usable = [m for m in names() if (texts or not reads_texts(m)) and (plain or not transform(m).joint)]
-            methods = [m for m in usable if transform(m).fits(old.dims, new.dims, moved)]
+            tuned = bool(settings.samples or settings.teacher_samples)
+            fitting = [m for m in usable if transform(m).fits(old.dims, new.dims, moved)]
+            methods = [m for m in fitting if not (tuned and m in NO_START)]
         pair = pair_stages(context, settings.pair, texts, roles, methods)
         arms = _Arms(context, settings, plan, pair, adapter, methods, texts)
         final = arms.run()
