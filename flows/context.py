@@ -161,9 +161,10 @@ def check_stages(names: tuple[str, ...]) -> frozenset[str]:
     return frozenset(names)
 
 
-def fit_settings(settings: MigrationConfig, lora: Mapping[str, Any]) -> dict[str, Any]:
-    """What the sequential fit is told; ``lora``: the ``rank`` and ``output_type`` of the adapter to write."""
+def fit_settings(settings: MigrationConfig, lora: Mapping[str, Any], method: str) -> dict[str, Any]:
+    """What a fit of whole models is told; ``lora``: the ``rank`` and ``output_type`` of the adapter to write."""
     return {
+        "method": method,
         "rank": lora["rank"],
         "output_type": lora.get("output_type", "lora"),
         "calibration_samples": settings.pair.calibration_samples,

@@ -32,7 +32,7 @@ from lorasuite.publication import publish
 from lorasuite.selection import NOTHING
 from lorasuite.serving import check as check_serving
 from lorasuite.sweep import ENOUGH
-from lorasuite.transforms import names, reads_texts, transform
+from lorasuite.transforms import NO_START, names, reads_texts, transform
 from tasks.adapter_stages import adapter_folder, finetune, selection, sequential_fit, serving
 from tasks.adapter_stages import transform as transform_stage
 from tasks.fingerprints import (
@@ -84,7 +84,9 @@ def migrate_adapter(config: dict[str, Any], refresh: tuple[str, ...] = ()) -> di
         if settings.method == AUTO:
             plain = adapter.plain(old.architecture)
             usable = [m for m in names() if (texts or not reads_texts(m)) and (plain or not transform(m).joint)]
-            methods = [m for m in usable if transform(m).fits(old.dims, new.dims, moved)]
+            tuned = bool(settings.samples or settings.teacher_samples)
+            fitting = [m for m in usable if transform(m).fits(old.dims, new.dims, moved)]
+            methods = [m for m in fitting if not (tuned and m in NO_START)]
         pair = pair_stages(context, settings.pair, texts, roles, methods)
         arms = _Arms(context, settings, plan, pair, adapter, methods, texts)
         final = arms.run()
@@ -265,11 +267,11 @@ class _Arms:
         )
 
     def _fit(self, method: str) -> Ref:
-        """The sequential fit, which reads the calibration texts and the training rows in both bases."""
+        """A fit of whole models, which reads the calibration texts and the training rows in both bases."""
         models = {name: name for name in ("old_model", "new_model", "old_tokenizer", "new_tokenizer", "adapter")}
         inputs: dict[str, str | Ref] = {**models, "calibration": self.texts or "", **self.training.looked_at}
         label = method if len(self.methods) > 1 else None
-        return self.context.run(sequential_fit, inputs, fit_settings(self.settings, self.lora), label=label)
+        return self.context.run(sequential_fit, inputs, fit_settings(self.settings, self.lora, method), label=label)
 
     def _select(self, candidates: dict[str, Ref]) -> None:
         """Go on with the best candidate at its best scale; with a fresh LoRA where the bare base is better."""

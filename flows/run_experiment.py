@@ -332,7 +332,8 @@ class Lab:
                 "train_data": task.train_print,
             }
             rows = Path(str(task.config.train_data))
-            return steps.run(sequential_fit, inputs, fit_settings(settings, kept), settings.method, train_data=rows)
+            told = fit_settings(settings, kept, settings.method)
+            return steps.run(sequential_fit, inputs, told, settings.method, train_data=rows)
         pair = pair_stages(steps, settings.pair, texts, roles, [settings.method]).named()
         group = "alignment" if transform(settings.method).aligned else "mlp_factors"
         groups = ("layer_", "head_", "transfer_", group, *(["vocabulary"] if vocabulary else []))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
@@ -183,7 +183,7 @@ def migrate(
         )
     result.rank = rank if energy is None else max(1, *(update.rank for update in result.updates.values()))
     if unmapped == "train":
-        _initialise(result, new, set(layers.values()), covered, result.rank, seed)
+        initialise(result, new, set(layers.values()), covered, result.rank, seed)
     if adapter.contents.magnitudes:
         for path in result.fresh:
             layer, module = _located(new, path)
@@ -252,15 +252,18 @@ def _lacks(new: Checkpoint, layer: int, role: Role) -> str:
     return f"the new base has no {role} projection"
 
 
-def _initialise(result: Migrated, new: Checkpoint, mapped: set[int], covered: set[Role], rank: int, seed: int) -> None:
-    """PEFT's own initialisation (Kaiming-uniform ``A``, zero ``B``) for the new layers without a partner."""
+def initialise(
+    result: Migrated, new: Checkpoint, mapped: Collection[int], covered: Collection[Role], rank: int, seed: int
+) -> None:
+    """PEFT's own initialisation (Kaiming-uniform ``A``, zero ``B``) of modules that lack an update: those of the
+    ``covered`` roles, in layers that are not ``mapped``."""
     generator = torch.Generator().manual_seed(seed)
     for layer in range(new.dims.layers):
         if layer in mapped:
             continue
         dims = new.layer_dims(layer)
         for module in new.modules(layer):
-            if covered & set(module.roles):
+            if new.architecture.path(layer, module) not in result.updates and set(covered) & set(module.roles):
                 rows = sum(dims.rows(role) for role in module.roles)
                 A = torch.empty(rank, dims.columns(module.roles[0]))
                 torch.nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator)

@@ -23,13 +23,13 @@ from lorasuite.distillation import SoftLabels, soft_labels
 from lorasuite.evaluation import EvaluationSettings, evaluate
 from lorasuite.finetune import FinetuneSettings, attached
 from lorasuite.lowrank import LowRank
-from lorasuite.migration import migrate
+from lorasuite.migration import Migrated, initialise, migrate
 from lorasuite.selection import NOTHING, choose, write_scaled
 from lorasuite.serving import compare_merged
 from lorasuite.sweep import finetune_swept, split_mixed
 from lorasuite.task_evaluation import evaluate_tasks, write_task_samples
 from lorasuite.teacher import TeacherSettings, TextLoss, judge_teacher, rows_to_jsonl, text_losses, write_rows
-from lorasuite.transforms import sequential
+from lorasuite.transforms import logits, sequential
 from tasks.pair_stages import (
     factor_reader,
     head_maps,
@@ -53,6 +53,9 @@ ANY_BASE = "base"
 ROWS, LOSSES = "rows.jsonl", "losses.json"
 #: Rows read at once where losses or distributions are taken.
 BATCH = 16
+
+#: Transforms that fit whole models.
+JOINT = {"sequential": sequential.fit, "logits": logits.fit}
 
 #: The old base that several adapters' teachers share, while :func:`shared_old_base` lasts.
 _shared: dict[str, Any] = {}
@@ -189,9 +192,9 @@ def transform(inputs: Inputs, settings: Settings, where: Where) -> StageOutput:
     return StageOutput(info=info, files=files)
 
 
-@stage("sequential")
+@stage("sequential", version=2)
 def sequential_fit(inputs: Inputs, settings: Settings, where: Where) -> StageOutput:
-    """The new base's modules fitted in order to follow the old base + adapter; see the transform of that name."""
+    """Whole models fitted to follow the old base + adapter: the transform ``sequential`` or another joint one."""
     adapter = Adapter.open(where.path("adapter"), bool(where.options.get("allow_pickle")))
     new = Checkpoint(where.path("new_base"))
     reader = load_tokenizer(where.path("new_base"), trusted(where))
@@ -203,11 +206,12 @@ def sequential_fit(inputs: Inputs, settings: Settings, where: Where) -> StageOut
             sequential.Side(model, load_tokenizer(where.path(name), trusted(where)), base.architecture, base.dims)
             for model, name, base in ((old, "old_base", Checkpoint(where.path("old_base"))), (fresh, "new_base", new))
         ]
-        fitted = sequential.fit(
+        roles = adapter.roles(sides[0].architecture)
+        fitted = JOINT[settings["method"]](
             sides[0],
             sides[1],
             lambda: attached(old, where.path("adapter"), where.device),
-            adapter.roles(sides[0].architecture),
+            roles,
             calibration=calibration,
             texts=[whole_text(row, reader) for row in rows],
             rank=settings["rank"],
@@ -215,14 +219,17 @@ def sequential_fit(inputs: Inputs, settings: Settings, where: Where) -> StageOut
             seed=settings["seed"],
             progress=Progress("sequential fit").step,
         )
-    files = _written(adapter, new, fitted.updates, settings["rank"], settings)
+    moved = Migrated(updates=fitted.updates)
+    # A fit may leave modules of the adapter out; a fine-tune is to have them all.
+    initialise(moved, new, (), roles, settings["rank"], settings["seed"])
+    files = _written(adapter, new, moved.updates, settings["rank"], settings, extra=moved.fresh)
     info = {
         "norms": {name: update.norm() for name, update in fitted.updates.items()},
         "retained_energy": dict.fromkeys(fitted.updates, 1.0),
         "fit_residual": fitted.residual,
         "map_error": fitted.map_error,
         "dropped": [],
-        "fresh": [],
+        "fresh": sorted(moved.fresh),
         "rank": settings["rank"],
         "loaded_bytes_peak": 0,
     }

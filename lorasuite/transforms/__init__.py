@@ -1,14 +1,16 @@
 """Transforms: each takes a LoRA update of the old base to one for the new base. One module a transform."""
 
-from lorasuite.transforms import controls, copy, functional, lorasuite, procrustes, sequential
-from lorasuite.transforms.base import LayerPair, Transform, names, reads_texts, transform
+from lorasuite.transforms import controls, copy, functional, logits, lorasuite, procrustes, sequential
+from lorasuite.transforms.base import NO_START, LayerPair, Transform, names, reads_texts, transform
 
 __all__ = [
+    "NO_START",
     "LayerPair",
     "Transform",
     "controls",
     "copy",
     "functional",
+    "logits",
     "lorasuite",
     "names",
     "procrustes",

@@ -67,6 +67,9 @@ class Transform(Protocol):
         """The new layer's updates, factored, float64. A role the new layer lacks may be given and is then dropped."""
 
 
+#: Transforms that ``auto`` tries only where nothing is fine-tuned: low in loss untrained, not measured as a start.
+NO_START = frozenset({"logits"})
+
 _REGISTRY: dict[str, Transform] = {}
 
 

@@ -22,9 +22,9 @@ RIDGE = 1e-3
 
 
 def ridge(xx: Tensor, xy: Tensor, strength: float = RIDGE, prior: Tensor | None = None) -> Tensor:
-    """``(xx + λI)⁻¹·(xy + λ·prior)`` with λ relative to the mean of the diagonal of ``xx``; no prior: zero.
+    """The minimum of ``‖XM − Y‖² + λ‖M − prior‖²``, that is ``(xx + λI)⁻¹·(xy + λ·prior)``, from second moments.
 
-    It minimises ``‖XM − Y‖² + λ‖M − prior‖²``.
+    λ is relative to the mean of the diagonal of ``xx``. Without a prior it is zero.
     """
     size = xx.shape[0]
     penalty = strength * xx.diagonal().mean().clamp(min=torch.finfo(xx.dtype).tiny)

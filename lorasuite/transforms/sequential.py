@@ -65,7 +65,7 @@ class Sequential:
         Raises:
             ConfigError: always; call :func:`fit`.
         """
-        raise ConfigError(Problem("method", "sequential fits whole models, not one layer", "Use sequential.fit."))
+        raise ConfigError(Problem("method", f"{self.name} fits whole models, not one layer", f"Use {self.name}.fit."))
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class _Stop(Exception):
 
 
 @dataclass
-class _Watch:
+class Watch:
     """What chosen blocks and modules read (``in``) and write (``out``) at once: ``(texts, tokens, width)``."""
 
     side: Side
@@ -121,7 +121,7 @@ class _Watch:
         self.seen[key] = value.detach()
 
     @contextlib.contextmanager
-    def on(self) -> Iterator[_Watch]:
+    def on(self) -> Iterator[Watch]:
         try:
             yield self
         finally:
@@ -136,7 +136,7 @@ class _Watch:
         return {key: value.view(*ids.shape, -1).cpu()[rows].double() for key, value in self.seen.items()}
 
 
-def _modules(side: Side, layer: int) -> dict[str, tuple[Module, Any]]:
+def linear_modules(side: Side, layer: int) -> dict[str, tuple[Module, Any]]:
     """The linear modules one block really has, by name."""
     found = {}
     for module in side.architecture.modules:
@@ -146,7 +146,7 @@ def _modules(side: Side, layer: int) -> dict[str, tuple[Module, Any]]:
 
 
 @dataclass(frozen=True)
-class _Batch:
+class Batch:
     """Some texts in both tokenizations, padded on the right, and the positions of both that pair.
 
     Under causal attention nothing before the padding sees it, so no mask is needed.
@@ -158,7 +158,7 @@ class _Batch:
     new_rows: tuple[Tensor, Tensor]
 
 
-def _batches(texts: Sequence[str], old: Side, new: Side, cutoff: int) -> list[_Batch]:
+def text_batches(texts: Sequence[str], old: Side, new: Side, cutoff: int) -> list[Batch]:
     encoded = []
     for text in texts:
         both = [
@@ -174,7 +174,7 @@ def _batches(texts: Sequence[str], old: Side, new: Side, cutoff: int) -> list[_B
         which = torch.tensor([n for n, (_, _, pairs) in enumerate(part) for _ in pairs])
         at = torch.tensor([pair for _, _, pairs in part for pair in pairs])
         ids = [torch.nn.utils.rnn.pad_sequence([torch.tensor(p[side]) for p in part], True) for side in (0, 1)]
-        found.append(_Batch(ids[0], ids[1], (which, at[:, 0]), (which, at[:, 1])))
+        found.append(Batch(ids[0], ids[1], (which, at[:, 0]), (which, at[:, 1])))
     return found
 
 
@@ -187,17 +187,17 @@ class _Features:
         self.mean = self.scale = torch.zeros(0)
 
     @contextlib.contextmanager
-    def watching(self) -> Iterator[_Watch]:
-        watch = _Watch(self.old)
+    def watching(self) -> Iterator[Watch]:
+        watch = Watch(self.old)
         for layer in range(self.old.dims.layers):
             watch.block(layer)
-            for module, linear in _modules(self.old, layer).values():
+            for module, linear in linear_modules(self.old, layer).values():
                 if set(module.roles) & {"o", "down"}:
                     watch.module(layer, module, linear)
         with watch.on():
             yield watch
 
-    def raw(self, watch: _Watch, batch: _Batch) -> Tensor:
+    def raw(self, watch: Watch, batch: Batch) -> Tensor:
         """``(positions, features)`` float64."""
         seen = watch.read(batch.old, batch.old_rows)
         last = self.old.dims.layers - 1
@@ -218,7 +218,7 @@ class _Features:
             self.sketches[key] = torch.randn(width, share, generator=generator, dtype=torch.float64) / share**0.5
         return self.sketches[key]
 
-    def of(self, batches: Sequence[_Batch]) -> list[Tensor]:
+    def of(self, batches: Sequence[Batch]) -> list[Tensor]:
         """Each batch's features."""
         with self.watching() as watch:
             return [self.raw(watch, batch) for batch in batches]
@@ -269,7 +269,7 @@ def fit(
     Raises:
         DataError: if no two positions of the two tokenizations pair.
     """
-    known, task = (_batches(part, old, new, cutoff) for part in (calibration, texts))
+    known, task = (text_batches(part, old, new, cutoff) for part in (calibration, texts))
     if not known or not task:
         raise DataError(
             Problem("calibration", "no position of the two tokenizations pairs", "Give texts of several words.")
@@ -292,7 +292,7 @@ def fit(
             if progress is not None:
                 progress(layer + 1, new.dims.layers)
     finally:
-        _put(new, original)
+        put_weights(new, original)
     return result
 
 
@@ -300,13 +300,13 @@ def _fit_block(
     new: Side,
     layer: int,
     roles: Sequence[Role],
-    known: tuple[list[_Batch], list[Tensor], Tensor],
-    task: tuple[list[_Batch], list[Tensor]],
+    known: tuple[list[Batch], list[Tensor], Tensor],
+    task: tuple[list[Batch], list[Tensor]],
     rank: int,
     original: dict[str, Tensor],
     result: Fitted,
 ) -> None:
-    modules = _modules(new, layer)
+    modules = linear_modules(new, layer)
     chosen = {name for name, (module, _) in modules.items() if set(module.roles) & set(roles)}
     if not chosen:
         return
@@ -345,10 +345,10 @@ def _fit_block(
 
 
 @contextlib.contextmanager
-def _watching(side: Side, layer: int) -> Iterator[_Watch]:
-    watch = _Watch(side)
+def _watching(side: Side, layer: int) -> Iterator[Watch]:
+    watch = Watch(side)
     watch.block(layer, stop=True)
-    for module, linear in _modules(side, layer).values():
+    for module, linear in linear_modules(side, layer).values():
         watch.module(layer, module, linear)
     with watch.on():
         yield watch
@@ -370,7 +370,7 @@ def _maps(
     new: Side,
     layer: int,
     ends: Sequence[tuple[Any, ...]],
-    known: tuple[list[_Batch], list[Tensor], Tensor],
+    known: tuple[list[Batch], list[Tensor], Tensor],
     original: Mapping[str, Tensor],
 ) -> tuple[dict[tuple[Any, ...], _Map], bool]:
     """Ridge maps from old features to one new block's spaces (of the base: later blocks are not reached), and whether
@@ -378,7 +378,7 @@ def _maps(
     batches, inputs, solver = known
     sums: dict[tuple[Any, ...], list[Tensor]] = {}
     rows, additive = 0, True
-    writers = [name for name, (module, _) in _modules(new, layer).items() if module.roles[0] in ("o", "down")]
+    writers = [name for name, (module, _) in linear_modules(new, layer).items() if module.roles[0] in ("o", "down")]
     with _weights(new, original), _watching(new, layer) as watch:
         for batch, z in zip(batches, inputs, strict=True):
             seen = watch.read(batch.new, batch.new_rows)
@@ -406,13 +406,13 @@ def _weights(new: Side, weights: Mapping[str, Tensor]) -> Iterator[None]:
     """Other weights for a while: those of the bare base, when its own states are read."""
     kept = {path: new.model.get_submodule(path).weight.detach().clone() for path in weights}
     try:
-        _put(new, weights)
+        put_weights(new, weights)
         yield
     finally:
-        _put(new, kept)
+        put_weights(new, kept)
 
 
-def _put(new: Side, weights: Mapping[str, Tensor]) -> None:
+def put_weights(new: Side, weights: Mapping[str, Tensor]) -> None:
     for path, weight in weights.items():
         new.model.get_submodule(path).weight.data.copy_(weight)
 
