@@ -154,7 +154,7 @@ def test_every_problem_of_a_file_at_once(tmp_path: Path) -> None:
             "how many rows the teacher keeps",
         ),
         ({"settings": {"seed": 3, "output": "x"}}, "seed: is no setting of an experiment"),
-        ({"settings": {"finetune_samples": 0}}, "there are arms to fine-tune"),
+        ({"settings": {"finetune_samples": 0}}, "finetune_samples: is 0, and there are arms that read them"),
         ({"lora": {"targets": ["query"]}}, "Input should be 'q'"),
         ({"tables": {"t": table(factors={"pair.layers": [1]})}}, "pair.layers: unknown setting"),
         ({"tables": {"t": table(factors={"method": ["lorasuit"]})}}, "Did you mean 'lorasuite'?"),
