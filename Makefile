@@ -10,9 +10,10 @@ demo: $(STAMP)  ## the main job on a miniature pair: migrate, fine-tune, compare
 	@rm -rf demo-output
 	$(BIN)/lorasuite demo --output demo-output
 
-# Two processes, a file at a time: what a file's tests share (servers, models) is made once. The longest files first.
+# A file at a time: what its tests share (servers, models) is made once. Three processes on two cores: the first half,
+# flows, waits for servers and clocks. The longest files first.
 test: $(STAMP) lint  ## every test
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/flows tests/integration tests/unit
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder tests/flows tests/integration tests/unit
 
 lint: $(STAMP)  ## style, types, import rules
 	$(BIN)/ruff check .

@@ -32,18 +32,19 @@ mark = time.perf_counter()
 import flows.migrate_adapter as main
 spent["imports"] = time.perf_counter() - mark
 
-def timed(name):
-    inner = getattr(main, name)
+def timed(owner, name):
+    inner = getattr(owner, name)
     def wrapped(*args, **kwargs):
         mark = time.perf_counter()
         try:
             return inner(*args, **kwargs)
         finally:
             spent[name] = spent.get(name, 0) + time.perf_counter() - mark
-    setattr(main, name, wrapped)
+    setattr(owner, name, wrapped)
 
 for name in ("check", "publish", "migration_context", "show_pair", "show_migration"):
-    timed(name)
+    timed(main, name)
+timed(main.Measured, "comparisons")
 mark = time.perf_counter()
 record = main.migrate_adapter(json.loads(sys.argv[2]))
 spent["flow"] = time.perf_counter() - mark
@@ -118,13 +119,16 @@ def main() -> None:
             runs = [migrate(config(f"run-{n}"), served) for n in range(arguments.runs)]
         alone = migrate(config("alone"), environment)
     found = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
-    library = sum(found[name] for name in ("imports", "check", "publish"))
-    rest = found["flow"] - sum(found[name] for name in ("check", "publish", "migration_context", "stages"))
+    library = sum(found[name] for name in ("imports", "check", "comparisons", "publish"))
+    rest = found["flow"] - sum(
+        found[name] for name in ("check", "comparisons", "publish", "migration_context", "stages")
+    )
     rest -= found["show_pair"] + found["show_migration"]
     rows = {
         "wall time": found["wall"],
         "  the library's own: imports of torch, transformers, peft, Prefect": found["imports"],
-        "  the library's own: checks before the run": found["check"],
+        "  the library's own: checks before the run (imports transformers' models)": found["check"],
+        "  the library's own: arms compared, intervals (imports scipy.stats)": found["comparisons"],
         "  the library's own: publishing, report": found["publish"],
         f"  {int(found['number'])} cached stages as Prefect tasks": found["stages"],
         "  fingerprints of models and adapter": found["migration_context"],

@@ -1,6 +1,12 @@
 """Prefect flows that wire the stages, and the ``lorasuite`` command line."""
 
+import atexit
+import gc
 import os
+
+# Python's last act is a garbage collection, and with torch and transformers loaded it takes two seconds. What is still
+# there goes with the process.
+atexit.register(gc.freeze)
 
 # Read by Prefect when it is first imported; a user's own setting stays.
 os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")

@@ -94,9 +94,10 @@ def estimate(old: Checkpoint, new: Checkpoint, adapter: Adapter | None, speed: T
     depth = min(old.dims.layers, new.dims.layers)
     roles = tuple(adapter.roles(old.architecture)) if adapter is not None else ATTENTION
     moved = [role for role in roles if role in new.architecture.roles]
+    reading = sum(f.stat().st_size for base in (old, new) for f in base.weight_files) / speed.read
     stages = {
         # read and hashed, and once more to look for damaged tensors
-        "fingerprint": 2 * sum(f.stat().st_size for base in (old, new) for f in base.weight_files) / speed.read,
+        "fingerprint": 2 * reading,
         "transfer_matrices": _hidden_map(old, new, speed),
         "mlp_factors": depth * sum(_factor(old, speed) for role in moved if role not in ATTENTION),
         "activations": 2 * tokens * (active(old) + active(new)) / speed.forward,
@@ -106,9 +107,9 @@ def estimate(old: Checkpoint, new: Checkpoint, adapter: Adapter | None, speed: T
         dense = [path for path in adapter.modules if old.architecture.locate(path)] if not adapter.stored else []
         shapes = [weight_shape(old, path) for path in dense]
         stages["read_adapter"] = sum(min(shape) ** 2 * max(shape) for shape in shapes) / speed.svd
-        # W_h and each projection's weight once, times the rank
+        # W_h and each projection's weight once, times the rank; at a small rank, reading the weights takes longer
         carried = sum(2 * old.dims.rows(role) * old.dims.columns(role) + 2 * d_o * d_n for role in moved)
-        stages["transform"] = 2 * depth * adapter.rank * carried / speed.double
+        stages["transform"] = 2 * depth * adapter.rank * carried / speed.double + reading
     rows = LFT_SAMPLES * tuning.cutoff * tuning.epochs
     stages["finetune"] = 6 * rows * active(new) / speed.forward
     stages["finetune (control)"] = stages["finetune"]

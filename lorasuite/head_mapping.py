@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from lorasuite.architectures import ATTENTION, Dimensions, Role
@@ -71,6 +70,8 @@ def _norms(weights: Weights, dims: Dimensions) -> Tensor:
 
 def match_heads(similarity: Tensor) -> dict[int, int]:
     """The assignment of old to new heads with the largest total similarity (Hungarian, rectangular both ways)."""
+    from scipy.optimize import linear_sum_assignment  # half a second that only this function needs
+
     rows, columns = linear_sum_assignment(similarity.numpy(), maximize=True)
     return {int(a): int(b) for a, b in zip(rows, columns, strict=True)}
 
