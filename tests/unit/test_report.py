@@ -73,6 +73,16 @@ def accessible(page: Page) -> None:
     assert [link["href"] for link in page.all("link")] == ["data:,"] and page.all("img") == []
 
 
+def test_a_start_that_no_learning_rate_improved() -> None:
+    """It is kept without a step, so there is no loss to show."""
+    made = record()
+    for run in ("finetune", "control"):
+        made[run] = {**made[run], "losses": [], "steps": 0}
+        page = Page(render(made, TABLE))
+        accessible(page)
+        assert "kept as it began, for no learning rate did better" in page.text
+
+
 def test_every_section_says_what_it_is_for() -> None:
     page = Page(render(record(), TABLE))
     accessible(page)
