@@ -8,6 +8,7 @@ the old base + adapter writes to 320 prompts). Then every arm is fine-tuned on t
 
 * `scratch`: a fresh LoRA of the same modules and size; `eva`, `lora-ga`, `pissa`: the same with PEFT's initialisations
   that look at the data, its gradients, or the weights;
+* `scratch-long`: as many steps on those rows as `refresh` takes, so that its lead is not one of steps;
 * a transform's name: from the adapter that it gives;
 * `refresh`: a fresh LoRA on the rows **and** 300 more that the old base + adapter wrote: prompts imitated by the old
   base from the few rows' beginnings and ends (without any row: from the task's name), answers by the adapter.
@@ -60,7 +61,9 @@ DATA_DRIVEN = ("eva", "lora-ga", "pissa")
 WRITTEN = {"refresh": 300, "refresh-1000": 1000, "refresh-10000": 10_000}
 #: What the command line does by itself: whether the teacher writes.
 AUTOMATIC = {"auto": False, "auto+refresh": True}
-ARMS = ("scratch", *DATA_DRIVEN, *TRANSFORMED, *WRITTEN, *AUTOMATIC)
+#: A fresh LoRA on the labelled rows alone, but trained for as many steps as the refresh.
+LONG = "scratch-long"
+ARMS = ("scratch", LONG, *DATA_DRIVEN, *TRANSFORMED, *WRITTEN, *AUTOMATIC)
 RATES = (1e-3, 3e-3, 1e-2)
 LOWEST, HIGHEST = 1e-4, 1e-1
 EPOCHS = (12, 3, 1)
@@ -152,6 +155,8 @@ def tuned(
     else:
         config = fresh_config(fresh_lora(start, Checkpoint(new).architecture))
         wrapped = initialised(model, config, arm, list(islice(batches(), steps)))
+    if arm == LONG:
+        steps = math.ceil((len(rows) + WRITTEN["refresh"]) / BATCH)
     trained.train(wrapped, batches(), epochs * steps, rate, None, lambda _: None)
     return wrapped, tokenizer
 
