@@ -8,7 +8,7 @@ the old base + adapter writes to 320 prompts). Then every arm is fine-tuned on t
 
 * `scratch`: a fresh LoRA of the same modules and size; `eva`, `lora-ga`, `pissa`: the same with PEFT's initialisations
   that look at the data, its gradients, or the weights;
-* `scratch-long`: as many steps on those rows as `refresh` takes, so that its lead is not one of steps;
+* `scratch-long` and the like: as many steps on the rows alone as `refresh` takes, so that no lead is one of steps;
 * a transform's name: from the adapter that it gives;
 * `refresh`: a fresh LoRA on the rows **and** 300 more that the old base + adapter wrote: prompts imitated by the old
   base from the few rows' beginnings and ends (without any row: from the task's name), answers by the adapter.
@@ -61,9 +61,9 @@ DATA_DRIVEN = ("eva", "lora-ga", "pissa")
 WRITTEN = {"refresh": 300, "refresh-1000": 1000, "refresh-10000": 10_000}
 #: What the command line does by itself: whether the teacher writes.
 AUTOMATIC = {"auto": False, "auto+refresh": True}
-#: A fresh LoRA on the labelled rows alone, but trained for as many steps as the refresh.
-LONG = "scratch-long"
-ARMS = ("scratch", LONG, *DATA_DRIVEN, *TRANSFORMED, *WRITTEN, *AUTOMATIC)
+#: The same start on the labelled rows alone, but trained for as many steps as the refresh.
+LONG = {f"{arm}-long": arm for arm in ("scratch", "procrustes", "functional", "sequential")}
+ARMS = ("scratch", *LONG, *DATA_DRIVEN, *TRANSFORMED, *WRITTEN, *AUTOMATIC)
 RATES = (1e-3, 3e-3, 1e-2)
 LOWEST, HIGHEST = 1e-4, 1e-1
 EPOCHS = (12, 3, 1)
@@ -149,14 +149,13 @@ def tuned(
             for first in range(0, len(order), BATCH):
                 yield trained.encode(tokenizer, order[first : first + BATCH])
 
-    steps = math.ceil(len(rows) / BATCH)
+    steps = math.ceil((len(rows) + (WRITTEN["refresh"] if arm in LONG else 0)) / BATCH)
+    arm = LONG.get(arm, arm)
     if arm in TRANSFORMED:
         wrapped = attach_adapter(model, start, trainable=True)
     else:
         config = fresh_config(fresh_lora(start, Checkpoint(new).architecture))
-        wrapped = initialised(model, config, arm, list(islice(batches(), steps)))
-    if arm == LONG:
-        steps = math.ceil((len(rows) + WRITTEN["refresh"]) / BATCH)
+        wrapped = initialised(model, config, arm, list(islice(batches(), math.ceil(len(rows) / BATCH))))
     trained.train(wrapped, batches(), epochs * steps, rate, None, lambda _: None)
     return wrapped, tokenizer
 
@@ -268,7 +267,8 @@ def run_task(
         def compute(arm: str = arm, budget: int = budget, count: int = count, seed: int = seed) -> dict[str, Any]:
             rows = zoo.rows(words, task, "train", budget, seed=100 + seed) if budget else []
             extra = written_rows(pair, task, rows, WRITTEN[arm], seed) if arm in WRITTEN else []
-            start = starts["lorasuite" if arm not in TRANSFORMED else arm]
+            kind = LONG.get(arm, arm)
+            start = starts[kind if kind in TRANSFORMED else "lorasuite"]
 
             def attempt(rate: float) -> dict[str, Any]:
                 model, tokenizer = tuned(new, arm, start, [*rows, *extra], count, rate, seed)
