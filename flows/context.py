@@ -22,6 +22,7 @@ from lorasuite.errors import ConfigError, Problem, did_you_mean
 from tasks.adapter_stages import (
     evaluation,
     finetune,
+    screening,
     selection,
     sequential_fit,
     serving,
@@ -65,6 +66,7 @@ STAGES: dict[str, Stage] = {
         soft_labelling,
         sequential_fit,
         selection,
+        screening,
         finetune,
         evaluation,
         task_evaluation,

@@ -33,7 +33,7 @@ from lorasuite.selection import NOTHING
 from lorasuite.serving import check as check_serving
 from lorasuite.sweep import ENOUGH
 from lorasuite.transforms import NO_START, names, reads_texts, transform
-from tasks.adapter_stages import adapter_folder, finetune, selection, sequential_fit, serving
+from tasks.adapter_stages import adapter_folder, finetune, screening, selection, sequential_fit, serving
 from tasks.adapter_stages import transform as transform_stage
 from tasks.fingerprints import (
     fingerprint_migration,
@@ -195,6 +195,8 @@ class _Arms:
         self.start: str | None = None
         #: Held-out loss of each start's best fine-tune, where there was a sweep; None where it diverged.
         self.starts: dict[str, float | None] = {}
+        #: Held-out loss of each candidate after a short fine-tune, where there were more than are swept.
+        self.screened: dict[str, float | None] = {}
         self.control: Artifact | None = None
 
     def run(self) -> Ref:
@@ -211,8 +213,8 @@ class _Arms:
             arms["migrated"] = self.transformed
         if self.training.rows:
             swept = len(settings.learning_rates) > 1
-            # What does best untrained is not always the best start, so runners-up and a fresh LoRA are tried, too. All
-            # are swept on the same held-out fifth: the best of them is the one that is published.
+            # What does best untrained is not always the best start: those that do best in a short fine-tune are swept,
+            # and a fresh LoRA, all on the same held-out fifth. The best of them is the one that is published.
             compared = settings.method == AUTO and swept
             measured = settings.controls and (self.plan.evaluation or settings.eval_tasks)
             self.start = FRESH if self.method == NOTHING else self.method
@@ -221,10 +223,10 @@ class _Arms:
                 begun[FRESH] = self._finetune("scratch")
             if measured or compared:
                 self.control, arms["scratch"] = context.open(begun[FRESH]), begun[FRESH]
-            if self.start != FRESH:
-                begun[self.start] = self._finetune("migrated")
             if compared:
-                begun |= {method: self._finetune(method, candidates[method]) for method in self._others()}
+                begun |= {method: self._finetune(method, ref) for method, ref in self._screened(candidates).items()}
+            elif self.start != FRESH:
+                begun[self.start] = self._finetune("migrated")
             if self.training.written and self.training.own:
                 judged = compared and len(self.plan.train) >= ENOUGH
                 if judged or measured:
@@ -290,11 +292,25 @@ class _Arms:
         best = next(entry["method"] for entry in self.candidates if entry["method"] != NOTHING)
         self.moved = candidates[best]
 
-    def _others(self) -> list[str]:
-        """Transforms to start from beside the chosen one, the least untrained loss first, each at scale 1."""
-        found = dict.fromkeys(entry["method"] for entry in self.candidates if entry["loss"] is not None)
-        others = [method for method in found if method not in (NOTHING, self.method)]
-        return others[: max(self.settings.starts - (self.method != NOTHING), 0)]
+    def _screened(self, candidates: dict[str, Ref]) -> dict[str, Ref]:
+        """The ``starts`` best transforms to start from, by a short fine-tune of each; the chosen one at its scale."""
+        settings = self.settings
+        tried = {**candidates, self.method: self.transformed} if self.method != NOTHING else candidates
+        if len(tried) > settings.starts:
+            inputs: dict[str, str | Ref] = {f"transform_{method}": ref for method, ref in tried.items()}
+            rates = sorted(settings.learning_rates)
+            values = {
+                "methods": list(tried),
+                "samples": settings.samples,
+                "seed": settings.seed,
+                "finetune": settings.finetune.model_dump(mode="json"),
+                "learning_rate": rates[len(rates) // 2],
+            }
+            found = self.context.open(self.context.run(screening, {**inputs, **NEW, **self.training.rows}, values))
+            self.screened = found.info["losses"]
+            best = sorted(tried, key=lambda method: math.inf if (x := self.screened[method]) is None else x)
+            tried = {method: tried[method] for method in best[: settings.starts]}
+        return tried
 
     def _fresh(self) -> dict[str, Any]:
         new = Checkpoint(self.context.where.path("new_base"))
@@ -342,7 +358,9 @@ class _Arms:
             "carried": moved.get("carried", []),
             "rank": moved.get("rank", self.lora["rank"]),
             "loaded_bytes_peak": moved["loaded_bytes_peak"],
-            "finetune": None if self.tuned is None else {**self.tuned.info, "start": self.start, "starts": self.starts},
+            "finetune": None
+            if self.tuned is None
+            else {**self.tuned.info, "start": self.start, "starts": self.starts, "screened": self.screened},
             "fit_residual": moved.get("fit_residual", {}),
             "control": None if self.control is None else self.control.info,
             "evaluation": self.measured.evaluation,

@@ -26,7 +26,7 @@ from lorasuite.lowrank import LowRank
 from lorasuite.migration import Migrated, initialise, migrate
 from lorasuite.selection import NOTHING, choose, write_scaled
 from lorasuite.serving import compare_merged
-from lorasuite.sweep import finetune_swept, split_mixed
+from lorasuite.sweep import finetune_swept, screen, split_mixed
 from lorasuite.task_evaluation import evaluate_tasks, write_task_samples
 from lorasuite.teacher import TeacherSettings, TextLoss, judge_teacher, rows_to_jsonl, text_losses, write_rows
 from lorasuite.transforms import logits, sequential
@@ -254,6 +254,24 @@ def selection(inputs: Inputs, settings: Settings, where: Where) -> StageOutput:
     with tempfile.TemporaryDirectory() as folder:
         files = _contents(write_scaled(source, Path(folder), best["scale"]))
     return StageOutput(info={"candidates": tried, "method": best["method"], "scale": best["scale"]}, files=files)
+
+
+@stage("screen")
+def screening(inputs: Inputs, settings: Settings, where: Where) -> StageOutput:
+    """Which candidates are worth a whole sweep: their held-out loss after a short fine-tune."""
+    own, written = _training_rows(inputs, settings, where)
+    losses = screen(
+        str(where.path("new_base")),
+        load_tokenizer(where.path("new_base"), trusted(where)),
+        own,
+        FinetuneSettings.model_validate(settings["finetune"]),
+        settings["learning_rate"],
+        {method: adapter_folder(inputs[f"transform_{method}"]) for method in settings["methods"]},
+        written=written,
+        device=where.device,
+        trust_remote_code=trusted(where),
+    )
+    return StageOutput(info={"losses": losses})
 
 
 @stage("finetune", version=2)
