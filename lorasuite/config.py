@@ -97,8 +97,8 @@ class MigrationConfig(Strict):
     starts: int = Field(
         2,
         ge=1,
-        description="with auto and a sweep: transforms swept beside the fresh LoRA, those best in a short fine-tune; the best "
-        "of all is published",
+        description="with auto and a sweep: transforms swept beside the fresh LoRA, those best in a short fine-tune; the "
+        "best of all is published",
     )
     seed: int = Field(42, ge=0, lt=2**32, description="of the row draw, fresh initialisations and fine-tuning")
     device: str = Field("auto", description="cpu, cuda, cuda:N, or auto")
