@@ -97,7 +97,7 @@ class MigrationConfig(Strict):
     starts: int = Field(
         2,
         ge=1,
-        description="with auto and a sweep: transforms swept beside the fresh LoRA, those best in a short fine-tune; the "
+        description="with auto and a sweep: transforms swept beside a fresh LoRA, best in a short fine-tune; the "
         "best of all is published",
     )
     seed: int = Field(42, ge=0, lt=2**32, description="of the row draw, fresh initialisations and fine-tuning")
