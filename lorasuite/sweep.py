@@ -17,6 +17,8 @@ from lorasuite.finetune import FinetuneResult, FinetuneSettings, finetune
 HELD_OUT = 0.2
 #: The user's rows from which on they alone are held out, beside the teacher's: their fifth is then ten rows or more.
 ENOUGH = 50
+#: Optimizer steps that a short fine-tune has at least, if the whole one has them: fewer do not tell starts apart.
+TELLING = 24
 
 
 def split(rows: Sequence[Row], seed: int) -> tuple[list[Row], list[Row]]:
@@ -51,7 +53,7 @@ def screen(
     written: Sequence[Row] = (),
     **arguments: Any,
 ) -> dict[str, float | None]:
-    """Held-out loss of each start after a quarter of the epochs at one rate; None where it diverged.
+    """Held-out loss of each start after a quarter of the epochs, or a few more, at one rate; None where it diverged.
 
     What does best untrained is often not what does best trained, and a short run tells more of it than none. The rows
     are split as in :func:`finetune_swept`.
@@ -60,8 +62,10 @@ def screen(
         starts: PEFT directories by name.
         arguments: the other arguments of :func:`lorasuite.finetune.finetune`.
     """
-    short = settings.model_copy(update={"learning_rate": rate, "epochs": max(1, math.ceil(settings.epochs / 4))})
     train, held_out = split_mixed(rows, written, settings.seed)
+    telling = math.ceil(TELLING / math.ceil(len(train) / settings.batch_size))
+    epochs = min(settings.epochs, max(math.ceil(settings.epochs / 4), telling))
+    short = settings.model_copy(update={"learning_rate": rate, "epochs": epochs})
     found: dict[str, float | None] = {}
     for name, adapter in starts.items():
         with tempfile.TemporaryDirectory() as folder:

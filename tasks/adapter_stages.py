@@ -256,7 +256,7 @@ def selection(inputs: Inputs, settings: Settings, where: Where) -> StageOutput:
     return StageOutput(info={"candidates": tried, "method": best["method"], "scale": best["scale"]}, files=files)
 
 
-@stage("screen")
+@stage("screen", version=2)
 def screening(inputs: Inputs, settings: Settings, where: Where) -> StageOutput:
     """Which candidates are worth a whole sweep: their held-out loss after a short fine-tune."""
     own, written = _training_rows(inputs, settings, where)

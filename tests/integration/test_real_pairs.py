@@ -245,8 +245,9 @@ def check_one_head(
     n = {r: head(N[r], new.dims, b, r) for r in ATTENTION}
     x, y = ({r: W.forward(o[r]) for r in ATTENTION}, n)
     pairs = (("q", "k"), ("v", "o"))
-    dot = sum(float(((x[r].T @ x[s]) * (y[r].T @ y[s])).sum()) for r, s in pairs)
-    norms = [sum(float((z[r].T @ z[s]).square().sum()) for r, s in pairs) ** 0.5 for z in (x, y)]
+    # ⟨XᵀY, X'ᵀY'⟩ = ⟨XX'ᵀ, YY'ᵀ⟩: of the head's size, not of the hidden one (dense in test_head_mapping)
+    inner = [[sum(float(((p[r] @ q[r].T) * (p[s] @ q[s].T)).sum()) for r, s in pairs) for q in (x, y)] for p in (x, y)]
+    dot, norms = inner[0][1], (inner[0][0] ** 0.5, inner[1][1] ** 0.5)
     assert float(similarity[a, b]) == pytest.approx(dot / (norms[0] * norms[1]), rel=1e-3, abs=1e-6)
 
     for role in ATTENTION:
