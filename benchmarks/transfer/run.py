@@ -160,22 +160,39 @@ def tuned(
     return wrapped, tokenizer
 
 
-def swept(attempt: Callable[[float], dict[str, Any]], known: list[dict[str, Any]]) -> dict[str, Any]:
-    """The attempt with the least validation loss; the grid grows by a factor of three while its end is the best."""
-    tried = {cell["rate"]: cell for cell in known} or {rate: attempt(rate) for rate in RATES}
+def swept(
+    attempt: Callable[[float], tuple[float, Any]], finish: Callable[[Any], dict[str, float]], known: dict[str, Any]
+) -> dict[str, Any]:
+    """The attempt with the least validation loss, finished; the grid grows by a factor of three while its end is best.
 
-    def loss(rate: float) -> float:
-        found: float = tried[rate]["validation"]
-        return found if math.isfinite(found) else math.inf
+    Args:
+        attempt: from a learning rate to a validation loss and what was trained.
+        known: an earlier cell of the same arm, whose rate was the best of the first grid; empty without one.
+    """
+    losses: dict[float, float] = {}
+    kept: Any = None
 
+    def run(rate: float) -> None:
+        nonlocal kept
+        loss, model = attempt(rate)
+        losses[rate] = _finite(loss)
+        if losses[rate] == min(losses.values()):
+            kept = model
+
+    if known:
+        losses[known["rate"]] = _finite(known["validation"])
+    else:
+        for rate in RATES:
+            run(rate)
     while True:
-        best = min(tried, key=loss)
-        grid = sorted({*RATES, *tried})
+        best = min(losses, key=losses.__getitem__)
+        grid = sorted({*RATES, *losses})
         further = {grid[0]: best / 3, grid[-1]: best * 3}.get(best)
         if further is None or not LOWEST < further < HIGHEST:
-            return {**tried[best], "rates": sorted(tried)}
-        further = float(f"{further:.0e}")
-        tried[further] = attempt(further)
+            break
+        run(float(f"{further:.0e}"))
+    scored = known if kept is None else finish(kept)
+    return {**scored, "rate": best, "validation": losses[best], "rates": sorted(losses)}
 
 
 def written_rows(pair: zoo.Pair, task: str, rows: list[dict[str, str]], count: int, seed: int) -> list[dict[str, str]]:
@@ -270,13 +287,12 @@ def run_task(
             kind = LONG.get(arm, arm)
             start = starts[kind if kind in TRANSFORMED else "lorasuite"]
 
-            def attempt(rate: float) -> dict[str, Any]:
+            def attempt(rate: float) -> tuple[float, Any]:
                 model, tokenizer = tuned(new, arm, start, [*rows, *extra], count, rate, seed)
-                held = trained.validation_loss(model, tokenizer, validation)
-                return {"rate": rate, "validation": held, **scores(model, tokenizer, test)}
+                return trained.validation_loss(model, tokenizer, validation), (model, tokenizer)
 
             earlier = cells.get(f"{arm}/{budget}/{seed}") if count == 12 else None
-            return swept(attempt, [earlier] if earlier else [])
+            return swept(attempt, lambda kept: scores(*kept, test), earlier or {})
 
         cell(f"{arm}/{budget}/{count}/{seed}", compute)
 
