@@ -306,7 +306,8 @@ class _Arms:
                 "finetune": settings.finetune.model_dump(mode="json"),
                 "learning_rate": rates[len(rates) // 2],
             }
-            found = self.context.open(self.context.run(screening, {**inputs, **NEW, **self.training.rows}, values))
+            inputs |= {**NEW, **self.training.rows, **self.training.chosen_by}
+            found = self.context.open(self.context.run(screening, inputs, values))
             self.screened = found.info["losses"]
             best = sorted(tried, key=lambda method: math.inf if (x := self.screened[method]) is None else x)
             tried = {method: tried[method] for method in best[: settings.starts]}
@@ -323,6 +324,8 @@ class _Arms:
         fresh = start in ("scratch", "alone")
         rows = self.training.own if start == "alone" else {**self.training.rows, **self.training.soft}
         inputs: dict[str, str | Ref] = {**NEW, **rows}
+        if len(settings.learning_rates) > 1:
+            inputs |= self.training.chosen_by
         if not fresh:
             inputs["transform"] = begun or self.transformed
         values = {

@@ -31,7 +31,7 @@ class Training:
     soft: dict[str, str | Ref]
     #: What ``migration.json`` says of the teacher.
     teacher: dict[str, Any] | None
-    #: Rows that are only looked at, where there is nothing to train on: by ``auto`` and the sequential fit.
+    #: The teacher's rows that are only looked at, by ``auto`` and the sequential fit, where few or none are trained on.
     seen: dict[str, str | Ref] = field(default_factory=dict)
 
     @property
@@ -47,24 +47,29 @@ class Training:
     @property
     def looked_at(self) -> dict[str, str | Ref]:
         """The rows that transforms may read and candidates are scored by."""
-        return self.rows or self.seen
+        return {**self.seen, **self.rows}
+
+    @property
+    def chosen_by(self) -> dict[str, str | Ref]:
+        """Rows that a fine-tune is chosen by and not trained on, beside a part of those it is trained on."""
+        return {"looked_at": self.seen["teacher"]} if self.seen and self.rows else {}
 
 
 def training(context: Context, settings: MigrationConfig, plan: Plan, vocabulary: Ref) -> Training:
     """Gather the training rows; the teacher's only if it is worth copying."""
     rows: dict[str, str | Ref] = {"train_data": fingerprint_data(plan.train)} if settings.samples else {}
-    if not settings.teacher_samples:
-        if not settings.rows_written:
-            return Training(rows, {}, None)
-        # Without the user's rows and without fine-tuning: what the teacher writes is read, and chosen by.
-        written = teacher_rows(context, settings, plan.prompts)
-        return Training({}, {}, None, {"teacher": written})
+    if not settings.rows_written:
+        return Training(rows, {}, None)
     drawn = {"samples": settings.samples, "seed": settings.seed}
     written = teacher_rows(context, settings, plan.prompts)
+    if not rows and not settings.teacher_samples:
+        return Training({}, {}, None, {"teacher": written})
     worth = context.open(context.run(teacher_worth, {**NEW, **TEACHER, **rows, "teacher": written}, drawn)).info
     teacher = {**context.open(written).info, **worth, "samples": settings.teacher_samples, "distilled": False}
     if not worth["worth"]:
         get_run_logger().warning("the teacher's rows are not used: %s", worth["reason"])
+        return Training(rows, {}, teacher, {} if rows else {"teacher": written})
+    if not settings.teacher_samples:
         return Training(rows, {}, teacher, {"teacher": written})
     rows["teacher"] = written
     soft: dict[str, str | Ref] = {}
@@ -81,12 +86,15 @@ def teacher_rows(
 ) -> Ref:
     """The rows that the old base with the adapter writes: found, or written now."""
     inputs: dict[str, str | Ref] = {**TEACHER, "adapter": adapter}
+    count, given = settings.rows_written, len({unanswered(row) for row in prompts or ()})
+    if settings.samples and not settings.teacher_samples and not settings.teacher.imitate:
+        count = min(count, given)  # to choose by, one answer a prompt is better than several sampled ones
     if prompts is not None:
         # Without their answers: those are not read, so they must not make another key.
         words = settings.teacher.text_prefix
         inputs["prompts"] = fingerprint_data([unanswered(row, words) for row in prompts])
     values = {
-        "samples": settings.rows_written,
+        "samples": count,
         "seed": settings.seed,
         # How many are written at once changes nothing.
         "teacher": settings.teacher.model_dump(mode="json", exclude={"batch_size"}),

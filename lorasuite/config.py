@@ -23,8 +23,8 @@ from lorasuite.transfer_matrix import When
 
 #: ``--method auto`` measures every transform and takes the best, or none.
 AUTO = "auto"
-#: Rows that the teacher writes where nothing is trained.
-UNTRAINED = 320
+#: Rows that the teacher writes to be read and chosen by, not trained on.
+LOOKED_AT = 320
 #: Training rows of the light fine-tune (METHOD section 6).
 LFT_SAMPLES = 100
 
@@ -69,7 +69,8 @@ class MigrationConfig(Strict):
     prompts: str | None = Field(
         None,
         description="rows whose prompts the teacher answers, their answers never read; if unset those of the training "
-        "data, else beginnings of the calibration texts, else the teacher writes from nothing",
+        "data, else beginnings of the calibration texts, else the teacher writes from nothing; without teacher samples "
+        "auto and sequential read the answers, and auto chooses by them, where training rows are few",
     )
     eval_data: str | None = Field(None, description="held-out rows for evaluation")
     eval_tasks: tuple[str, ...] = Field(
@@ -165,9 +166,14 @@ class MigrationConfig(Strict):
 
     @property
     def rows_written(self) -> int:
-        """Rows the teacher writes: those asked for; without any rows to train on, what candidates are told apart by."""
+        """Rows the teacher writes: those asked for, or else what candidates are fitted to and told apart by.
+
+        The latter where there are no rows to train on, or few and prompts for more.
+        """
         chooses = self.method == AUTO or transforms.transform(self.method).joint
-        return UNTRAINED if chooses and not self.teacher_samples and not self.samples else self.teacher_samples
+        more = bool(self.prompts) or self.teacher.imitate
+        looks = chooses and (not self.samples or (more and self.samples < LOOKED_AT))
+        return self.teacher_samples or (LOOKED_AT if looks else 0)
 
     @property
     def calibration_data(self) -> str | None:

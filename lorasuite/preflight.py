@@ -27,6 +27,8 @@ from lorasuite.transforms import reads_texts, transform
 from lorasuite.vocabulary import common_tokens
 
 FLOAT = 4  # bytes of a float32
+#: Training rows below which the teacher's were measured to help everywhere (docs/transfer.md).
+FEW = 100
 
 
 @dataclass
@@ -376,6 +378,10 @@ def _training_rows(result: Inspection, config: MigrationConfig) -> list[Row]:
         return []
     if len(rows) < config.samples:
         result.notices.append(f"only {len(rows)} training rows for {config.samples} samples: all are used")
+    if len(rows) < FEW and config.method == AUTO and not config.teacher_samples:
+        result.notices.append(
+            f"{len(rows)} training rows are few: --teacher-samples lets the old base with its adapter write more"
+        )
     if len(config.learning_rates) > 1 and len(rows) < 10:
         result.problems.append(
             Problem(
@@ -421,10 +427,10 @@ def _teacher(result: Inspection, config: MigrationConfig) -> list[Row] | None:
             what = f"prompt {number} is a conversation, and the old base's tokenizer has no chat template"
             result.problems.append(Problem(source, what, "Use rows of prompt and completion."))
             break
-    fewer = len(distinct) < config.teacher_samples
+    fewer = len(distinct) < config.rows_written
     if rows and fewer and config.teacher.imitate and not config.teacher.suffix:
         _attempt(result, lambda: prompt_frame(distinct))
-    elif rows and config.teacher.temperature == 0 and fewer:
+    elif rows and config.teacher.temperature == 0 and len(distinct) < config.teacher_samples:
         found = f"{len(distinct)} different prompts for {config.teacher_samples} teacher samples"
         result.notices.append(f"{found}: greedy, there is one answer each")
     return rows or None

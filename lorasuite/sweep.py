@@ -29,17 +29,26 @@ def split(rows: Sequence[Row], seed: int) -> tuple[list[Row], list[Row]]:
     return [rows[n] for n in sorted(order[held:])], [rows[n] for n in sorted(order[:held])]
 
 
-def split_mixed(own: Sequence[Row], written: Sequence[Row], seed: int) -> tuple[list[Row], list[Row]]:
+def split_mixed(
+    own: Sequence[Row], written: Sequence[Row], seed: int, looked_at: Sequence[Row] = ()
+) -> tuple[list[Row], list[Row]]:
     """The split of the user's rows and the teacher's.
 
     With :data:`ENOUGH` of the user's, only those are held out, the same ones whatever the teacher wrote; what it wrote
     to their prompts is not trained on. With fewer, a fifth of all is held out.
+
+    Args:
+        looked_at: more of the teacher's rows, to be held out with the others but never to train on.
     """
-    if not written or len(own) < ENOUGH:
-        return split([*own, *written], seed)
-    train, held_out = split(own, seed)
-    prompts = {unanswered(row) for row in held_out}
-    return train + [row for row in written if unanswered(row) not in prompts], held_out
+    others = [*written, *looked_at]
+    if not others or len(own) < ENOUGH:
+        train, held_out = split([*own, *others], seed)
+    else:
+        train, held_out = split(own, seed)
+        prompts = {unanswered(row) for row in held_out}
+        train += [row for row in written if unanswered(row) not in prompts]
+    never = {id(row) for row in looked_at}
+    return [row for row in train if id(row) not in never], held_out
 
 
 def screen(
@@ -51,6 +60,7 @@ def screen(
     starts: Mapping[str, Path],
     *,
     written: Sequence[Row] = (),
+    looked_at: Sequence[Row] = (),
     **arguments: Any,
 ) -> dict[str, float | None]:
     """Held-out loss of each start after a quarter of the epochs, or a few more, at one rate; None where it diverged.
@@ -62,7 +72,7 @@ def screen(
         starts: PEFT directories by name.
         arguments: the other arguments of :func:`lorasuite.finetune.finetune`.
     """
-    train, held_out = split_mixed(rows, written, settings.seed)
+    train, held_out = split_mixed(rows, written, settings.seed, looked_at)
     telling = math.ceil(TELLING / math.ceil(len(train) / settings.batch_size))
     epochs = min(settings.epochs, max(math.ceil(settings.epochs / 4), telling))
     short = settings.model_copy(update={"learning_rate": rate, "epochs": epochs})
@@ -99,6 +109,7 @@ def finetune_swept(
     output: Path,
     work_dir: Path,
     written: Sequence[Row] = (),
+    looked_at: Sequence[Row] = (),
     **arguments: Any,
 ) -> tuple[FinetuneResult, list[dict[str, Any]]]:
     """Fine-tune on all rows at the learning rate, and for the epochs, that did best on a held-out fifth of them.
@@ -109,6 +120,7 @@ def finetune_swept(
 
     Args:
         rows: the user's; written: the teacher's, trained on beside them and held out as :func:`split_mixed` says.
+        looked_at: more of the teacher's, only held out.
         arguments: the other arguments of :func:`lorasuite.finetune.finetune`.
 
     Returns:
@@ -122,7 +134,7 @@ def finetune_swept(
     tried: list[dict[str, Any]] = []
     stop: int | None = None
     if len(rates) > 1:
-        train, held_out = split_mixed(rows, written, settings.seed)
+        train, held_out = split_mixed(rows, written, settings.seed, looked_at)
         for rate in rates:
             with tempfile.TemporaryDirectory() as scratch:
                 try:

@@ -268,6 +268,7 @@ def screening(inputs: Inputs, settings: Settings, where: Where) -> StageOutput:
         settings["learning_rate"],
         {method: adapter_folder(inputs[f"transform_{method}"]) for method in settings["methods"]},
         written=written,
+        looked_at=_looked_at(inputs),
         device=where.device,
         trust_remote_code=trusted(where),
     )
@@ -291,6 +292,7 @@ def finetune(inputs: Inputs, settings: Settings, where: Where) -> StageOutput:
             tuning,
             settings["learning_rates"],
             written=written,
+            looked_at=_looked_at(inputs),
             adapter=adapter_folder(inputs["transform"]) if fresh is None else None,
             lora=None if fresh is None else fresh_config(fresh),
             output=Path(folder) / "adapter",
@@ -365,6 +367,11 @@ def _training_rows(inputs: Inputs, settings: Settings, where: Where) -> tuple[li
     if "train_data" in inputs:
         own = draw(read_rows(where.path("train_data")), settings["samples"], settings["seed"])
     return own, read_rows(inputs["teacher"].file(ROWS)) if "teacher" in inputs else []
+
+
+def _looked_at(inputs: Inputs) -> list[Row]:
+    """The teacher's rows that are only chosen by."""
+    return read_rows(inputs["looked_at"].file(ROWS)) if "looked_at" in inputs else []
 
 
 def _dumped(losses: Sequence[TextLoss | None]) -> list[dict[str, Any] | None]:

@@ -344,5 +344,9 @@ def test_written_rows_are_judged_by_the_users_rows():
     assert held_out == split_mixed(own, [], 3)[1] and len(held_out) == ENOUGH // 5
     assert not {row.prompt for row in train} & {row.prompt for row in held_out}
     assert len(train) == 2 * len({row.prompt for row in train})
+    few_train, few_held = split_mixed(own[: ENOUGH - 1], [], 3, looked_at=written)
+    assert all(row.completion != " other" for row in few_train) and {row.completion for row in few_held} > {" other"}
+    assert len(few_held) == round((2 * ENOUGH - 1) / 5)
+    assert split_mixed(own, [], 3, looked_at=written) == split_mixed(own, [], 3)
     few_train, few_held = split_mixed(own[: ENOUGH - 1], written, 3)
     assert len(few_train) + len(few_held) == 2 * ENOUGH - 1 and any(row.completion == " other" for row in few_held)
