@@ -13,8 +13,9 @@ the old base + adapter writes to 320 prompts). Then every arm is fine-tuned on t
 * `refresh`: a fresh LoRA on the rows **and** 300 more that the old base + adapter wrote: prompts imitated by the old
   base from the few rows' beginnings and ends (without any row: from the task's name), answers by the adapter.
   `refresh-1000` and `refresh-10000`: so many more;
-* `auto`, `auto+refresh`: what `lorasuite migrate --method auto` publishes, which compares starts by itself on a fifth
-  of its rows and knows no validation rows; without and with 300 written rows.
+* `auto`, `auto+refresh`: what `lorasuite migrate --method auto` publishes, which compares starts by itself on a part
+  of its rows and knows no validation rows. The first has the 320 prompts that `sequential` has, to read and choose by what
+  the old base + adapter answers; the second has none, and 300 written rows.
 
 The learning rate is chosen for each arm by loss on 100 validation rows among 1e-3, 3e-3, 1e-2, and further on by a
 factor of three where the best is an end of the grid; the result is exact match on 500 test rows. *Gap recovered* is
@@ -262,6 +263,8 @@ def run_task(
         }  # fmt: skip
         if rows:
             zoo.write_rows(rows, data / f"rows-{budget}-{seed}.jsonl")
+            if not taught:
+                config |= {"prompts": str(data / "prompts.jsonl"), "teacher": {"max_new_tokens": 16}}
             config |= {"train_data": str(data / f"rows-{budget}-{seed}.jsonl"), "finetune_samples": budget}
         if taught:
             frame = {"imitate": True} if rows else {"prefix": f"{task} :", "suffix": " ="}
