@@ -14,8 +14,8 @@ the old base + adapter writes to 320 prompts). Then every arm is fine-tuned on t
   base from the few rows' beginnings and ends (without any row: from the task's name), answers by the adapter.
   `refresh-1000` and `refresh-10000`: so many more;
 * `auto`, `auto+refresh`: what `lorasuite migrate --method auto` publishes, which compares starts by itself on a part
-  of its rows and knows no validation rows. The first has the 320 prompts that `sequential` has, to read and choose by what
-  the old base + adapter answers; the second has none, and 300 written rows.
+  of its rows and knows no validation rows. The first has the 320 prompts that `sequential` has, and reads and chooses
+  by what the old base + adapter answers; the second has none, and 300 written rows.
 
 The learning rate is chosen for each arm by loss on 100 validation rows among 1e-3, 3e-3, 1e-2, and further on by a
 factor of three where the best is an end of the grid; the result is exact match on 500 test rows. *Gap recovered* is
