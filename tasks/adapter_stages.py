@@ -17,6 +17,7 @@ from typing import Any
 
 from lorasuite.adapter import CONFIG, Adapter, fresh_config, write_adapter
 from lorasuite.architectures import ROLES
+from lorasuite.blocks import Side
 from lorasuite.checkpoint import METER, Checkpoint, load_model, load_tokenizer
 from lorasuite.data import Row, calibration_texts, draw, read_prompts, read_rows, whole_text
 from lorasuite.distillation import SoftLabels, soft_labels
@@ -192,7 +193,7 @@ def transform(inputs: Inputs, settings: Settings, where: Where) -> StageOutput:
     return StageOutput(info=info, files=files)
 
 
-@stage("sequential", version=2)
+@stage("sequential", version=3)
 def sequential_fit(inputs: Inputs, settings: Settings, where: Where) -> StageOutput:
     """Whole models fitted to follow the old base + adapter: the transform ``sequential`` or another joint one."""
     adapter = Adapter.open(where.path("adapter"), bool(where.options.get("allow_pickle")))
@@ -203,7 +204,7 @@ def sequential_fit(inputs: Inputs, settings: Settings, where: Where) -> StageOut
     rows = split_mixed(*_training_rows(inputs, settings, where), settings["seed"])[0]
     with _model("old_base", where) as old, _model("new_base", where) as fresh:
         sides = [
-            sequential.Side(model, load_tokenizer(where.path(name), trusted(where)), base.architecture, base.dims)
+            Side(model, load_tokenizer(where.path(name), trusted(where)), base.architecture, base.dims)
             for model, name, base in ((old, "old_base", Checkpoint(where.path("old_base"))), (fresh, "new_base", new))
         ]
         roles = adapter.roles(sides[0].architecture)

@@ -26,7 +26,7 @@ import torch
 from run import FURTHER, further_base, scores
 from torch import Tensor
 
-from lorasuite import zoo
+from lorasuite import blocks, zoo
 from lorasuite.activations import hidden_states
 from lorasuite.adapter import Adapter, fuse_updates, split_update
 from lorasuite.alignment import Moments
@@ -66,7 +66,7 @@ class Base:
         self.model, self.tokenizer = trained.load(path, "cpu")
         self.model.eval()
         self.architecture, self.dims = self.checkpoint.architecture, self.checkpoint.dims
-        self.side = sequential.Side(self.model, self.tokenizer, self.architecture, self.dims)
+        self.side = blocks.Side(self.model, self.tokenizer, self.architecture, self.dims)
 
     def module(self, layer: int, role: Role) -> tuple[Any, Any]:
         found = self.architecture.module(role)
@@ -86,18 +86,18 @@ class Base:
 
     def read(self, ids: Tensor, rows: tuple[Tensor, Tensor]) -> Reading:
         """What every role reads and writes, and the stream before each block and after the last, at some positions."""
-        watch = sequential.Watch(self.side)
+        watch = blocks.Watch(self.side)
         layers = range(self.dims.layers)
         for layer in layers:
             watch.block(layer)
-            for module, linear in sequential.linear_modules(self.side, layer).values():
+            for module, linear in blocks.linear_modules(self.side, layer).values():
                 watch.module(layer, module, linear)
         with watch.on():
             seen = watch.read(ids, rows)
         found: Reading = {("stream", layer): seen[layer, "block", "in"].float() for layer in layers}
         found["stream", self.dims.layers] = seen[self.dims.layers - 1, "block", "out"].float()
         for layer in layers:
-            for module, _ in sequential.linear_modules(self.side, layer).values():
+            for module, _ in blocks.linear_modules(self.side, layer).values():
                 reads = seen[layer, module.name, "in"].float()
                 written = module.split(seen[layer, module.name, "out"].float().T, self.dims)
                 for role in module.roles:
@@ -131,8 +131,8 @@ class Texts:
 
     def __init__(self, texts: Sequence[str], old: Base, new: Base) -> None:
         self.texts = list(texts)
-        with mock.patch.object(sequential, "BATCH", len(texts)):
-            (whole,) = sequential.text_batches(self.texts, old.side, new.side, 256)
+        with mock.patch.object(blocks, "BATCH", len(texts)):
+            (whole,) = blocks.text_batches(self.texts, old.side, new.side, 256)
         self.old, self.new, self.old_rows, self.new_rows = whole.old, whole.new, whole.old_rows, whole.new_rows
 
 
@@ -574,7 +574,7 @@ def gradients(base: Base, rows: Sequence[Row], offsets: Sequence[Tensor]) -> Rea
         kept[key] = args[0].detach(), output
 
     for layer in range(base.dims.layers):
-        for module, linear in sequential.linear_modules(base.side, layer).values():
+        for module, linear in blocks.linear_modules(base.side, layer).values():
             handles.append(linear.register_forward_hook(partial(keep, (layer, module.name))))
     try:
         predicted = base.model(input_ids=ids).logits[:, :-1].transpose(1, 2)
@@ -585,7 +585,7 @@ def gradients(base: Base, rows: Sequence[Row], offsets: Sequence[Tensor]) -> Rea
     base.model.zero_grad(set_to_none=True)
     found: Reading = {}
     for layer in range(base.dims.layers):
-        for module, _ in sequential.linear_modules(base.side, layer).values():
+        for module, _ in blocks.linear_modules(base.side, layer).values():
             reads, output = kept[layer, module.name]
             assert output.grad is not None
             split = module.split(output.grad[tuple(offsets)].double().T, base.dims)
@@ -723,8 +723,8 @@ def neighbours(count: int = 8, kept: int = 128) -> Any:
         def __call__(self, z: Tensor) -> Tensor:
             return super().__call__(z) + self.errors[self.of(z)].mean(1)
 
-    def maps(new: Any, layer: int, ends: Any, known: Any, weights: Any) -> Any:
-        batches, inputs, _ = known
+    def maps(new: Any, layer: int, ends: Any, known: Any) -> Any:
+        reading, inputs, _ = known
         if "basis" not in cache:
             whole = torch.cat(inputs)
             cache["basis"] = torch.linalg.eigh(whole.T @ whole)[1][:, -kept:]
@@ -736,9 +736,9 @@ def neighbours(count: int = 8, kept: int = 128) -> Any:
             found: Tensor = cache[id(z)]
             return found
 
-        found, additive = original(new, layer, ends, known, weights)
-        with sequential._weights(new, weights), sequential._watching(new, layer) as watch:
-            seen = [watch.read(batch.new, batch.new_rows) for batch in batches]
+        found, additive = original(new, layer, ends, known)
+        with sequential._watching(new, layer) as watch:
+            seen = list(reading.all(watch))
         for key, linear in list(found.items()):
             near = Near(linear.matrix, linear.mean, linear.error)
             errors = torch.cat([at[key] - linear(z) for at, z in zip(seen, inputs, strict=True)])

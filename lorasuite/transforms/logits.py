@@ -22,21 +22,12 @@ import torch
 from torch import Tensor
 
 from lorasuite.architectures import Role
+from lorasuite.blocks import Batch, Side, Watch, linear_modules, put_weights, text_batches
 from lorasuite.errors import DataError, Problem
 from lorasuite.lowrank import LowRank
 from lorasuite.transforms.base import Progress, register
 from lorasuite.transforms.functional import RIDGE
-from lorasuite.transforms.sequential import (
-    Batch,
-    Fitted,
-    Sequential,
-    Side,
-    Watch,
-    linear_modules,
-    put_weights,
-    reduced_rank,
-    text_batches,
-)
+from lorasuite.transforms.sequential import Fitted, Sequential, reduced_rank
 from lorasuite.vocabulary import common_tokens
 
 #: Positions whose logits are looked at at once.
@@ -117,7 +108,7 @@ def fit(
             module, linear = modules[name]
             path = new.architecture.path(layer, module)
             watch = Watch(new)
-            watch.block(layer, stop=True)
+            watch.block(layer)
             watch.module(layer, module, linear)
             sums: list[Tensor] = []
             with watch.on():

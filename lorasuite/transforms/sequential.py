@@ -21,14 +21,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lorasuite.alignment import paired_positions
-from lorasuite.architectures import Architecture, Dimensions, Module, Role
+from lorasuite.architectures import Dimensions, Role
+from lorasuite.blocks import Batch, Side, Stream, Watch, linear_modules, put_weights, text_batches
 from lorasuite.errors import ConfigError, DataError, Problem
 from lorasuite.lowrank import LowRank
 from lorasuite.transforms.base import LayerPair, Progress, register
@@ -39,8 +39,6 @@ MAP_RIDGE = 1e-3
 FIT_RIDGE = 1e-2
 #: Features of an old state at most: above it, each space is projected at random onto its share of them.
 FEATURES = 2048
-#: Texts in a forward pass.
-BATCH = 32
 #: The order modules are fitted in within a block.
 ORDER: tuple[tuple[Role, ...], ...] = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))
 
@@ -66,116 +64,6 @@ class Sequential:
             ConfigError: always; call :func:`fit`.
         """
         raise ConfigError(Problem("method", f"{self.name} fits whole models, not one layer", f"Use {self.name}.fit."))
-
-
-@dataclass(frozen=True)
-class Side:
-    """One base model in evaluation mode, with what is needed to read it."""
-
-    model: Any
-    tokenizer: Any
-    architecture: Architecture
-    dims: Dimensions
-
-    @property
-    def blocks(self) -> Any:
-        return self.model.get_submodule(self.architecture.layers)
-
-    @property
-    def device(self) -> Any:
-        return next(self.model.parameters()).device
-
-
-class _Stop(Exception):
-    """Raised by a hook once a forward pass has gone far enough."""
-
-
-@dataclass
-class Watch:
-    """What chosen blocks and modules read (``in``) and write (``out``) at once: ``(texts, tokens, width)``."""
-
-    side: Side
-    seen: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
-    handles: list[Any] = field(default_factory=list)
-
-    def block(self, layer: int, stop: bool = False) -> None:
-        def before(_module: Any, args: Any, kwargs: Any) -> None:
-            self._keep((layer, "block", "in"), args[0] if args else kwargs["hidden_states"])
-
-        def after(_module: Any, _args: Any, output: Any) -> None:
-            self._keep((layer, "block", "out"), output[0] if isinstance(output, tuple) else output)
-            if stop:
-                raise _Stop
-
-        block = self.side.blocks[layer]
-        self.handles += [block.register_forward_pre_hook(before, with_kwargs=True), block.register_forward_hook(after)]
-
-    def module(self, layer: int, module: Module, linear: Any) -> None:
-        def after(_module: Any, args: Any, output: Tensor) -> None:
-            self._keep((layer, module.name, "in"), args[0])
-            self._keep((layer, module.name, "out"), output)
-
-        self.handles.append(linear.register_forward_hook(after))
-
-    def _keep(self, key: tuple[Any, ...], value: Tensor) -> None:
-        self.seen[key] = value.detach()
-
-    @contextlib.contextmanager
-    def on(self) -> Iterator[Watch]:
-        try:
-            yield self
-        finally:
-            for handle in self.handles:
-                handle.remove()
-
-    def read(self, ids: Tensor, rows: tuple[Tensor, Tensor]) -> dict[tuple[Any, ...], Tensor]:
-        """Run a batch of texts; what was seen at the given ``(texts, positions)``, float64 on the CPU."""
-        self.seen = {}
-        with torch.inference_mode(), contextlib.suppress(_Stop):
-            self.side.model(input_ids=ids.to(self.side.device), use_cache=False)
-        return {key: value.view(*ids.shape, -1).cpu()[rows].double() for key, value in self.seen.items()}
-
-
-def linear_modules(side: Side, layer: int) -> dict[str, tuple[Module, Any]]:
-    """The linear modules one block really has, by name."""
-    found = {}
-    for module in side.architecture.modules:
-        with contextlib.suppress(AttributeError):  # some layers lack it: experts where others have an MLP
-            found[module.name] = module, side.model.get_submodule(side.architecture.path(layer, module))
-    return found
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Some texts in both tokenizations, padded on the right, and the positions of both that pair.
-
-    Under causal attention nothing before the padding sees it, so no mask is needed.
-    """
-
-    old: Tensor
-    new: Tensor
-    old_rows: tuple[Tensor, Tensor]
-    new_rows: tuple[Tensor, Tensor]
-
-
-def text_batches(texts: Sequence[str], old: Side, new: Side, cutoff: int) -> list[Batch]:
-    encoded = []
-    for text in texts:
-        both = [
-            side.tokenizer(text, return_offsets_mapping=True, truncation=True, max_length=cutoff) for side in (old, new)
-        ]
-        pairs = paired_positions(*(e["offset_mapping"] for e in both))
-        if pairs:
-            encoded.append((both[0]["input_ids"], both[1]["input_ids"], pairs))
-    encoded.sort(key=lambda item: len(item[1]))
-    found = []
-    for start in range(0, len(encoded), BATCH):
-        part = encoded[start : start + BATCH]
-        which = torch.tensor([n for n, (_, _, pairs) in enumerate(part) for _ in pairs])
-        at = torch.tensor([pair for _, _, pairs in part for pair in pairs])
-        ids = [torch.nn.utils.rnn.pad_sequence([torch.tensor(p[side]) for p in part], True) for side in (0, 1)]
-        found.append(Batch(ids[0], ids[1], (which, at[:, 0]), (which, at[:, 1])))
-    return found
 
 
 class _Features:
@@ -255,9 +143,9 @@ def fit(
 ) -> Fitted:
     """Fit the new base's modules of these roles to follow the old base + adapter on the task texts.
 
-    Memory: the features ``(positions, ≤ 2,048)`` of all texts, and for one block at a time the second moments of what
-    its modules read. Time: each block is reached by a forward pass of its own over the texts, so ``L_n``/2 full passes
-    over the calibration texts and four times that over the task texts.
+    Memory: the features ``(positions, ≤ 2,048)`` and one hidden state of all texts, and for one block at a time the
+    second moments of what its modules read. Time: the new base passes twice over the calibration texts and up to six
+    times over the task texts, the old one once over each.
 
     Args:
         adapted: a context in which ``old.model`` computes with its adapter.
@@ -284,11 +172,12 @@ def fit(
     gram = sum((z.T @ z for z in inputs), torch.zeros(inputs[0].shape[1], inputs[0].shape[1], dtype=torch.float64))
     gram += MAP_RIDGE * gram.diagonal().mean() * torch.eye(gram.shape[0], dtype=gram.dtype)
     solver = torch.linalg.cholesky(gram)
+    general, special = (_Reading(part, Stream(new, [batch.new for batch in part])) for part in (known, task))
     result = Fitted({}, {}, {})
     original: dict[str, Tensor] = {}
     try:
         for layer in range(new.dims.layers):
-            _fit_block(new, layer, roles, (known, inputs, solver), (task, wanted), rank, original, result)
+            _fit_block(new, layer, roles, (general, inputs, solver), (special, wanted), rank, original, result)
             if progress is not None:
                 progress(layer + 1, new.dims.layers)
     finally:
@@ -300,8 +189,8 @@ def _fit_block(
     new: Side,
     layer: int,
     roles: Sequence[Role],
-    known: tuple[list[Batch], list[Tensor], Tensor],
-    task: tuple[list[Batch], list[Tensor]],
+    known: tuple[_Reading, list[Tensor], Tensor],
+    task: tuple[_Reading, list[Tensor]],
     rank: int,
     original: dict[str, Tensor],
     result: Fitted,
@@ -309,17 +198,19 @@ def _fit_block(
     modules = linear_modules(new, layer)
     chosen = {name for name, (module, _) in modules.items() if set(module.roles) & set(roles)}
     if not chosen:
+        for reading in (known[0], task[0]):
+            reading.stream.advance()
         return
     ends = [(layer, "block", "in"), (layer, "block", "out"), *((layer, name, "out") for name in sorted(chosen))]
-    maps, additive = _maps(new, layer, ends, known, original)
+    maps, additive = _maps(new, layer, ends, known)
+    known[0].stream.advance()  # as the bare base does: this block is not fitted yet
     for group in ORDER:
         names = sorted(name for name in chosen if modules[name][0].roles[0] in group)
         if not names:
             continue
         stats: dict[str, list[Tensor]] = {}
         with _watching(new, layer) as watch:
-            for batch, z in zip(*task, strict=True):
-                at = watch.read(batch.new, batch.new_rows)
+            for z, at in zip(task[1], task[0].all(watch), strict=True):
                 for name in names:
                     x, y = at[layer, name, "in"], at[layer, name, "out"]
                     if additive and group == ("down",):
@@ -341,17 +232,31 @@ def _fit_block(
                 change = update.dense().T if module.transposed else update.dense()
                 linear.weight += change.to(linear.weight)
             result.updates[path], result.residual[path] = update, left
+    task[0].stream.advance(again=True)
     result.map_error[f"{new.architecture.layers}.{layer}"] = maps[layer, "block", "out"].error
 
 
 @contextlib.contextmanager
 def _watching(side: Side, layer: int) -> Iterator[Watch]:
     watch = Watch(side)
-    watch.block(layer, stop=True)
+    watch.block(layer)
     for module, linear in linear_modules(side, layer).values():
         watch.module(layer, module, linear)
     with watch.on():
         yield watch
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """Batches of texts on their way through the new base."""
+
+    batches: list[Batch]
+    stream: Stream
+
+    def all(self, watch: Watch) -> Iterator[dict[tuple[Any, ...], Tensor]]:
+        """What the next block reads and writes at the paired positions of each batch."""
+        for number, batch in enumerate(self.batches):
+            yield self.stream.read(watch, number, batch.new_rows)
 
 
 @dataclass(frozen=True)
@@ -370,18 +275,16 @@ def _maps(
     new: Side,
     layer: int,
     ends: Sequence[tuple[Any, ...]],
-    known: tuple[list[Batch], list[Tensor], Tensor],
-    original: Mapping[str, Tensor],
+    known: tuple[_Reading, list[Tensor], Tensor],
 ) -> tuple[dict[tuple[Any, ...], _Map], bool]:
-    """Ridge maps from old features to one new block's spaces (of the base: later blocks are not reached), and whether
-    the block adds exactly what its output projections write (not so where a norm follows them)."""
-    batches, inputs, solver = known
+    """Ridge maps from old features to one new block's spaces in the bare base, and whether the block adds exactly what
+    its output projections write (not so where a norm follows them)."""
+    reading, inputs, solver = known
     sums: dict[tuple[Any, ...], list[Tensor]] = {}
     rows, additive = 0, True
     writers = [name for name, (module, _) in linear_modules(new, layer).items() if module.roles[0] in ("o", "down")]
-    with _weights(new, original), _watching(new, layer) as watch:
-        for batch, z in zip(batches, inputs, strict=True):
-            seen = watch.read(batch.new, batch.new_rows)
+    with _watching(new, layer) as watch:
+        for z, seen in zip(inputs, reading.all(watch), strict=True):
             rows += z.shape[0]
             for key in ends:
                 y = seen[key]
@@ -399,22 +302,6 @@ def _maps(
         explained = float((matrix * cross).sum())
         maps[key] = _Map(matrix, mean, max(0.0, 1 - explained / variance) if variance > 0 else 0.0)
     return maps, additive
-
-
-@contextlib.contextmanager
-def _weights(new: Side, weights: Mapping[str, Tensor]) -> Iterator[None]:
-    """Other weights for a while: those of the bare base, when its own states are read."""
-    kept = {path: new.model.get_submodule(path).weight.detach().clone() for path in weights}
-    try:
-        put_weights(new, weights)
-        yield
-    finally:
-        put_weights(new, kept)
-
-
-def put_weights(new: Side, weights: Mapping[str, Tensor]) -> None:
-    for path, weight in weights.items():
-        new.model.get_submodule(path).weight.data.copy_(weight)
 
 
 def reduced_rank(xx: Tensor, xr: Tensor, square: Tensor, *, rank: int) -> tuple[LowRank, float]:

@@ -13,12 +13,13 @@ import torch
 
 from lorasuite import zoo
 from lorasuite.adapter import Adapter
+from lorasuite.blocks import Side
 from lorasuite.checkpoint import Checkpoint, load_model, load_tokenizer
 from lorasuite.data import Row
 from lorasuite.errors import ConfigError, DataError
 from lorasuite.finetune import attached, validation_loss
 from lorasuite.transforms import sequential, transform
-from lorasuite.transforms.sequential import FIT_RIDGE, Fitted, Side, reduced_rank
+from lorasuite.transforms.sequential import FIT_RIDGE, Fitted, reduced_rank
 from tests import models
 
 
