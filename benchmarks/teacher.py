@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import statistics
 import sys
 import tempfile
@@ -41,8 +42,9 @@ from lorasuite.vocabulary import common_tokens
 from lorasuite.zoo.train import correct
 
 RATES = (1e-3, 3e-3, 1e-2)
-#: For the pretrained pair, where 1e-2, the end of the other grid, had won every cell.
+#: For the pretrained pair, where 1e-2, the end of the other grid, had won every cell. It grows while its end is best.
 WIDER = (*RATES, 3e-2)
+NEXT = {3e-2: 1e-1, 1e-1: 3e-1}
 HELD_OUT = 500
 
 
@@ -92,12 +94,11 @@ def real_task(models: Path, text: Path, output: Path) -> Task:
     if not (output / "adapter").exists():
         train(old, output / "train.jsonl", output / "adapter", 3, 3e-3)
     if not (output / "reference").exists():  # its rate is swept as every cell's is
-        result, sweep = finetune_swept(
-            str(new), load_tokenizer(new), read_rows(output / "train.jsonl"),
-            FinetuneSettings(epochs=3, cutoff=384), WIDER, adapter=None, lora=lora_of(output / "adapter"),
-            output=output / "reference", work_dir=output / "reference.work",
+        tried = grown(
+            WIDER, str(new), load_tokenizer(new), read_rows(output / "train.jsonl"),
+            FinetuneSettings(epochs=3, cutoff=384), output / "reference", adapter=None, lora=lora_of(output / "adapter"),
         )  # fmt: skip
-        print("reference:", result.learning_rate, sweep, file=sys.stderr)
+        print("reference:", tried, file=sys.stderr)
     test = read_rows(output / "test.jsonl")
 
     def negative_bits(model: Any, tokenizer: Any) -> float:
@@ -105,6 +106,31 @@ def real_task(models: Path, text: Path, output: Path) -> Task:
 
     rows = read_rows(output / "train.jsonl")
     return Task("sherlock", old, new, output / "adapter", output / "reference", rows, negative_bits, 384, 384, "")
+
+
+def grown(
+    rates: Sequence[float],
+    model: Any,
+    tokenizer: Any,
+    rows: list[Row],
+    settings: FinetuneSettings,
+    output: Path,
+    **arguments: Any,
+) -> dict[str, Any]:
+    """Fine-tune at the best of a grid that grows while its highest rate is the best one, if :data:`NEXT` has more."""
+    losses: dict[str, float | None] = {}
+    while True:
+        with tempfile.TemporaryDirectory() as folder:
+            result, sweep = finetune_swept(
+                model, tokenizer, rows, settings, rates, output=Path(folder) / "adapter", work_dir=Path(folder) / "work",
+                **arguments,
+            )  # fmt: skip
+            losses |= {f"{entry['learning_rate']:g}": entry["validation_loss"] for entry in sweep}
+            best = result.learning_rate
+            if best != max(rates) or best not in NEXT:
+                shutil.copytree(Path(folder) / "adapter", output)
+                return {"learning_rate": best, "losses": losses, "steps": result.steps, "distilled": result.distilled}
+        rates = (best, NEXT[best])
 
 
 def references(task: Task) -> dict[str, float]:
@@ -170,19 +196,19 @@ def run(task: Task, cell: dict[str, Any], start: Path | None, known: list[dict[s
             soft = soft_labels(teacher, reader, rows, (common.old, common.new), cutoff=task.cutoff)
     tuning = FinetuneSettings(epochs=cell["epochs"], cutoff=task.cutoff, seed=cell["seed"], distillation=weight)
     begun = time.perf_counter()
+    earlier = cell.get("losses", {})  # of a grid whose end was the best one: it is gone on from there
+    grid = (RATES, WIDER)["wider" in cell] if not earlier else (cell["learning_rate"], NEXT[cell["learning_rate"]])
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "adapter"
-        result, sweep = finetune_swept(
-            model, tokenizer, rows, tuning, WIDER if cell.get("wider") else RATES,
-            adapter=start, lora=None if start else lora_of(task.adapter), output=output, work_dir=Path(folder) / "work",
-            soft_labels=soft,
+        tuned = grown(
+            grid, model, tokenizer, rows, tuning, output,
+            adapter=start, lora=None if start else lora_of(task.adapter), soft_labels=soft,
         )  # fmt: skip
         seconds = time.perf_counter() - begun
         with attached(model, output) as wrapped:
             score = task.score(wrapped, tokenizer)
-    losses = {str(entry["learning_rate"]): entry["validation_loss"] for entry in sweep}
-    tuned = {"learning_rate": result.learning_rate, "losses": losses, "steps": result.steps}
-    return {**cell, **info, **tuned, "distilled": result.distilled, "tuning_seconds": seconds, "score": score}
+    tuned["losses"] = earlier | tuned["losses"]
+    return {**cell, **info, **tuned, "tuning_seconds": seconds, "score": score}
 
 
 def cells(task: str, seeds: Sequence[int], largest: int) -> list[dict[str, Any]]:
@@ -271,9 +297,12 @@ def main() -> None:
                 continue
             entry = {**cell, "start": start is not None}
             key = json.dumps(entry, sort_keys=True)
-            if key in kept["cells"]:
+            done = kept["cells"].get(key)
+            if done is not None and not ("wider" in cell and done["learning_rate"] == max(map(float, done["losses"]))):
                 continue
-            kept["cells"][key] = run(task, entry, start, list(kept["cells"].values()))
+            if done is not None:
+                entry |= {"losses": done["losses"], "learning_rate": done["learning_rate"]}
+            kept["cells"][key] = run(task, entry, start, [] if done else list(kept["cells"].values()))
             print(key, f"{recovered(kept, kept['cells'][key]):.3f}", file=sys.stderr, flush=True)
             file.write_text(json.dumps(kept, indent=1))
     (output / "table.md").write_text(table(kept))
