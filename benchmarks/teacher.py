@@ -96,7 +96,8 @@ def real_task(models: Path, text: Path, output: Path) -> Task:
     if not (output / "reference").exists():  # its rate is swept as every cell's is
         tried = grown(
             WIDER, str(new), load_tokenizer(new), read_rows(output / "train.jsonl"),
-            FinetuneSettings(epochs=3, cutoff=384), output / "reference", adapter=None, lora=lora_of(output / "adapter"),
+            FinetuneSettings(epochs=3, cutoff=384), output / "reference",
+            adapter=None, lora=lora_of(output / "adapter"),
         )  # fmt: skip
         print("reference:", tried, file=sys.stderr)
     test = read_rows(output / "test.jsonl")
@@ -122,8 +123,8 @@ def grown(
     while True:
         with tempfile.TemporaryDirectory() as folder:
             result, sweep = finetune_swept(
-                model, tokenizer, rows, settings, rates, output=Path(folder) / "adapter", work_dir=Path(folder) / "work",
-                **arguments,
+                model, tokenizer, rows, settings, rates,
+                output=Path(folder) / "adapter", work_dir=Path(folder) / "work", **arguments,
             )  # fmt: skip
             losses |= {f"{entry['learning_rate']:g}": entry["validation_loss"] for entry in sweep}
             best = result.learning_rate
