@@ -212,42 +212,51 @@ class _Arms:
         if self.method != NOTHING:
             arms["migrated"] = self.transformed
         if self.training.rows:
-            swept = len(settings.learning_rates) > 1
-            # What does best untrained is not always the best start: those that do best in a short fine-tune are swept,
-            # and a fresh LoRA, all on the same held-out fifth. The best of them is the one that is published.
-            compared = settings.method == AUTO and swept
-            measured = settings.controls and (self.plan.evaluation or settings.eval_tasks)
-            self.start = FRESH if self.method == NOTHING else self.method
-            begun: dict[str, Ref] = {}
-            if measured or compared or self.start == FRESH:
-                begun[FRESH] = self._finetune("scratch")
-            if measured or compared:
-                self.control, arms["scratch"] = context.open(begun[FRESH]), begun[FRESH]
-            if compared:
-                begun |= {method: self._finetune(method, ref) for method, ref in self._screened(candidates).items()}
-            elif self.start != FRESH:
-                begun[self.start] = self._finetune("migrated")
-            if self.training.written and self.training.own:
-                judged = compared and len(self.plan.train) >= ENOUGH
-                if judged or measured:
-                    alone = self._finetune("alone")
-                if judged:
-                    begun[ALONE] = alone
-                if measured:
-                    arms["scratch-own"] = alone
-            if swept:
-                losses = {start: best_validation(context.open(ref).info) for start, ref in begun.items()}
-                self.starts = {start: loss if math.isfinite(loss) else None for start, loss in losses.items()}
-                if compared:
-                    self.start = min(losses, key=lambda start: losses[start])
-            final = arms["migrated+lft"] = begun[self.start]
-            self.tuned = context.open(final)
+            final = arms["migrated+lft"] = self._tuned(candidates, arms)
         with shared_load():
             for arm, adapter in arms.items():
                 self._measure(arm, adapter)
         published = "migrated+lft" if "migrated+lft" in arms else "migrated"
         self.comparisons = self.measured.comparisons([(arm, published) for arm in COMPARED])
         return final
+
+    def _tuned(self, candidates: dict[str, Ref], arms: dict[str, Ref | str | None]) -> Ref:
+        """Fine-tune from the chosen start, or with ``auto`` and a sweep from several and go on with the best.
+
+        Args:
+            candidates: the transforms' adapters; arms: to which those of the controls are added.
+        """
+        context, settings, training = self.context, self.settings, self.training
+        swept = len(settings.learning_rates) > 1
+        # What does best untrained is not always the best start: those that do best in a short fine-tune are swept,
+        # and a fresh LoRA, all chosen by the same rows. The best of them is the one that is published.
+        compared = settings.method == AUTO and swept
+        measured = settings.controls and (self.plan.evaluation or settings.eval_tasks)
+        self.start = FRESH if self.method == NOTHING else self.method
+        begun: dict[str, Ref] = {}
+        if measured or compared or self.start == FRESH:
+            begun[FRESH] = self._finetune("scratch")
+        if measured or compared:
+            self.control, arms["scratch"] = context.open(begun[FRESH]), begun[FRESH]
+        if compared:
+            begun |= {method: self._finetune(method, ref) for method, ref in self._screened(candidates).items()}
+        elif self.start != FRESH:
+            begun[self.start] = self._finetune("migrated")
+        if training.written and training.own:
+            judged = compared and len(self.plan.train) >= ENOUGH
+            if judged or measured:
+                alone = self._finetune("alone")
+            if judged:
+                begun[ALONE] = alone
+            if measured:
+                arms["scratch-own"] = alone
+        if swept:
+            losses = {start: best_validation(context.open(ref).info) for start, ref in begun.items()}
+            self.starts = {start: loss if math.isfinite(loss) else None for start, loss in losses.items()}
+            if compared:
+                self.start = min(losses, key=lambda start: losses[start])
+        self.tuned = context.open(begun[self.start])
+        return begun[self.start]
 
     def _transform(self, method: str) -> Ref:
         if transform(method).joint:
