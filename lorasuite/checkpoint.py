@@ -227,7 +227,7 @@ class Checkpoint(Weights):
             if stored not in handle.keys():  # noqa: SIM118 - not a dict
                 raise CheckpointError(self._missing(stored))
             tensor: Tensor = handle.get_tensor(stored).float()
-        if not bool(torch.isfinite(tensor).all()):
+        if not _finite(tensor):
             raise CheckpointError(
                 Problem(
                     str(self.shards[stored]),
@@ -410,7 +410,10 @@ def check_finite(source: str | Path, cache: MutableMapping[str, str] | None = No
 
 
 def _finite(tensor: Tensor) -> bool:
-    return not tensor.is_floating_point() or bool(torch.isfinite(tensor.float()).all())
+    """Whether it holds neither NaN, which is its own extreme, nor Inf: in one pass that allocates nothing."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    return all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(tensor.float()))
 
 
 def fingerprint_tokenizer(source: str | Path, cache: MutableMapping[str, str] | None = None) -> str:

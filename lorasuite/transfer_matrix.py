@@ -50,8 +50,10 @@ class TransferMatrix:
         return x if self.inverse is None else self.inverse.to(x.dtype) @ x
 
 
-def least_squares(gram: Tensor, cross: Tensor) -> Tensor:
+def least_squares(gram: Tensor, cross: Tensor | None = None) -> Tensor:
     """The minimum-norm solution of ``gram · X = cross`` in float64, from the eigenvalues of the Gram matrix.
+
+    Without ``cross``, the pseudo-inverse itself.
 
     With ``gram = EᵀE`` and ``cross = EᵀF`` this is ``pinv(E)·F``: one ``d×d`` problem instead of an SVD of ``(V, d)``.
     """
@@ -59,7 +61,7 @@ def least_squares(gram: Tensor, cross: Tensor) -> Tensor:
     # A Gram matrix squares the condition number: eigenvalues below this are rounding, not directions.
     cutoff = values[-1].clamp(min=0) * gram.shape[0] * torch.finfo(torch.float64).eps
     weights = torch.where(values > cutoff, 1 / values, torch.zeros_like(values))
-    solution: Tensor = vectors @ (weights[:, None] * (vectors.T @ cross))
+    solution: Tensor = vectors @ (weights[:, None] * (vectors.T if cross is None else vectors.T @ cross))
     return solution
 
 
@@ -104,4 +106,4 @@ def mlp_factor(old: Checkpoint, layer: int, role: Literal["gate", "up", "down"])
     """
     weight = old.layer(layer, (role,))[role].double()
     gram = weight @ weight.T if role == "down" else weight.T @ weight
-    return least_squares(gram, torch.eye(gram.shape[0], dtype=torch.float64))
+    return least_squares(gram)

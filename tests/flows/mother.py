@@ -7,6 +7,7 @@ computed stage), ``name`` of the flow run, and what is to go wrong: ``kill``, ``
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -21,6 +22,18 @@ from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settin
 import flows.migrate_adapter as main
 import lorasuite.publication as publication
 from flows.context import STAGES
+
+#: What a migration imports only where it needs it, from its first stage to its report: most of a short one's time.
+LATER = (
+    "lm_eval.models.huggingface",
+    "matplotlib.backends.backend_agg",
+    "matplotlib.figure",
+    "peft",
+    "scipy.optimize",
+    "scipy.stats",
+    "transformers.models.llama.modeling_llama",
+    "transformers.trainer",
+)
 
 
 def work(request: dict[str, Any]) -> None:
@@ -54,6 +67,8 @@ def disturbed(name: str, fn: Callable[..., Any], request: dict[str, Any]) -> Cal
 
 if __name__ == "__main__":
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps
+    for module in LATER:
+        importlib.import_module(module)
     print("ready", flush=True)
     for line in sys.stdin:
         child = os.fork()

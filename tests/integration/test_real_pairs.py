@@ -4,9 +4,10 @@ Each model is a truncated checkpoint: the real config but for its depth, real wi
 float16 on disk. Pairs of hidden size below 4096 have two layers and move all their linear modules, the MLP's in one
 layer pair. What two cores do not do in seconds is cut: the three pairs of hidden size 4096 have one layer pair,
 attention only, and `down` where it is the intermediate size that changes (Llama 2 to 3), its factor by a plain inverse
-(the library's is an eigenvalue problem, 20 s at that size); where the new hidden size is above 2304 the hidden map is
-given, not fitted (its pseudo-inverse is an SVD of that size). Embeddings are random in the rows of a synthetic
-vocabulary of common tokens and zero elsewhere. The nine take about three minutes of one core.
+in float32 (the library's is an eigenvalue problem, 20 s at that size); where the new hidden size is above 2304 the
+hidden map is given, not fitted (its pseudo-inverse is an SVD of that size). Embeddings are random in the rows of a
+synthetic vocabulary of common tokens, where a map is fitted on them; they are zero elsewhere, as are the MLP's weights
+where no update of them moves, and zeros are holes in the files. The nine take about two minutes of one core.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors.torch import save_file
 from transformers import CONFIG_MAPPING
 
 from lorasuite.adapter import Adapter, check_loads, write_adapter
@@ -81,8 +81,32 @@ def test_layers_are_mapped_at_full_depth(pair: str) -> None:
     assert all(0 <= step <= offset for step in steps)
 
 
-def truncated(path: Path, model: str, seed: int, embedded: bool) -> Path:
-    """The model at its real widths, one or two layers deep, with random weights and ``COMMON`` random embeddings."""
+def roles_of(pair: str) -> tuple[Role, ...]:
+    """What the pair's adapter updates."""
+    config = TABLE["models"][PAIRS[pair]["old"]]["config"]
+    if config["hidden_size"] < LARGE:
+        return architecture_for(config).roles
+    return (*ATTENTION, "down") if "llama-3" in pair else ATTENTION
+
+
+def write_weights(file: Path, tensors: dict[str, tuple[tuple[int, int], torch.Tensor]]) -> None:
+    """Float16 tensors by name, each as its shape and its first rows; the others are zero, and holes in the file."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, (shape, _) in tensors.items():
+        header[name] = {"dtype": "F16", "shape": shape, "data_offsets": [end, end := end + 2 * shape[0] * shape[1]]}
+    text = json.dumps(header).encode()
+    with file.open("wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        start = out.tell()
+        for name, (_, rows) in tensors.items():
+            out.seek(start + header[name]["data_offsets"][0])
+            out.write(rows.numpy().data)
+        out.truncate(start + end)
+
+
+def truncated(path: Path, model: str, seed: int, embedded: bool, roles: tuple[Role, ...]) -> Path:
+    """The model at its real widths, one or two layers deep: the weights of ``roles`` and ``COMMON`` embeddings."""
     config = dict(TABLE["models"][model]["config"])
     depth = 1 if config["hidden_size"] >= LARGE else 2
     config["n_layer" if "n_layer" in config else "num_hidden_layers"] = depth
@@ -92,16 +116,15 @@ def truncated(path: Path, model: str, seed: int, embedded: bool) -> Path:
     def random(rows: int, columns: int) -> torch.Tensor:
         return (torch.randn(rows, columns, generator=g) * 0.02).half()
 
-    table = torch.zeros(dims.vocab_size, dims.hidden_size, dtype=torch.float16)
-    if embedded:
-        table[: COMMON + 4] = random(COMMON + 4, dims.hidden_size)
-    state = {architecture.embedding + ".weight": table}
+    vectors = random(COMMON + 4 if embedded else 0, dims.hidden_size)
+    state = {architecture.embedding + ".weight": ((dims.vocab_size, dims.hidden_size), vectors)}
     for layer in range(depth):
         for module in architecture.modules:
             shape = sum(dims.rows(r) for r in module.roles), dims.columns(module.roles[0])
-            state[architecture.path(layer, module) + ".weight"] = random(*shape)
+            rows = shape[0] if set(module.roles) & set(roles) else 0
+            state[architecture.path(layer, module) + ".weight"] = shape, random(rows, shape[1])
     path.mkdir()
-    save_file(state, path / "model.safetensors", metadata={"format": "pt"})
+    write_weights(path / "model.safetensors", state)
     CONFIG_MAPPING[config["model_type"]](**{k: v for k, v in config.items() if k != "model_type"}).save_pretrained(path)
     words = [f"t{n}" for n in range(COMMON)]
     # another order in each model: its tokenizers never have the same ids, so only COMMON rows are fitted on
@@ -141,8 +164,8 @@ def given_map(d_o: int, d_n: int) -> TransferMatrix:
 def plain_factor(old: Checkpoint, layer: int, role: Role) -> torch.Tensor:
     """:func:`mlp_factor` of a wide layer, by a plain inverse: random weights have full rank."""
     assert role == "down"
-    weight = old.layer(layer, (role,))[role].double()
-    return torch.linalg.inv(weight @ weight.T)
+    weight = old.layer(layer, (role,))[role].float()
+    return torch.cholesky_inverse(torch.linalg.cholesky(weight @ weight.T)).double()
 
 
 @pytest.fixture
@@ -159,12 +182,10 @@ def test_a_pair_at_its_real_shapes(name: str, folder: Path) -> None:
     changes_width = "hidden size" in pair["changed"]
     d_n = dims_of(pair["new"]).hidden_size
     fits = changes_width and d_n <= 2304
-    old_path = truncated(folder / "old", pair["old"], 0, fits)
-    new_path = truncated(folder / "new", pair["new"], 1, fits)
+    roles = roles_of(name)
+    old_path = truncated(folder / "old", pair["old"], 0, fits, roles)
+    new_path = truncated(folder / "new", pair["new"], 1, fits, roles)
     old, new = Checkpoint(old_path), Checkpoint(new_path)
-    roles: tuple[Role, ...] = old.architecture.roles
-    if old.dims.hidden_size >= LARGE:
-        roles = (*ATTENTION, "down") if "llama-3" in name else ATTENTION
     adapter = Adapter.open(adapter_of(folder / "adapter", old_path, roles))
 
     found = inspect(str(old_path), str(new_path), str(adapter.path))
@@ -258,6 +279,12 @@ def check_one_head(
         close(moved, n[role] @ W.adjoint(o[role].T) @ W.forward(delta), 1e-3)
 
 
+def pinv_times(weight: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """``pinv(weight)·right`` of a tall weight of full rank: the normal equations, in float32 (its Gram is benign)."""
+    factor = torch.linalg.cholesky(weight.T @ weight)
+    return torch.cholesky_solve(weight.T @ right.float(), factor).double()
+
+
 def check_mlp(
     adapter: Adapter,
     old: Checkpoint,
@@ -271,12 +298,13 @@ def check_mlp(
     after = parts(new, updates.get, 0)
     for role in [role for role in ("gate", "up", "down") if role in roles]:
         update, moved = before[role], after[role]
-        weight, target = (c.layer(0, (role,))[role].double() for c in (old, new))
+        weight, target = (c.layer(0, (role,))[role] for c in (old, new))
+        target = target.double()
         if role == "down":
-            through = torch.linalg.solve(weight @ weight.T, weight @ update.A.T).T  # A·pinv(D_o)
+            through = pinv_times(weight.T, update.A.T).T  # A·pinv(D_o)
             expected = LowRank(W.backward(update.B), W.forward(through) @ target)
         else:
-            through = torch.linalg.solve(weight.T @ weight, weight.T @ update.B)  # pinv(U_o)·B
+            through = pinv_times(weight, update.B)  # pinv(U_o)·B
             expected = LowRank(target @ W.backward(through), W.forward(update.A))
         difference = LowRank.sum([moved, expected.scaled(-1)])
         assert difference.norm() < 1e-4 * expected.norm()
