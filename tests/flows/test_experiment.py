@@ -128,7 +128,7 @@ def test_the_sequential_fit_and_rows_without_labels(
     }  # fmt: skip
     record = migrate_adapter({**shared, "output": str(tmp_path / "refreshed"), "finetune_samples": 0})
     assert next(row["cached"] for row in record["timings"] if row["stage"] == "teacher")
-    fit = {"method": "sequential", "train_data": str(data / "train_data.jsonl"), "teacher_samples": 0}
+    fit = {"method": "sequential", "prompts": None, "train_data": str(data / "train_data.jsonl"), "teacher_samples": 0}
     record = migrate_adapter({**shared, "output": str(tmp_path / "fitted"), **fit, "finetune": {"max_steps": 1}})
     own = next(row["key"] for row in record["timings"] if row["stage"] == "sequential")
     fitted = [e for e in Store(home).ls() if e.manifest and e.manifest.stage == "sequential"]
