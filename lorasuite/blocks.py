@@ -130,11 +130,15 @@ def text_batches(texts: Sequence[str], old: Side, new: Side, cutoff: int) -> lis
     return found
 
 
+class _Stop(Exception):
+    """Raised by a hook once a forward pass has gone far enough."""
+
+
 class Stream:
     """Texts on their way through a base, block by block: the states before block :attr:`layer`, whatever its weights.
 
-    Memory: ``(texts, tokens, d)`` on the CPU, in the model's own dtype, and what the model hands its blocks beside
-    the state (masks, rotary tables). Time: one pass to find the latter, then a block at a time.
+    Memory: two states ``(texts, tokens, d)`` on the CPU, in the model's own dtype, and what the model hands its blocks
+    beside them (masks, rotary tables). Time: one pass to find the latter, then a block at a time; never the head.
     """
 
     def __init__(self, side: Side, texts: Sequence[Tensor]) -> None:
@@ -154,7 +158,8 @@ class Stream:
             with torch.inference_mode():
                 for ids in self.texts:
                     self._beside.append([])
-                    side.model(input_ids=ids.to(side.device), use_cache=False)
+                    with contextlib.suppress(_Stop):
+                        side.model(input_ids=ids.to(side.device), use_cache=False)
         finally:
             for handle in handles:
                 handle.remove()
@@ -164,6 +169,8 @@ class Stream:
         if not given:
             self.states.append((args[0] if args else kwargs["hidden_states"]).to("cpu", copy=True))
         given.append((args[1:], {name: value for name, value in kwargs.items() if name != "hidden_states"}))
+        if len(given) == len(self.side.blocks):
+            raise _Stop  # before the last block and the head, whose logits may be larger than all states
 
     def run(self, number: int) -> Tensor:
         """The next block's output for the texts of one batch, ``(texts, tokens, d)``; hooks on the block fire."""
