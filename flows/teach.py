@@ -86,13 +86,13 @@ def teacher_rows(
 ) -> Ref:
     """The rows that the old base with the adapter writes: found, or written now."""
     inputs: dict[str, str | Ref] = {**TEACHER, "adapter": adapter}
-    count, given = settings.rows_written, len({unanswered(row) for row in prompts or ()})
-    if settings.samples and not settings.teacher_samples and not settings.teacher.imitate:
-        count = min(count, given)  # to choose by, one answer a prompt is better than several sampled ones
+    count = settings.rows_written
     if prompts is not None:
         # Without their answers: those are not read, so they must not make another key.
-        words = settings.teacher.text_prefix
-        inputs["prompts"] = fingerprint_data([unanswered(row, words) for row in prompts])
+        asked = [unanswered(row, settings.teacher.text_prefix) for row in prompts]
+        inputs["prompts"] = fingerprint_data(asked)
+        if settings.samples and not settings.teacher_samples and not settings.teacher.imitate:
+            count = min(count, len(set(asked)))  # to choose by, one answer a prompt is better than several sampled ones
     values = {
         "samples": count,
         "seed": settings.seed,
