@@ -299,8 +299,10 @@ def main() -> None:
             entry = {**cell, "start": start is not None}
             key = json.dumps(entry, sort_keys=True)
             done = kept["cells"].get(key)
-            if done is not None and not ("wider" in cell and done["learning_rate"] == max(map(float, done["losses"]))):
-                continue
+            if done is not None:
+                best = done["learning_rate"]
+                if "wider" not in cell or best not in NEXT or best != max(map(float, done["losses"])):
+                    continue
             if done is not None:
                 entry |= {"losses": done["losses"], "learning_rate": done["learning_rate"]}
             kept["cells"][key] = run(task, entry, start, [] if done else list(kept["cells"].values()))
