@@ -84,7 +84,7 @@ def migrate_adapter(config: dict[str, Any], refresh: tuple[str, ...] = ()) -> di
         if settings.method == AUTO:
             plain = adapter.plain(old.architecture)
             usable = [m for m in names() if (texts or not reads_texts(m)) and (plain or not transform(m).joint)]
-            tuned = bool(settings.samples or settings.teacher_samples)
+            tuned = bool(settings.samples or settings.written)
             fitting = [m for m in usable if transform(m).fits(old.dims, new.dims, moved)]
             methods = [m for m in fitting if not (tuned and m in NO_START)]
         pair = pair_stages(context, settings.pair, texts, roles, methods)

@@ -238,7 +238,7 @@ class Lab:
         return self._finetune(
             cell,
             "new",
-            self._untrained(cell, "new", settings.teacher_samples, settings.finetune),
+            self._untrained(cell, "new", settings.written, settings.finetune),
             samples=0,
             seed=settings.seed,
             tuning=settings.finetune,

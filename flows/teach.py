@@ -62,14 +62,14 @@ def training(context: Context, settings: MigrationConfig, plan: Plan, vocabulary
         return Training(rows, {}, None)
     drawn = {"samples": settings.samples, "seed": settings.seed}
     written = teacher_rows(context, settings, plan.prompts)
-    if not rows and not settings.teacher_samples:
+    if not rows and not settings.written:
         return Training({}, {}, None, {"teacher": written})
     worth = context.open(context.run(teacher_worth, {**NEW, **TEACHER, **rows, "teacher": written}, drawn)).info
-    teacher = {**context.open(written).info, **worth, "samples": settings.teacher_samples, "distilled": False}
+    teacher = {**context.open(written).info, **worth, "samples": settings.written, "distilled": False}
     if not worth["worth"]:
         get_run_logger().warning("the teacher's rows are not used: %s", worth["reason"])
         return Training(rows, {}, teacher, {} if rows else {"teacher": written})
-    if not settings.teacher_samples:
+    if not settings.written:
         return Training(rows, {}, teacher, {"teacher": written})
     rows["teacher"] = written
     soft: dict[str, str | Ref] = {}
@@ -91,8 +91,10 @@ def teacher_rows(
         # Without their answers: those are not read, so they must not make another key.
         asked = [unanswered(row, settings.teacher.text_prefix) for row in prompts]
         inputs["prompts"] = fingerprint_data(asked)
-        if settings.samples and not settings.teacher_samples and not settings.teacher.imitate:
-            count = min(count, len(set(asked)))  # to choose by, one answer a prompt is better than several sampled ones
+        imitated = settings.teacher.imitate or settings.teacher.suffix
+        text = settings.written and any(row.kind == "text" for row in asked)
+        if not (settings.teacher_samples or imitated or text) and (settings.samples or settings.written):
+            count = min(count, len(set(asked)))  # where nobody asked for more, one answer a prompt
     values = {
         "samples": count,
         "seed": settings.seed,

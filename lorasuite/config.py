@@ -25,6 +25,8 @@ from lorasuite.transfer_matrix import When
 AUTO = "auto"
 #: Rows that the teacher writes to be read and chosen by, not trained on.
 LOOKED_AT = 320
+#: Rows that it writes to train on where nobody says how many (docs/transfer.md: no start does better beside fewer rows).
+WRITTEN = 300
 #: Training rows of the light fine-tune (METHOD section 6).
 LFT_SAMPLES = 100
 
@@ -63,13 +65,16 @@ class MigrationConfig(Strict):
     finetune_samples: int | None = Field(
         None, ge=0, description=f"training rows used; {LFT_SAMPLES} where there is training data, else 0"
     )
-    teacher_samples: int = Field(
-        0, ge=0, description="rows for LFT that the old base with the adapter writes, without labels; beside the above"
+    teacher_samples: int | None = Field(
+        None,
+        ge=0,
+        description="rows for LFT that the old base with the adapter writes, without labels, beside the above; if unset "
+        f"{WRITTEN} with auto where it is told prompts and training rows are fewer than {LOOKED_AT}, else 0",
     )
     prompts: str | None = Field(
         None,
         description="rows whose prompts the teacher answers, their answers never read; if unset those of the training "
-        "data, else beginnings of the calibration texts, else the teacher writes from nothing; without teacher samples "
+        "data, else beginnings of the calibration texts, else the teacher writes from nothing; with 0 teacher samples "
         "auto and sequential read the answers, and auto chooses by them, where training rows are few",
     )
     eval_data: str | None = Field(None, description="held-out rows for evaluation")
@@ -165,15 +170,26 @@ class MigrationConfig(Strict):
         return self.prompts or self.train_data or (None if framed else self.calibration)
 
     @property
+    def told_prompts(self) -> bool:
+        """Whether somebody says what the adapter is for, beside the training rows: prompts, or how to make some."""
+        return bool(self.prompts or self.teacher.imitate or self.teacher.suffix)
+
+    @property
+    def written(self) -> int:
+        """Rows of the teacher's to train on: those asked for, or what ``auto`` asks for by itself."""
+        if self.teacher_samples is not None:
+            return self.teacher_samples
+        return WRITTEN if self.method == AUTO and self.told_prompts and self.samples < LOOKED_AT else 0
+
+    @property
     def rows_written(self) -> int:
-        """Rows the teacher writes: those asked for, or else what candidates are fitted to and told apart by.
+        """Rows the teacher writes: to train on, or else what candidates are fitted to and told apart by.
 
         The latter where there are no rows to train on, or few and prompts for more.
         """
         chooses = self.method == AUTO or transforms.transform(self.method).joint
-        more = bool(self.prompts) or self.teacher.imitate
-        looks = chooses and (not self.samples or (more and self.samples < LOOKED_AT))
-        return self.teacher_samples or (LOOKED_AT if looks else 0)
+        looks = chooses and (not self.samples or (self.told_prompts and self.samples < LOOKED_AT))
+        return self.written or (LOOKED_AT if looks else 0)
 
     @property
     def calibration_data(self) -> str | None:

@@ -321,7 +321,7 @@ def _training_problems(settings: CellSettings, table: ExperimentTable, where: st
     if {"scratch", "migrated+lft"} & set(table.arms) or joint:
         counts["finetune_samples"] = migration.samples
     if "refreshed" in table.arms:
-        counts["teacher_samples"] = migration.teacher_samples
+        counts["teacher_samples"] = migration.written
     for name, rows in counts.items():
         if not rows:
             yield Problem(f"{where}: {name}", "is 0, and there are arms that read them", "Leave out those arms.")

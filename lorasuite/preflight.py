@@ -378,11 +378,12 @@ def _training_rows(result: Inspection, config: MigrationConfig) -> list[Row]:
         return []
     if len(rows) < config.samples:
         result.notices.append(f"only {len(rows)} training rows for {config.samples} samples: all are used")
-    if len(rows) < FEW and config.method == AUTO and not config.teacher_samples:
+    if len(rows) < FEW and config.method == AUTO and config.teacher_samples is None and not config.written:
         result.notices.append(
-            f"{len(rows)} training rows are few: --teacher-samples lets the old base with its adapter write more"
+            f"{len(rows)} training rows are few: with --prompts or --teacher-imitate the old base with its adapter "
+            "writes more"
         )
-    if len(config.learning_rates) > 1 and len(rows) < 10:
+    if len(config.learning_rates) > 1 and len(rows) + config.written < 10:
         result.problems.append(
             Problem(
                 "learning_rates",
@@ -408,6 +409,11 @@ def _teacher(result: Inspection, config: MigrationConfig) -> list[Row] | None:
                 config.old_base, "its tokenizer has no EOS token", "The teacher's rows need one to end with: set it."
             )
         )
+    if config.teacher_samples is None and config.written:
+        result.notices.append(
+            f"the old base with its adapter writes up to {config.written} rows, on which the new base is fine-tuned: "
+            "--teacher-samples 0 keeps it from that"
+        )
     source = config.prompt_data
     if source is None:
         if not config.teacher.suffix:
@@ -430,8 +436,8 @@ def _teacher(result: Inspection, config: MigrationConfig) -> list[Row] | None:
     fewer = len(distinct) < config.rows_written
     if rows and fewer and config.teacher.imitate and not config.teacher.suffix:
         _attempt(result, lambda: prompt_frame(distinct))
-    elif rows and config.teacher.temperature == 0 and len(distinct) < config.teacher_samples:
-        found = f"{len(distinct)} different prompts for {config.teacher_samples} teacher samples"
+    elif rows and config.teacher.temperature == 0 and len(distinct) < config.written:
+        found = f"{len(distinct)} different prompts for {config.written} teacher samples"
         result.notices.append(f"{found}: greedy, there is one answer each")
     return rows or None
 

@@ -105,7 +105,7 @@ def migrated(old: Path, new: Path, adapter: Path, method: str, output: Path, dat
             {
                 "adapter": str(adapter), "old_base": str(old), "new_base": str(new), "output": str(output),
                 "calibration": str(data / "texts.jsonl"), "prompts": str(data / "prompts.jsonl"), "method": method,
-                "pair": {"calibration_samples": 512}, "teacher": {"max_new_tokens": 16},
+                "pair": {"calibration_samples": 512}, "teacher": {"max_new_tokens": 16}, "teacher_samples": 0,
             }
         )  # fmt: skip
     except LoRASuiteError as error:
@@ -264,7 +264,8 @@ def run_task(
         if rows:
             zoo.write_rows(rows, data / f"rows-{budget}-{seed}.jsonl")
             if not taught:
-                config |= {"prompts": str(data / "prompts.jsonl"), "teacher": {"max_new_tokens": 16}}
+                prompts = str(data / "prompts.jsonl")
+                config |= {"prompts": prompts, "teacher": {"max_new_tokens": 16}, "teacher_samples": 0}
             config |= {"train_data": str(data / f"rows-{budget}-{seed}.jsonl"), "finetune_samples": budget}
         if taught:
             frame = {"imitate": True} if rows else {"prefix": f"{task} :", "suffix": " ="}

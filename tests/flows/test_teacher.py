@@ -101,14 +101,21 @@ def test_auto_makes_the_teacher_earn_its_place(mirror: dict[str, Any], tmp_path:
 
 
 def test_prompts_beside_few_rows_are_read_and_chosen_by(mirror: dict[str, Any], tmp_path: Path) -> None:
-    """Without teacher samples nothing that the teacher writes is trained on; transforms and the choice may read it."""
-    own = {"train_data": str(mirror["root"] / "train.jsonl"), "finetune_samples": 12}
+    """With 0 teacher samples nothing that the teacher writes is trained on; transforms and the choice may read it."""
+    own = {"train_data": str(mirror["root"] / "train.jsonl"), "finetune_samples": 12, "teacher_samples": 0}
     record = run(mirror, tmp_path / "out", **own, method="auto", starts=1, learning_rates=[3e-3, 1e-2], finetune=TUNE)
     assert record["teacher"]["rows"] == 40 and record["teacher"]["samples"] == 0
     assert record["finetune"]["samples"] == 12
     assert record["finetune"]["starts"][record["finetune"]["start"]] == min(record["finetune"]["starts"].values())
     alone = run(mirror, tmp_path / "alone", **own, finetune=TUNE)  # a method that reads no texts of the task
     assert alone["teacher"] is None and "teacher" not in cached(alone)
+
+
+def test_auto_has_the_teacher_write_where_it_is_told_prompts(mirror: dict[str, Any], tmp_path: Path) -> None:
+    """Nobody asked for teacher samples: a row for each prompt is written and trained on, and the record says so."""
+    record = run(mirror, tmp_path / "out", method="auto", finetune=TUNE)
+    assert record["teacher"]["rows"] == record["finetune"]["samples"] == 40
+    assert any("--teacher-samples 0" in notice for notice in record["notices"])
 
 
 def test_no_row_of_the_users_at_all(mirror: dict[str, Any], tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 from peft import get_peft_model
 
 from lorasuite import teacher as module
+from lorasuite.config import MigrationConfig
 from lorasuite.data import Message, Row, encode, read_prompts, read_rows, unanswered
 from lorasuite.errors import DataError
 from lorasuite.finetune import attached, save_adapter
@@ -33,6 +34,29 @@ LOOSE = {"min_kept": 0.0, "truncated": "keep", "max_new_tokens": 6}
 
 def settings(**changes: Any) -> TeacherSettings:
     return TeacherSettings.model_validate({**LOOSE, **changes})
+
+
+@pytest.mark.parametrize(
+    ("given", "trained_on", "written"),
+    [
+        ({}, 0, 320),  # nothing to train on: candidates are told apart by the teacher's rows
+        ({"method": "procrustes"}, 0, 0),
+        ({"prompts": "p"}, 300, 300),
+        ({"prompts": "p", "method": "procrustes"}, 0, 0),
+        ({"prompts": "p", "teacher_samples": 0}, 0, 320),
+        ({"prompts": "p", "teacher_samples": 50}, 50, 50),
+        ({"train_data": "t"}, 0, 0),
+        ({"train_data": "t", "prompts": "p"}, 300, 300),
+        ({"train_data": "t", "prompts": "p", "teacher_samples": 0}, 0, 320),
+        ({"train_data": "t", "prompts": "p", "finetune_samples": 320}, 0, 0),
+        ({"train_data": "t", "teacher": {"imitate": True}}, 300, 300),
+        ({"teacher": {"prefix": "mirror :", "suffix": " ="}}, 300, 300),
+    ],
+)
+def test_how_many_rows_are_written(given: dict[str, Any], trained_on: int, written: int) -> None:
+    names = {name: "x" for name in ("adapter", "old_base", "new_base", "output")}
+    config = MigrationConfig(**names, **given)
+    assert (config.written, config.rows_written) == (trained_on, written)
 
 
 def adapter_of(path: Path) -> Path:
