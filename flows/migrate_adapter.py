@@ -31,7 +31,7 @@ from lorasuite.preflight import Plan, check
 from lorasuite.publication import publish
 from lorasuite.selection import NOTHING
 from lorasuite.serving import check as check_serving
-from lorasuite.sweep import ENOUGH
+from lorasuite.sweep import ENOUGH, FEWEST
 from lorasuite.transforms import NO_START, names, reads_texts, transform
 from tasks.adapter_stages import adapter_folder, finetune, screening, selection, sequential_fit, serving
 from tasks.adapter_stages import transform as transform_stage
@@ -143,8 +143,9 @@ def migrate_adapter(config: dict[str, Any], refresh: tuple[str, ...] = ()) -> di
 
 
 def best_validation(info: Mapping[str, Any]) -> float:
-    """The least held-out loss of a sweep; infinite where every rate diverged."""
-    return min((e["validation_loss"] for e in info["sweep"] if e["validation_loss"] is not None), default=math.inf)
+    """The least held-out loss of a sweep's whole runs; infinite where every rate diverged."""
+    whole = (e["validation_loss"] for e in info["sweep"] if e["epochs"] is not None)
+    return min((loss for loss in whole if loss is not None), default=math.inf)
 
 
 def _memory(row: dict[str, Any]) -> int:
@@ -197,6 +198,8 @@ class _Arms:
         self.starts: dict[str, float | None] = {}
         #: Held-out loss of each candidate after a short fine-tune, where there were more than are swept.
         self.screened: dict[str, float | None] = {}
+        #: Learning rates of the fine-tunes, and whether short ones tell them apart.
+        self.rates, self.briefly = list(settings.learning_rates), False
         self.control: Artifact | None = None
 
     def run(self) -> Ref:
@@ -227,9 +230,13 @@ class _Arms:
             candidates: the transforms' adapters; arms: to which those of the controls are added.
         """
         context, settings, training = self.context, self.settings, self.training
-        swept = len(settings.learning_rates) > 1
+        rows = len(self.plan.train) + (settings.written if training.written else 0)
+        if settings.rates_searched and rows >= FEWEST:
+            self.rates, self.briefly = list(settings.rates_searched), True
+        swept = len(self.rates) > 1
         # What does best untrained is not always the best start: those that do best in a short fine-tune are swept,
-        # and a fresh LoRA, all chosen by the same rows. The best of them is the one that is published.
+        # and a fresh LoRA, all chosen by the same rows. The best of them is the one that is published. Without a
+        # whole sweep, the chosen one and a fresh LoRA are enough.
         compared = settings.method == AUTO and swept
         measured = settings.controls and (self.plan.evaluation or settings.eval_tasks)
         self.start = FRESH if self.method == NOTHING else self.method
@@ -239,7 +246,8 @@ class _Arms:
         if measured or compared:
             self.control, arms["scratch"] = context.open(begun[FRESH]), begun[FRESH]
         if compared:
-            begun |= {method: self._finetune(method, ref) for method, ref in self._screened(candidates).items()}
+            tried = self._chosen() if self.briefly else self._screened(candidates)
+            begun |= {method: self._finetune(method, ref) for method, ref in tried.items()}
         elif self.start != FRESH:
             begun[self.start] = self._finetune("migrated")
         if training.written and training.own:
@@ -301,10 +309,14 @@ class _Arms:
         best = next(entry["method"] for entry in self.candidates if entry["method"] != NOTHING)
         self.moved = candidates[best]
 
+    def _chosen(self) -> dict[str, Ref]:
+        """The transform that did best untrained, at its scale, if one did better than none."""
+        return {self.method: self.transformed} if self.method != NOTHING else {}
+
     def _screened(self, candidates: dict[str, Ref]) -> dict[str, Ref]:
         """The ``starts`` best transforms to start from, by a short fine-tune of each; the chosen one at its scale."""
         settings = self.settings
-        tried = {**candidates, self.method: self.transformed} if self.method != NOTHING else candidates
+        tried = {**candidates, **self._chosen()}
         if len(tried) > settings.starts:
             inputs: dict[str, str | Ref] = {f"transform_{method}": ref for method, ref in tried.items()}
             rates = sorted(settings.learning_rates)
@@ -333,7 +345,7 @@ class _Arms:
         fresh = start in ("scratch", "alone")
         rows = self.training.own if start == "alone" else {**self.training.rows, **self.training.soft}
         inputs: dict[str, str | Ref] = {**NEW, **rows}
-        if len(settings.learning_rates) > 1:
+        if len(self.rates) > 1:
             inputs |= self.training.chosen_by
         if not fresh:
             inputs["transform"] = begun or self.transformed
@@ -343,7 +355,8 @@ class _Arms:
             "samples": settings.samples,
             "seed": settings.seed,
             "finetune": settings.finetune.model_dump(mode="json"),
-            "learning_rates": list(settings.learning_rates),
+            "learning_rates": self.rates,
+            **({"briefly": True} if self.briefly else {}),
         }
         work = context.where.home / "work" / finetune.key(context.fingerprinted(inputs), values)[:32]
         return context.run(finetune, inputs, values, label=start, work=work)
@@ -372,7 +385,12 @@ class _Arms:
             "loaded_bytes_peak": moved["loaded_bytes_peak"],
             "finetune": None
             if self.tuned is None
-            else {**self.tuned.info, "start": self.start, "starts": self.starts, "screened": self.screened},
+            else {
+                **self.tuned.info,
+                "start": self.start,
+                "starts": self.starts,
+                "screened": self.screened,
+            },
             "fit_residual": moved.get("fit_residual", {}),
             "control": None if self.control is None else self.control.info,
             "evaluation": self.measured.evaluation,

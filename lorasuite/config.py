@@ -25,8 +25,10 @@ from lorasuite.transfer_matrix import When
 AUTO = "auto"
 #: Rows that the teacher writes to be read and chosen by, not trained on.
 LOOKED_AT = 320
-#: Rows that it writes to train on where nobody says how many (docs/transfer.md: no start does better beside fewer rows).
+#: Rows that it writes to train on where nobody says how many (docs/transfer.md: nothing does better with few labels).
 WRITTEN = 300
+#: Learning rates that ``auto`` tries where none is named, in units of ``finetune.learning_rate``.
+SEARCHED = (0.3, 1, 3, 10)
 #: Training rows of the light fine-tune (METHOD section 6).
 LFT_SAMPLES = 100
 
@@ -68,8 +70,8 @@ class MigrationConfig(Strict):
     teacher_samples: int | None = Field(
         None,
         ge=0,
-        description="rows for LFT that the old base with the adapter writes, without labels, beside the above; if unset "
-        f"{WRITTEN} with auto where it is told prompts and training rows are fewer than {LOOKED_AT}, else 0",
+        description="rows for LFT that the old base with the adapter writes, without labels, beside the above; if "
+        f"unset {WRITTEN} with auto where it is told prompts and training rows are fewer than {LOOKED_AT}, else 0",
     )
     prompts: str | None = Field(
         None,
@@ -98,7 +100,9 @@ class MigrationConfig(Strict):
     unmapped: Unmapped = Field("freeze", description="new layers without a partner: left out, or a fresh LoRA")
     controls: bool = Field(True, description="also fine-tune a fresh LoRA on the same rows, as the control")
     learning_rates: tuple[float, ...] = Field(
-        (), description="sweep these for LFT and control alike, chosen on a held-out fifth of the training rows"
+        (),
+        description="sweep these for LFT and control alike, chosen on a held-out fifth of the training rows; one: no "
+        "choice; if unset, auto tells some around finetune.learning_rate apart by short fine-tunes",
     )
     starts: int = Field(
         2,
@@ -154,6 +158,14 @@ class MigrationConfig(Strict):
         if self.finetune_samples is None:
             return LFT_SAMPLES if self.train_data else 0
         return self.finetune_samples
+
+    @property
+    def rates_searched(self) -> tuple[float, ...]:
+        """Learning rates that ``auto`` tells apart by short fine-tunes where none is named."""
+        rate = self.finetune.learning_rate
+        return (
+            tuple(float(f"{rate * k:.0e}") for k in SEARCHED) if self.method == AUTO and not self.learning_rates else ()
+        )
 
     @property
     def task_folders(self) -> tuple[Path | None, Path | None]:

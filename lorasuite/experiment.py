@@ -21,6 +21,7 @@ from lorasuite.architectures import ATTENTION, Role
 from lorasuite.config import AUTO, LFT_SAMPLES, MigrationConfig, Strict, build, read_config
 from lorasuite.errors import ConfigError, Problem, did_you_mean
 from lorasuite.finetune import FinetuneSettings
+from lorasuite.sweep import FEWEST
 from lorasuite.transforms import names, transform
 
 Arm = Literal["old", "old+adapter", "new", "migrated", "scratch", "migrated+lft", "retrained", "refreshed"]
@@ -325,9 +326,9 @@ def _training_problems(settings: CellSettings, table: ExperimentTable, where: st
     for name, rows in counts.items():
         if not rows:
             yield Problem(f"{where}: {name}", "is 0, and there are arms that read them", "Leave out those arms.")
-        elif len(migration.learning_rates) > 1 and rows < 10:
+        elif len(migration.learning_rates) > 1 and rows < FEWEST:
             what = f"a sweep holds out a fifth of the training rows, and there are only {rows}"
-            yield Problem(f"{where}: learning_rates", what, "Give one learning rate, or at least 10 rows.")
+            yield Problem(f"{where}: learning_rates", what, f"Give one learning rate, or at least {FEWEST} rows.")
     if joint and kind == "dora":
         what = f"{migration.method} moves updates of blocks only, and a DoRA has magnitudes"
         yield Problem(f"{where}: method", what, "Name another one, or another lora.kind.")

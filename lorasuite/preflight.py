@@ -21,6 +21,7 @@ from lorasuite.data import Row, calibration_texts, draw, encode_rows, read_promp
 from lorasuite.errors import LoRASuiteError, PreflightError, Problem
 from lorasuite.estimate import estimate, measure
 from lorasuite.similarity import SMALLEST_BATCH
+from lorasuite.sweep import FEWEST
 from lorasuite.task_evaluation import check_tasks
 from lorasuite.teacher import prompt_frame
 from lorasuite.transforms import reads_texts, transform
@@ -383,12 +384,12 @@ def _training_rows(result: Inspection, config: MigrationConfig) -> list[Row]:
             f"{len(rows)} training rows are few: with --prompts or --teacher-imitate the old base with its adapter "
             "writes more"
         )
-    if len(config.learning_rates) > 1 and len(rows) + config.written < 10:
+    if len(config.learning_rates) > 1 and len(rows) + config.written < FEWEST:
         result.problems.append(
             Problem(
                 "learning_rates",
                 f"a sweep holds out a fifth of the training rows, and there are only {len(rows)}",
-                "Give one learning rate, or at least 10 rows.",
+                f"Give one learning rate, or at least {FEWEST} rows.",
             )
         )
     tokenizer = result.new_tokenizer

@@ -17,6 +17,8 @@ from lorasuite.finetune import FinetuneResult, FinetuneSettings, finetune
 HELD_OUT = 0.2
 #: The user's rows from which on they alone are held out, beside the teacher's: their fifth is then ten rows or more.
 ENOUGH = 50
+#: Rows from which on a fifth of them says anything.
+FEWEST = 10
 #: Optimizer steps that a short fine-tune has at least, if the whole one has them: fewer do not tell starts apart.
 TELLING = 24
 
@@ -72,31 +74,46 @@ def screen(
         starts: PEFT directories by name.
         arguments: the other arguments of :func:`lorasuite.finetune.finetune`.
     """
-    train, held_out = split_mixed(rows, written, settings.seed, looked_at)
-    telling = math.ceil(TELLING / math.ceil(len(train) / settings.batch_size))
-    epochs = min(settings.epochs, max(math.ceil(settings.epochs / 4), telling))
-    short = settings.model_copy(update={"learning_rate": rate, "epochs": epochs})
-    found: dict[str, float | None] = {}
-    for name, adapter in starts.items():
-        with tempfile.TemporaryDirectory() as folder:
-            try:
-                result = finetune(
-                    base,
-                    tokenizer,
-                    train,
-                    short,
-                    adapter=adapter,
-                    lora=None,
-                    output=Path(folder) / "adapter",
-                    work_dir=Path(folder) / "work",
-                    validation_rows=held_out,
-                    **arguments,
-                )
-                curve = result.validation
-            except NumericalError:
-                curve = []
-        found[name] = min((point["loss"] for point in curve), default=None)
-    return found
+    parts = split_mixed(rows, written, settings.seed, looked_at)
+    return {
+        name: _briefly(base, tokenizer, parts, settings, rate, adapter=adapter, lora=None, **arguments)
+        for name, adapter in starts.items()
+    }
+
+
+def _briefly(
+    base: Any,
+    tokenizer: Any,
+    parts: tuple[list[Row], list[Row]],
+    settings: FinetuneSettings,
+    rate: float,
+    **arguments: Any,
+) -> float | None:
+    """Least held-out loss of a quarter of a fine-tune on ``(rows to train on, rows held out)``."""
+    train, held_out = parts
+    if settings.max_steps is not None:
+        length: dict[str, float] = {
+            "max_steps": min(settings.max_steps, max(math.ceil(settings.max_steps / 4), TELLING))
+        }
+    else:
+        telling = math.ceil(TELLING / math.ceil(len(train) / settings.batch_size))
+        length = {"epochs": min(settings.epochs, max(math.ceil(settings.epochs / 4), telling))}
+    short = settings.model_copy(update={"learning_rate": rate, **length})
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            curve = finetune(
+                base,
+                tokenizer,
+                train,
+                short,
+                output=Path(folder) / "adapter",
+                work_dir=Path(folder) / "work",
+                validation_rows=held_out,
+                **arguments,
+            ).validation
+        except NumericalError:
+            return None
+    return min((point["loss"] for point in curve), default=None)
 
 
 def finetune_swept(
@@ -110,6 +127,7 @@ def finetune_swept(
     work_dir: Path,
     written: Sequence[Row] = (),
     looked_at: Sequence[Row] = (),
+    briefly: bool = False,
     **arguments: Any,
 ) -> tuple[FinetuneResult, list[dict[str, Any]]]:
     """Fine-tune on all rows at the learning rate, and for the epochs, that did best on a held-out fifth of them.
@@ -121,20 +139,29 @@ def finetune_swept(
     Args:
         rows: the user's; written: the teacher's, trained on beside them and held out as :func:`split_mixed` says.
         looked_at: more of the teacher's, only held out.
+        briefly: tell the rates apart by fine-tunes as short as :func:`screen`'s; only the best is tried at length.
         arguments: the other arguments of :func:`lorasuite.finetune.finetune`.
 
     Returns:
         the final run, and ``{learning_rate, validation_loss, epochs, start_loss}`` of each rate tried: its best
-        held-out loss and after how many epochs, and the loss before training.
+        held-out loss and after how many epochs, and the loss before training; ``epochs`` None of a short run.
 
     Raises:
         NumericalError: if every rate diverges; otherwise as :func:`lorasuite.finetune.finetune`.
     """
-    rates = list(dict.fromkeys(learning_rates)) or [settings.learning_rate]
+    rates = rates_given = list(dict.fromkeys(learning_rates)) or [settings.learning_rate]
     tried: list[dict[str, Any]] = []
     stop: int | None = None
     if len(rates) > 1:
-        train, held_out = split_mixed(rows, written, settings.seed, looked_at)
+        train, held_out = parts = split_mixed(rows, written, settings.seed, looked_at)
+        if briefly:
+            losses = {rate: _briefly(base, tokenizer, parts, settings, rate, **arguments) for rate in rates}
+            rates = [min(rates, key=lambda rate: math.inf if (x := losses[rate]) is None else x)]
+            tried = [
+                {"learning_rate": rate, "validation_loss": loss, "epochs": None, "start_loss": None}
+                for rate, loss in losses.items()
+                if rate not in rates
+            ]
         for rate in rates:
             with tempfile.TemporaryDirectory() as scratch:
                 try:
@@ -159,9 +186,10 @@ def finetune_swept(
                     "start_loss": next((point["loss"] for point in curve if point["epoch"] == 0), None),
                 }
             )
-        finite = [entry for entry in tried if entry["validation_loss"] is not None]
+        finite = [e for e in tried if e["learning_rate"] in rates and e["validation_loss"] is not None]
         if not finite:
             raise NumericalError(Problem("learning_rates", f"training diverged at each of {rates}", "Try lower ones."))
+        tried.sort(key=lambda entry: rates_given.index(entry["learning_rate"]))
         chosen = min(finite, key=lambda entry: entry["validation_loss"])
         rates, stop = [chosen["learning_rate"]], chosen["epochs"]
     final = settings.model_copy(update={"learning_rate": rates[0]})

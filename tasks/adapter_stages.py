@@ -292,6 +292,7 @@ def finetune(inputs: Inputs, settings: Settings, where: Where) -> StageOutput:
             own,
             tuning,
             settings["learning_rates"],
+            briefly=settings.get("briefly", False),
             written=written,
             looked_at=_looked_at(inputs),
             adapter=adapter_folder(inputs["transform"]) if fresh is None else None,

@@ -12,10 +12,11 @@ the old base + adapter writes to 320 prompts). Then every arm is fine-tuned on t
 * a transform's name: from the adapter that it gives;
 * `refresh`: a fresh LoRA on the rows **and** 300 more that the old base + adapter wrote: prompts imitated by the old
   base from the few rows' beginnings and ends (without any row: from the task's name), answers by the adapter.
-  `refresh-1000` and `refresh-10000`: so many more;
-* `auto`, `auto+refresh`: what `lorasuite migrate --method auto` publishes, which compares starts by itself on a part
-  of its rows and knows no validation rows. The first has the 320 prompts that `sequential` has, and reads and chooses
-  by what the old base + adapter answers; the second has none, and 300 written rows.
+  `refresh-1000` and `refresh-10000`: so many more; `sequential+refresh` and the like: from that transform's adapter;
+* `auto`, `auto+refresh`, `default`: what `lorasuite migrate --method auto` publishes, which compares starts by itself on
+  a part of its rows and knows no validation rows. The first has the 320 prompts that `sequential` has, and reads and
+  chooses by what the old base + adapter answers; the second has none, and 300 written rows. `default` has the
+  prompts and the rows, and not another flag: it writes 300 rows and finds a learning rate by itself.
 
 The learning rate is chosen for each arm by loss on 100 validation rows among 1e-3, 3e-3, 1e-2, and further on by a
 factor of three where the best is an end of the grid; the result is exact match on 500 test rows. *Gap recovered* is
@@ -59,9 +60,11 @@ from lorasuite.zoo import train as trained
 METHODS = ("copy", "lorasuite", "procrustes", "functional", "functional-ridge", "sequential")
 TRANSFORMED = ("lorasuite", "procrustes", "functional", "sequential")
 DATA_DRIVEN = ("eva", "lora-ga", "pissa")
-WRITTEN = {"refresh": 300, "refresh-1000": 1000, "refresh-10000": 10_000}
-#: What the command line does by itself: whether the teacher writes.
-AUTOMATIC = {"auto": False, "auto+refresh": True}
+#: Refreshed from a transform's adapter in place of a fresh LoRA.
+STARTED = {f"{method}+refresh": method for method in ("procrustes", "functional", "sequential")}
+WRITTEN = {"refresh": 300, "refresh-1000": 1000, "refresh-10000": 10_000, **dict.fromkeys(STARTED, 300)}
+#: What the command line does by itself: whether it has written rows.
+AUTOMATIC = {"auto": False, "auto+refresh": True, "default": True}
 #: The same start on the labelled rows alone, but trained for as many steps as the refresh.
 LONG = {f"{arm}-long": arm for arm in ("scratch", "procrustes", "functional", "sequential")}
 ARMS = ("scratch", *LONG, *DATA_DRIVEN, *TRANSFORMED, *WRITTEN, *AUTOMATIC)
@@ -151,7 +154,7 @@ def tuned(
                 yield trained.encode(tokenizer, order[first : first + BATCH])
 
     steps = math.ceil((len(rows) + (WRITTEN["refresh"] if arm in LONG else 0)) / BATCH)
-    arm = LONG.get(arm, arm)
+    arm = {**LONG, **STARTED}.get(arm, arm)
     if arm in TRANSFORMED:
         wrapped = attach_adapter(model, start, trainable=True)
     else:
@@ -251,23 +254,26 @@ def run_task(
             starts[method] = found
             cell(f"{method}/0", lambda found=found: measure(found))
 
-    def automatic(budget: int, count: int, seed: int, taught: bool) -> dict[str, Any]:
-        """What the command line publishes with ``--method auto``, a sweep, and (``taught``) 300 written rows."""
+    def automatic(arm: str, budget: int, count: int, seed: int) -> dict[str, Any]:
+        """What the command line publishes with ``--method auto``."""
         from flows.migrate_adapter import migrate_adapter
 
         rows = zoo.rows(words, task, "train", budget, seed=100 + seed) if budget else []
         config: dict[str, Any] = {
             "adapter": str(pair.adapter(task)), "old_base": str(pair.old), "new_base": str(new),
             "calibration": str(data / "texts.jsonl"), "pair": {"calibration_samples": 512}, "seed": seed,
-            "finetune": {"epochs": count, "batch_size": BATCH}, "learning_rates": list(RATES),
+            "finetune": {"epochs": count, "batch_size": BATCH},
         }  # fmt: skip
+        if arm != "default":
+            config["learning_rates"] = list(RATES)
         if rows:
             zoo.write_rows(rows, data / f"rows-{budget}-{seed}.jsonl")
-            if not taught:
-                prompts = str(data / "prompts.jsonl")
-                config |= {"prompts": prompts, "teacher": {"max_new_tokens": 16}, "teacher_samples": 0}
             config |= {"train_data": str(data / f"rows-{budget}-{seed}.jsonl"), "finetune_samples": budget}
-        if taught:
+        if arm != "auto+refresh":
+            config |= {"prompts": str(data / "prompts.jsonl"), "teacher": {"max_new_tokens": 16}}
+        if arm == "auto":
+            config["teacher_samples"] = 0
+        elif arm == "auto+refresh":
             frame = {"imitate": True} if rows else {"prefix": f"{task} :", "suffix": " ="}
             config |= {"teacher_samples": 300 + budget, "teacher": {"max_new_tokens": 24, **frame}}
         with tempfile.TemporaryDirectory() as folder:
@@ -279,8 +285,7 @@ def run_task(
     for seed, count, budget, arm in product(seeds, epochs, budgets, arms):
         if arm in AUTOMATIC:
             if budget or AUTOMATIC[arm]:
-                chosen = AUTOMATIC[arm]
-                cell(f"{arm}/{budget}/{count}/{seed}", partial(automatic, budget, count, seed, chosen))
+                cell(f"{arm}/{budget}/{count}/{seed}", partial(automatic, arm, budget, count, seed))
             continue
         if arm not in WRITTEN and not budget:
             continue
@@ -288,7 +293,7 @@ def run_task(
         def compute(arm: str = arm, budget: int = budget, count: int = count, seed: int = seed) -> dict[str, Any]:
             rows = zoo.rows(words, task, "train", budget, seed=100 + seed) if budget else []
             extra = written_rows(pair, task, rows, WRITTEN[arm], seed) if arm in WRITTEN else []
-            kind = LONG.get(arm, arm)
+            kind = {**LONG, **STARTED}.get(arm, arm)
             start = starts[kind if kind in TRANSFORMED else "lorasuite"]
 
             def attempt(rate: float) -> tuple[float, Any]:

@@ -6,12 +6,14 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import AdaLoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
+from lorasuite import sweep
 from lorasuite.adapter import Adapter, fresh_config, untrained
 from lorasuite.checkpoint import Checkpoint
 from lorasuite.data import IGNORED, Row, encode
@@ -334,6 +336,27 @@ def test_a_sweep_is_never_worse_than_its_start(tmp_path, helps: bool, monkeypatc
     assert (result.steps > 0) == helps
     if not helps:  # the start, whose B is zero, is written as it is
         assert all(float(t.abs().max()) == 0 for name, t in tensors(tmp_path / "swept").items() if "lora_B" in name)
+
+
+def test_rates_are_told_apart_by_short_runs(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every rate gets a quarter of the epochs, or what 24 steps take; the best goes on from its start to the end."""
+    runs: list[tuple[float, float]] = []
+    whole = sweep.finetune
+
+    def counted(base: Any, tokenizer: Any, rows: Any, settings: FinetuneSettings, **named: Any) -> Any:
+        runs.append((settings.learning_rate, settings.epochs))
+        return whole(base, tokenizer, rows, settings, **named)
+
+    monkeypatch.setattr(sweep, "finetune", counted)
+    settings = SETTINGS.model_copy(update={"epochs": 40})  # two steps each
+    result, tried = finetune_swept(
+        tiny_model(), tiny_tokenizer(), digit_rows(10), settings, [1e-5, 5e-3, 1e-4], adapter=None, lora=tiny_lora(),
+        output=tmp_path / "found", work_dir=tmp_path / "work", briefly=True,
+    )  # fmt: skip
+    assert runs == [(1e-5, 12), (5e-3, 12), (1e-4, 12), (5e-3, 40), (5e-3, 40)]
+    assert [entry["learning_rate"] for entry in tried] == [1e-5, 5e-3, 1e-4]
+    assert [entry["epochs"] is None for entry in tried] == [True, False, True]
+    assert result.learning_rate == 5e-3 and result.steps and tried[1]["validation_loss"] < tried[1]["start_loss"]
 
 
 def test_written_rows_are_judged_by_the_users_rows():

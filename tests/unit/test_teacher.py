@@ -54,7 +54,7 @@ def settings(**changes: Any) -> TeacherSettings:
     ],
 )
 def test_how_many_rows_are_written(given: dict[str, Any], trained_on: int, written: int) -> None:
-    names = {name: "x" for name in ("adapter", "old_base", "new_base", "output")}
+    names = dict.fromkeys(("adapter", "old_base", "new_base", "output"), "x")
     config = MigrationConfig(**names, **given)
     assert (config.written, config.rows_written) == (trained_on, written)
 
