@@ -13,10 +13,10 @@ the old base + adapter writes to 320 prompts). Then every arm is fine-tuned on t
 * `refresh`: a fresh LoRA on the rows **and** 300 more that the old base + adapter wrote: prompts imitated by the old
   base from the few rows' beginnings and ends (without any row: from the task's name), answers by the adapter.
   `refresh-1000` and `refresh-10000`: so many more; `sequential+refresh` and the like: from that transform's adapter;
-* `auto`, `auto+refresh`, `default`: what `lorasuite migrate --method auto` publishes, which compares starts by itself on
-  a part of its rows and knows no validation rows. The first has the 320 prompts that `sequential` has, and reads and
-  chooses by what the old base + adapter answers; the second has none, and 300 written rows. `default` has the
-  prompts and the rows, and not another flag: it writes 300 rows and finds a learning rate by itself.
+* `auto`, `auto+refresh`, `default`: what `lorasuite migrate --method auto` publishes, which compares starts by itself
+  on a part of its rows and knows no validation rows. The first has the 320 prompts that `sequential` has, and reads and
+  chooses by what the old base + adapter answers; the second has none, and 300 written rows. `default` has the prompts
+  and the rows, and no other flag but the epochs: it has 300 rows written and finds a learning rate by itself.
 
 The learning rate is chosen for each arm by loss on 100 validation rows among 1e-3, 3e-3, 1e-2, and further on by a
 factor of three where the best is an end of the grid; the result is exact match on 500 test rows. *Gap recovered* is
@@ -365,15 +365,17 @@ def _unlabelled(cells: dict[tuple[str, str], Row]) -> list[str]:
     """Gap recovered by the refresh without a labelled row."""
     lines = ["", "## Gap recovered without any labelled row, fine-tuned on written ones", "",
              "(arm − bare) / (retrain − bare), by seed.", ""]  # fmt: skip
-    lines += _header("pair", "task", "written rows", "epochs", "by seed", "mean")
+    lines += _header("pair", "task", "written rows", "start", "epochs", "by seed", "mean")
     for (name, task), row in cells.items():
-        for arm, epochs in product(WRITTEN, EPOCHS):
+        for arm, epochs in product((*WRITTEN, "default"), EPOCHS):
             found = percents(row, arm, 0, epochs)
             if found:
                 low, high = (100 * row[end, 0, 0][0]["exact_match"] for end in ("bare", "retrain"))
                 shares = [(value - low) / (high - low) for value in found]
                 by_seed = ", ".join(f"{share:.3f}" for share in shares)
-                lines.append(_line(name, task, WRITTEN[arm], epochs, by_seed, f"{statistics.mean(shares):.3f}"))
+                start = "`auto`" if arm == "default" else STARTED.get(arm, "fresh")
+                mean = f"{statistics.mean(shares):.3f}"
+                lines.append(_line(name, task, WRITTEN.get(arm, 300), start, epochs, by_seed, mean))
     return lines
 
 
