@@ -41,6 +41,7 @@ from tasks.pair_stages import (
     layer_mapping,
     mlp_factors,
     similarity,
+    state_map,
     transfer_matrices,
     vocabulary,
 )
@@ -60,6 +61,7 @@ STAGES: dict[str, Stage] = {
         head_mapping,
         alignment,
         alignment_fit,
+        state_map,
         transform,
         teaching,
         teacher_worth,
@@ -169,7 +171,6 @@ def fit_settings(settings: MigrationConfig, lora: Mapping[str, Any], method: str
         "method": method,
         "rank": lora["rank"],
         "output_type": lora.get("output_type", "lora"),
-        "calibration_samples": settings.pair.calibration_samples,
         "cutoff": settings.pair.calibration_cutoff,
         "samples": settings.samples,
         "seed": settings.seed,

@@ -88,7 +88,7 @@ def migrate_adapter(config: dict[str, Any], refresh: tuple[str, ...] = ()) -> di
             fitting = [m for m in usable if transform(m).fits(old.dims, new.dims, moved)]
             methods = [m for m in fitting if not (tuned and m in NO_START)]
         pair = pair_stages(context, settings.pair, texts, roles, methods)
-        arms = _Arms(context, settings, plan, pair, adapter, methods, texts)
+        arms = _Arms(context, settings, plan, pair, adapter, methods)
         final = arms.run()
         served = context.run(
             serving, {"new_model": "new_model", "new_tokenizer": "new_tokenizer", "adapter": final}, {}
@@ -169,7 +169,6 @@ class _Arms:
         pair: PairRefs,
         adapter: Adapter,
         methods: list[str],
-        texts: str | None,
     ) -> None:
         self.context, self.settings, self.plan, self.pair = context, settings, plan, pair
         self.methods, self.method = methods, methods[0]
@@ -182,7 +181,6 @@ class _Arms:
             self.lora["output_type"] = settings.output_type
         old = Checkpoint(context.where.path("old_base")).architecture
         self.reads_vocabulary = bool(adapter.vocabulary_modules(old))
-        self.texts = texts
         self.measured = Measured(
             context,
             settings.evaluation,
@@ -286,9 +284,11 @@ class _Arms:
         )
 
     def _fit(self, method: str) -> Ref:
-        """A fit of whole models, which reads the calibration texts and the training rows in both bases."""
+        """A fit of whole models, which reads the training rows in both bases."""
         models = {name: name for name in ("old_model", "new_model", "old_tokenizer", "new_tokenizer", "adapter")}
-        inputs: dict[str, str | Ref] = {**models, "calibration": self.texts or "", **self.training.looked_at}
+        inputs: dict[str, str | Ref] = {**models, **self.training.looked_at}
+        if method == "sequential" and self.pair.state_map is not None:
+            inputs["state_map"] = self.pair.state_map
         label = method if len(self.methods) > 1 else None
         return self.context.run(sequential_fit, inputs, fit_settings(self.settings, self.lora, method), label=label)
 

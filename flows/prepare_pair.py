@@ -33,6 +33,7 @@ from tasks.pair_stages import (
     layer_mapping,
     mlp_factors,
     similarity,
+    state_map,
     transfer_matrices,
     vocabulary,
 )
@@ -54,6 +55,7 @@ class PairRefs:
     mlp_factors: dict[Role, Ref]
     alignment: dict[str, Ref]
     alignment_fit: Ref | None
+    state_map: Ref | None
 
     def named(self) -> dict[str, Ref]:
         """Every reference by the name stages take it under."""
@@ -65,6 +67,8 @@ class PairRefs:
         }
         if self.similarity is not None:
             refs["similarity"] = self.similarity
+        if self.state_map is not None:
+            refs["state_map"] = self.state_map
         refs |= {f"mlp_factors_{role}": ref for role, ref in self.mlp_factors.items()}
         return refs | {f"alignment_{group}": ref for group, ref in self.alignment.items()}
 
@@ -170,7 +174,26 @@ def _pair_stages(
             for role in shared
             if role not in ATTENTION
         }
-    return PairRefs(words, matrices, table, layers, heads, factors, moments, fit)
+    states = None
+    if calibration is not None and "sequential" in methods:
+        states = state_map_stage(context, settings, calibration, shared)
+    return PairRefs(words, matrices, table, layers, heads, factors, moments, fit, states)
+
+
+def state_map_stage(context: Context, settings: PairSettings, calibration: str, roles: Sequence[Role]) -> Ref:
+    """The map that `sequential` reads, of all roles of the groups that the adapter's are of: others will want it."""
+    bases = [Checkpoint(context.where.path(base)).architecture for base in ("old_base", "new_base")]
+    wanted = [role for members in GROUPS.values() if set(members) & set(roles) for role in members]
+    names = ("old_model", "new_model", "old_tokenizer", "new_tokenizer")
+    return context.run(
+        state_map,
+        {**{name: name for name in names}, "calibration": calibration},
+        {
+            "samples": settings.calibration_samples,
+            "cutoff": settings.calibration_cutoff,
+            "roles": [role for role in wanted if all(role in base.roles for base in bases)],
+        },
+    )
 
 
 def run_name(parameters: Mapping[str, Any] | None = None) -> str:

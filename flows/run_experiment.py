@@ -20,7 +20,7 @@ from artifacts import default_home
 from flows.context import Context, check_stages, fetch, fit_settings, tag_run
 from flows.dashboard import slug
 from flows.measure import TASK_SETTINGS
-from flows.prepare_pair import pair_stages
+from flows.prepare_pair import pair_stages, state_map_stage
 from flows.teach import teacher_rows
 from lorasuite import zoo
 from lorasuite.adapter import Adapter, untrained
@@ -328,9 +328,10 @@ class Lab:
             inputs: dict[str, str | Ref] = {
                 **models,
                 "adapter": source,
-                "calibration": texts,
                 "train_data": task.train_print,
             }
+            if settings.method == "sequential":
+                inputs["state_map"] = state_map_stage(steps, settings.pair, texts, roles)
             rows = Path(str(task.config.train_data))
             told = fit_settings(settings, kept, settings.method)
             return steps.run(sequential_fit, inputs, told, settings.method, train_data=rows)

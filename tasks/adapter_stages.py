@@ -19,7 +19,7 @@ from lorasuite.adapter import CONFIG, Adapter, fresh_config, write_adapter
 from lorasuite.architectures import ROLES
 from lorasuite.blocks import Side
 from lorasuite.checkpoint import METER, Checkpoint, load_model, load_tokenizer
-from lorasuite.data import Row, calibration_texts, draw, read_prompts, read_rows, whole_text
+from lorasuite.data import Row, draw, read_prompts, read_rows, whole_text
 from lorasuite.distillation import SoftLabels, soft_labels
 from lorasuite.evaluation import EvaluationSettings, evaluate
 from lorasuite.finetune import FinetuneSettings, attached
@@ -27,6 +27,7 @@ from lorasuite.lowrank import LowRank
 from lorasuite.migration import Migrated, initialise, migrate
 from lorasuite.selection import NOTHING, choose, write_scaled
 from lorasuite.serving import compare_merged
+from lorasuite.state_map import StateMap
 from lorasuite.sweep import finetune_swept, screen, split_mixed
 from lorasuite.task_evaluation import evaluate_tasks, write_task_samples
 from lorasuite.teacher import TeacherSettings, TextLoss, judge_teacher, rows_to_jsonl, text_losses, write_rows
@@ -193,13 +194,12 @@ def transform(inputs: Inputs, settings: Settings, where: Where) -> StageOutput:
     return StageOutput(info=info, files=files)
 
 
-@stage("sequential", version=3)
+@stage("sequential", version=4)
 def sequential_fit(inputs: Inputs, settings: Settings, where: Where) -> StageOutput:
     """Whole models fitted to follow the old base + adapter: the transform ``sequential`` or another joint one."""
     adapter = Adapter.open(where.path("adapter"), bool(where.options.get("allow_pickle")))
     new = Checkpoint(where.path("new_base"))
     reader = load_tokenizer(where.path("new_base"), trusted(where))
-    calibration = calibration_texts(where.path("calibration"), reader)[: settings["calibration_samples"]]
     # A fifth of the rows is what `auto` chooses by: it is not looked at here.
     rows = split_mixed(*_training_rows(inputs, settings, where), settings["seed"])[0]
     with _model("old_base", where) as old, _model("new_base", where) as fresh:
@@ -208,16 +208,16 @@ def sequential_fit(inputs: Inputs, settings: Settings, where: Where) -> StageOut
             for model, name, base in ((old, "old_base", Checkpoint(where.path("old_base"))), (fresh, "new_base", new))
         ]
         roles = adapter.roles(sides[0].architecture)
+        learned = inputs.get("state_map")
         fitted = JOINT[settings["method"]](
             sides[0],
             sides[1],
             lambda: attached(old, where.path("adapter"), where.device),
             roles,
-            calibration=calibration,
+            states=None if learned is None else StateMap.read(sides[0], learned.tensor, learned.info),
             texts=[whole_text(row, reader) for row in rows],
             rank=settings["rank"],
             cutoff=settings["cutoff"],
-            seed=settings["seed"],
             progress=Progress("sequential fit").step,
         )
     moved = Migrated(updates=fitted.updates)

@@ -15,11 +15,13 @@ from torch import Tensor
 from lorasuite.activations import hidden_states
 from lorasuite.alignment import Moments, align
 from lorasuite.architectures import Role
+from lorasuite.blocks import Side
 from lorasuite.checkpoint import Checkpoint, load_model, load_tokenizer
 from lorasuite.data import calibration_texts
 from lorasuite.layer_mapping import map_layers
 from lorasuite.migration import map_heads
 from lorasuite.similarity import layer_similarity
+from lorasuite.state_map import learn, tensors
 from lorasuite.transfer_matrix import TransferMatrix, fit_transfer_matrix, mlp_factor
 from lorasuite.vocabulary import CommonTokens, common_tokens
 from tasks.stage import Artifact, StageOutput, Where, stage
@@ -128,6 +130,25 @@ def alignment(inputs: Inputs, settings: Settings, where: Where) -> StageOutput:
     )
     tensors = (item for key, moments in found.items() for item in moments.tensors(moments_name(*key)))
     return StageOutput(tensors, {"rows": next(iter(found.values())).rows})
+
+
+@stage("state_map")
+def state_map(inputs: Inputs, settings: Settings, where: Where) -> StageOutput:
+    """Where the new base stands when the old one stands somewhere, at the same text."""
+    bases = _checkpoints(where)
+    old, new = (
+        Side(
+            load_model(where.path(base), where.device, trust_remote_code=trusted(where)),
+            load_tokenizer(where.path(base), trusted(where)),
+            checkpoint.architecture,
+            checkpoint.dims,
+        )
+        for base, checkpoint in zip(BASES, bases, strict=True)
+    )
+    texts = calibration_texts(where.path("calibration"), new.tokenizer)[: settings["samples"]]
+    info: dict[str, Any] = {}
+    learned = learn(old, new, settings["roles"], texts, cutoff=settings["cutoff"])
+    return StageOutput(tensors(*learned, info), info)
 
 
 #: Spaces wider than this are not looked at: a solve of a space of MLP units costs minutes.

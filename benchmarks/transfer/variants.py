@@ -26,7 +26,7 @@ import torch
 from run import FURTHER, further_base, scores
 from torch import Tensor
 
-from lorasuite import blocks, zoo
+from lorasuite import blocks, state_map, zoo
 from lorasuite.activations import hidden_states
 from lorasuite.adapter import Adapter, fuse_updates, split_update
 from lorasuite.alignment import Moments
@@ -661,8 +661,11 @@ def proxy_itself(task: Task, alpha: float) -> dict[str, float]:
 def fit_jointly(
     method: Any, lab: Lab, adapted: Callable[[], Any], rows: Sequence[Row], roles: Sequence[Role]
 ) -> Updates:
+    states = None
+    if method is sequential:
+        states = state_map.StateMap.learned(lab.old.side, lab.new.side, roles, lab.general.texts)
     found: Updates = method.fit(
-        lab.old.side, lab.new.side, adapted, roles, calibration=lab.general.texts,
+        lab.old.side, lab.new.side, adapted, roles, states=states,
         texts=[row["prompt"] + row["completion"] for row in rows], rank=RANK,
     ).updates  # fmt: skip
     return found
@@ -690,7 +693,7 @@ def there_and_back(task: Task, method: str) -> dict[str, float]:
 # -------------------------------------------------------------------------------------------------------- sequential
 
 
-class Fourier(sequential._Features):
+class Fourier(state_map.Features):
     """With random Fourier features (1,024) beside the linear ones: a map that is not linear in the old state."""
 
     count = 1024
@@ -713,10 +716,10 @@ class Fourier(sequential._Features):
 
 def neighbours(count: int = 8, kept: int = 128) -> Any:
     """A patch of the state maps: the ridge's own error at the nearest general positions is added back."""
-    original = sequential._maps
+    original = state_map._maps
     cache: dict[Any, Any] = {}
 
-    class Near(sequential._Map):
+    class Near(state_map.Map):
         errors: Tensor
         of: Callable[[Tensor], Tensor]
 
@@ -737,7 +740,7 @@ def neighbours(count: int = 8, kept: int = 128) -> Any:
             return found
 
         found, additive = original(new, layer, ends, known)
-        with sequential._watching(new, layer) as watch:
+        with state_map.watching(new, layer) as watch:
             seen = list(reading.all(watch))
         for key, linear in list(found.items()):
             near = Near(linear.matrix, linear.mean, linear.error)
@@ -747,7 +750,7 @@ def neighbours(count: int = 8, kept: int = 128) -> Any:
             found[key] = near
         return found, additive
 
-    return mock.patch.object(sequential, "_maps", maps)
+    return mock.patch.object(state_map, "_maps", maps)
 
 
 def sequentials(task: Task, more: bool) -> Iterator[tuple[str, str, Callable[[], Updates]]]:
@@ -760,7 +763,7 @@ def sequentials(task: Task, more: bool) -> Iterator[tuple[str, str, Callable[[],
 
     yield "sequential", "bare", lambda: run(TASK, task.roles)
     yield "sequential, all projections", "sequential", lambda: run(TASK, every)
-    fourier = partial(mock.patch.object, sequential, "_Features", Fourier)
+    fourier = partial(mock.patch.object, state_map, "Features", Fourier)
     yield "sequential, Fourier features", "sequential", lambda: run(TASK, task.roles, fourier)
     yield "sequential, nearest neighbours", "sequential", lambda: run(TASK, task.roles, neighbours)
     yield "sequential, 1,500 rows", "sequential", lambda: run(1500, task.roles)

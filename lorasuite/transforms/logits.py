@@ -25,6 +25,7 @@ from lorasuite.architectures import Role
 from lorasuite.blocks import Batch, Side, Stream, Watch, linear_modules, put_weights, text_batches
 from lorasuite.errors import DataError, Problem
 from lorasuite.lowrank import LowRank
+from lorasuite.state_map import StateMap
 from lorasuite.transforms.base import Progress, register
 from lorasuite.transforms.functional import RIDGE
 from lorasuite.transforms.sequential import Fitted, Sequential, reduced_rank
@@ -78,16 +79,15 @@ def fit(
     adapted: Callable[[], contextlib.AbstractContextManager[Any]],
     roles: Sequence[Role],
     *,
-    calibration: Sequence[str],
+    states: StateMap | None,
     texts: Sequence[str],
     rank: int,
     cutoff: int = 256,
-    seed: int = 0,
     progress: Progress | None = None,
 ) -> Fitted:
     """Fit the last block's output projections, whatever the adapter updates.
 
-    The arguments are those of :func:`lorasuite.transforms.sequential.fit`; ``roles``, ``calibration`` and ``seed`` are
+    The arguments are those of :func:`lorasuite.transforms.sequential.fit`; ``roles`` and ``states`` are
     not looked at. Memory: four vectors of the hidden size a position of the texts. Time: three passes of the new base
     over them, two more of its last block, and one of the old base.
 

@@ -3,9 +3,8 @@
 Every other transform moves one module's update at a time and hopes that the modules still work together. This one
 looks at the adapted model as a whole. Two steps, both closed-form, without labels and without gradients:
 
-1. On general texts a ridge regression learns what state of the *new base* goes with a state of the *old base*, at
-   positions of both that have read the same text. The features of an old state are what all old layers hold there:
-   residual streams, mixed attention values and MLP activations, so no layer map and no head map is needed.
+1. On general texts a ridge regression learns what state of the *new base* goes with a state of the *old base*
+   (:mod:`lorasuite.state_map`: once for all adapters of a pair).
 2. On task texts the old base **with its adapter** gives the states to reach. The new base's modules are then fitted
    in the order they run, each by reduced-rank ridge regression from what it reads now, with all modules before it
    already fitted, to what the map says it should write. Modules that write to the residual stream are fitted to the
@@ -20,7 +19,7 @@ feeding every new one.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,17 +27,14 @@ import torch
 from torch import Tensor
 
 from lorasuite.architectures import Dimensions, Role
-from lorasuite.blocks import Batch, Side, Stream, Watch, linear_modules, put_weights, text_batches
-from lorasuite.errors import ConfigError, DataError, Problem
+from lorasuite.blocks import Side, Stream, linear_modules, put_weights, text_batches
+from lorasuite.errors import ConfigError, Problem
 from lorasuite.lowrank import LowRank
+from lorasuite.state_map import LayerMaps, Reading, StateMap, chosen, unpaired, watching
 from lorasuite.transforms.base import LayerPair, Progress, register
 
-#: Ridge of the state map, relative to the mean variance of its features.
-MAP_RIDGE = 1e-3
 #: Ridge of each module's fit, relative to the mean square of what it reads.
 FIT_RIDGE = 1e-2
-#: Features of an old state at most: above it, each space is projected at random onto its share of them.
-FEATURES = 2048
 #: The order modules are fitted in within a block.
 ORDER: tuple[tuple[Role, ...], ...] = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))
 
@@ -66,59 +62,6 @@ class Sequential:
         raise ConfigError(Problem("method", f"{self.name} fits whole models, not one layer", f"Use {self.name}.fit."))
 
 
-class _Features:
-    """An old model's state at each position: all layers' streams, attention mixes and MLP activations, standardised."""
-
-    def __init__(self, old: Side, seed: int) -> None:
-        self.old, self.seed = old, seed
-        self.sketches: dict[tuple[Any, ...], Tensor] = {}
-        self.mean = self.scale = torch.zeros(0)
-
-    @contextlib.contextmanager
-    def watching(self) -> Iterator[Watch]:
-        watch = Watch(self.old)
-        for layer in range(self.old.dims.layers):
-            watch.block(layer)
-            for module, linear in linear_modules(self.old, layer).values():
-                if set(module.roles) & {"o", "down"}:
-                    watch.module(layer, module, linear)
-        with watch.on():
-            yield watch
-
-    def raw(self, watch: Watch, batch: Batch) -> Tensor:
-        """``(positions, features)`` float64."""
-        seen = watch.read(batch.old, batch.old_rows)
-        last = self.old.dims.layers - 1
-        keys = [k for k in seen if k[2] == "in" or k == (last, "block", "out")]
-        share = max(FEATURES // len(keys), 1)
-        total = sum(seen[k].shape[1] for k in keys)
-        parts = []
-        for key in keys:
-            part = seen[key]
-            if total > FEATURES and part.shape[1] > share:
-                part = part @ self._sketch(key, part.shape[1], share)
-            parts.append(part)
-        return torch.cat(parts, 1)
-
-    def _sketch(self, key: tuple[Any, ...], width: int, share: int) -> Tensor:
-        if key not in self.sketches:
-            generator = torch.Generator().manual_seed(self.seed + len(self.sketches))
-            self.sketches[key] = torch.randn(width, share, generator=generator, dtype=torch.float64) / share**0.5
-        return self.sketches[key]
-
-    def of(self, batches: Sequence[Batch]) -> list[Tensor]:
-        """Each batch's features."""
-        with self.watching() as watch:
-            return [self.raw(watch, batch) for batch in batches]
-
-    def standardise(self, rows: Sequence[Tensor]) -> list[Tensor]:
-        return [(row - self.mean) / self.scale for row in rows]
-
-    def learn(self, rows: Sequence[Tensor]) -> None:
-        whole = torch.cat(list(rows))
-        self.mean, self.scale = whole.mean(0), whole.std(0) + 1e-6
-
-
 @dataclass
 class Fitted:
     """Updates by module path, and for each the share of its target's distance that the fit left."""
@@ -134,50 +77,41 @@ def fit(
     adapted: Callable[[], contextlib.AbstractContextManager[Any]],
     roles: Sequence[Role],
     *,
-    calibration: Sequence[str],
+    states: StateMap,
     texts: Sequence[str],
     rank: int,
     cutoff: int = 256,
-    seed: int = 0,
     progress: Progress | None = None,
 ) -> Fitted:
     """Fit the new base's modules of these roles to follow the old base + adapter on the task texts.
 
-    Memory: the features ``(positions, ≤ 2,048)`` and one hidden state of all texts, and for one block at a time the
-    second moments of what its modules read. Time: the new base passes twice over the calibration texts and up to six
-    times over the task texts, the old one once over each.
+    Memory: the features ``(positions, ≤ 2,048)`` and one hidden state of the texts, and for one block at a time its
+    maps and the second moments of what its modules read. Time: the new base passes up to six times over the texts,
+    the old one once.
 
     Args:
         adapted: a context in which ``old.model`` computes with its adapter.
         roles: projections that the old adapter updates.
-        calibration: general texts, which both bases know: the state map is learned on them.
+        states: the pair's state map, which has these roles.
         texts: task texts (prompts with answers), read but never used as labels.
         rank: of each module's update.
 
     Raises:
         DataError: if no two positions of the two tokenizations pair.
     """
-    known, task = (text_batches(part, old, new, cutoff) for part in (calibration, texts))
-    if not known or not task:
-        raise DataError(
-            Problem("calibration", "no position of the two tokenizations pairs", "Give texts of several words.")
-        )
-    features = _Features(old, seed)
-    raw = features.of(known)
-    features.learn(raw)
-    inputs = features.standardise(raw)
-    del raw
+    batches = text_batches(texts, old, new, cutoff)
+    if not batches:
+        raise unpaired("texts")
     with adapted():
-        wanted = features.standardise(features.of(task))
-    gram = sum((z.T @ z for z in inputs), torch.zeros(inputs[0].shape[1], inputs[0].shape[1], dtype=torch.float64))
-    gram += MAP_RIDGE * gram.diagonal().mean() * torch.eye(gram.shape[0], dtype=gram.dtype)
-    solver = torch.linalg.cholesky(gram)
-    general, special = (_Reading(part, Stream(new, [batch.new for batch in part])) for part in (known, task))
+        wanted = states.features.standardise(states.features.of(batches))
+    task = Reading(batches, Stream(new, [batch.new for batch in batches]))
     result = Fitted({}, {}, {})
     original: dict[str, Tensor] = {}
     try:
         for layer in range(new.dims.layers):
-            _fit_block(new, layer, roles, (general, inputs, solver), (special, wanted), rank, original, result)
+            if names := chosen(new, layer, roles):
+                _fit_block(new, layer, names, states.layer(layer), (task, wanted), rank, original, result)
+            task.stream.advance(again=True)
             if progress is not None:
                 progress(layer + 1, new.dims.layers)
     finally:
@@ -188,28 +122,21 @@ def fit(
 def _fit_block(
     new: Side,
     layer: int,
-    roles: Sequence[Role],
-    known: tuple[_Reading, list[Tensor], Tensor],
-    task: tuple[_Reading, list[Tensor]],
+    todo: Sequence[str],
+    known: LayerMaps,
+    task: tuple[Reading, list[Tensor]],
     rank: int,
     original: dict[str, Tensor],
     result: Fitted,
 ) -> None:
     modules = linear_modules(new, layer)
-    chosen = {name for name, (module, _) in modules.items() if set(module.roles) & set(roles)}
-    if not chosen:
-        for reading in (known[0], task[0]):
-            reading.stream.advance()
-        return
-    ends = [(layer, "block", "in"), (layer, "block", "out"), *((layer, name, "out") for name in sorted(chosen))]
-    maps, additive = _maps(new, layer, ends, known)
-    known[0].stream.advance()  # as the bare base does: this block is not fitted yet
+    maps, additive = known.maps, known.additive
     for group in ORDER:
-        names = sorted(name for name in chosen if modules[name][0].roles[0] in group)
+        names = [name for name in todo if modules[name][0].roles[0] in group]
         if not names:
             continue
         stats: dict[str, list[Tensor]] = {}
-        with _watching(new, layer) as watch:
+        with watching(new, layer) as watch:
             for z, at in zip(task[1], task[0].all(watch), strict=True):
                 for name in names:
                     x, y = at[layer, name, "in"], at[layer, name, "out"]
@@ -232,76 +159,7 @@ def _fit_block(
                 change = update.dense().T if module.transposed else update.dense()
                 linear.weight += change.to(linear.weight)
             result.updates[path], result.residual[path] = update, left
-    task[0].stream.advance(again=True)
     result.map_error[f"{new.architecture.layers}.{layer}"] = maps[layer, "block", "out"].error
-
-
-@contextlib.contextmanager
-def _watching(side: Side, layer: int) -> Iterator[Watch]:
-    watch = Watch(side)
-    watch.block(layer)
-    for module, linear in linear_modules(side, layer).values():
-        watch.module(layer, module, linear)
-    with watch.on():
-        yield watch
-
-
-@dataclass(frozen=True)
-class _Reading:
-    """Batches of texts on their way through the new base."""
-
-    batches: list[Batch]
-    stream: Stream
-
-    def all(self, watch: Watch) -> Iterator[dict[tuple[Any, ...], Tensor]]:
-        """What the next block reads and writes at the paired positions of each batch."""
-        for number, batch in enumerate(self.batches):
-            yield self.stream.read(watch, number, batch.new_rows)
-
-
-@dataclass(frozen=True)
-class _Map:
-    """An affine map of standardised features, and the share of variance it does not explain."""
-
-    matrix: Tensor
-    mean: Tensor
-    error: float
-
-    def __call__(self, z: Tensor) -> Tensor:
-        return z @ self.matrix + self.mean
-
-
-def _maps(
-    new: Side,
-    layer: int,
-    ends: Sequence[tuple[Any, ...]],
-    known: tuple[_Reading, list[Tensor], Tensor],
-) -> tuple[dict[tuple[Any, ...], _Map], bool]:
-    """Ridge maps from old features to one new block's spaces in the bare base, and whether the block adds exactly what
-    its output projections write (not so where a norm follows them)."""
-    reading, inputs, solver = known
-    sums: dict[tuple[Any, ...], list[Tensor]] = {}
-    rows, additive = 0, True
-    writers = [name for name, (module, _) in linear_modules(new, layer).items() if module.roles[0] in ("o", "down")]
-    with _watching(new, layer) as watch:
-        for z, seen in zip(inputs, reading.all(watch), strict=True):
-            rows += z.shape[0]
-            for key in ends:
-                y = seen[key]
-                parts = (z.T @ y, y.sum(0), (y * y).sum())
-                sums[key] = [a + b for a, b in zip(sums[key], parts, strict=True)] if key in sums else [*parts]
-            written = [seen[layer, name, "out"] for name in writers]
-            added = seen[layer, "block", "out"] - seen[layer, "block", "in"]
-            if len(written) != 2 or not torch.allclose(added, sum(written, 0 * added), atol=1e-3, rtol=1e-3):
-                additive = False
-    maps = {}
-    for key, (cross, total, square) in sums.items():
-        mean = total / rows
-        matrix = torch.cholesky_solve(cross, solver)  # the features are centred, so the mean needs no correction
-        variance = float(square - rows * (mean * mean).sum())
-        explained = float((matrix * cross).sum())
-        maps[key] = _Map(matrix, mean, max(0.0, 1 - explained / variance) if variance > 0 else 0.0)
-    return maps, additive
 
 
 def reduced_rank(xx: Tensor, xr: Tensor, square: Tensor, *, rank: int) -> tuple[LowRank, float]:

@@ -45,7 +45,7 @@ def test_the_final_norm_is_found_from_what_it_does(centre: bool) -> None:
 def fit(old: Side, new: Side, adapter: Path, rank: int, texts: list[str]) -> logits.Fitted:
     roles = Adapter.open(adapter).roles(old.architecture)
     context = partial(attached, old.model, adapter)
-    return logits.fit(old, new, context, roles, calibration=[], texts=texts, rank=rank)
+    return logits.fit(old, new, context, roles, states=None, texts=texts, rank=rank)
 
 
 def test_moves_what_answers_look_like_without_labels_or_gradients() -> None:

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 
-from lorasuite import zoo
+from lorasuite import state_map, zoo
 from lorasuite.adapter import Adapter
-from lorasuite.blocks import Side
+from lorasuite.blocks import Side, text_batches
 from lorasuite.checkpoint import Checkpoint, load_model, load_tokenizer
 from lorasuite.data import Row
 from lorasuite.errors import ConfigError, DataError
 from lorasuite.finetune import attached, validation_loss
+from lorasuite.state_map import StateMap
 from lorasuite.transforms import sequential, transform
 from lorasuite.transforms.sequential import FIT_RIDGE, Fitted, reduced_rank
 from tests import models
@@ -30,7 +33,8 @@ def side(base: Path) -> Side:
 
 def fit(old: Side, new: Side, adapter: Path, rank: int, **texts: Any) -> Fitted:
     roles = Adapter.open(adapter).roles(old.architecture)
-    return sequential.fit(old, new, partial(attached, old.model, adapter), roles, rank=rank, **texts)
+    states = StateMap.learned(old, new, roles, texts.pop("calibration"))
+    return sequential.fit(old, new, partial(attached, old.model, adapter), roles, states=states, rank=rank, **texts)
 
 
 @contextmanager
@@ -102,8 +106,35 @@ def test_other_architectures(family: str, tmp_path: Path) -> None:
 def test_texts_that_do_not_pair(tmp_path: Path) -> None:
     old = side(models.build(tmp_path / "old", "llama", seed=1))
     adapter = models.build_adapter(tmp_path / "a", tmp_path / "old")
-    with pytest.raises(DataError, match="no position"):
-        fit(old, old, adapter, 3, calibration=[""], texts=["w1 w2"])
+    for texts in ({"calibration": [""], "texts": ["w1 w2"]}, {"calibration": ["w1 w2"], "texts": [""]}):
+        with pytest.raises(DataError, match="no position"):
+            fit(old, old, adapter, 3, **texts)
+
+
+def test_a_map_is_read_as_it_was_learned(tmp_path: Path) -> None:
+    """Of more roles than an adapter has, and with features wide enough to be projected: the same states everywhere."""
+    old, new = (side(models.build(tmp_path / name, family, seed=2)) for name, family in (("o", "llama"), ("n", "phi3")))
+    sentences = [" ".join(f"w{(n * 7 + k * k) % 90}" for k in range(8)) for n in range(24)]
+    with patch.object(state_map, "FEATURES", 64):
+        learned = StateMap.learned(old, new, ("q", "v", "up"), sentences)
+        info: dict[str, Any] = {}
+        kept = dict(state_map.tensors(*state_map.learn(old, new, ("q", "v", "up"), sentences), info))
+        found = StateMap.read(old, kept.__getitem__, json.loads(json.dumps(info)))
+        batches = text_batches(sentences[:4], old, new, 256)
+        states = [of.features.standardise(of.features.of(batches)) for of in (learned, found)]
+    assert states[0][0].shape[1] <= 64 and all(map(torch.equal, *states))
+    for number in range(new.dims.layers):
+        one, other = learned.layer(number), found.layer(number)
+        assert one.maps.keys() == other.maps.keys() and len(one.maps) == 4 and one.additive == other.additive
+        for key, known in one.maps.items():
+            assert torch.equal(known(states[0][0]), other.maps[key](states[1][0])) and 0 <= known.error <= 1
+
+
+def test_on_the_same_base_a_state_is_itself() -> None:
+    base = side(zoo.pair("llama").old)
+    states = StateMap.learned(base, base, ("q",), zoo.texts("llama", 192))
+    errors = [m.error for n in range(base.dims.layers) for m in states.layer(n).maps.values()]
+    assert max(errors) < 0.01
 
 
 def test_is_no_layer_by_layer_transform() -> None:
