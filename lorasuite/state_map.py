@@ -114,7 +114,7 @@ class Map:
     error: float
 
     def __call__(self, z: Tensor) -> Tensor:
-        return z @ self.matrix.double() + self.mean
+        return (z.float() @ self.matrix).double() + self.mean  # the map is coarser than float32
 
 
 @dataclass(frozen=True)

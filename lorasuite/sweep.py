@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ HELD_OUT = 0.2
 ENOUGH = 50
 #: Rows from which on a fifth of them says anything.
 FEWEST = 10
+#: How far apart learning rates are that are searched for, and between which bounds.
+STEP, LOWEST, HIGHEST = 3.0, 1e-5, 1e-1
 #: Optimizer steps that a short fine-tune has at least, if the whole one has them: fewer do not tell starts apart.
 TELLING = 24
 
@@ -116,6 +118,22 @@ def _briefly(
     return min((point["loss"] for point in curve), default=None)
 
 
+def _order(loss: float | None) -> float:
+    return math.inf if loss is None else loss
+
+
+def _search(attempt: Callable[[float], float | None], rates: Sequence[float]) -> dict[float, float | None]:
+    """The loss at each rate, and at further ones while an end of them is best."""
+    losses = {rate: attempt(rate) for rate in rates}
+    while True:
+        best = min(losses, key=lambda rate: _order(losses[rate]))
+        further = {min(losses): best / STEP, max(losses): best * STEP}.get(best)
+        if further is None or not LOWEST <= further <= HIGHEST or losses[best] is None:
+            return losses
+        rate = float(f"{further:.0e}")
+        losses[rate] = attempt(rate)
+
+
 def finetune_swept(
     base: Any,
     tokenizer: Any,
@@ -139,7 +157,8 @@ def finetune_swept(
     Args:
         rows: the user's; written: the teacher's, trained on beside them and held out as :func:`split_mixed` says.
         looked_at: more of the teacher's, only held out.
-        briefly: tell the rates apart by fine-tunes as short as :func:`screen`'s; only the best is tried at length.
+        briefly: tell the rates apart by fine-tunes as short as :func:`screen`'s, and go on by a factor of
+            :data:`STEP` where the lowest or highest does best; only the best is tried at length.
         arguments: the other arguments of :func:`lorasuite.finetune.finetune`.
 
     Returns:
@@ -149,14 +168,14 @@ def finetune_swept(
     Raises:
         NumericalError: if every rate diverges; otherwise as :func:`lorasuite.finetune.finetune`.
     """
-    rates = rates_given = list(dict.fromkeys(learning_rates)) or [settings.learning_rate]
+    rates = list(dict.fromkeys(learning_rates)) or [settings.learning_rate]
     tried: list[dict[str, Any]] = []
     stop: int | None = None
     if len(rates) > 1:
         train, held_out = parts = split_mixed(rows, written, settings.seed, looked_at)
         if briefly:
-            losses = {rate: _briefly(base, tokenizer, parts, settings, rate, **arguments) for rate in rates}
-            rates = [min(rates, key=lambda rate: math.inf if (x := losses[rate]) is None else x)]
+            losses = _search(lambda rate: _briefly(base, tokenizer, parts, settings, rate, **arguments), rates)
+            rates = [min(losses, key=lambda rate: _order(losses[rate]))]
             tried = [
                 {"learning_rate": rate, "validation_loss": loss, "epochs": None, "start_loss": None}
                 for rate, loss in losses.items()
@@ -189,7 +208,7 @@ def finetune_swept(
         finite = [e for e in tried if e["learning_rate"] in rates and e["validation_loss"] is not None]
         if not finite:
             raise NumericalError(Problem("learning_rates", f"training diverged at each of {rates}", "Try lower ones."))
-        tried.sort(key=lambda entry: rates_given.index(entry["learning_rate"]))
+        tried.sort(key=lambda entry: entry["learning_rate"])
         chosen = min(finite, key=lambda entry: entry["validation_loss"])
         rates, stop = [chosen["learning_rate"]], chosen["epochs"]
     final = settings.model_copy(update={"learning_rate": rates[0]})
