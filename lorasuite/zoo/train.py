@@ -209,7 +209,7 @@ def train(
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     warmup = max(1, steps // 20)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / warmup, (steps - step) / (steps - warmup))
+        optimizer, lambda step: min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
     )
     model.train()
     for step, batch in enumerate(islice(batches, steps), start=1):
