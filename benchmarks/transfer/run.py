@@ -471,25 +471,28 @@ def _finite(loss: float) -> float:
 
 
 def _draw(cells: dict[tuple[str, str], Row], output: Path) -> None:
-    epochs = EPOCHS[0]
+    """A figure a pair: a row of axes for each number of epochs, a column for each task."""
+    budgets = (0, 10, 30, 100, 300, 1000)
     for pair in dict.fromkeys(name for name, _ in cells if name != FURTHER):
         tasks = [task for name, task in cells if name == pair]
-        figure = Figure(figsize=(4 * len(tasks), 3.6), layout="constrained", dpi=110)
-        for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
-            row = cells[pair, task]
+        size = (4 * len(tasks), 3 * len(EPOCHS) + 0.6)
+        figure = Figure(figsize=size, layout="constrained", dpi=110)
+        grid = figure.subplots(len(EPOCHS), len(tasks), squeeze=False, sharex=True, sharey=True)
+        for (down, epochs), (across, task) in product(enumerate(EPOCHS), enumerate(tasks)):
+            axes, row = grid[down][across], cells[pair, task]
             for arm in ("scratch", *TRANSFORMED, "refresh"):
-                points = [(n, percents(row, arm, n, epochs)) for n in (0, 10, 30, 100, 300)]
-                points = [(n or 3, values) for n, values in points if values]
-                if points:
-                    places = [n for n, _ in points]
-                    axes.plot(places, [statistics.mean(v) for _, v in points], "o-", label=arm)
-                    axes.fill_between(places, [min(v) for _, v in points], [max(v) for _, v in points], alpha=0.15)
-            axes.set(title=task, xlabel="labelled rows", xscale="log", ylim=(-2, 102))
-            axes.set_xticks([3, 10, 30, 100, 300], ["0", "10", "30", "100", "300"])
+                points = [(n or 3, percents(row, arm, n, epochs)) for n in budgets]
+                points = [(n, values) for n, values in points if values]
+                places = [n for n, _ in points]
+                axes.plot(places, [statistics.mean(v) for _, v in points], "o-", label=arm)
+                axes.fill_between(places, [min(v) for _, v in points], [max(v) for _, v in points], alpha=0.15)
+            axes.set(title=f"{task}, {epochs} epoch{'s' * (epochs > 1)}", xscale="log", ylim=(-2, 102))
+            axes.set_xticks([n or 3 for n in budgets], [f"{n:,}" for n in budgets])
             axes.minorticks_off()
-        figure.axes[0].set_ylabel("exact match, %")
-        if figure.axes[0].lines:
-            figure.axes[0].legend(fontsize=8)
+        figure.supxlabel("labelled rows")
+        figure.supylabel("exact match, %")
+        handles, labels = grid[0][0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper center", ncols=len(labels))
         figure.savefig(output / f"{pair}.png")
 
 
