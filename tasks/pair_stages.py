@@ -132,7 +132,7 @@ def alignment(inputs: Inputs, settings: Settings, where: Where) -> StageOutput:
     return StageOutput(tensors, {"rows": next(iter(found.values())).rows})
 
 
-@stage("state_map")
+@stage("state_map", version=2)
 def state_map(inputs: Inputs, settings: Settings, where: Where) -> StageOutput:
     """Where the new base stands when the old one stands somewhere, at the same text."""
     bases = _checkpoints(where)
