@@ -12,6 +12,7 @@ from flows.context import Context, fetch, migration_context
 from flows.prepare_pair import pair_name
 from lorasuite.config import MigrationConfig
 from lorasuite.data import Row, unanswered
+from lorasuite.errors import DataError
 from lorasuite.preflight import Plan, check
 from tasks.adapter_stages import shared_old_base, soft_labelling, teacher_worth, teaching
 from tasks.fingerprints import fingerprint_data
@@ -61,7 +62,15 @@ def training(context: Context, settings: MigrationConfig, plan: Plan, vocabulary
     if not settings.rows_written:
         return Training(rows, {}, None)
     drawn = {"samples": settings.samples, "seed": settings.seed}
-    written = teacher_rows(context, settings, plan.prompts)
+    try:
+        written = teacher_rows(context, settings, plan.prompts)
+    except DataError as error:
+        if settings.teacher_samples is not None or not rows:
+            raise
+        # nobody asked for these rows, and there are others
+        get_run_logger().warning("the teacher's rows are not used: %s", error)
+        reason = {"worth": False, "reason": str(error), "samples": settings.written, "distilled": False}
+        return Training(rows, {}, reason)
     if not rows and not settings.written:
         return Training({}, {}, None, {"teacher": written})
     worth = context.open(context.run(teacher_worth, {**NEW, **TEACHER, **rows, "teacher": written}, drawn)).info

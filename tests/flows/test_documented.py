@@ -1,8 +1,7 @@
-"""The commands that README and the first page of the manual show, as they stand, with a tiny pair for OLD and NEW."""
+"""The commands that README and the first page of the manual show, as they stand, with a miniature pair."""
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 from pathlib import Path
@@ -11,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from flows.command_line import app
-from tests.flows.small import Small
+from lorasuite import zoo
 
 ROOT = Path(__file__).parents[2]
 
@@ -25,12 +24,16 @@ def commands(page: str) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/getting-started.md"])
-def test_they_run(page: str, home: Path, small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    names = {"OLD": small.old, "NEW": small.new, "ADAPTER": small.root / "adapters" / "one"}
+def test_they_run(page: str, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = zoo.pair("neox")
+    names = {"OLD": pair.old, "NEW": pair.new, "ADAPTER": pair.adapter("mirror")}
     monkeypatch.chdir(tmp_path)
-    for name, count in (("texts", 12), ("train", 12), ("test", 4)):
-        rows = [{"prompt": f"w{n} w{n + 1} w{2 * n} w{n + 5}", "completion": f" w{n}"} for n in range(count)]
-        Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    zoo.write_rows([{"text": text} for text in zoo.texts("neox", 12)], Path("texts.jsonl"))
+    zoo.write_rows(
+        [{"prompt": row["prompt"]} for row in zoo.rows("neox", "mirror", "train", 12)], Path("prompts.jsonl")
+    )
+    for name, count in (("train", 12), ("test", 4)):
+        zoo.write_rows(zoo.rows("neox", "mirror", name, count, seed=5), Path(f"{name}.jsonl"))
     found = commands(page)
     assert [arguments[0] for arguments in found] == ["inspect", "migrate"]
     for arguments in found:

@@ -16,7 +16,7 @@ from flows.teach import teacher_rows
 from lorasuite import zoo
 from lorasuite.config import MigrationConfig
 from lorasuite.data import Row
-from lorasuite.errors import PreflightError
+from lorasuite.errors import DataError, PreflightError
 from lorasuite.selection import write_scaled
 from tasks import adapter_stages
 from tests.flows.small import Small
@@ -163,6 +163,17 @@ def test_a_teacher_not_worth_copying_is_not_copied(mirror: dict[str, Any], tmp_p
     record = run(mirror, tmp_path / "out", adapter=str(weak), teacher_samples=12)
     assert not record["teacher"]["worth"] and "hardly changes" in record["teacher"]["reason"]
     assert record["finetune"] is None and (tmp_path / "out" / "adapter_model.safetensors").is_file()
+
+
+def test_a_teacher_that_cannot_write_stops_only_who_asked_for_it(mirror: dict[str, Any], tmp_path: Path) -> None:
+    """Answers that never end: ``auto`` goes on with the labelled rows; a number of rows that was asked for is an error."""
+    own = {"train_data": str(mirror["root"] / "train.jsonl"), "finetune_samples": 12, "learning_rates": [1e-3]}
+    brief = {"method": "auto", "finetune": TUNE, "teacher": {"max_new_tokens": 1}}
+    record = run(mirror, tmp_path / "out", **own, **brief)
+    assert record["finetune"]["samples"] == 12
+    assert not record["teacher"]["worth"] and "can be used" in record["teacher"]["reason"]
+    with pytest.raises(DataError, match="can be used"):
+        run(mirror, tmp_path / "asked", **own, **brief, teacher_samples=20)
 
 
 def test_everything_wrong_is_said_at_once(mirror: dict[str, Any], tmp_path: Path) -> None:
