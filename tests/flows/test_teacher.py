@@ -166,7 +166,7 @@ def test_a_teacher_not_worth_copying_is_not_copied(mirror: dict[str, Any], tmp_p
 
 
 def test_a_teacher_that_cannot_write_stops_only_who_asked_for_it(mirror: dict[str, Any], tmp_path: Path) -> None:
-    """Answers that never end: ``auto`` goes on with the labelled rows; a number of rows that was asked for is an error."""
+    """Answers that never end: ``auto`` goes on with the labelled rows; where rows were asked for it is an error."""
     own = {"train_data": str(mirror["root"] / "train.jsonl"), "finetune_samples": 12, "learning_rates": [1e-3]}
     brief = {"method": "auto", "finetune": TUNE, "teacher": {"max_new_tokens": 1}}
     record = run(mirror, tmp_path / "out", **own, **brief)
