@@ -453,7 +453,7 @@ def _regret_of_auto(cells: dict[tuple[str, str], Row]) -> list[str]:
         for arm, taught in AUTOMATIC.items():
             for (a, rows, epochs), seeds in sorted(row.items()):
                 for seed, cell in seeds.items() if a == arm else ():
-                    rivals = ("scratch", *TRANSFORMED, *(["refresh"] if taught else []))
+                    rivals = ("scratch", *TRANSFORMED, *(["refresh", *STARTED] if taught else []))
                     scores = [
                         (100 * row[rival, rows, epochs][seed]["exact_match"], rival)
                         for rival in rivals
