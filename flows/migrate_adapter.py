@@ -31,7 +31,7 @@ from lorasuite.preflight import Plan, check
 from lorasuite.publication import publish
 from lorasuite.selection import NOTHING
 from lorasuite.serving import check as check_serving
-from lorasuite.sweep import ENOUGH, FEWEST
+from lorasuite.sweep import ENOUGH, FEWEST, order
 from lorasuite.transforms import NO_START, names, reads_texts, transform
 from tasks.adapter_stages import adapter_folder, finetune, screening, selection, sequential_fit, serving
 from tasks.adapter_stages import transform as transform_stage
@@ -330,7 +330,7 @@ class _Arms:
             inputs |= {**NEW, **self.training.rows, **self.training.chosen_by}
             found = self.context.open(self.context.run(screening, inputs, values))
             self.screened = found.info["losses"]
-            best = sorted(tried, key=lambda method: math.inf if (x := self.screened[method]) is None else x)
+            best = sorted(tried, key=lambda method: order(self.screened[method]))
             tried = {method: tried[method] for method in best[: settings.starts]}
         return tried
 
@@ -385,12 +385,7 @@ class _Arms:
             "loaded_bytes_peak": moved["loaded_bytes_peak"],
             "finetune": None
             if self.tuned is None
-            else {
-                **self.tuned.info,
-                "start": self.start,
-                "starts": self.starts,
-                "screened": self.screened,
-            },
+            else {**self.tuned.info, "start": self.start, "starts": self.starts, "screened": self.screened},
             "fit_residual": moved.get("fit_residual", {}),
             "control": None if self.control is None else self.control.info,
             "evaluation": self.measured.evaluation,

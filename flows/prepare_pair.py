@@ -156,15 +156,13 @@ def _pair_stages(
     if calibration is not None and any(transform(method).aligned for method in methods):
         reading = {"samples": settings.calibration_samples, "cutoff": settings.calibration_cutoff}
         tokenizers = {"old_tokenizer": "old_tokenizer", "new_tokenizer": "new_tokenizer"}
-        for group, members in GROUPS.items():
-            if set(members) & set(shared):
-                kept = [role for role in members if role in old.architecture.roles and role in new.architecture.roles]
-                moments[group] = context.run(
-                    alignment,
-                    {**both, **tokenizers, "layer_mapping": layers, "calibration": calibration},
-                    {**reading, "roles": kept},
-                    label=group,
-                )
+        for group, kept in _groups(old, new, roles).items():
+            moments[group] = context.run(
+                alignment,
+                {**both, **tokenizers, "layer_mapping": layers, "calibration": calibration},
+                {**reading, "roles": kept},
+                label=group,
+            )
     fit = None
     if moments:
         fit = context.run(alignment_fit, dict(moments), {})
@@ -176,14 +174,22 @@ def _pair_stages(
         }
     states = None
     if calibration is not None and "sequential" in methods:
-        states = state_map_stage(context, settings, calibration, shared)
+        states = state_map_stage(context, settings, calibration, roles)
     return PairRefs(words, matrices, table, layers, heads, factors, moments, fit, states)
+
+
+def _groups(old: Checkpoint, new: Checkpoint, roles: Sequence[Role]) -> dict[str, list[Role]]:
+    """Roles that both bases have, by group, of those groups that an adapter of these roles has any of."""
+    both = {
+        group: [role for role in members if role in old.architecture.roles and role in new.architecture.roles]
+        for group, members in GROUPS.items()
+    }
+    return {group: kept for group, kept in both.items() if set(kept) & set(roles)}
 
 
 def state_map_stage(context: Context, settings: PairSettings, calibration: str, roles: Sequence[Role]) -> Ref:
     """The map that `sequential` reads, of all roles of the groups that the adapter's are of: others will want it."""
-    bases = [Checkpoint(context.where.path(base)).architecture for base in ("old_base", "new_base")]
-    wanted = [role for members in GROUPS.values() if set(members) & set(roles) for role in members]
+    old, new = (Checkpoint(context.where.path(base)) for base in ("old_base", "new_base"))
     names = ("old_model", "new_model", "old_tokenizer", "new_tokenizer")
     return context.run(
         state_map,
@@ -191,7 +197,7 @@ def state_map_stage(context: Context, settings: PairSettings, calibration: str, 
         {
             "samples": settings.calibration_samples,
             "cutoff": settings.calibration_cutoff,
-            "roles": [role for role in wanted if all(role in base.roles for base in bases)],
+            "roles": [role for kept in _groups(old, new, roles).values() for role in kept],
         },
     )
 

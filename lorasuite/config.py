@@ -187,11 +187,16 @@ class MigrationConfig(Strict):
         return bool(self.prompts or self.teacher.imitate or self.teacher.suffix)
 
     @property
+    def few(self) -> bool:
+        """Whether training rows are few, and there are prompts for more."""
+        return self.told_prompts and self.samples < LOOKED_AT
+
+    @property
     def written(self) -> int:
         """Rows of the teacher's to train on: those asked for, or what ``auto`` asks for by itself."""
         if self.teacher_samples is not None:
             return self.teacher_samples
-        return WRITTEN if self.method == AUTO and self.told_prompts and self.samples < LOOKED_AT else 0
+        return WRITTEN if self.method == AUTO and self.few else 0
 
     @property
     def rows_written(self) -> int:
@@ -200,7 +205,7 @@ class MigrationConfig(Strict):
         The latter where there are no rows to train on, or few and prompts for more.
         """
         chooses = self.method == AUTO or transforms.transform(self.method).joint
-        looks = chooses and (not self.samples or (self.told_prompts and self.samples < LOOKED_AT))
+        looks = chooses and (not self.samples or self.few)
         return self.written or (LOOKED_AT if looks else 0)
 
     @property

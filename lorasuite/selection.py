@@ -13,6 +13,7 @@ from lorasuite.adapter import WEIGHTS
 from lorasuite.data import Row
 from lorasuite.errors import ConfigError, NumericalError, Problem
 from lorasuite.finetune import attached, validation_loss
+from lorasuite.sweep import order
 
 #: Scales tried on the best transform.
 SCALES = (0.25, 0.5, 1.5, 2.0, 4.0)
@@ -72,7 +73,7 @@ def choose(
 
 
 def _order(entry: Mapping[str, Any]) -> float:
-    return float("inf") if entry["loss"] is None else float(entry["loss"])
+    return order(entry["loss"])
 
 
 def write_scaled(source: Path, output: Path, scale: float) -> Path:

@@ -118,7 +118,8 @@ def _briefly(
     return min((point["loss"] for point in curve), default=None)
 
 
-def _order(loss: float | None) -> float:
+def order(loss: float | None) -> float:
+    """By which losses are compared: None, of a run that diverged, comes last."""
     return math.inf if loss is None else loss
 
 
@@ -126,7 +127,7 @@ def _search(attempt: Callable[[float], float | None], rates: Sequence[float]) ->
     """The loss at each rate, and at further ones while an end of them is best."""
     losses = {rate: attempt(rate) for rate in rates}
     while True:
-        best = min(losses, key=lambda rate: _order(losses[rate]))
+        best = min(losses, key=lambda rate: order(losses[rate]))
         further = {min(losses): best / STEP, max(losses): best * STEP}.get(best)
         if further is None or not LOWEST <= further <= HIGHEST or losses[best] is None:
             return losses
@@ -175,7 +176,7 @@ def finetune_swept(
         train, held_out = parts = split_mixed(rows, written, settings.seed, looked_at)
         if briefly:
             losses = _search(lambda rate: _briefly(base, tokenizer, parts, settings, rate, **arguments), rates)
-            rates = [min(losses, key=lambda rate: _order(losses[rate]))]
+            rates = [min(losses, key=lambda rate: order(losses[rate]))]
             tried = [
                 {"learning_rate": rate, "validation_loss": loss, "epochs": None, "start_loss": None}
                 for rate, loss in losses.items()

@@ -17,7 +17,6 @@ from typing import Any
 
 from lorasuite.adapter import CONFIG, Adapter, fresh_config, write_adapter
 from lorasuite.architectures import ROLES
-from lorasuite.blocks import Side
 from lorasuite.checkpoint import METER, Checkpoint, load_model, load_tokenizer
 from lorasuite.data import Row, draw, read_prompts, read_rows, whole_text
 from lorasuite.distillation import SoftLabels, soft_labels
@@ -38,6 +37,7 @@ from tasks.pair_stages import (
     layer_map,
     moments_reader,
     shared_tokens,
+    side,
     transfer,
     trusted,
 )
@@ -199,14 +199,10 @@ def sequential_fit(inputs: Inputs, settings: Settings, where: Where) -> StageOut
     """Whole models fitted to follow the old base + adapter: the transform ``sequential`` or another joint one."""
     adapter = Adapter.open(where.path("adapter"), bool(where.options.get("allow_pickle")))
     new = Checkpoint(where.path("new_base"))
-    reader = load_tokenizer(where.path("new_base"), trusted(where))
     # A fifth of the rows is what `auto` chooses by: it is not looked at here.
     rows = split_mixed(*_training_rows(inputs, settings, where), settings["seed"])[0]
     with _model("old_base", where) as old, _model("new_base", where) as fresh:
-        sides = [
-            Side(model, load_tokenizer(where.path(name), trusted(where)), base.architecture, base.dims)
-            for model, name, base in ((old, "old_base", Checkpoint(where.path("old_base"))), (fresh, "new_base", new))
-        ]
+        sides = side(where, "old_base", old), side(where, "new_base", fresh)
         roles = adapter.roles(sides[0].architecture)
         learned = inputs.get("state_map")
         fitted = JOINT[settings["method"]](
@@ -215,7 +211,7 @@ def sequential_fit(inputs: Inputs, settings: Settings, where: Where) -> StageOut
             lambda: attached(old, where.path("adapter"), where.device),
             roles,
             states=None if learned is None else StateMap.read(sides[0], learned.tensor, learned.info),
-            texts=[whole_text(row, reader) for row in rows],
+            texts=[whole_text(row, sides[1].tokenizer) for row in rows],
             rank=settings["rank"],
             cutoff=settings["cutoff"],
             progress=Progress("sequential fit").step,

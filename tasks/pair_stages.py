@@ -132,18 +132,18 @@ def alignment(inputs: Inputs, settings: Settings, where: Where) -> StageOutput:
     return StageOutput(tensors, {"rows": next(iter(found.values())).rows})
 
 
+def side(where: Where, base: str, model: Any) -> Side:
+    """A loaded base with what is needed to read it."""
+    checkpoint = Checkpoint(where.path(base))
+    return Side(model, load_tokenizer(where.path(base), trusted(where)), checkpoint.architecture, checkpoint.dims)
+
+
 @stage("state_map", version=2)
 def state_map(inputs: Inputs, settings: Settings, where: Where) -> StageOutput:
     """Where the new base stands when the old one stands somewhere, at the same text."""
-    bases = _checkpoints(where)
     old, new = (
-        Side(
-            load_model(where.path(base), where.device, trust_remote_code=trusted(where)),
-            load_tokenizer(where.path(base), trusted(where)),
-            checkpoint.architecture,
-            checkpoint.dims,
-        )
-        for base, checkpoint in zip(BASES, bases, strict=True)
+        side(where, base, load_model(where.path(base), where.device, trust_remote_code=trusted(where)))
+        for base in BASES
     )
     texts = calibration_texts(where.path("calibration"), new.tokenizer)[: settings["samples"]]
     info: dict[str, Any] = {}

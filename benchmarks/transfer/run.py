@@ -67,6 +67,8 @@ WRITTEN = {"refresh": 300, "refresh-1000": 1000, "refresh-10000": 10_000, **dict
 AUTOMATIC = {"auto": False, "auto+refresh": True, "default": True}
 #: The same start on the labelled rows alone, but trained for as many steps as the refresh.
 LONG = {f"{arm}-long": arm for arm in ("scratch", "procrustes", "functional", "sequential")}
+#: What an arm starts from, where its name says more than that.
+START = {**LONG, **STARTED}
 ARMS = ("scratch", *LONG, *DATA_DRIVEN, *TRANSFORMED, *WRITTEN, *AUTOMATIC)
 RATES = (1e-3, 3e-3, 1e-2)
 LOWEST, HIGHEST = 1e-4, 1e-1
@@ -154,7 +156,7 @@ def tuned(
                 yield trained.encode(tokenizer, order[first : first + BATCH])
 
     steps = math.ceil((len(rows) + (WRITTEN["refresh"] if arm in LONG else 0)) / BATCH)
-    arm = {**LONG, **STARTED}.get(arm, arm)
+    arm = START.get(arm, arm)
     if arm in TRANSFORMED:
         wrapped = attach_adapter(model, start, trainable=True)
     else:
@@ -293,7 +295,7 @@ def run_task(
         def compute(arm: str = arm, budget: int = budget, count: int = count, seed: int = seed) -> dict[str, Any]:
             rows = zoo.rows(words, task, "train", budget, seed=100 + seed) if budget else []
             extra = written_rows(pair, task, rows, WRITTEN[arm], seed) if arm in WRITTEN else []
-            kind = {**LONG, **STARTED}.get(arm, arm)
+            kind = START.get(arm, arm)
             start = starts[kind if kind in TRANSFORMED else "lorasuite"]
 
             def attempt(rate: float) -> tuple[float, Any]:
