@@ -22,7 +22,7 @@ lint: $(STAMP)  ## style, types, import rules
 	$(BIN)/lint-imports
 
 zoo: $(STAMP)  ## train the miniature models again (about half an hour)
-	$(BIN)/python -m lorasuite.zoo.train
+	$(BIN)/python -m benchmarks.zoo.train
 
 lock: $(STAMP)  ## write what is installed into constraints.txt
 	{ echo "# What the tests were run with. Regenerate with: make lock"; \

@@ -43,10 +43,9 @@ def compare(root: Path, name: str) -> None:
     import json
 
     from flows.migrate_adapter import migrate_adapter
-    from lorasuite.checkpoint import Checkpoint
-    from lorasuite.config import LFT_SAMPLES, PairSettings
-    from lorasuite.finetune import FinetuneSettings
-    from lorasuite.preflight import inspect
+    from lorasuite.bases import Checkpoint
+    from lorasuite.planning import LFT_SAMPLES, PairSettings, inspect
+    from lorasuite.training import FinetuneSettings
     from tasks.fingerprints import fingerprint_bases
     from tests import models
 

@@ -18,10 +18,10 @@ from pathlib import Path
 from peft import LoraConfig
 
 from flows.migrate_adapter import migrate_adapter
-from lorasuite.checkpoint import load_tokenizer
+from lorasuite.bases import load_tokenizer
 from lorasuite.data import read_rows
 from lorasuite.evaluation import EvaluationSettings, evaluate
-from lorasuite.finetune import FinetuneSettings, finetune
+from lorasuite.training import FinetuneSettings, finetune
 from lorasuite.zoo import write_rows
 
 PASSAGE = 600  # characters

@@ -29,17 +29,15 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
-from real_pair import passages, train
 
+from benchmarks.real_pair import passages, train
+from benchmarks.zoo.train import correct
 from lorasuite import zoo
-from lorasuite.checkpoint import load_model, load_tokenizer
+from lorasuite.adapters import attached
+from lorasuite.bases import common_tokens, load_model, load_tokenizer
 from lorasuite.data import Row, draw, fingerprint_rows, read_rows
-from lorasuite.distillation import soft_labels
-from lorasuite.finetune import FinetuneSettings, attached
-from lorasuite.sweep import finetune_swept
 from lorasuite.teacher import TeacherSettings, text_losses, total, write_rows
-from lorasuite.vocabulary import common_tokens
-from lorasuite.zoo.train import correct
+from lorasuite.training import FinetuneSettings, finetune_swept, soft_labels
 
 RATES = (1e-3, 3e-3, 1e-2)
 #: For the pretrained pair, where 1e-2, the end of the other grid, had won every cell. It grows while its end is best.

@@ -10,7 +10,7 @@ import typer
 
 from flows.command_line import app
 from flows.options import flags
-from lorasuite.config import MigrationConfig
+from lorasuite.planning import MigrationConfig
 
 HERE = Path(__file__).parent
 NOTE = "<!-- Written by docs/generate.py from the code: edit that, not this. -->\n"

@@ -23,10 +23,10 @@ from rich.table import Table
 
 from artifacts import ArtifactError, Store
 from flows.options import with_settings
-from lorasuite.config import MigrationConfig, build, read_config
 from lorasuite.errors import LoRASuiteError, NumericalError
 from lorasuite.evaluation import EvaluationSettings
-from lorasuite.hub import PushError
+from lorasuite.planning import MigrationConfig, build, read_config
+from lorasuite.reporting import PushError
 
 app = typer.Typer(
     name="lorasuite",
@@ -117,10 +117,10 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Compare two bases and say what of an adapter would move, with every problem at once."""
-    from lorasuite import preflight
+    from lorasuite import planning
 
     with _errors(as_json):
-        found = preflight.inspect(old_base, new_base, adapter, method, trust_remote_code, allow_pickle, timed=True)
+        found = planning.inspect(old_base, new_base, adapter, method, trust_remote_code, allow_pickle, timed=True)
         if as_json:
             _print_json(found.to_dict())
         else:
@@ -171,11 +171,11 @@ def migrate(
     with _errors(as_json):
         settings = build(MigrationConfig, _merge(config, values))
         from flows.migrate_adapter import migrate_adapter
-        from lorasuite.preflight import check
+        from lorasuite.planning import check
 
         check(settings)  # before a flow run exists: bad input should cost nothing
         if push_to_hub is not None:
-            from lorasuite.hub import check_target, push
+            from lorasuite.reporting import check_target, push
 
             check_target(push_to_hub, settings.new_base)
         result = migrate_adapter(settings.model_dump(mode="json"), refresh=tuple(refresh or ()))
@@ -191,7 +191,7 @@ def migrate(
 
 
 def _refused(verdicts: list[str], limit: Limit | None) -> bool:
-    from lorasuite.gate import fails
+    from lorasuite.evaluation import fails
 
     return limit is not None and any(fails(verdict, limit.value) for verdict in verdicts)
 
@@ -204,10 +204,9 @@ def push(
     as_json: Json = False,
 ) -> None:
     """Upload the adapter and the card of a finished migration to the Hub, as one commit."""
-    from lorasuite.checkpoint import read_json
-    from lorasuite.hub import check_target
-    from lorasuite.hub import push as upload
-    from lorasuite.report import RECORD
+    from lorasuite.bases import read_json
+    from lorasuite.reporting import RECORD, check_target
+    from lorasuite.reporting import push as upload
 
     with _errors(as_json):
         check_target(repo, read_json(folder / RECORD)["new_base"]["id"])
@@ -228,7 +227,7 @@ def fleet(
 ) -> None:
     """Migrate what is missing of a fleet of adapters, and print a verdict on each."""
     with _errors(as_json):
-        from lorasuite.fleet import chosen, read_fleet
+        from lorasuite.planning import chosen, read_fleet
 
         # before a flow run exists: a mistake in the file should cost nothing
         chosen(read_fleet(file, old_base=old_base, new_base=new_base), only or [])
@@ -257,7 +256,7 @@ def experiment(
     """Run what is missing of an experiment's tables, and write them beside the paper's numbers, with figures."""
     with _errors(as_json):
         from flows.run_experiment import plan, run_experiment
-        from lorasuite.experiment import read_experiment
+        from lorasuite.planning import read_experiment
 
         # before a flow run exists: a mistake in the file should cost nothing
         checked = read_experiment(file)
@@ -362,7 +361,7 @@ def report(
     as_json: Json = False,
 ) -> None:
     """Build, or build again, the HTML report of a migration or of a fleet."""
-    from lorasuite.report import write_report
+    from lorasuite.reporting import write_report
 
     with _errors(as_json):
         path = write_report(folder)
@@ -544,7 +543,7 @@ def _show_timings(rows: list[dict[str, Any]]) -> None:
 
 
 def _show_evaluation(evaluation: dict[str, Any], seconds: dict[str, float] | None = None) -> None:
-    from lorasuite.report import comparison
+    from lorasuite.reporting import comparison
 
     columns, rows = comparison(evaluation)
     if not rows:
@@ -577,7 +576,7 @@ def _show_migration(result: dict[str, Any]) -> None:
 
 
 def _show_tasks(tasks: dict[str, Any]) -> None:
-    from lorasuite.report import task_comparison
+    from lorasuite.reporting import task_comparison
 
     columns, rows = task_comparison(tasks)
     if not rows:

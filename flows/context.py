@@ -15,10 +15,10 @@ from prefect.logging.loggers import get_run_logger
 from prefect.runtime import flow_run
 
 from artifacts import Artifact, Store, default_home
-from lorasuite.checkpoint import Checkpoint, resolve
-from lorasuite.combination import materialise
-from lorasuite.config import MigrationConfig, torch_device
+from lorasuite.adapters import materialise
+from lorasuite.bases import Checkpoint, resolve
 from lorasuite.errors import ConfigError, Problem, did_you_mean
+from lorasuite.planning import MigrationConfig, torch_device
 from tasks.adapter_stages import (
     evaluation,
     finetune,

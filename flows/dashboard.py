@@ -10,8 +10,7 @@ from typing import Any
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 
 from flows.context import Context
-from lorasuite.figures import heat_map_png
-from lorasuite.report import REPORT, comparison, task_comparison
+from lorasuite.reporting import REPORT, comparison, heat_map_png, task_comparison
 from tasks.stage import Ref
 
 

@@ -16,14 +16,12 @@ from artifacts import default_home
 from flows.context import Context, base_record, check_stages, fetch, tag_run
 from flows.measure import Measured
 from flows.prepare_pair import timings
-from lorasuite.checkpoint import Checkpoint, resolve
-from lorasuite.config import torch_device
+from lorasuite.bases import Checkpoint, resolve
 from lorasuite.data import Row, read_rows
 from lorasuite.errors import ConfigError, LoRASuiteError, OutputError, PreflightError, Problem
-from lorasuite.evaluation import EvaluationSettings
-from lorasuite.harness import shared_load
-from lorasuite.publication import copy_samples
-from lorasuite.task_evaluation import check_tasks
+from lorasuite.evaluation import EvaluationSettings, check_tasks, shared_load
+from lorasuite.planning import torch_device
+from lorasuite.reporting import copy_samples
 from tasks.fingerprints import fingerprint_any_adapter, fingerprint_bases
 from tasks.stage import Recorder, Ref, Where
 

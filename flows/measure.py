@@ -9,11 +9,17 @@ from typing import Any
 
 from artifacts import Artifact
 from flows.context import Context
-from lorasuite.comparison import compare, compare_arms, metrics, read_samples
 from lorasuite.data import Row
-from lorasuite.eval_tasks import GROUPS, expand
-from lorasuite.evaluation import EvaluationSettings
-from lorasuite.task_evaluation import TaskScore, group_score
+from lorasuite.evaluation import (
+    EvaluationSettings,
+    TaskScore,
+    compare,
+    compare_arms,
+    group_score,
+    metrics,
+    read_samples,
+)
+from lorasuite.evaluation.eval_tasks import GROUPS, expand
 from tasks.adapter_stages import evaluation, task_evaluation
 from tasks.fingerprints import fingerprint_data, fingerprint_task
 from tasks.stage import Ref

@@ -21,17 +21,14 @@ from flows.measure import Measured
 from flows.prepare_pair import PairRefs, pair_name, pair_record, pair_stages, timings
 from flows.teach import NEW, training
 from lorasuite import ALGORITHM_VERSION
-from lorasuite.adapter import Adapter, fresh_lora
-from lorasuite.checkpoint import Checkpoint, resolve
-from lorasuite.combination import split_sources
-from lorasuite.config import AUTO, MigrationConfig, build
-from lorasuite.gate import BOTH, judge
-from lorasuite.harness import shared_load
-from lorasuite.preflight import Plan, check
-from lorasuite.publication import publish
-from lorasuite.selection import NOTHING
-from lorasuite.serving import check as check_serving
-from lorasuite.sweep import ENOUGH, FEWEST, order
+from lorasuite.adapters import Adapter, fresh_lora, split_sources
+from lorasuite.bases import Checkpoint, resolve
+from lorasuite.data import ENOUGH
+from lorasuite.evaluation import BOTH, judge, shared_load
+from lorasuite.evaluation import check as check_serving
+from lorasuite.planning import AUTO, MigrationConfig, Plan, build, check
+from lorasuite.reporting import publish
+from lorasuite.training import FEWEST, NOTHING, order
 from lorasuite.transforms import NO_START, names, reads_texts, transform
 from tasks.adapter_stages import adapter_folder, finetune, screening, selection, sequential_fit, serving
 from tasks.adapter_stages import transform as transform_stage

@@ -23,13 +23,12 @@ from flows.migrate_adapter import run_name as migrate_adapter_name
 from flows.prepare_pair import prepare_pair
 from flows.prepare_pair import run_name as prepare_pair_name
 from flows.teach import write_ahead
-from lorasuite.adapter import Adapter
-from lorasuite.checkpoint import Checkpoint, read_json, resolve
-from lorasuite.config import MigrationConfig
+from lorasuite.adapters import Adapter
+from lorasuite.bases import Checkpoint, read_json, resolve
 from lorasuite.errors import LoRASuiteError, OutputError, Problem
-from lorasuite.fleet import chosen, fleet_output, read_fleet, write_fleet
-from lorasuite.gate import judge
-from lorasuite.report import RECORD, REPORT
+from lorasuite.evaluation import judge
+from lorasuite.planning import MigrationConfig, chosen, fleet_output, read_fleet
+from lorasuite.reporting import RECORD, REPORT, write_fleet
 from tasks.fingerprints import fingerprint_adapter, fingerprint_bases, fingerprint_migration
 
 #: Deployments that a fleet's runs go to when it is spread over workers.

@@ -18,11 +18,9 @@ from prefect.runtime import flow_run
 from artifacts import Artifact, default_home
 from flows.context import Context, base_record, check_stages, fetch, tag_run
 from flows.dashboard import show_pair
-from lorasuite.architectures import ATTENTION, Role
-from lorasuite.checkpoint import Checkpoint, digest_json, load_tokenizer, resolve
-from lorasuite.config import AUTO, PairSettings, torch_device
+from lorasuite.bases import ATTENTION, Checkpoint, Role, digest_json, load_tokenizer, resolve
 from lorasuite.data import calibration_texts
-from lorasuite.preflight import inspect
+from lorasuite.planning import AUTO, PairSettings, inspect, torch_device
 from lorasuite.transforms import names, transform
 from tasks.fingerprints import fingerprint_bases, fingerprint_texts
 from tasks.pair_stages import (

@@ -23,21 +23,15 @@ from flows.measure import TASK_SETTINGS
 from flows.prepare_pair import pair_stages, state_map_stage
 from flows.teach import teacher_rows
 from lorasuite import zoo
-from lorasuite.adapter import Adapter, untrained
-from lorasuite.architectures import Role
-from lorasuite.checkpoint import Checkpoint, load_tokenizer, resolve
-from lorasuite.config import torch_device
-from lorasuite.data import Row, calibration_texts, read_rows
+from lorasuite.adapters import Adapter, untrained
+from lorasuite.bases import Checkpoint, Role, load_tokenizer, resolve
+from lorasuite.data import HELD_OUT, Row, calibration_texts, read_rows
 from lorasuite.errors import AdapterError, LoRASuiteError, NumericalError, OutputError, PreflightError, Problem
-from lorasuite.eval_tasks import expand
-from lorasuite.experiment import Cell, Experiment, ExperimentTask, read_experiment
-from lorasuite.finetune import FinetuneSettings
-from lorasuite.gate import TASK_METRICS
-from lorasuite.harness import shared_load
-from lorasuite.preflight import inspect
-from lorasuite.results import RESULTS, Measurement, Score, kept, read_results, write_results
-from lorasuite.sweep import HELD_OUT
-from lorasuite.task_evaluation import check_tasks
+from lorasuite.evaluation import TASK_METRICS, check_tasks, shared_load
+from lorasuite.evaluation.eval_tasks import expand
+from lorasuite.planning import Cell, Experiment, ExperimentTask, inspect, read_experiment, torch_device
+from lorasuite.reporting import RESULTS, Measurement, Score, kept, read_results, write_results
+from lorasuite.training import FinetuneSettings
 from lorasuite.transforms import transform
 from tasks.adapter_stages import adapter_folder, evaluation, finetune, sequential_fit, task_evaluation, teaching
 from tasks.adapter_stages import transform as transform_stage

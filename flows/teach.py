@@ -10,10 +10,9 @@ from prefect.logging.loggers import get_run_logger
 
 from flows.context import Context, fetch, migration_context
 from flows.prepare_pair import pair_name
-from lorasuite.config import MigrationConfig
 from lorasuite.data import Row, unanswered
 from lorasuite.errors import DataError
-from lorasuite.preflight import Plan, check
+from lorasuite.planning import MigrationConfig, Plan, check
 from tasks.adapter_stages import shared_old_base, soft_labelling, teacher_worth, teaching
 from tasks.fingerprints import fingerprint_data
 from tasks.stage import Ref

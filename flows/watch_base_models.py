@@ -18,7 +18,7 @@ from prefect.events.schemas.events import Resource
 from prefect.logging.loggers import get_run_logger
 
 from artifacts import default_home
-from lorasuite.checkpoint import Checkpoint, digest_json
+from lorasuite.bases import Checkpoint, digest_json
 from lorasuite.errors import ConfigError, LoRASuiteError, Problem
 
 EVENT = "lorasuite.base-model.released"

@@ -15,22 +15,23 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from lorasuite.adapter import CONFIG, Adapter, fresh_config, write_adapter
-from lorasuite.architectures import ROLES
-from lorasuite.checkpoint import METER, Checkpoint, load_model, load_tokenizer
-from lorasuite.data import Row, draw, read_prompts, read_rows, whole_text
-from lorasuite.distillation import SoftLabels, soft_labels
-from lorasuite.evaluation import EvaluationSettings, evaluate
-from lorasuite.finetune import FinetuneSettings, attached
-from lorasuite.lowrank import LowRank
-from lorasuite.migration import Migrated, initialise, migrate
-from lorasuite.selection import NOTHING, choose, write_scaled
-from lorasuite.serving import compare_merged
-from lorasuite.state_map import StateMap
-from lorasuite.sweep import finetune_swept, screen, split_mixed
-from lorasuite.task_evaluation import evaluate_tasks, write_task_samples
-from lorasuite.teacher import TeacherSettings, TextLoss, judge_teacher, rows_to_jsonl, text_losses, write_rows
-from lorasuite.transforms import logits, sequential
+from lorasuite.adapters import CONFIG, Adapter, LowRank, attached, fresh_config, write_adapter
+from lorasuite.bases import METER, ROLES, Checkpoint, load_model, load_tokenizer
+from lorasuite.correspondence import StateMap
+from lorasuite.data import Row, draw, read_prompts, read_rows, rows_to_jsonl, split_mixed, whole_text
+from lorasuite.evaluation import EvaluationSettings, compare_merged, evaluate, evaluate_tasks, write_task_samples
+from lorasuite.teacher import TeacherSettings, TextLoss, judge_teacher, text_losses, write_rows
+from lorasuite.training import (
+    NOTHING,
+    FinetuneSettings,
+    SoftLabels,
+    choose,
+    finetune_swept,
+    screen,
+    soft_labels,
+    write_scaled,
+)
+from lorasuite.transforms import Migrated, initialise, logits, migrate, sequential
 from tasks.pair_stages import (
     factor_reader,
     head_maps,

@@ -10,13 +10,13 @@ from pathlib import Path
 from prefect import task
 
 from lorasuite import ALGORITHM_VERSION
-from lorasuite.adapter import Adapter
-from lorasuite.checkpoint import check_finite, digest_json, file_digest, fingerprint_model, fingerprint_tokenizer
-from lorasuite.config import MigrationConfig
+from lorasuite.adapters import Adapter
+from lorasuite.bases import check_finite, digest_json, file_digest, fingerprint_model, fingerprint_tokenizer
 from lorasuite.data import Row, fingerprint_rows
 from lorasuite.errors import AdapterError, DataError, Problem
-from lorasuite.eval_tasks import TASKS, expand
-from lorasuite.eval_tasks import fingerprint as fingerprint_own
+from lorasuite.evaluation.eval_tasks import TASKS, expand
+from lorasuite.evaluation.eval_tasks import fingerprint as fingerprint_own
+from lorasuite.planning import MigrationConfig
 
 #: sha256 by path, size and modification time: checkpoints of many gigabytes are not read again for every adapter.
 MEMORY = "fingerprints.json"

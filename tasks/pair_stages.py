@@ -12,18 +12,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorasuite.activations import hidden_states
-from lorasuite.alignment import Moments, align
-from lorasuite.architectures import Role
-from lorasuite.blocks import Side
-from lorasuite.checkpoint import Checkpoint, load_model, load_tokenizer
+from lorasuite.bases import Checkpoint, CommonTokens, Role, Side, common_tokens, load_model, load_tokenizer
+from lorasuite.correspondence import (
+    Moments,
+    TransferMatrix,
+    align,
+    fit_transfer_matrix,
+    hidden_states,
+    layer_similarity,
+    learn,
+    map_heads,
+    map_layers,
+    mlp_factor,
+    tensors,
+)
 from lorasuite.data import calibration_texts
-from lorasuite.layer_mapping import map_layers
-from lorasuite.migration import map_heads
-from lorasuite.similarity import layer_similarity
-from lorasuite.state_map import learn, tensors
-from lorasuite.transfer_matrix import TransferMatrix, fit_transfer_matrix, mlp_factor
-from lorasuite.vocabulary import CommonTokens, common_tokens
 from tasks.stage import Artifact, StageOutput, Where, stage
 
 Inputs = Mapping[str, Any]

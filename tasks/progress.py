@@ -45,11 +45,11 @@ class Progress:
             update_progress_artifact(self._artifact, percent, description=told)
 
     def training(self, step: int, total: int, loss: float) -> None:
-        """As :data:`lorasuite.finetune.Progress`."""
+        """As :data:`lorasuite.progress.TrainingProgress`."""
         self.step(step, total, f"loss {loss:.4f}")
 
     def evaluation(self, arm: str, done: int, total: int) -> None:
-        """As :data:`lorasuite.evaluation.Progress`."""
+        """As :data:`lorasuite.progress.EvaluationProgress`."""
         self.step(done, total)
 
 

@@ -22,13 +22,11 @@ from peft import PeftModel
 from peft.utils.save_and_load import get_peft_model_state_dict
 from torch import Tensor
 
-from lorasuite.adapter import Adapter, Extras, OutputType, check_loads, write_adapter
-from lorasuite.checkpoint import Checkpoint
+from lorasuite.adapters import Adapter, Extras, LowRank, OutputType, check_loads, write_adapter
+from lorasuite.bases import Checkpoint, common_tokens
+from lorasuite.correspondence import fit_transfer_matrix, map_heads, mlp_factor
 from lorasuite.errors import AdapterError
-from lorasuite.lowrank import LowRank
-from lorasuite.migration import Migrated, map_heads, migrate
-from lorasuite.transfer_matrix import fit_transfer_matrix, mlp_factor
-from lorasuite.vocabulary import common_tokens
+from lorasuite.transforms import Migrated, migrate
 from tests import kinds, models
 
 IDS = torch.tensor([[5, 9, 33, 71, 8, 40]])

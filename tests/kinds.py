@@ -16,9 +16,8 @@ import peft
 import torch
 from peft import get_peft_model
 
-from lorasuite.adapter import OutputType
-from lorasuite.adapter_types import REFUSED, config_problems
-from lorasuite.checkpoint import Checkpoint
+from lorasuite.adapters import REFUSED, OutputType, config_problems
+from lorasuite.bases import Checkpoint
 from tests import models
 
 TARGETS = ("q", "v", "o", "down")

@@ -22,7 +22,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import CONFIG_MAPPING, AutoConfig, BloomConfig, GPT2Config, PreTrainedTokenizerFast
 from transformers.pytorch_utils import Conv1D
 
-from lorasuite.checkpoint import auto_class
+from lorasuite.bases import auto_class
 from tests.minicpm.configuration_minicpm import MiniCPMConfig
 from tests.minicpm.modeling_minicpm import MiniCPMForCausalLM
 

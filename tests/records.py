@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lorasuite.comparison import compare
-from lorasuite.gate import Gate, judge
+from lorasuite.evaluation import Gate, compare, judge
 
 #: Text that a page must not take for markup.
 NASTY = 'say <script>alert("x")</script> & go'

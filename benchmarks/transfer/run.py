@@ -48,14 +48,13 @@ import torch
 from matplotlib.figure import Figure
 from peft import EvaConfig, LoraConfig, LoraGAConfig, get_peft_model, initialize_lora_eva_weights, preprocess_loraga
 
+from benchmarks.zoo import train as trained
 from lorasuite import zoo
-from lorasuite.adapter import fresh_config, fresh_lora
-from lorasuite.checkpoint import Checkpoint, load_model, load_tokenizer
+from lorasuite.adapters import attach_adapter, attached, fresh_config, fresh_lora
+from lorasuite.bases import Checkpoint, load_model, load_tokenizer
 from lorasuite.data import Row as DataRow
 from lorasuite.errors import LoRASuiteError
-from lorasuite.finetune import attach_adapter, attached
 from lorasuite.teacher import TeacherSettings, write_rows
-from lorasuite.zoo import train as trained
 
 METHODS = ("copy", "lorasuite", "procrustes", "functional", "functional-ridge", "sequential")
 TRANSFORMED = ("lorasuite", "procrustes", "functional", "sequential")

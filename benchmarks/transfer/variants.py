@@ -23,25 +23,28 @@ from typing import Any
 from unittest import mock
 
 import torch
-from run import FURTHER, further_base, scores
 from torch import Tensor
 
-from lorasuite import blocks, state_map, zoo
-from lorasuite.activations import hidden_states
-from lorasuite.adapter import Adapter, fuse_updates, split_update
-from lorasuite.alignment import Moments
-from lorasuite.architectures import Role
-from lorasuite.checkpoint import Checkpoint
-from lorasuite.layer_mapping import map_layers
-from lorasuite.lowrank import LowRank
-from lorasuite.migration import map_heads
-from lorasuite.similarity import layer_similarity
-from lorasuite.transfer_matrix import fit_transfer_matrix, mlp_factor
+from benchmarks.transfer.run import FURTHER, further_base, scores
+from benchmarks.zoo import train as trained
+from lorasuite import zoo
+from lorasuite.adapters import Adapter, LowRank, fuse_updates, split_update
+from lorasuite.bases import Checkpoint, Role, common_tokens
+from lorasuite.bases import _tracing as blocks
+from lorasuite.correspondence import (
+    Moments,
+    fit_transfer_matrix,
+    hidden_states,
+    layer_similarity,
+    map_heads,
+    map_layers,
+    mlp_factor,
+    ridge,
+)
+from lorasuite.correspondence import _state_map as state_map
 from lorasuite.transforms import LayerPair, logits, sequential, transform
-from lorasuite.transforms.functional import Functional, FunctionalRidge, ridge
+from lorasuite.transforms.functional import Functional, FunctionalRidge
 from lorasuite.transforms.procrustes import Procrustes, polar
-from lorasuite.vocabulary import common_tokens
-from lorasuite.zoo import train as trained
 
 Row = dict[str, str]
 #: Updates by layer and role, and by module path.

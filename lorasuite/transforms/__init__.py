@@ -1,20 +1,8 @@
-"""Transforms: each takes a LoRA update of the old base to one for the new base. One module a transform."""
+"""Updates moved from the old base to the new one. One module a transform.
 
-from lorasuite.transforms import controls, copy, functional, logits, lorasuite, procrustes, sequential
-from lorasuite.transforms.base import NO_START, LayerPair, Transform, names, reads_texts, transform
+What the room offers is listed in ``__init__.pyi``; names are imported when they are first used.
+"""
 
-__all__ = [
-    "NO_START",
-    "LayerPair",
-    "Transform",
-    "controls",
-    "copy",
-    "functional",
-    "logits",
-    "lorasuite",
-    "names",
-    "procrustes",
-    "reads_texts",
-    "sequential",
-    "transform",
-]
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -12,9 +12,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lorasuite.architectures import Dimensions, Role
-from lorasuite.lowrank import LowRank
-from lorasuite.transforms.base import LayerPair, register
+from lorasuite.adapters import LowRank
+from lorasuite.bases import Dimensions, Role
+from lorasuite.transforms._protocol import LayerPair, register
 from lorasuite.transforms.procrustes import Procrustes
 
 

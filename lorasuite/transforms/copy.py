@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from lorasuite.architectures import Dimensions, Role
+from lorasuite.adapters import LowRank
+from lorasuite.bases import Dimensions, Role
 from lorasuite.errors import ConfigError, Problem
-from lorasuite.lowrank import LowRank
-from lorasuite.transforms.base import LayerPair, register
+from lorasuite.transforms._protocol import LayerPair, register
 
 
 @register

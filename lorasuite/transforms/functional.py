@@ -10,27 +10,12 @@ to fit a mean with.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from lorasuite.architectures import Role
-from lorasuite.transforms.base import LayerPair, register
+from lorasuite.bases import Role
+from lorasuite.correspondence import ridge
+from lorasuite.transforms._protocol import LayerPair, register
 from lorasuite.transforms.procrustes import Procrustes, written
-
-#: λ relative to the mean variance of the new inputs, ``tr(X_nᵀX_n)/d``.
-RIDGE = 1e-3
-
-
-def ridge(xx: Tensor, xy: Tensor, strength: float = RIDGE, prior: Tensor | None = None) -> Tensor:
-    """The minimum of ``‖XM − Y‖² + λ‖M − prior‖²``, that is ``(xx + λI)⁻¹·(xy + λ·prior)``, from second moments.
-
-    λ is relative to the mean of the diagonal of ``xx``. Without a prior it is zero.
-    """
-    size = xx.shape[0]
-    penalty = strength * xx.diagonal().mean().clamp(min=torch.finfo(xx.dtype).tiny)
-    wanted = xy if prior is None else xy + penalty * prior
-    solution: Tensor = torch.linalg.solve(xx + penalty * torch.eye(size, dtype=xx.dtype), wanted)
-    return solution
 
 
 @register

@@ -21,15 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorasuite.architectures import Role
-from lorasuite.blocks import Batch, Side, Stream, Watch, linear_modules, put_weights, text_batches
+from lorasuite.adapters import LowRank
+from lorasuite.bases import Batch, Role, Side, Stream, Watch, common_tokens, linear_modules, put_weights, text_batches
+from lorasuite.correspondence import RIDGE, StateMap, reduced_rank
 from lorasuite.errors import DataError, Problem
-from lorasuite.lowrank import LowRank
-from lorasuite.state_map import StateMap
-from lorasuite.transforms.base import Progress, register
-from lorasuite.transforms.functional import RIDGE
-from lorasuite.transforms.sequential import Fitted, Sequential, reduced_rank
-from lorasuite.vocabulary import common_tokens
+from lorasuite.progress import Progress
+from lorasuite.transforms._protocol import register
+from lorasuite.transforms.sequential import Fitted, Sequential
 
 #: Positions whose logits are looked at at once.
 CHUNK = 1024

@@ -11,10 +11,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lorasuite.architectures import Dimensions, Role
-from lorasuite.head_mapping import heads
-from lorasuite.lowrank import LowRank
-from lorasuite.transforms.base import LayerPair, register
+from lorasuite.adapters import LowRank
+from lorasuite.bases import Dimensions, Role
+from lorasuite.correspondence import heads
+from lorasuite.transforms._protocol import LayerPair, register
 
 
 @register

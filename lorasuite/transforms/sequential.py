@@ -26,15 +26,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorasuite.architectures import Dimensions, Role
-from lorasuite.blocks import Side, Stream, linear_modules, put_weights, text_batches
+from lorasuite.adapters import LowRank
+from lorasuite.bases import Dimensions, Role, Side, Stream, linear_modules, put_weights, text_batches, unpaired
+from lorasuite.correspondence import LayerMaps, Reading, StateMap, chosen, reduced_rank, watching
 from lorasuite.errors import ConfigError, Problem
-from lorasuite.lowrank import LowRank
-from lorasuite.state_map import LayerMaps, Reading, StateMap, chosen, unpaired, watching
-from lorasuite.transforms.base import LayerPair, Progress, register
+from lorasuite.progress import Progress
+from lorasuite.transforms._protocol import LayerPair, register
 
-#: Ridge of each module's fit, relative to the mean square of what it reads.
-FIT_RIDGE = 1e-2
 #: The order modules are fitted in within a block.
 ORDER: tuple[tuple[Role, ...], ...] = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))
 
@@ -160,30 +158,3 @@ def _fit_block(
                 linear.weight += change.to(linear.weight)
             result.updates[path], result.residual[path] = update, left
     result.map_error[f"{new.architecture.layers}.{layer}"] = maps[layer, "block", "out"].error
-
-
-def reduced_rank(xx: Tensor, xr: Tensor, square: Tensor, *, rank: int) -> tuple[LowRank, float]:
-    """``ΔW (out, in)`` of at most ``rank`` that minimises ``‖XΔWᵀ − R‖² + λ‖ΔW‖²``, from second moments.
-
-    Args:
-        xx: ``XᵀX (in, in)``; xr: ``XᵀR (in, out)``; square: ``‖R‖²``.
-
-    Returns:
-        the update (``B (out, rank)``, ``A (rank, in)``, float64), and the share of ``‖R‖²`` that it leaves.
-    """
-    size = xx.shape[0]
-    penalty = FIT_RIDGE * xx.diagonal().mean().clamp(min=torch.finfo(xx.dtype).tiny)
-    gram = xx + penalty * torch.eye(size, dtype=xx.dtype)
-    lower = torch.linalg.cholesky(gram)
-    # With G = LLᵀ the penalised loss is ‖Lᵀ(W − W*)‖²: the best W of low rank is an SVD cut of LᵀW* = L⁻¹XᵀR.
-    whitened = torch.linalg.solve_triangular(lower, xr, upper=False)
-    u, s, vh = torch.linalg.svd(whitened, full_matrices=False)
-    keep = min(rank, s.numel())
-    root = s[:keep].sqrt()
-    A = (torch.linalg.solve_triangular(lower.T, u[:, :keep], upper=True) * root).T
-    update = LowRank((vh[:keep] * root[:, None]).T.contiguous(), A.contiguous())
-    moved = update.A @ xr  # (rank, out)
-    inner = float((moved * update.B.T).sum())
-    energy = float(((update.A @ xx @ update.A.T) * (update.B.T @ update.B)).sum())
-    left = (float(square) - 2 * inner + energy) / float(square) if float(square) > 0 else 0.0
-    return update, max(left, 0.0)

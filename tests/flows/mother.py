@@ -20,8 +20,8 @@ from typing import Any
 from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 
 import flows.migrate_adapter as main
-import lorasuite.publication as publication
 from flows.context import STAGES
+from lorasuite.reporting import _publication as publication
 
 #: What a migration imports only where it needs it, from its first stage to its report: most of a short one's time.
 LATER = (

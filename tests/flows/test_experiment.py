@@ -17,7 +17,7 @@ from artifacts import Store
 from flows.command_line import app
 from flows.migrate_adapter import migrate_adapter
 from lorasuite import zoo
-from lorasuite.experiment import ARMS
+from lorasuite.planning import ARMS
 
 CONTENT: dict[str, Any] = {
     "name": "tiny",

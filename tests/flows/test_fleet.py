@@ -15,7 +15,7 @@ from artifacts import Store
 from flows.command_line import app
 from lorasuite import zoo
 from lorasuite.errors import ConfigError
-from lorasuite.fleet import read_fleet
+from lorasuite.planning import read_fleet
 from tests.flows.small import BROKEN, NAMES, Small
 
 

@@ -19,9 +19,9 @@ from typer.testing import CliRunner
 from artifacts import Store
 from flows.command_line import app
 from flows.migrate_adapter import migrate_adapter
-from lorasuite import checkpoint
-from lorasuite.adapter import Adapter, check_loads
-from lorasuite.checkpoint import Checkpoint
+from lorasuite.adapters import Adapter, check_loads
+from lorasuite.bases import Checkpoint
+from lorasuite.bases import _loading as checkpoint
 from lorasuite.errors import ConfigError, PreflightError
 from tests import models
 
@@ -274,7 +274,7 @@ def test_failed_publication_leaves_nothing(
         raise OSError("no space left")
 
     with monkeypatch.context() as patch:
-        patch.setattr("lorasuite.publication.write_report", broken)
+        patch.setattr("lorasuite.reporting._publication.write_report", broken)
         with pytest.raises(OSError, match="no space"):
             migrate_adapter(settings())
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))

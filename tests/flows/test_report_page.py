@@ -9,7 +9,7 @@ import pytest
 
 from flows.migrate_adapter import migrate_adapter
 from lorasuite import zoo
-from lorasuite.fleet import write_fleet
+from lorasuite.reporting import write_fleet
 from tests.browser import Seen, needs_chromium, page
 
 KEPT = Path(__file__).parents[2] / "build" / "screenshots"

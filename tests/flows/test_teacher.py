@@ -14,10 +14,10 @@ from flows.migrate_adapter import ALONE, migrate_adapter
 from flows.migrate_fleet import migrate_fleet
 from flows.teach import teacher_rows
 from lorasuite import zoo
-from lorasuite.config import MigrationConfig
 from lorasuite.data import Row
 from lorasuite.errors import DataError, PreflightError
-from lorasuite.selection import write_scaled
+from lorasuite.planning import MigrationConfig
+from lorasuite.training import write_scaled
 from tasks import adapter_stages
 from tests.flows.small import Small
 

@@ -18,10 +18,9 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from flows.context import check_stages
-from lorasuite.checkpoint import check_finite
-from lorasuite.config import MigrationConfig, build, read_config
+from lorasuite.bases import check_finite
 from lorasuite.errors import ConfigError, LoRASuiteError, PreflightError
-from lorasuite.preflight import check
+from lorasuite.planning import MigrationConfig, build, check, read_config
 from tests import models
 
 ROW = {"prompt": "w1 w2", "completion": " w3"}

@@ -10,10 +10,11 @@ import sys
 import pytest
 import torch
 
+from lorasuite.adapters import attach_adapter, detach_adapter
 from lorasuite.data import Message, Row, encode_pair, prompt_ids
 from lorasuite.errors import AdapterError, ConfigError, DataError, NumericalError
 from lorasuite.evaluation import EvaluationSettings, evaluate
-from lorasuite.finetune import FinetuneSettings, attach_adapter, detach_adapter, finetune
+from lorasuite.training import FinetuneSettings, finetune
 from tests.integration.tiny import digit_rows, tiny_lora, tiny_model, tiny_tokenizer
 
 SETTINGS = EvaluationSettings(batch_size=3, max_new_tokens=6)

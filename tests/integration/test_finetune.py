@@ -13,22 +13,12 @@ import torch
 from peft import AdaLoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from lorasuite import sweep
-from lorasuite.adapter import Adapter, fresh_config, untrained
-from lorasuite.checkpoint import Checkpoint
-from lorasuite.data import IGNORED, Row, encode
+from lorasuite.adapters import Adapter, attach_adapter, detach_adapter, fresh_config, save_adapter, untrained
+from lorasuite.bases import Checkpoint
+from lorasuite.data import ENOUGH, IGNORED, Row, encode, split_mixed
 from lorasuite.errors import AdapterError, ConfigError, DataError, NumericalError, OutputError
-from lorasuite.finetune import (
-    FinetuneResult,
-    FinetuneSettings,
-    attach_adapter,
-    collate,
-    detach_adapter,
-    finetune,
-    save_adapter,
-    validation_loss,
-)
-from lorasuite.sweep import ENOUGH, finetune_swept, split_mixed
+from lorasuite.training import FinetuneResult, FinetuneSettings, collate, finetune, finetune_swept, validation_loss
+from lorasuite.training import _sweep as sweep
 from tests.integration.tiny import digit_rows, tiny_lora, tiny_model, tiny_tokenizer
 
 SETTINGS = FinetuneSettings(batch_size=4, epochs=2, learning_rate=5e-3)
@@ -155,7 +145,9 @@ def test_checkpoints_of_another_run_are_not_resumed(tmp_path):
 def test_a_run_killed_before_its_output_was_written_only_writes_it(tmp_path, monkeypatch):
     whole = tune(tmp_path, "whole", work_dir=tmp_path / "other")
     with monkeypatch.context() as patch:
-        patch.setattr("lorasuite.finetune.save_adapter", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+        patch.setattr(
+            "lorasuite.training._finetune.save_adapter", lambda *_: (_ for _ in ()).throw(OSError("disk full"))
+        )
         with pytest.raises(OSError, match="disk full"):
             tune(tmp_path, "late")
     late = tune(tmp_path, "late")
@@ -327,7 +319,7 @@ def test_a_run_can_stop_after_some_epochs_of_its_schedule(tmp_path) -> None:
 def test_a_sweep_is_never_worse_than_its_start(tmp_path, helps: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not helps:  # every epoch makes the held-out rows worse, whatever the rate
         losses = iter(range(100))
-        monkeypatch.setattr("lorasuite.finetune.validation_loss", lambda *_: float(next(losses)))
+        monkeypatch.setattr("lorasuite.training._finetune.validation_loss", lambda *_: float(next(losses)))
     result, tried = finetune_swept(
         tiny_model(), tiny_tokenizer(), digit_rows(), SETTINGS, [1e-3, 5e-3], adapter=None, lora=tiny_lora(),
         output=tmp_path / "swept", work_dir=tmp_path / "work",

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from lorasuite.card import model_card
+from lorasuite.reporting import model_card
 from tests.records import record
 
 COMMIT = {"main": "a" * 40, "v1": "b" * 40}

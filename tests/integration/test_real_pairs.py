@@ -23,15 +23,11 @@ import torch
 import yaml
 from transformers import CONFIG_MAPPING
 
-from lorasuite.adapter import Adapter, check_loads, write_adapter
-from lorasuite.architectures import ATTENTION, Role, architecture_for
-from lorasuite.checkpoint import Checkpoint
-from lorasuite.layer_mapping import map_layers
-from lorasuite.lowrank import LowRank
-from lorasuite.migration import map_heads, migrate
-from lorasuite.preflight import inspect
-from lorasuite.transfer_matrix import TransferMatrix, fit_transfer_matrix, mlp_factor
-from lorasuite.vocabulary import common_tokens
+from lorasuite.adapters import Adapter, LowRank, check_loads, write_adapter
+from lorasuite.bases import ATTENTION, Checkpoint, Role, architecture_for, common_tokens
+from lorasuite.correspondence import TransferMatrix, fit_transfer_matrix, map_heads, map_layers, mlp_factor
+from lorasuite.planning import inspect
+from lorasuite.transforms import migrate
 from tests import models
 
 TABLE = yaml.safe_load((Path(__file__).parent.parent / "real_pairs.yaml").read_text())

@@ -16,14 +16,20 @@ from lm_eval.tasks import TaskManager
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lorasuite.comparison import compare
+from lorasuite.adapters import attach_adapter, detach_adapter
 from lorasuite.data import Row
 from lorasuite.errors import ConfigError, DataError, NumericalError
-from lorasuite.eval_tasks import GROUPS, TASK_FILES, TASKS, data_file, expand, fingerprint, source
-from lorasuite.eval_tasks.sources import CONVERT, read
-from lorasuite.evaluation import EvaluationSettings
-from lorasuite.finetune import FinetuneSettings, attach_adapter, detach_adapter, finetune
-from lorasuite.task_evaluation import check_tasks, evaluate_tasks, group_score, write_task_samples
+from lorasuite.evaluation import (
+    EvaluationSettings,
+    check_tasks,
+    compare,
+    evaluate_tasks,
+    group_score,
+    write_task_samples,
+)
+from lorasuite.evaluation.eval_tasks import GROUPS, TASK_FILES, TASKS, data_file, expand, fingerprint, source
+from lorasuite.evaluation.eval_tasks.sources import CONVERT, read
+from lorasuite.training import FinetuneSettings, finetune
 from tests.integration.tiny import tiny_lora
 
 HERE = Path(__file__).parents[1] / "data"

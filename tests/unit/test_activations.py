@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from lorasuite.activations import Pooling, hidden_states
-from lorasuite.checkpoint import Checkpoint, load_model
+from lorasuite.bases import Checkpoint, load_model
+from lorasuite.correspondence import Pooling, hidden_states
 from lorasuite.errors import DataError
 from tests import models
 

@@ -15,10 +15,9 @@ import torch
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 
-from lorasuite.adapter import CONFIG, PREFIX, WEIGHTS, Adapter, check_loads, target_modules, write_adapter
-from lorasuite.checkpoint import Checkpoint
+from lorasuite.adapters import CONFIG, PREFIX, WEIGHTS, Adapter, LowRank, check_loads, target_modules, write_adapter
+from lorasuite.bases import Checkpoint
 from lorasuite.errors import AdapterError, CheckpointError
-from lorasuite.lowrank import LowRank
 from tests import models
 
 SETTINGS: dict[str, dict[str, Any]] = {

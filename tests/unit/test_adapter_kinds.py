@@ -12,18 +12,22 @@ from typing import Any
 import pytest
 import torch
 
-from lorasuite.adapter import CONFIG, Adapter
-from lorasuite.adapter_types import config_problems
-from lorasuite.checkpoint import Checkpoint
-from lorasuite.combination import materialise, open_adapters, split_sources
-from lorasuite.config import MigrationConfig, build
+from lorasuite.adapters import (
+    CONFIG,
+    Adapter,
+    LowRank,
+    attach_adapter,
+    config_problems,
+    detach_adapter,
+    materialise,
+    open_adapters,
+    split_sources,
+)
+from lorasuite.bases import Checkpoint, CommonTokens
+from lorasuite.correspondence import fit_transfer_matrix
 from lorasuite.errors import AdapterError, CheckpointError, ConfigError
-from lorasuite.finetune import attach_adapter, detach_adapter
-from lorasuite.lowrank import LowRank
-from lorasuite.migration import Migrated, migrate
-from lorasuite.preflight import inspect
-from lorasuite.transfer_matrix import fit_transfer_matrix
-from lorasuite.vocabulary import CommonTokens
+from lorasuite.planning import MigrationConfig, build, inspect
+from lorasuite.transforms import Migrated, migrate
 from tests import cross, kinds, models
 from tests.cross import check_tensors, close, logits, merged, move, opened, trained, write
 
@@ -187,7 +191,7 @@ def test_embeddings_need_shared_tokens(made: Callable[..., Any]) -> None:
 
 def test_magnitudes_follow_their_heads(made: Callable[..., Any], base: Callable[..., Path]) -> None:
     """Where nothing but the heads' order changes, every row keeps its relative magnitude, in its new place."""
-    from lorasuite.extras import move_rows
+    from lorasuite.transforms import move_rows
 
     model, _ = made("DoRA")
     dims = Checkpoint(model).dims  # 4 heads, 2 key/value heads, head size 8

@@ -11,15 +11,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorasuite.adapter import Adapter
-from lorasuite.alignment import Moments, align, paired_positions
-from lorasuite.architectures import ROLES
-from lorasuite.checkpoint import Checkpoint
-from lorasuite.config import MigrationConfig, build
-from lorasuite.migration import Migrated, migrate
-from lorasuite.transfer_matrix import TransferMatrix
-from lorasuite.transforms import names, transform
-from lorasuite.transforms.functional import ridge
+from lorasuite.adapters import Adapter
+from lorasuite.bases import ROLES, Checkpoint, paired_positions
+from lorasuite.correspondence import Moments, TransferMatrix, align, ridge
+from lorasuite.planning import MigrationConfig, build
+from lorasuite.transforms import Migrated, migrate, names, transform
 from lorasuite.transforms.procrustes import polar
 from tests import models
 

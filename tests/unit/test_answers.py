@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lorasuite.answers import extract, extract_choice, extract_letter, extract_number, matches
+from lorasuite.evaluation import extract, extract_choice, extract_letter, extract_number, matches
 
 NUMBERS: list[tuple[str, float | None]] = [
     ("The answer is 42.", 42),

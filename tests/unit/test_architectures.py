@@ -12,9 +12,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import lorasuite.architectures
-from lorasuite.architectures import Dimensions, Module, architecture_for, architectures, load
-from lorasuite.checkpoint import Checkpoint
+from lorasuite.bases import Checkpoint, Dimensions, Module, architecture_for, architectures, load
+from lorasuite.bases._architecture import HERE
 from lorasuite.errors import ArchitectureError, LoRASuiteError
 from tests import models
 
@@ -172,7 +171,7 @@ def test_heads_that_do_not_divide_are_refused() -> None:
         architecture_for(config).dimensions(config)
 
 
-VALID = yaml.safe_load((Path(lorasuite.architectures.__file__).parent / "llama.yaml").read_text())
+VALID = yaml.safe_load((HERE / "llama.yaml").read_text())
 VALID["modules"] = [
     {"name": "qkv", "roles": ["q", "k", "v"], "layout": "stacked"},
     {"name": "o", "roles": ["o"]},

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lorasuite.blocks import Side, Stream, Watch, put_weights
-from lorasuite.checkpoint import Checkpoint, load_model, load_tokenizer
+from lorasuite.bases import Checkpoint, Side, Stream, Watch, load_model, load_tokenizer, put_weights
 from tests import models
 
 

@@ -11,9 +11,9 @@ from huggingface_hub import ModelCard, ModelCardData, metadata_load
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from huggingface_hub.utils import validate_repo_id
 
-from lorasuite import hub
-from lorasuite.card import model_card
 from lorasuite.errors import ConfigError, OutputError
+from lorasuite.reporting import _hub as hub
+from lorasuite.reporting import model_card
 from tests.records import record
 
 

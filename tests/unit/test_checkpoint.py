@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lorasuite.checkpoint import (
+from lorasuite.bases import (
     METER,
     Checkpoint,
     file_digest,

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from lorasuite.comparison import compare, compare_arms, mcnemar, metrics, read_samples, sample_id
 from lorasuite.errors import DataError
+from lorasuite.evaluation import compare, compare_arms, mcnemar, metrics, read_samples, sample_id
 
 #: 30 right in both, 12 only in the first, 3 only in the second, 5 in neither.
 PATTERN = [(1, 1)] * 30 + [(1, 0)] * 12 + [(0, 1)] * 3 + [(0, 0)] * 5

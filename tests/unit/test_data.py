@@ -277,7 +277,7 @@ def test_conversations_learn_the_last_turn_and_its_end():
 def test_cutoff_drops_and_counts_rows_without_completion(caplog):
     short = Row(kind="completion", prompt="hello", completion=" there")
     long = Row(kind="completion", prompt="hello there " * 20, completion="you")
-    with caplog.at_level(logging.WARNING, logger="lorasuite.data"):
+    with caplog.at_level(logging.WARNING, logger="lorasuite.data._encoding"):
         encoded = encode_rows([long, short, long], BPE, cutoff=16)
     assert encoded.cut_off == [0, 2]
     assert len(encoded.examples) == 1

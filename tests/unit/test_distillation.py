@@ -9,8 +9,7 @@ import torch
 from torch.nn import functional
 
 from lorasuite.data import IGNORED, Row, encode_rows
-from lorasuite.distillation import SoftLabels, distilled_loss, soft_labels
-from lorasuite.finetune import FinetuneSettings, collate, finetune
+from lorasuite.training import FinetuneSettings, SoftLabels, collate, distilled_loss, finetune, soft_labels
 from tests.integration.tiny import digit_rows, tiny_lora, tiny_model, tiny_tokenizer
 
 

@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from lorasuite.adapter import Adapter
-from lorasuite.checkpoint import Checkpoint
-from lorasuite.estimate import Throughput, active, estimate, measure
-from lorasuite.preflight import inspect
+from lorasuite.adapters import Adapter
+from lorasuite.bases import Checkpoint
+from lorasuite.planning import Throughput, active, estimate, inspect, measure
 from tests import kinds, models
 
 SPEED = Throughput("cpu", forward=1e6, double=1e6, eigen=1e6, svd=1e6, read=1e6)

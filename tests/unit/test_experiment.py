@@ -12,8 +12,8 @@ import pytest
 import yaml
 
 from lorasuite.errors import ConfigError
-from lorasuite.experiment import ARMS, Experiment, read_experiment
-from lorasuite.results import Measurement, Score, kept, read_results, write_results
+from lorasuite.planning import ARMS, Experiment, read_experiment
+from lorasuite.reporting import Measurement, Score, kept, read_results, write_results
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "experiments").glob("*.yaml"))

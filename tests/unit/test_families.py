@@ -16,13 +16,12 @@ from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING
 from transformers.pytorch_utils import Conv1D
 
-import lorasuite.architectures
-from lorasuite import serving
-from lorasuite.adapter import Adapter, check_loads, fresh_config, fresh_lora, write_adapter
-from lorasuite.architectures import ATTENTION, Architecture, Module, Role, architectures, load
-from lorasuite.checkpoint import Checkpoint, load_model
+from lorasuite.adapters import Adapter, check_loads, fresh_config, fresh_lora, write_adapter
+from lorasuite.bases import ATTENTION, Architecture, Checkpoint, Module, Role, architectures, load, load_model
+from lorasuite.bases._architecture import HERE
 from lorasuite.errors import AdapterError, CheckpointError
-from lorasuite.preflight import inspect
+from lorasuite.evaluation import _serving as serving
+from lorasuite.planning import inspect
 from tests import models
 from tests.unit.test_transform_lorasuite import check, expected_updates, run, some_heads
 
@@ -417,9 +416,7 @@ def test_the_page_on_architectures_is_in_step() -> None:
         for name in schema.model_fields:
             assert f"\n| `{name}` |" in page, name
     rows = {line.split("|")[1].strip(" `"): line.split("|")[2] for line in page.splitlines() if line.startswith("| `")}
-    for file in Path(lorasuite.architectures.__file__).parent.glob("*.yaml"):
+    for file in HERE.glob("*.yaml"):
         listed = {name.strip(" `") for name in rows[file.stem].split(",")}
         assert listed == set(load(file).model_types), file.stem
-    assert {family.family for family in architectures().values()} == {
-        file.stem for file in Path(lorasuite.architectures.__file__).parent.glob("*.yaml")
-    }
+    assert {family.family for family in architectures().values()} == {file.stem for file in HERE.glob("*.yaml")}

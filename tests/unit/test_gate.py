@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from lorasuite.gate import Gate, fails, judge
+from lorasuite.evaluation import Gate, fails, judge
 
 
 def arms(metric: str, **values: float) -> dict[str, dict[str, Any]]:

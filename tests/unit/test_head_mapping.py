@@ -11,12 +11,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorasuite.architectures import ATTENTION
-from lorasuite.checkpoint import Checkpoint
-from lorasuite.head_mapping import head_similarity, index_heads, match_heads
-from lorasuite.migration import map_heads
-from lorasuite.transfer_matrix import TransferMatrix, fit_transfer_matrix
-from lorasuite.vocabulary import CommonTokens
+from lorasuite.bases import ATTENTION, Checkpoint, CommonTokens
+from lorasuite.correspondence import (
+    TransferMatrix,
+    fit_transfer_matrix,
+    head_similarity,
+    index_heads,
+    map_heads,
+    match_heads,
+)
 from tests import models
 from tests.unit import oracle
 

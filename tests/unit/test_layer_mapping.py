@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lorasuite.correspondence import map_layers
 from lorasuite.errors import ConfigError, LoRASuiteError
-from lorasuite.layer_mapping import map_layers
 from tests.unit import oracle
 
 

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from lorasuite import zoo
-from lorasuite.adapter import Adapter
+from lorasuite.adapters import Adapter, attached
+from lorasuite.bases import Side
 from lorasuite.data import Row
 from lorasuite.errors import ConfigError, DataError
-from lorasuite.finetune import attached, validation_loss
+from lorasuite.training import validation_loss
 from lorasuite.transforms import logits, transform
 from lorasuite.transforms.logits import _Norm
-from lorasuite.transforms.sequential import Side
 from tests import models
 from tests.unit.test_sequential import side, with_updates
 

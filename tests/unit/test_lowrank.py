@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorasuite.lowrank import LowRank
+from lorasuite.adapters import LowRank
 from tests.unit import oracle
 
 

@@ -9,10 +9,8 @@ from typing import Any
 import pytest
 
 from flows.measure import Measured
-from lorasuite.eval_tasks import GROUPS
-from lorasuite.evaluation import EvaluationSettings
-from lorasuite.gate import judge
-from lorasuite.task_evaluation import TaskScore
+from lorasuite.evaluation import EvaluationSettings, TaskScore, judge
+from lorasuite.evaluation.eval_tasks import GROUPS
 
 DATA = Path(__file__).parents[1] / "data" / "eval_tasks"
 

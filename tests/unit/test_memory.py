@@ -9,12 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from lorasuite.adapter import Adapter
-from lorasuite.architectures import ATTENTION
-from lorasuite.checkpoint import METER, Checkpoint
-from lorasuite.migration import map_heads, migrate
-from lorasuite.transfer_matrix import fit_transfer_matrix, mlp_factor
-from lorasuite.vocabulary import CommonTokens
+from lorasuite.adapters import Adapter
+from lorasuite.bases import ATTENTION, METER, Checkpoint, CommonTokens
+from lorasuite.correspondence import fit_transfer_matrix, map_heads, mlp_factor
+from lorasuite.transforms import migrate
 
 DEEP, SHALLOW = 12, 8
 NUMBERS = {"hidden": 32, "intermediate": 64, "heads": 4}

@@ -13,9 +13,8 @@ import yaml
 from typer.testing import CliRunner
 
 from flows.command_line import app
-from lorasuite.architectures import Architecture, architectures, load, propose
-from lorasuite.checkpoint import Checkpoint, Weights
-from lorasuite.preflight import inspect
+from lorasuite.bases import Architecture, Checkpoint, Weights, architectures, load, propose
+from lorasuite.planning import inspect
 from tests import models
 
 

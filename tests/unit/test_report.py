@@ -11,10 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from lorasuite import figures
 from lorasuite.errors import CheckpointError
-from lorasuite.fleet import write_fleet
-from lorasuite.report import render, wilson, write_report
+from lorasuite.reporting import _figures as figures
+from lorasuite.reporting import render, wilson, write_fleet, write_report
 from tests.records import NASTY, record
 
 SECTIONS = ("checks", "results", "flips", "candidates", "training", "layers", "heads", "energy", "serving", "cost",

@@ -13,16 +13,16 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from lorasuite import state_map, zoo
-from lorasuite.adapter import Adapter
-from lorasuite.blocks import Side, text_batches
-from lorasuite.checkpoint import Checkpoint, load_model, load_tokenizer
+from lorasuite import zoo
+from lorasuite.adapters import Adapter, attached
+from lorasuite.bases import Checkpoint, Side, load_model, load_tokenizer, text_batches
+from lorasuite.correspondence import FIT_RIDGE, StateMap, reduced_rank
+from lorasuite.correspondence import _state_map as state_map
 from lorasuite.data import Row
 from lorasuite.errors import ConfigError, DataError
-from lorasuite.finetune import attached, validation_loss
-from lorasuite.state_map import StateMap
+from lorasuite.training import validation_loss
 from lorasuite.transforms import sequential, transform
-from lorasuite.transforms.sequential import FIT_RIDGE, Fitted, reduced_rank
+from lorasuite.transforms.sequential import Fitted
 from tests import models
 
 

@@ -14,9 +14,9 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from lorasuite.adapter import CONFIG, WEIGHTS
-from lorasuite.checkpoint import load_model, load_tokenizer
-from lorasuite.serving import LLAMA_CPP_ARCHITECTURES, TEXT, VLLM_ARCHITECTURES, check, compare_merged
+from lorasuite.adapters import CONFIG, WEIGHTS
+from lorasuite.bases import load_model, load_tokenizer
+from lorasuite.evaluation import LLAMA_CPP_ARCHITECTURES, TEXT, VLLM_ARCHITECTURES, check, compare_merged
 from tests import models
 
 Base = Callable[..., Path]
@@ -155,7 +155,7 @@ def test_a_model_that_computes_otherwise_when_merged(base: Base, lora: Base, mon
             layer.mlp.down_proj.register_forward_hook(lambda _m, _i, output: output * 0.5)
         return model
 
-    monkeypatch.setattr("lorasuite.serving.load_model", scaled)
+    monkeypatch.setattr("lorasuite.evaluation._serving.load_model", scaled)
     model = base("llama")
     found = compare_merged(model, lora(model))["transformers"]
     assert not found.ok and "differ by more than" in found.problems[0]
@@ -164,7 +164,7 @@ def test_a_model_that_computes_otherwise_when_merged(base: Base, lora: Base, mon
 def test_llama_cpp_has_a_name_for_every_module(base: Base) -> None:
     """Against llama.cpp's own table of names, where its package is installed."""
     gguf = pytest.importorskip("gguf", reason="gguf, of the dev extra, is not installed")
-    from lorasuite.checkpoint import Checkpoint
+    from lorasuite.bases import Checkpoint
 
     kinds = {
         "llama": "LLAMA", "qwen2": "QWEN2", "gpt_neox": "GPTNEOX", "bloom": "BLOOM", "phi": "PHI2", "phi3": "PHI3",

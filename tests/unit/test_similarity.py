@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lorasuite.correspondence import cka, grams, hsic, layer_similarity, minibatch_cka
 from lorasuite.errors import ConfigError, DataError
-from lorasuite.similarity import cka, grams, hsic, layer_similarity, minibatch_cka
 from tests.unit import oracle
 
 

@@ -11,21 +11,22 @@ import pytest
 import torch
 from peft import get_peft_model
 
-from lorasuite import teacher as module
-from lorasuite.config import MigrationConfig
-from lorasuite.data import Message, Row, encode, read_prompts, read_rows, unanswered
+from lorasuite.adapters import attached, save_adapter
+from lorasuite.data import Message, Row, encode, read_prompts, read_rows, rows_to_jsonl, unanswered
 from lorasuite.errors import DataError
-from lorasuite.finetune import attached, save_adapter
+from lorasuite.planning import MigrationConfig
 from lorasuite.teacher import (
     TeacherSettings,
     TextLoss,
+    _prompts,
+    _writing,
     frame,
     judge_teacher,
-    rows_to_jsonl,
     text_losses,
     total,
     write_rows,
 )
+from lorasuite.teacher import _generation as module
 from tests.integration.tiny import digit_rows, tiny_lora, tiny_model, tiny_tokenizer
 
 SECRET = "nine"
@@ -192,7 +193,8 @@ def test_filters(
     monkeypatch: pytest.MonkeyPatch, answers: list[tuple[str, float, bool]], kind: str, reasons: dict[str, int]
 ) -> None:
     monkeypatch.setattr(module._Writer, "write", lambda writer, attempts: Script(*answers)(writer, attempts))
-    monkeypatch.setattr(module, "ATTEMPTS", 1)
+    monkeypatch.setattr(_writing, "ATTEMPTS", 1)
+    monkeypatch.setattr(_prompts, "ATTEMPTS", 1)
     prompts = {
         "completion": [Row(kind="completion", prompt="say")],
         "text": [Row(kind="text", text="say")],

@@ -10,10 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorasuite.checkpoint import Checkpoint
+from lorasuite.bases import Checkpoint, CommonTokens, common_tokens
+from lorasuite.correspondence import TransferMatrix, fit_transfer_matrix, least_squares, mlp_factor
 from lorasuite.errors import ConfigError, NumericalError
-from lorasuite.transfer_matrix import TransferMatrix, fit_transfer_matrix, least_squares, mlp_factor
-from lorasuite.vocabulary import CommonTokens, common_tokens
 from tests import models
 from tests.unit import oracle
 
@@ -74,7 +73,7 @@ def test_duplicated_rows_are_no_extra_rank(tmp_path: Path, base: Callable[..., P
 def test_the_result_does_not_depend_on_the_chunks(base: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     old, new = Checkpoint(base("llama", hidden=24)), Checkpoint(base("llama", hidden=40, seed=1))
     whole = fit_transfer_matrix(old, new, every(96))
-    monkeypatch.setattr("lorasuite.transfer_matrix.CHUNK", 7)
+    monkeypatch.setattr("lorasuite.correspondence._transfer_matrix.CHUNK", 7)
     parts = fit_transfer_matrix(old, new, every(96))
     assert whole.matrix is not None and parts.matrix is not None
     close(parts.matrix, whole.matrix, 1e-10)

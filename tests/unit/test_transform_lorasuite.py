@@ -9,15 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from lorasuite.adapter import Adapter, fuse_updates, split_update
-from lorasuite.architectures import Dimensions, Module
-from lorasuite.checkpoint import Checkpoint
+from lorasuite.adapters import Adapter, LowRank, fuse_updates, split_update
+from lorasuite.bases import Checkpoint, CommonTokens, Dimensions, Module
+from lorasuite.correspondence import TransferMatrix, fit_transfer_matrix, mlp_factor
 from lorasuite.errors import AdapterError, ConfigError
-from lorasuite.lowrank import LowRank
-from lorasuite.migration import Migrated, migrate
-from lorasuite.transfer_matrix import TransferMatrix, fit_transfer_matrix, mlp_factor
-from lorasuite.transforms import names, transform
-from lorasuite.vocabulary import CommonTokens
+from lorasuite.transforms import Migrated, migrate, names, transform
 from tests import models
 from tests.unit import oracle
 from tests.unit.test_head_mapping import permute

@@ -14,7 +14,7 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import PreTrainedTokenizerFast
 
-from lorasuite.vocabulary import CommonTokens, common_tokens, convention, surface
+from lorasuite.bases import CommonTokens, common_tokens, convention, surface
 from tests import models
 
 

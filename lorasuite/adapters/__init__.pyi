@@ -1,0 +1,46 @@
+from ._attachment import attach_adapter, attached, detach_adapter, restored, save_adapter, unwrap
+from ._combination import materialise, open_adapters, split_sources
+from ._contents import CONFIG, PREFIX, WEIGHTS, Tensors, base_weight
+from ._formats import weight_shape
+from ._fused import fuse_updates, split_update
+from ._kinds import REFUSED, config_problems
+from ._lowrank import LowRank
+from ._reader import Adapter
+from ._untrained import fresh_config, fresh_lora, untrained
+from ._vocabulary_modules import vocabulary_side, vocabulary_weight
+from ._writer import Extras, OutputType, check_loads, not_in_adalora, target_modules, write_adapter
+
+__all__ = [
+    "CONFIG",
+    "PREFIX",
+    "REFUSED",
+    "WEIGHTS",
+    "Adapter",
+    "Extras",
+    "LowRank",
+    "OutputType",
+    "Tensors",
+    "attach_adapter",
+    "attached",
+    "base_weight",
+    "check_loads",
+    "config_problems",
+    "detach_adapter",
+    "fresh_config",
+    "fresh_lora",
+    "fuse_updates",
+    "materialise",
+    "not_in_adalora",
+    "open_adapters",
+    "restored",
+    "save_adapter",
+    "split_sources",
+    "split_update",
+    "target_modules",
+    "untrained",
+    "unwrap",
+    "vocabulary_side",
+    "vocabulary_weight",
+    "weight_shape",
+    "write_adapter",
+]

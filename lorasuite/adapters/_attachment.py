@@ -1,0 +1,168 @@
+"""Adapters put on a loaded model and taken off again, so that the base stays what it was."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lorasuite.errors import AdapterError, OutputError, Problem
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+
+def attach_adapter(
+    model: PreTrainedModel, adapter: Path, *, device: str | torch.device = "cpu", trainable: bool = False
+) -> PeftModel:
+    """Wrap a model in a saved PEFT adapter, refusing one of which any tensor does not find its place.
+
+    PEFT itself only warns about missing tensors and is silent about superfluous ones, some of which would overwrite
+    the base's. The model's modules are wrapped in place; :func:`detach_adapter` restores them.
+
+    Raises:
+        AdapterError: the directory is no PEFT adapter, does not fit the model, or has missing or unexpected tensors.
+    """
+    from peft import PeftConfig, PeftModel
+    from peft.utils import get_peft_model_state_dict
+    from peft.utils.save_and_load import load_peft_weights
+    from safetensors import SafetensorError
+
+    adapter = Path(adapter)
+    remedy = "Use an adapter made for this base model"
+    if not (adapter / "adapter_config.json").is_file():
+        raise AdapterError([Problem(str(adapter), "holds no adapter_config.json", "Give a PEFT adapter directory")])
+    try:
+        saved = set(load_peft_weights(str(adapter), device="cpu"))
+        own = tuple(f".{module}." for module in PeftConfig.from_pretrained(str(adapter)).modules_to_save or ())
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+        raise AdapterError([Problem(str(adapter), f"cannot be read ({error})", remedy)]) from error
+    # Checked first: PEFT would load such a tensor into the base itself, and taking the adapter out leaves it there.
+    prefix = "base_model.model."
+    inside = {name.removeprefix(prefix) for name in saved if not any(module in f".{name}" for module in own)}
+    before = model.state_dict()
+    overwritten = sorted(inside & set(before))
+    if overwritten:
+        what = f"would overwrite {len(overwritten)} tensors of the base, such as {overwritten[0]!r}"
+        raise AdapterError([Problem(str(adapter), what, "Save it with save_embedding_layers=False")])
+    # What PEFT changes of the base on purpose (trained biases, weights of PiSSA and its like) is put back on leaving.
+    replaced = {name.replace(".base_layer.", ".") for name in inside if ".base_layer." in name}
+    if _changes_weights(adapter):
+        factor = ".lora_A.weight"
+        replaced |= {name.removesuffix(factor) + ".weight" for name in inside if name.endswith(factor)}
+    kept = {name: before[name].detach().to("cpu", copy=True) for name in sorted(replaced & set(before))}
+    try:
+        wrapped = PeftModel.from_pretrained(model, str(adapter), is_trainable=trainable, torch_device=str(device))
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        unwrap(model)
+        model.load_state_dict(kept, strict=False)
+        raise AdapterError([Problem(str(adapter), f"does not fit the base model ({error})", remedy)]) from error
+    wrapped.lorasuite_base_tensors = kept
+    copies = {name for name in saved if name.endswith(".base_layer.weight")}  # of the embeddings, beside their LoRA
+    expected = set(get_peft_model_state_dict(wrapped, save_embedding_layers=False)) | copies
+    problems = [
+        Problem(str(adapter), f"{len(names)} {what} tensors, such as {sorted(names)[0]!r}", remedy)
+        for what, names in (("missing", expected - saved), ("unexpected", saved - expected))
+        if names
+    ]
+    if problems:
+        detach_adapter(wrapped)
+        raise AdapterError(problems)
+    return wrapped
+
+
+def detach_adapter(wrapped: PeftModel) -> PreTrainedModel:
+    """The base model without its PEFT modules, as it was before :func:`attach_adapter` or ``get_peft_model``.
+
+    Not PEFT's ``unload``: that one leaves an adapter's fully trained modules (``modules_to_save``) in the base.
+    """
+    model: PreTrainedModel = wrapped.get_base_model()
+    kept = getattr(wrapped, "lorasuite_base_tensors", {})
+    unwrap(model)
+    model.load_state_dict(kept, strict=False)
+    return model
+
+
+@contextlib.contextmanager
+def attached(model: PreTrainedModel, adapter: Path, device: str | torch.device = "cpu") -> Iterator[PeftModel]:
+    """The model with an adapter, unmerged, while the context lasts; raises as :func:`attach_adapter`."""
+    wrapped = attach_adapter(model, adapter, device=device)
+    try:
+        yield wrapped.eval()
+    finally:
+        detach_adapter(wrapped)
+
+
+def _changes_weights(adapter: Path) -> bool:
+    """Whether PEFT changes the base's weights when it loads the adapter, as PiSSA's initialisation does."""
+    from lorasuite.adapters._kinds import CHANGES_BASE
+    from lorasuite.bases import read_json
+
+    init = read_json(adapter / "adapter_config.json").get("init_lora_weights")
+    return isinstance(init, str) and bool(CHANGES_BASE.search(init))
+
+
+def unwrap(model: PreTrainedModel) -> None:
+    """Take PEFT's modules out of a model that was wrapped in place, whatever state wrapping or training left it in."""
+    done: list[str] = []
+    for name, module in list(model.named_modules()):
+        if not name or any(name.startswith(f"{outer}.") for outer in done):
+            continue
+        inner = module
+        while (below := getattr(inner, "base_layer", getattr(inner, "original_module", None))) is not None:
+            inner = below
+        if inner is not module:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, inner)
+            done.append(name)
+    if hasattr(model, "peft_config"):
+        del model.peft_config
+
+
+@contextlib.contextmanager
+def restored(model: PreTrainedModel, *, checkpointing: bool = False) -> Iterator[None]:
+    """Give a caller's model back as it was: flags, cache setting, mode and modules."""
+    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    training, use_cache = model.training, getattr(model.config, "use_cache", None)
+    try:
+        yield
+    finally:
+        unwrap(model)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(flags.get(name, parameter.requires_grad))
+            parameter.grad = None
+        if checkpointing:
+            # Named activation checkpointing since transformers 5.2x, gradient checkpointing before.
+            getattr(model, "activation_checkpointing_disable", model.gradient_checkpointing_disable)()
+        if use_cache is not None:
+            model.config.use_cache = use_cache
+        model.train(training)
+
+
+def save_adapter(wrapped: PeftModel, output: Path) -> None:
+    """Write a PEFT adapter (safetensors and config) so that ``output`` never exists half-written.
+
+    PEFT's template ``README.md`` is left out: its placeholders would pass for a model card.
+
+    Raises:
+        OutputError: ``output`` exists.
+    """
+    output = Path(output)
+    if output.exists():
+        raise OutputError([Problem(str(output), "exists already", "Choose another directory, or remove it")])
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    try:
+        # "auto" would look the base up on the Hub; nothing here ever resizes embeddings.
+        wrapped.save_pretrained(str(partial), safe_serialization=True, save_embedding_layers=False)
+        (partial / "README.md").unlink(missing_ok=True)
+        partial.chmod(0o755)
+        partial.rename(output)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise

@@ -1,0 +1,249 @@
+"""A PEFT adapter on disk, checked against its base and read as factored updates."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from lorasuite.adapters._contents import CONFIG, PICKLE, WEIGHTS, Contents, Tensors, initial_adapter
+from lorasuite.adapters._formats import read_contents
+from lorasuite.adapters._kinds import ORDERED, config_problems, kind_of
+from lorasuite.adapters._lowrank import LowRank
+from lorasuite.adapters._vocabulary_modules import vocabulary_shape, vocabulary_side
+from lorasuite.bases import (
+    ROLES,
+    Architecture,
+    Checkpoint,
+    Module,
+    Role,
+    digest_json,
+    file_digest,
+    module_order,
+    read_json,
+    resolve,
+)
+from lorasuite.errors import AdapterError, CheckpointError, Problem
+
+#: Config fields that say nothing about what an adapter computes.
+INERT = ("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type")
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """A PEFT adapter on disk, of any kind :mod:`lorasuite.adapter_types` reads.
+
+    Raises:
+        CheckpointError: if files are missing or unreadable.
+        AdapterError: with every reason why it cannot be migrated.
+    """
+
+    path: Path
+    config: Mapping[str, Any]
+    contents: Contents = field(repr=False)
+    tensors: Tensors = field(repr=False)
+
+    @classmethod
+    def open(cls, source: str | Path, allow_pickle: bool = False) -> Adapter:
+        """Read the config and the tensor names; factors are read when asked for.
+
+        Args:
+            allow_pickle: read ``adapter_model.bin`` where there is no safetensors file, with ``weights_only=True``.
+        """
+        path = resolve(source)
+        config = read_json(path / CONFIG)
+        problems = config_problems(config, str(path / CONFIG), initial_adapter(path) is not None)
+        file = path / WEIGHTS
+        if not file.is_file() and (path / PICKLE).is_file():
+            if allow_pickle:
+                file = path / PICKLE
+            else:
+                what = f"has pickle weights only ({PICKLE})"
+                fix = "Save it again with PEFT's save_pretrained, or give --allow-pickle if you trust it."
+                problems.append(Problem(str(path), what, fix))
+        elif not file.is_file():
+            problems.append(Problem(str(path), f"has no {WEIGHTS}", "Save it again with PEFT's save_pretrained."))
+        if problems:
+            raise AdapterError(problems)
+        tensors = Tensors(file)
+        contents, problems = read_contents(path, config, tensors)
+        if problems:
+            raise AdapterError(problems)
+        return cls(path, config, contents, tensors)
+
+    @property
+    def kind(self) -> str:
+        """What it is, for people: its PEFT type, or ``DORA``."""
+        return "DORA" if self.contents.magnitudes else kind_of(self.config)
+
+    @cached_property
+    def modules(self) -> tuple[str, ...]:
+        """Paths of the modules it updates, sorted."""
+        return tuple(self.contents.updates)
+
+    @property
+    def rank(self) -> int:
+        """The largest rank of any module."""
+        return max(update.rank for update in self.contents.updates.values())
+
+    @property
+    def scaling(self) -> dict[str, float]:
+        """Module path → the scaling ``s`` of ``ΔW = s·B·A``."""
+        return {module: update.scaling for module, update in self.contents.updates.items()}
+
+    @property
+    def stored(self) -> bool:
+        """Whether its factors lie in its file, and reading them takes no base and no computation."""
+        return all(update.stored for update in self.contents.updates.values())
+
+    def lora_settings(self, rank: int) -> dict[str, Any]:
+        """Arguments of :func:`write_adapter` that keep the scaling it was trained with: ``rank, alpha, use_rslora``."""
+        kind, rslora = kind_of(self.config), bool(self.config.get("use_rslora"))
+        if kind not in ("LORA", "ADALORA"):
+            return {"rank": rank, "alpha": rank, "use_rslora": False}
+        growth = rank / self.config["r" if kind == "LORA" else "init_r"]
+        alpha = self.config["lora_alpha"] * (math.sqrt(growth) if rslora else growth)
+        return {"rank": rank, "alpha": alpha, "use_rslora": rslora}
+
+    def factors(self, module: str, base: Checkpoint | None = None) -> tuple[Tensor, Tensor]:
+        """``B (out, r)`` and ``A (r, in)`` without the scaling.
+
+        Args:
+            base: the old base, which only adapters that are not :attr:`stored` need.
+
+        Raises:
+            AdapterError: if they hold NaN or Inf, or the base is needed and missing.
+        """
+        return self.contents.updates[module].read(base)
+
+    def update(self, module: str, base: Checkpoint | None = None) -> LowRank:
+        """``ΔW = s·B·A`` of one module, float64. See :meth:`factors`."""
+        B, A = self.factors(module, base)
+        return LowRank(B.double() * self.contents.updates[module].scaling, A.double())
+
+    def extra(self, name: str) -> Tensor:
+        """A tensor beside the updates (see :class:`lorasuite.adapter_types.Contents`), float64."""
+        return self.tensors.tensor(name).double()
+
+    def by_layer(self, checkpoint: Checkpoint) -> dict[int, dict[str, Module]]:
+        """Its block modules by layer of a base model: ``{layer: {path: module}}``.
+
+        Raises:
+            AdapterError: naming every module the architecture does not describe or whose shape differs.
+        """
+        problems = self.check(checkpoint)
+        if problems:
+            raise AdapterError(problems)
+        found: dict[int, dict[str, Module]] = defaultdict(dict)
+        for path in self.modules:
+            located = checkpoint.architecture.locate(path)
+            if located is not None:
+                found[located[0]][path] = located[1]
+        return dict(sorted(found.items()))
+
+    def plain(self, architecture: Architecture) -> bool:
+        """Whether it holds updates of blocks only: no magnitudes, biases, saved modules or embeddings."""
+        c = self.contents
+        return not (c.magnitudes or c.biases or c.saved or c.tokens or self.vocabulary_modules(architecture))
+
+    def vocabulary_modules(self, architecture: Architecture) -> list[str]:
+        """Paths of the embeddings it changes, in whatever way."""
+        c = self.contents
+        return sorted(path for path in {*c.updates, *c.saved, *c.tokens} if vocabulary_side(architecture, path))
+
+    def check(self, checkpoint: Checkpoint) -> list[Problem]:
+        """Why this adapter does not fit a base model; empty if it does."""
+        problems: list[Problem] = []
+        wrong_base = "The adapter was trained on another base: give that one as --old-base."
+        where, shapes = str(self.tensors.file), self.tensors.shapes
+        if self.vocabulary_modules(checkpoint.architecture) and self.config.get("ensure_weight_tying"):
+            problems.append(
+                Problem(
+                    f"{self.path / CONFIG}: ensure_weight_tying",
+                    "ties the changes of two embeddings, which is not migrated",
+                    "Train without it, or without the embeddings.",
+                )
+            )
+        if kind_of(self.config) in ORDERED:
+            try:
+                module_order(checkpoint)
+            except CheckpointError as error:
+                problems += error.problems
+        for path, update in self.contents.updates.items():
+            if vocabulary_side(checkpoint.architecture, path) is not None:
+                wanted: tuple[int, ...] = vocabulary_shape(checkpoint, path)
+                if update.shape is not None and update.shape != wanted:
+                    what = f"{path} updates a {update.shape} weight, the old base has {wanted}"
+                    problems.append(Problem(where, what, wrong_base))
+                continue
+            located = checkpoint.architecture.locate(path)
+            if located is None:
+                problems.append(
+                    Problem(
+                        where,
+                        f"{path} is not a linear module of a {checkpoint.architecture.family} block",
+                        checkpoint.architecture.refusal(path)
+                        or "Only block projections and embeddings can be migrated: train without it.",
+                    )
+                )
+                continue
+            layer, module = located
+            if layer >= checkpoint.dims.layers:
+                what = f"{path} is beyond the old base's {checkpoint.dims.layers} layers"
+                problems.append(Problem(where, what, wrong_base))
+                continue
+            if module not in checkpoint.modules(layer):
+                what = f"{path} is not in the old base, whose layer {layer} has another kind of MLP"
+                problems.append(Problem(where, what, wrong_base))
+                continue
+            dims = checkpoint.layer_dims(layer)
+            wanted = sum(dims.rows(role) for role in module.roles), dims.columns(module.roles[0])
+            if update.shape is not None and update.shape != wanted:
+                what = f"{path} updates a {update.shape} weight, the old base has {wanted}"
+                problems.append(Problem(where, what, wrong_base))
+        for path, name in self.contents.saved.items():
+            if vocabulary_side(checkpoint.architecture, path) is None:
+                problems.append(
+                    Problem(
+                        f"{self.path / CONFIG}: modules_to_save",
+                        f"{path} is trained as a whole, and is neither the input nor the output embedding",
+                        "Only embeddings are carried over, by their shared tokens: train without it.",
+                    )
+                )
+            elif shapes[name] != (wanted := vocabulary_shape(checkpoint, path)):
+                problems.append(
+                    Problem(
+                        f"{self.path / CONFIG}: modules_to_save",
+                        f"{path} is {shapes[name]}, the old base has {wanted}",
+                        "Tokens that the adapter added have no counterpart in the new base: train without them.",
+                    )
+                )
+        for path, (name, ids) in self.contents.tokens.items():
+            side = vocabulary_side(checkpoint.architecture, path)
+            wanted = (0, 0) if side is None else vocabulary_shape(checkpoint, path)
+            if side is None or shapes[name][1] != wanted[1] or any(n >= wanted[0] for n in ids):
+                what = f"{path} has trained tokens that the old base does not have"
+                problems.append(Problem(f"{self.path / CONFIG}: trainable_token_indices", what, wrong_base))
+        return problems
+
+    def roles(self, architecture: Architecture) -> tuple[Role, ...]:
+        """The roles it updates in a base of that architecture."""
+        held = {role for path in self.modules if (found := architecture.locate(path)) for role in found[1].roles}
+        return tuple(role for role in ROLES if role in held)
+
+    def fingerprint(self) -> str:
+        """What the adapter computes, as a digest of its weights and its scalings (of its config, if it is no LoRA)."""
+        parts: list[Any] = [file_digest(self.tensors.file), self.scaling]
+        plain = kind_of(self.config) == "LORA" and self.stored and not self.contents.tokens
+        if not plain:
+            parts.append({name: value for name, value in self.config.items() if name not in INERT})
+        start = initial_adapter(self.path)
+        if start is not None:
+            parts.append(file_digest(start / WEIGHTS))
+        return digest_json(parts)

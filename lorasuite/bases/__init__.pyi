@@ -1,0 +1,59 @@
+from ._architecture import (
+    ATTENTION,
+    ROLES,
+    Architecture,
+    Dimensions,
+    Module,
+    Role,
+    architecture_for,
+    architectures,
+    load,
+)
+from ._checkpoint import Checkpoint
+from ._digests import check_finite, digest_json, file_digest, fingerprint_model, fingerprint_tokenizer
+from ._files import METER, Weights, read_json, resolve
+from ._loading import auto_class, load_model, load_tokenizer, module_order
+from ._pairing import Batch, paired_positions, text_batches, unpaired
+from ._proposal import propose
+from ._tracing import Side, Stream, Watch, linear_modules, put_weights
+from ._vocabulary import CommonTokens, common_tokens, convention, surface
+
+__all__ = [
+    "ATTENTION",
+    "METER",
+    "ROLES",
+    "Architecture",
+    "Batch",
+    "Checkpoint",
+    "CommonTokens",
+    "Dimensions",
+    "Module",
+    "Role",
+    "Side",
+    "Stream",
+    "Watch",
+    "Weights",
+    "architecture_for",
+    "architectures",
+    "auto_class",
+    "check_finite",
+    "common_tokens",
+    "convention",
+    "digest_json",
+    "file_digest",
+    "fingerprint_model",
+    "fingerprint_tokenizer",
+    "linear_modules",
+    "load",
+    "load_model",
+    "load_tokenizer",
+    "module_order",
+    "paired_positions",
+    "propose",
+    "put_weights",
+    "read_json",
+    "resolve",
+    "surface",
+    "text_batches",
+    "unpaired",
+]

@@ -1,0 +1,86 @@
+"""Fingerprints of models, tokenizers and files: what a computation depends on, whatever the path or date."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import MutableMapping
+from pathlib import Path
+
+from lorasuite.bases._checkpoint import Checkpoint
+from lorasuite.bases._files import DAMAGED, _finite, _open, resolve
+from lorasuite.errors import CheckpointError, Problem
+
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json",
+    "special_tokens_map.json", "tokenizer_config.json", "chat_template.jinja",
+)  # fmt: skip
+#: Config fields that say nothing about what the model computes.
+INERT_CONFIG = ("_name_or_path", "transformers_version", "architectures", "torch_dtype", "dtype", "use_cache")
+
+
+def file_digest(path: Path, cache: MutableMapping[str, str] | None = None) -> str:
+    """sha256 of a file's bytes, remembered in ``cache`` under its path, size and modification time.
+
+    Files of the Hub cache are links to blobs named by their sha256, which is then taken as it is.
+    """
+    real = path.resolve()
+    if re.fullmatch(r"[0-9a-f]{64}", real.name):
+        return real.name
+    stat = real.stat()
+    key = f"{real}:{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ino}"
+    if cache is not None and key in cache:
+        return cache[key]
+    with real.open("rb") as handle:
+        digest = hashlib.file_digest(handle, "sha256").hexdigest()
+    if cache is not None:
+        cache[key] = digest
+    return digest
+
+
+def digest_json(value: object) -> str:
+    """sha256 of a JSON value in canonical form."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def fingerprint_model(source: str | Path, cache: MutableMapping[str, str] | None = None) -> str:
+    """What a base model computes, as a digest: its weight files and the parts of its config that matter."""
+    checkpoint = Checkpoint(source)
+    config = {key: value for key, value in checkpoint.config.items() if key not in INERT_CONFIG}
+    return digest_json([config, [file_digest(file, cache) for file in checkpoint.weight_files]])
+
+
+def check_finite(source: str | Path, cache: MutableMapping[str, str] | None = None) -> None:
+    """Read every weight once and refuse a damaged base before any work is built on it.
+
+    Files already found whole are remembered in ``cache`` by their digest and not read again.
+
+    Raises:
+        CheckpointError: naming each tensor that holds NaN or Inf.
+    """
+    problems: list[Problem] = []
+    for file in Checkpoint(source).weight_files:
+        known = f"finite:{file_digest(file, cache)}"
+        if cache is not None and known in cache:
+            continue
+        with _open(file) as handle:
+            wrong = [name for name in handle.keys() if not _finite(handle.get_tensor(name))]  # noqa: SIM118
+        problems += [Problem(str(file), f"{name} holds NaN or Inf", DAMAGED) for name in wrong]
+        if cache is not None and not wrong:
+            cache[known] = "yes"
+    if problems:
+        raise CheckpointError(problems)
+
+
+def fingerprint_tokenizer(source: str | Path, cache: MutableMapping[str, str] | None = None) -> str:
+    """A tokenizer as a digest of its files.
+
+    Raises:
+        CheckpointError: if the directory has no tokenizer.
+    """
+    path = resolve(source)
+    files = {name: file_digest(path / name, cache) for name in TOKENIZER_FILES if (path / name).is_file()}
+    if not files:
+        raise CheckpointError(Problem(str(path), "has no tokenizer files", "Save the tokenizer beside the model."))
+    return digest_json(files)

@@ -1,0 +1,195 @@
+"""Model directories and their safetensors files: found locally or on the Hub, read one tensor at a time."""
+
+from __future__ import annotations
+
+import json
+import re
+import weakref
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from lorasuite.errors import CheckpointError, Problem
+
+#: What a base model needs on disk; nothing else is fetched from the Hub.
+FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
+DAMAGED = "The file is damaged: download it again."
+
+
+class Meter:
+    """Bytes of checkpoint tensors alive now and at most, so that the memory promise can be tested and reported."""
+
+    def __init__(self) -> None:
+        self.current = 0
+        self.peak = 0
+
+    def reset(self) -> None:
+        """Forget the peak, keep what is alive."""
+        self.peak = self.current
+
+    def watch(self, tensor: Tensor) -> Tensor:
+        """Count a tensor's storage until the last view of it is gone."""
+        storage = tensor.untyped_storage()
+        size = storage.nbytes()
+        self.current += size
+        self.peak = max(self.peak, self.current)
+        weakref.finalize(storage, self._release, size)
+        return tensor
+
+    def _release(self, size: int) -> None:
+        self.current -= size
+
+
+#: Counts every tensor any checkpoint of this process has loaded.
+METER = Meter()
+
+
+def resolve(source: str | Path, revision: str | None = None) -> Path:
+    """The local directory of a model or adapter: a directory as it is, or ``hub-id[@revision]`` downloaded.
+
+    Raises:
+        CheckpointError: if it is neither, or the Hub cannot be reached and has no local copy.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_file():
+        raise CheckpointError(
+            Problem(str(source), "is a file, not a model directory", f"Give its directory, {path.parent}.")
+        )
+    hub_id, _, at = str(source).partition("@")
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", hub_id) or hub_id.startswith("."):
+        raise CheckpointError(
+            Problem(
+                str(source),
+                "no such directory, and not a Hub id",
+                "Give a local directory or hub-id[@revision].",
+            )
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(hub_id, revision=revision or at or None, allow_patterns=FILES))
+    except Exception as error:  # the Hub client raises many kinds; each is one and the same problem here
+        raise CheckpointError(
+            Problem(
+                str(source),
+                f"no such directory, and the Hub did not give it ({type(error).__name__}: {error})",
+                "Check the path or the id and revision; for private models log in with `hf auth login`.",
+            )
+        ) from error
+
+
+class Weights:
+    """The safetensors files of a model directory and the tensors they name, of any architecture.
+
+    Raises:
+        CheckpointError: if config, index, shards or safetensors weights are missing.
+    """
+
+    def __init__(self, source: str | Path) -> None:
+        self.source = str(source)
+        self.path = resolve(source)
+        self.config = read_json(self.path / "config.json")
+
+    @property
+    def _index(self) -> Path | None:
+        """The index of a sharded checkpoint; as in transformers, a single file goes before it."""
+        index = self.path / "model.safetensors.index.json"
+        return index if index.is_file() and not (self.path / "model.safetensors").is_file() else None
+
+    @cached_property
+    def shards(self) -> dict[str, Path]:
+        """Tensor name → file that holds it."""
+        index = self._index
+        if index is not None:
+            weight_map: dict[str, str] = read_json(index).get("weight_map", {})
+            files = {name: self.path / file for name, file in weight_map.items()}
+            missing = sorted({str(file) for file in files.values() if not file.is_file()})
+            if missing:
+                raise CheckpointError(
+                    [Problem(file, "shard named by the index is missing", "Download it again.") for file in missing]
+                )
+            return files
+        found: dict[str, Path] = {}
+        for file in self.weight_files:
+            with _open(file) as handle:
+                found.update(dict.fromkeys(handle.keys(), file))
+        return found
+
+    @cached_property
+    def weight_files(self) -> list[Path]:
+        """The safetensors files, in name order."""
+        index = self._index
+        if index is not None:
+            return sorted({self.path / file for file in read_json(index).get("weight_map", {}).values()})
+        single = self.path / "model.safetensors"
+        files = [single] if single.is_file() else sorted(self.path.glob("*.safetensors"))
+        if files:
+            return files
+        pickles = sorted(p.name for p in self.path.glob("*.bin"))
+        if pickles:
+            raise CheckpointError(
+                Problem(
+                    str(self.path),
+                    f"has pickle weights only ({', '.join(pickles[:3])})",
+                    "Pickle files can run code when read: convert them with `save_pretrained` first.",
+                )
+            )
+        raise CheckpointError(
+            Problem(str(self.path), "has no safetensors weights", "Give a directory with model.safetensors.")
+        )
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Tensor name → shape, from the headers alone."""
+        tables = {file: dict(_shapes(file)) for file in sorted(set(self.shards.values()))}
+        # a name counts where the index says it is, as it does when it is read
+        return {name: tables[file][name] for name, file in self.shards.items() if name in tables[file]}
+
+
+def _open(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="pt")
+    except Exception as error:
+        raise CheckpointError(
+            Problem(str(file), f"is not a readable safetensors file ({error})", "Download it again.")
+        ) from error
+
+
+def _shapes(file: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
+    with _open(file) as handle:
+        for name in handle.keys():  # noqa: SIM118 - not a dict
+            yield name, tuple(handle.get_slice(name).get_shape())
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        CheckpointError: if the file is missing or holds no JSON object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(
+            Problem(str(path), "is missing", "Give a directory saved with save_pretrained.")
+        ) from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(
+            Problem(str(path), f"is not valid JSON ({error})", "Download or save it again.")
+        ) from None
+    if not isinstance(value, dict):
+        raise CheckpointError(Problem(str(path), "holds no JSON object", "Download or save it again."))
+    return value
+
+
+def _finite(tensor: Tensor) -> bool:
+    """Whether it holds neither NaN, which is its own extreme, nor Inf: in one pass that allocates nothing."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    return all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(tensor.float()))

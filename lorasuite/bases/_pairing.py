@@ -1,0 +1,67 @@
+"""Positions of two tokenizations of one text at which both models have read the same prefix."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lorasuite.bases._tracing import Side
+from lorasuite.errors import DataError, Problem
+
+
+def paired_positions(old: Sequence[tuple[int, int]], new: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Positions of two tokenizations of one text whose tokens end at the same character.
+
+    A causal model at such a position has read the same prefix in both. Tokens without text (special tokens) pair with
+    nothing; of several tokens that end at one character (bytes of it) the last counts.
+
+    Args:
+        old, new: ``(start, end)`` character offsets of each token.
+    """
+    ends = {end: position for position, (start, end) in enumerate(old) if end > start}
+    last = {end: position for position, (start, end) in enumerate(new) if end > start}
+    return [(ends[end], position) for end, position in sorted(last.items()) if end in ends]
+
+
+#: Texts in a forward pass.
+BATCH = 32
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some texts in both tokenizations, padded on the right, and the positions of both that pair.
+
+    Under causal attention nothing before the padding sees it, so no mask is needed.
+    """
+
+    old: Tensor
+    new: Tensor
+    old_rows: tuple[Tensor, Tensor]
+    new_rows: tuple[Tensor, Tensor]
+
+
+def text_batches(texts: Sequence[str], old: Side, new: Side, cutoff: int) -> list[Batch]:
+    encoded = []
+    for text in texts:
+        both = [
+            side.tokenizer(text, return_offsets_mapping=True, truncation=True, max_length=cutoff) for side in (old, new)
+        ]
+        pairs = paired_positions(*(e["offset_mapping"] for e in both))
+        if pairs:
+            encoded.append((both[0]["input_ids"], both[1]["input_ids"], pairs))
+    encoded.sort(key=lambda item: len(item[1]))
+    found = []
+    for start in range(0, len(encoded), BATCH):
+        part = encoded[start : start + BATCH]
+        which = torch.tensor([n for n, (_, _, pairs) in enumerate(part) for _ in pairs])
+        at = torch.tensor([pair for _, _, pairs in part for pair in pairs])
+        ids = [torch.nn.utils.rnn.pad_sequence([torch.tensor(p[side]) for p in part], True) for side in (0, 1)]
+        found.append(Batch(ids[0], ids[1], (which, at[:, 0]), (which, at[:, 1])))
+    return found
+
+
+def unpaired(subject: str) -> DataError:
+    return DataError(Problem(subject, "no position of the two tokenizations pairs", "Give texts of several words."))

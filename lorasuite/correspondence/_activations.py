@@ -1,0 +1,83 @@
+"""Hidden states of calibration texts, one vector an example and layer (METHOD section 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lorasuite.bases import Architecture
+from lorasuite.errors import DataError, Problem
+from lorasuite.progress import Progress
+
+Pooling = Literal["mean", "last"]
+
+
+def hidden_states(
+    model: Any,
+    tokenizer: Any,
+    architecture: Architecture,
+    texts: Sequence[str],
+    *,
+    batch_size: int = 16,
+    cutoff: int = 256,
+    pooling: Pooling = "mean",
+    progress: Progress | None = None,
+) -> Tensor:
+    """Each block's output, pooled over an example's own tokens: ``(L, N, d)`` float32 on the CPU.
+
+    Every model reads the texts through its own tokenizer, so rows are *examples*, never token positions: two models
+    with different tokenizers give rows that pair up. Only one batch of token-level states is alive at a time.
+
+    Args:
+        pooling: ``mean`` over the example's tokens, or the ``last`` one (which a causal model computed from the whole
+            example).
+
+    Raises:
+        DataError: if there is no text, or a text has no token.
+    """
+    if not texts:
+        raise DataError(Problem("calibration", "no texts", "Give at least a few dozen lines of text."))
+    blocks = model.get_submodule(architecture.layers)
+    captured: list[Tensor | None] = [None] * len(blocks)
+    device = next(model.parameters()).device
+
+    def capture(layer: int) -> Callable[..., None]:
+        def hook(_module: Any, _args: Any, output: Any) -> None:
+            captured[layer] = output[0] if isinstance(output, tuple) else output
+
+        return hook
+
+    handles = [block.register_forward_hook(capture(n)) for n, block in enumerate(blocks)]
+    pooled: list[Tensor] = []
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    try:
+        for start in range(0, len(texts), batch_size):
+            batch = list(texts[start : start + batch_size])
+            encoded = [ids[:cutoff] for ids in tokenizer(batch)["input_ids"]]
+            empty = [start + n for n, ids in enumerate(encoded) if not ids]
+            if empty:
+                raise DataError([Problem(f"calibration text {n}", "has no token", "Remove it.") for n in empty])
+            width = max(map(len, encoded))
+            ids = torch.tensor([row + [pad] * (width - len(row)) for row in encoded], device=device)
+            mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in encoded], device=device)
+            with torch.inference_mode():
+                model(input_ids=ids, attention_mask=mask, use_cache=False)
+            pooled.append(torch.stack([_pool(h, mask, pooling) for h in captured if h is not None]).cpu())
+            if progress is not None:
+                progress(min(start + batch_size, len(texts)), len(texts))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return torch.cat(pooled, 1).clone()
+
+
+def _pool(hidden: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:
+    """``(n, t, d)`` → ``(n, d)`` over the tokens of each example (right-padded)."""
+    hidden = hidden.float()
+    if pooling == "last":
+        return hidden[torch.arange(hidden.shape[0], device=hidden.device), mask.sum(1) - 1]
+    weights = mask.unsqueeze(-1).to(hidden.dtype)
+    return (hidden * weights).sum(1) / weights.sum(1)

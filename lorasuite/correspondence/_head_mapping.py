@@ -1,0 +1,113 @@
+"""Which new attention head continues which old one (METHOD section 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lorasuite.bases import ATTENTION, Checkpoint, Dimensions, Role
+from lorasuite.correspondence._transfer_matrix import TransferMatrix
+from lorasuite.progress import Progress
+
+Weights = Mapping[Role, Tensor]
+
+
+def heads(weight: Tensor, count: int) -> Tensor:
+    """``(count·e, …)`` → ``(count, e, …)``, a view."""
+    return weight.reshape(count, -1, *weight.shape[1:])
+
+
+def head_similarity(
+    old: Weights, new: Weights, old_dims: Dimensions, new_dims: Dimensions, transfer: TransferMatrix
+) -> Tensor:
+    """Cosine of ``[vec QK ; vec VO]`` for every pair of query heads: ``(H_o, H_n)`` float64.
+
+    ``QK = QᵀK`` and ``VO = VᵀOᵀ`` are ``(d, d)``, the old ones brought to the new hidden size as ``W_hᵀ·(…)·W_h``. No
+    such matrix is formed: ``⟨XᵀY, ZᵀT⟩ = ⟨XZᵀ, YTᵀ⟩``, so a whole layer costs four products of the stacked heads, and a
+    norm needs only ``e×e`` Grams. Key/value heads count once for each query head that reads them.
+
+    Args:
+        old, new: the weights of roles q, k, v, o, ``(out, in)``.
+    """
+    # All as (heads·e, d_n): for O the transpose, whose rows are the head's write directions.
+    a = {role: transfer.forward(_rows(old, role)) for role in ATTENTION}
+    b = {role: _rows(new, role) for role in ATTENTION}
+
+    def product(role: Role, count_o: int, count_n: int) -> Tensor:
+        """``(count_o, e_o, count_n, e_n)`` inner products of every row pair."""
+        return (a[role] @ b[role].T).reshape(count_o, old_dims.head_dim, count_n, new_dims.head_dim)
+
+    def expand(x: Tensor) -> Tensor:
+        return x.repeat_interleave(old_dims.group, 0).repeat_interleave(new_dims.group, 2)
+
+    q = product("q", old_dims.heads, new_dims.heads)
+    k = expand(product("k", old_dims.kv_heads, new_dims.kv_heads))
+    dots = (q * k).sum((1, 3), dtype=torch.float64)
+    v = expand(product("v", old_dims.kv_heads, new_dims.kv_heads))
+    o = product("o", old_dims.heads, new_dims.heads)
+    dots += (v * o).sum((1, 3), dtype=torch.float64)
+    norms = torch.outer(_norms(a, old_dims), _norms(b, new_dims))
+    return torch.where(norms > 0, dots / norms, torch.zeros_like(dots))
+
+
+def _rows(weights: Weights, role: Role) -> Tensor:
+    return weights["o"].T if role == "o" else weights[role]
+
+
+def _norms(weights: Weights, dims: Dimensions) -> Tensor:
+    """``√(‖QK‖² + ‖VO‖²)`` of each head, ``(H,)``, by ``‖XᵀY‖² = ⟨XXᵀ, YYᵀ⟩``."""
+
+    def gram(role: Role, count: int) -> Tensor:
+        x = heads(weights[role], count).double()
+        g = x @ x.transpose(1, 2)
+        return g if count == dims.heads else g.repeat_interleave(dims.group, 0)
+
+    qk = (gram("q", dims.heads) * gram("k", dims.kv_heads)).sum((1, 2))
+    vo = (gram("v", dims.kv_heads) * gram("o", dims.heads)).sum((1, 2))
+    return (qk + vo).clamp(min=0).sqrt()
+
+
+def match_heads(similarity: Tensor) -> dict[int, int]:
+    """The assignment of old to new heads with the largest total similarity (Hungarian, rectangular both ways)."""
+    from scipy.optimize import linear_sum_assignment  # half a second that only this function needs
+
+    rows, columns = linear_sum_assignment(similarity.numpy(), maximize=True)
+    return {int(a): int(b) for a, b in zip(rows, columns, strict=True)}
+
+
+def index_heads(old_dims: Dimensions, new_dims: Dimensions) -> dict[int, int]:
+    """Head ``a`` to head ``a`` as far as both go: head mapping switched off (the paper's ablation)."""
+    return {a: a for a in range(min(old_dims.heads, new_dims.heads))}
+
+
+@dataclass(frozen=True)
+class HeadMatch:
+    """Mapped heads of one layer pair and their similarity ``(H_o, H_n)``."""
+
+    heads: dict[int, int]
+    similarity: Tensor
+
+
+def map_heads(
+    old: Checkpoint,
+    new: Checkpoint,
+    layers: Mapping[int, int],
+    transfer: TransferMatrix,
+    matching: bool = True,
+    progress: Progress | None = None,
+) -> dict[int, HeadMatch]:
+    """Match the heads of every mapped layer pair, two layers' attention weights at a time: ``{old layer: match}``.
+
+    Args:
+        matching: False maps head ``a`` to head ``a`` (the paper's ablation).
+    """
+    found: dict[int, HeadMatch] = {}
+    for done, (o, n) in enumerate(layers.items(), 1):
+        table = head_similarity(old.layer(o, ATTENTION), new.layer(n, ATTENTION), old.dims, new.dims, transfer)
+        found[o] = HeadMatch(match_heads(table) if matching else index_heads(old.dims, new.dims), table)
+        if progress is not None:
+            progress(done, len(layers))
+    return found

@@ -1,0 +1,254 @@
+"""Where the new base stands when the old one stands somewhere: a linear map of states that have read the same text.
+
+It depends on the two bases and on general texts alone, so it is learned once for all adapters of a pair
+(:mod:`lorasuite.transforms.sequential` reads it). Features of an old state are what all old layers hold there: residual
+streams, mixed attention values and MLP activations, so no layer map and no head map is needed. From them a ridge
+regression predicts what each new block, and each module of it, reads or writes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorasuite.bases import Batch, Role, Side, Stream, Watch, linear_modules, text_batches, unpaired
+
+#: Ridge of the map, relative to the mean variance of its features. It is read far from the texts it was learned on, so
+#: it must not follow their every detail: 1e-3 fits those better, and did worse on each of six tasks (docs/transfer.md).
+RIDGE = 0.1
+#: Features of an old state at most: above it, each space is projected at random onto its share of them.
+FEATURES = 2048
+
+
+class Features:
+    """An old model's state at each position: all layers' streams, attention mixes and MLP activations, standardised."""
+
+    def __init__(self, old: Side, seed: int = 0) -> None:
+        self.old, self.seed = old, seed
+        self.sketches: dict[tuple[Any, ...], Tensor] = {}
+        self.mean = self.scale = torch.zeros(0)
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[Watch]:
+        watch = Watch(self.old)
+        for layer in range(self.old.dims.layers):
+            watch.block(layer)
+            for module, linear in linear_modules(self.old, layer).values():
+                if set(module.roles) & {"o", "down"}:
+                    watch.module(layer, module, linear)
+        with watch.on():
+            yield watch
+
+    def raw(self, watch: Watch, batch: Batch) -> Tensor:
+        """``(positions, features)`` float64."""
+        seen = watch.read(batch.old, batch.old_rows)
+        last = self.old.dims.layers - 1
+        keys = [k for k in seen if k[2] == "in" or k == (last, "block", "out")]
+        share = max(FEATURES // len(keys), 1)
+        total = sum(seen[k].shape[1] for k in keys)
+        parts = []
+        for key in keys:
+            part = seen[key]
+            if total > FEATURES and part.shape[1] > share:
+                part = part @ self._sketch(key, part.shape[1], share)
+            parts.append(part)
+        return torch.cat(parts, 1)
+
+    def _sketch(self, key: tuple[Any, ...], width: int, share: int) -> Tensor:
+        if key not in self.sketches:
+            generator = torch.Generator().manual_seed(self.seed + len(self.sketches))
+            self.sketches[key] = torch.randn(width, share, generator=generator, dtype=torch.float64) / share**0.5
+        return self.sketches[key]
+
+    def of(self, batches: Sequence[Batch]) -> list[Tensor]:
+        """Each batch's features."""
+        with self.watching() as watch:
+            return [self.raw(watch, batch) for batch in batches]
+
+    def standardise(self, rows: Sequence[Tensor]) -> list[Tensor]:
+        return [(row - self.mean) / self.scale for row in rows]
+
+    def learn(self, rows: Sequence[Tensor]) -> None:
+        """Centre and scale; what varies less than the median feature is scaled as that one.
+
+        An MLP unit that is quiet on general texts may be loud on the task's: divided by its own small deviation it
+        would drown all others.
+        """
+        whole = torch.cat(list(rows))
+        spread = whole.std(0)
+        self.mean, self.scale = whole.mean(0), spread.clamp(min=max(float(spread.median()), 1e-6))
+
+
+@contextlib.contextmanager
+def watching(side: Side, layer: int) -> Iterator[Watch]:
+    watch = Watch(side)
+    watch.block(layer)
+    for module, linear in linear_modules(side, layer).values():
+        watch.module(layer, module, linear)
+    with watch.on():
+        yield watch
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Batches of texts on their way through the new base."""
+
+    batches: list[Batch]
+    stream: Stream
+
+    def all(self, watch: Watch) -> Iterator[dict[tuple[Any, ...], Tensor]]:
+        """What the next block reads and writes at the paired positions of each batch."""
+        for number, batch in enumerate(self.batches):
+            yield self.stream.read(watch, number, batch.new_rows)
+
+
+@dataclass(frozen=True)
+class Map:
+    """An affine map of standardised features, and the share of variance it does not explain.
+
+    ``matrix``: ``(features, width)`` float32; ``mean``: ``(width,)`` float64.
+    """
+
+    matrix: Tensor
+    mean: Tensor
+    error: float
+
+    def __call__(self, z: Tensor) -> Tensor:
+        return (z.float() @ self.matrix).double() + self.mean  # the map is coarser than float32
+
+
+@dataclass(frozen=True)
+class LayerMaps:
+    """The maps to one new block's spaces: by ``(layer, module or "block", "in" or "out")``."""
+
+    maps: Mapping[tuple[Any, ...], Map]
+    #: Whether the block adds exactly what its output projections write (not so where a norm follows them).
+    additive: bool
+
+
+@dataclass(frozen=True)
+class StateMap:
+    """The features of old states, and each new layer's maps from them."""
+
+    features: Features
+    layer: Callable[[int], LayerMaps]
+
+    @classmethod
+    def learned(cls, *arguments: Any, **named: Any) -> StateMap:
+        """All of it in memory, with the arguments of :func:`learn`."""
+        features, layers = learn(*arguments, **named)
+        return cls(features, list(layers).__getitem__)
+
+    @classmethod
+    def read(cls, old: Side, tensor: Callable[[str], Tensor], info: Mapping[str, Any]) -> StateMap:
+        """What :func:`tensors` wrote, a layer at a time."""
+        features = Features(old, info["seed"])
+        features.mean, features.scale = tensor("mean"), tensor("scale")
+
+        def layer(number: int) -> LayerMaps:
+            known = info["layers"][number]
+            maps = {
+                (number, name, end): Map(tensor(f"{key}.matrix"), tensor(f"{key}.mean"), error)
+                for key, error in known["errors"].items()
+                for name, end in [key.removeprefix(f"{number}.").rsplit(".", 1)]
+            }
+            return LayerMaps(maps, known["additive"])
+
+        return cls(features, layer)
+
+
+def tensors(features: Features, layers: Iterable[LayerMaps], info: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """The map as named tensors, a layer in memory at a time; ``info`` is filled as they are read."""
+    info |= {"seed": features.seed, "layers": []}
+    yield from (("mean", features.mean), ("scale", features.scale))
+    for found in layers:
+        errors = {}
+        for key, it in found.maps.items():
+            name = ".".join(map(str, key))
+            yield from ((f"{name}.matrix", it.matrix), (f"{name}.mean", it.mean))
+            errors[name] = it.error
+        info["layers"].append({"additive": found.additive, "errors": errors})
+
+
+def learn(
+    old: Side, new: Side, roles: Sequence[Role], texts: Sequence[str], *, cutoff: int = 256, seed: int = 0
+) -> tuple[Features, Iterator[LayerMaps]]:
+    """The features, and the maps of one new layer after the other.
+
+    Memory: the features ``(positions, ≤ 2,048)`` in float64, the texts' hidden states, and one layer's maps. Time: one
+    pass of the old base over the texts and two of the new one, and a solve of the features' size.
+
+    Args:
+        roles: projections whose outputs are mapped to, beside what blocks read and write.
+        texts: general texts, which both bases know.
+        seed: of the random projections of wide features.
+
+    Raises:
+        DataError: if no two positions of the two tokenizations pair.
+    """
+    batches = text_batches(texts, old, new, cutoff)
+    if not batches:
+        raise unpaired("calibration")
+    features = Features(old, seed)
+    raw = features.of(batches)
+    features.learn(raw)
+    inputs = features.standardise(raw)
+    del raw
+    gram = sum((z.T @ z for z in inputs), torch.zeros(inputs[0].shape[1], inputs[0].shape[1], dtype=torch.float64))
+    gram += RIDGE * gram.diagonal().mean() * torch.eye(gram.shape[0], dtype=gram.dtype)
+    known = Reading(batches, Stream(new, [batch.new for batch in batches])), inputs, torch.linalg.cholesky(gram)
+    return features, _layers(new, roles, known)
+
+
+def chosen(new: Side, layer: int, roles: Sequence[Role]) -> list[str]:
+    """The linear modules of a block that hold any of the roles, in order of their names."""
+    return sorted(n for n, (module, _) in linear_modules(new, layer).items() if set(module.roles) & set(roles))
+
+
+def _layers(new: Side, roles: Sequence[Role], known: tuple[Reading, list[Tensor], Tensor]) -> Iterator[LayerMaps]:
+    for layer in range(new.dims.layers):
+        names = chosen(new, layer, roles)
+        if names:
+            ends = [(layer, "block", "in"), (layer, "block", "out"), *((layer, name, "out") for name in names)]
+            yield LayerMaps(*_maps(new, layer, ends, known))
+        else:
+            yield LayerMaps({}, False)
+        known[0].stream.advance()
+
+
+def _maps(
+    new: Side,
+    layer: int,
+    ends: Sequence[tuple[Any, ...]],
+    known: tuple[Reading, list[Tensor], Tensor],
+) -> tuple[dict[tuple[Any, ...], Map], bool]:
+    """Ridge maps from old features to one new block's spaces in the bare base, and whether the block adds exactly what
+    its output projections write (not so where a norm follows them)."""
+    reading, inputs, solver = known
+    sums: dict[tuple[Any, ...], list[Tensor]] = {}
+    rows, additive = 0, True
+    writers = [name for name, (module, _) in linear_modules(new, layer).items() if module.roles[0] in ("o", "down")]
+    with watching(new, layer) as watch:
+        for z, seen in zip(inputs, reading.all(watch), strict=True):
+            rows += z.shape[0]
+            for key in ends:
+                y = seen[key]
+                parts = (z.T @ y, y.sum(0), (y * y).sum())
+                sums[key] = [a + b for a, b in zip(sums[key], parts, strict=True)] if key in sums else [*parts]
+            written = [seen[layer, name, "out"] for name in writers]
+            added = seen[layer, "block", "out"] - seen[layer, "block", "in"]
+            if len(written) != 2 or not torch.allclose(added, sum(written, 0 * added), atol=1e-3, rtol=1e-3):
+                additive = False
+    maps = {}
+    for key, (cross, total, square) in sums.items():
+        mean = total / rows
+        matrix = torch.cholesky_solve(cross, solver)  # the features are centred, so the mean needs no correction
+        variance = float(square - rows * (mean * mean).sum())
+        explained = float((matrix * cross).sum())
+        maps[key] = Map(matrix.float(), mean, max(0.0, 1 - explained / variance) if variance > 0 else 0.0)
+    return maps, additive

@@ -1,0 +1,94 @@
+"""Maps from the old hidden space to the new one, by least squares (METHOD section 2).
+
+``W_h (d_o, d_n)`` maps row vectors: ``h_n ≈ h_o · W_h``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lorasuite.bases import Checkpoint, CommonTokens
+from lorasuite.correspondence._regression import least_squares
+from lorasuite.errors import ConfigError, NumericalError, Problem
+
+When = Literal["auto", "always", "never"]
+
+#: Embedding rows brought to float64 at a time.
+CHUNK = 8192
+
+
+@dataclass(frozen=True, eq=False)
+class TransferMatrix:
+    """``W_h (d_o, d_n)`` and its pseudo-inverse ``(d_n, d_o)``, float64; both None for the identity.
+
+    ``residual`` is ``‖E_o W_h − E_n‖ / ‖E_n‖`` over the common tokens: 0 is a perfect map, 1 no better than zero.
+    """
+
+    matrix: Tensor | None = None
+    inverse: Tensor | None = None
+    residual: float | None = None
+    tokens: int = 0
+
+    @property
+    def identity(self) -> bool:
+        return self.matrix is None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x (…, d_o) · W_h``: rows to the new hidden space."""
+        return x if self.matrix is None else x @ self.matrix.to(x.dtype)
+
+    def adjoint(self, x: Tensor) -> Tensor:
+        """``W_hᵀ · x (d_o, …)``: columns to the new hidden space."""
+        return x if self.matrix is None else self.matrix.to(x.dtype).T @ x
+
+    def backward(self, x: Tensor) -> Tensor:
+        """``pinv(W_h) · x (d_o, …)``: columns to the new hidden space, by the pseudo-inverse."""
+        return x if self.inverse is None else self.inverse.to(x.dtype) @ x
+
+
+def fit_transfer_matrix(old: Checkpoint, new: Checkpoint, common: CommonTokens, when: When = "auto") -> TransferMatrix:
+    """``W_h = pinv(E_o[common]) · E_n[common]``; the identity where the hidden sizes agree (``when="auto"``).
+
+    Raises:
+        ConfigError: for ``never`` with different hidden sizes.
+        NumericalError: if the two vocabularies share no token.
+    """
+    d_o, d_n = old.dims.hidden_size, new.dims.hidden_size
+    if when == "never" and d_o != d_n:
+        raise ConfigError(
+            Problem("transfer_matrix", f"'never' needs equal hidden sizes, not {d_o} and {d_n}", "Use 'auto'.")
+        )
+    if when == "never" or (when == "auto" and d_o == d_n):
+        return TransferMatrix(tokens=len(common))
+    if not len(common):
+        raise NumericalError(
+            Problem("vocabulary", "the two tokenizers share no token", "There is nothing to fit a hidden map on.")
+        )
+    E_o, E_n = old.embedding(), new.embedding()
+    gram = torch.zeros(d_o, d_o, dtype=torch.float64)
+    cross = torch.zeros(d_o, d_n, dtype=torch.float64)
+    total = 0.0
+    for ids_o, ids_n in zip(common.old.split(CHUNK), common.new.split(CHUNK), strict=True):
+        x, y = E_o[ids_o].double(), E_n[ids_n].double()
+        gram += x.T @ x
+        cross += x.T @ y
+        total += float((y**2).sum())
+    matrix = least_squares(gram, cross)
+    # ‖XW − Y‖² = ‖Y‖² − 2⟨W, XᵀY⟩ + ⟨W, XᵀX W⟩
+    error = total - 2 * float((matrix * cross).sum()) + float((matrix * (gram @ matrix)).sum())
+    return TransferMatrix(matrix, torch.linalg.pinv(matrix), (max(error, 0.0) / total) ** 0.5, len(common))
+
+
+def mlp_factor(old: Checkpoint, layer: int, role: Literal["gate", "up", "down"]) -> Tensor:
+    """The pseudo-inverse of one MLP weight's small Gram matrix, ``(d_o, d_o)`` float64.
+
+    ``pinv(U_o) = (U_oᵀU_o)⁺·U_oᵀ`` and ``pinv(D_o) = D_oᵀ·(D_oD_oᵀ)⁺``: with this factor kept, an adapter needs only
+    ``r`` right-hand sides, and no ``(i, d)`` pseudo-inverse is ever formed.
+    """
+    weight = old.layer(layer, (role,))[role].double()
+    gram = weight @ weight.T if role == "down" else weight.T @ weight
+    return least_squares(gram)

@@ -1,0 +1,273 @@
+"""Rows, texts and prompts read from files, every malformed row reported with its place; and rows written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorasuite.data._rows import Kind, Message, Row, unanswered, whole_text
+from lorasuite.errors import DataError, Problem
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_SHAPES = 'Use {"instruction","input","output"}, {"prompt","completion"}, {"messages":[{"role","content"}]} or {"text"}'
+_KNOWN_KEYS: dict[Kind, frozenset[str]] = {
+    "instruction": frozenset({"instruction", "input", "output"}),
+    "completion": frozenset({"prompt", "completion"}),
+    "messages": frozenset({"messages"}),
+    "text": frozenset({"text"}),
+}
+
+
+def read_rows(path: str | Path) -> list[Row]:
+    """Read a JSON array, a JSONL file or, for ``.txt``, paragraphs separated by blank lines.
+
+    A file that starts with ``[`` is an array whatever its suffix; any other file that is not ``.txt`` is
+    JSONL.
+
+    Raises:
+        DataError: the file is missing, empty or not UTF-8, or some rows are malformed or empty. Every bad row
+            is
+            reported, with its line (JSONL) or its number counted from 1 (array).
+    """
+    return _rows(Path(path), lambda record: record)
+
+
+def _rows(path: Path, prepare: Callable[[Any], Any]) -> list[Row]:
+    """The rows of a file, each record prepared before it is checked; raises as :func:`read_rows`."""
+    text = _read_text(path)
+    if path.suffix.lower() == ".txt":
+        return _paragraphs(path, text)
+    rows: list[Row] = []
+    problems: list[Problem] = []
+    for where, record in _records(path, text, problems):
+        row = _to_row(where, prepare(record), problems)
+        if row is not None:
+            rows.append(row)
+    if problems:
+        raise DataError(problems)
+    if not rows:
+        raise DataError([Problem(str(path), "has no rows", _SHAPES)])
+    return rows
+
+
+def calibration_texts(path: str | Path, tokenizer: PreTrainedTokenizerBase | None = None) -> list[str]:
+    """The texts of a data file, to be read by a model for its activations: prompt and completion as one
+    string.
+
+    Conversations are rendered by the tokenizer's chat template where one is given and has it. Otherwise their
+    contents are joined by newlines: calibration reads the *same* text with two tokenizers, which may disagree
+    on templates.
+
+    Raises:
+        DataError: as :func:`read_rows`.
+    """
+    return [whole_text(row, tokenizer) for row in read_rows(path)]
+
+
+def read_prompts(path: str | Path) -> list[Row]:
+    """The prompts of a data file, whose rows may lack their answers: unanswered rows, text rows whole.
+
+    A conversation without an answer ends with the user's turn.
+
+    Raises:
+        DataError: as :func:`read_rows`.
+    """
+    return [row if row.kind == "text" else unanswered(row) for row in _rows(Path(path), _with_answer)]
+
+
+def _with_answer(record: Any) -> Any:
+    """The record with something in the place of its answer, so that it passes for a row."""
+    if not isinstance(record, dict):
+        return record
+    messages = record.get("messages")
+    if isinstance(messages, list) and messages:
+        last = messages[-1]
+        if isinstance(last, dict) and last.get("role") != "assistant":
+            return {**record, "messages": [*messages, {"role": "assistant", "content": "-"}]}
+        return record
+    if "instruction" in record:
+        return {**record, "output": "-"}
+    if "prompt" in record and not isinstance(record["prompt"], list):
+        return {**record, "completion": "-"}
+    return record
+
+
+def _read_text(path: Path) -> str:
+    """The file's text without its byte-order mark; DataError where there is none to read."""
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        what = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
+        raise DataError([Problem(str(path), what, "Give a JSON, JSONL or text file")]) from error
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise DataError(
+            [Problem(f"{path}, line {line}", f"is not UTF-8 (byte {error.start})", "Save the file as UTF-8")]
+        ) from error
+    if not text.strip():
+        raise DataError([Problem(str(path), "is empty", _SHAPES)])
+    return text
+
+
+def _paragraphs(path: Path, text: str) -> list[Row]:
+    """Text rows of the blocks between blank lines."""
+    rows: list[Row] = []
+    block: list[str] = []
+    for line in [*text.splitlines(), ""]:
+        if line.strip():
+            block.append(line)
+        elif block:
+            rows.append(Row(kind="text", text="\n".join(block)))
+            block = []
+    return rows
+
+
+def _records(path: Path, text: str, problems: list[Problem]) -> Iterator[tuple[str, Any]]:
+    """``(where, value)`` of each record; what cannot be parsed goes to ``problems``."""
+    if text.lstrip().startswith("["):
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            what = f"is not valid JSON ({error.msg}, column {error.colno})"
+            problems.append(Problem(f"{path}, line {error.lineno}", what, "Correct it, or use JSONL"))
+            return
+        for number, value in enumerate(values, start=1):
+            yield f"{path}, row {number}", value
+        return
+    if path.suffix.lower() == ".json":
+        # One object spread over several lines is a legal .json file, but not JSONL.
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError:
+            pass
+        else:
+            yield f"{path}, row 1", value
+            return
+    # Not splitlines(): JSON strings may hold U+2028 and others that it would split at.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError as error:
+            what = f"is not valid JSON ({error.msg}, column {error.colno})"
+            problems.append(Problem(where, what, "Write one JSON object a line"))
+            continue
+        yield where, value
+
+
+def _to_row(where: str, record: Any, problems: list[Problem]) -> Row | None:
+    """One record as a row, or None with the reasons appended to ``problems``."""
+    if not isinstance(record, dict):
+        problems.append(Problem(where, f"is a {_json_type(record)}, not an object", _SHAPES))
+        return None
+    kind = _kind_of(record)
+    if kind is None:
+        keys = ", ".join(repr(key) for key in list(record)[:8]) or "none"
+        problems.append(Problem(where, f"has no known shape (its keys: {keys})", _SHAPES))
+        return None
+    before = len(problems)
+    extra = {key: value for key, value in record.items() if key not in _KNOWN_KEYS[kind]}
+    if kind == "messages":
+        messages = _messages(where, record["messages"], problems)
+        return Row(kind=kind, messages=messages, extra=extra) if len(problems) == before else None
+    if kind == "completion" and isinstance(record.get("prompt"), list):
+        # TRL's conversational prompt-completion rows: two lists of messages.
+        completion = record.get("completion")
+        both = record["prompt"] + completion if isinstance(completion, list) else record["prompt"]
+        messages = _messages(where, both, problems)
+        return Row(kind="messages", messages=messages, extra=extra) if len(problems) == before else None
+    values: dict[str, Any] = {
+        name: _string(where, name, record.get(name), problems, required=name != "input")
+        for name in sorted(_KNOWN_KEYS[kind])
+    }
+    return Row(kind=kind, extra=extra, **values) if len(problems) == before else None
+
+
+def _kind_of(record: Mapping[str, Any]) -> Kind | None:
+    """The shape a record has, or seems to be meant to have; several may apply (Alpaca rows carry a ``text``
+    too).
+    """
+    if "messages" in record:
+        return "messages"
+    if "instruction" in record:
+        return "instruction"
+    if "prompt" in record and ("completion" in record or "text" not in record):
+        return "completion"
+    if "text" in record:
+        return "text"
+    return "completion" if "completion" in record else None
+
+
+def _string(where: str, name: str, value: Any, problems: list[Problem], *, required: bool) -> str:
+    """``value`` as a non-blank string (or "" where it is not required); otherwise a problem is recorded."""
+    if value is None and not required:
+        return ""
+    if value is None:
+        problems.append(Problem(where, f"has no {name!r}", f"Add {name!r}, or drop the row"))
+    elif not isinstance(value, str):
+        problems.append(Problem(where, f"{name!r} is a {_json_type(value)}", f"Make {name!r} a string"))
+    elif required and not value.strip():
+        problems.append(Problem(where, f"{name!r} is empty", f"Fill in {name!r}, or drop the row"))
+    else:
+        return value
+    return ""
+
+
+def _messages(where: str, value: Any, problems: list[Problem]) -> tuple[Message, ...]:
+    """Validated messages; the last one must be the assistant's and have content."""
+    remedy = 'Write [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]'
+    if not isinstance(value, list) or not value:
+        what = "is empty" if value == [] else f"is a {_json_type(value)}, not a list"
+        problems.append(Problem(where, f"'messages' {what}", remedy))
+        return ()
+    messages: list[Message] = []
+    for number, item in enumerate(value, start=1):
+        if (
+            not isinstance(item, dict)
+            or not isinstance(item.get("role"), str)
+            or not isinstance(item.get("content"), str)
+        ):
+            problems.append(Problem(where, f"message {number} has no text role and content", remedy))
+            return ()
+        messages.append(Message(role=item["role"], content=item["content"]))
+    if messages[-1].role != "assistant":
+        problems.append(Problem(where, "the last message is not the assistant's", "End with the answer to learn"))
+    elif not messages[-1].content.strip():
+        problems.append(Problem(where, "the assistant's last message is empty", "Fill it in, or drop it"))
+    elif len(messages) < 2:
+        problems.append(Problem(where, "has an answer but no question", "Put the user's message before it"))
+    return tuple(messages)
+
+
+def _json_type(value: Any) -> str:
+    """The JSON name of a value's type."""
+    names = {dict: "object", list: "list", str: "string", bool: "boolean", int: "number", float: "number"}
+    return "null" if value is None else names.get(type(value), type(value).__name__)
+
+
+def rows_to_jsonl(rows: Sequence[Row]) -> bytes:
+    """Rows in the shape :func:`lorasuite.data.read_rows` reads."""
+    return "".join(json.dumps(_record(row), ensure_ascii=False) + "\n" for row in rows).encode()
+
+
+def _record(row: Row) -> dict[str, Any]:
+    match row.kind:
+        case "instruction":
+            fields: dict[str, Any] = {"instruction": row.instruction, "input": row.input, "output": row.output}
+        case "completion":
+            fields = {"prompt": row.prompt, "completion": row.completion}
+        case "messages":
+            fields = {"messages": [{"role": m.role, "content": m.content} for m in row.messages]}
+        case "text":
+            fields = {"text": row.text}
+    return {**fields, **row.extra}

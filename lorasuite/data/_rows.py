@@ -1,0 +1,194 @@
+"""Data rows: reading them, turning them into prompts, and encoding them for training.
+
+One row is one example in any of four shapes, which may be mixed in a file:
+
+* ``{"instruction", "input", "output"}`` — LLM-Adapters (arXiv 2304.01933) and Alpaca. Rendered as
+  ``Question: …\\nAnswer: …`` with ``input``, where there is one, on a ``Context: …`` line first (LoRASuite,
+  arXiv 2505.13515, and its released scripts);
+* ``{"prompt", "completion"}`` — used verbatim;
+* ``{"messages": [{"role", "content"}, …]}`` — rendered by the tokenizer's chat template;
+* ``{"text"}`` — plain text.
+
+Where the prompt ends and the completion starts, the space belongs to the completion: ``"…\\nAnswer:"`` and
+``" 42"``. That is how BPE vocabularies spell a word in running text and what lm-eval expects, so the prompt's tokens
+are the same in training, in evaluation and when the model is used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+from lorasuite.errors import DataError, Problem
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Kind = Literal["instruction", "completion", "messages", "text"]
+
+#: Key of a row whose text was cut off and goes on: in training no EOS follows it.
+UNFINISHED = "unfinished"
+
+#: How an instruction row is rendered; its hash is recorded with every evaluation.
+CONTEXT_TEMPLATE = "Context: {input}\n"
+INSTRUCTION_TEMPLATE = "Question: {instruction}\nAnswer:"
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """One example. Only the fields of its ``kind`` are filled; keys of no shape are kept in ``extra``."""
+
+    kind: Kind
+    instruction: str = ""
+    input: str = ""
+    output: str = ""
+    prompt: str = ""
+    completion: str = ""
+    messages: tuple[Message, ...] = ()
+    text: str = ""
+    extra: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+    def prompt_and_completion(self, tokenizer: PreTrainedTokenizerBase | None = None) -> tuple[str, str]:
+        """The text the model is given and the text it should write.
+
+        The prompt never ends in a space: trailing spaces move to the start of the completion (newlines stay,
+        since a prompt such as ``"### Response:\\n"`` means them). For ``messages`` the completion is what the
+        chat template puts after the generation prompt, its end-of-turn tokens included. For ``text`` the
+        prompt is empty.
+
+        Raises:
+            DataError: for ``messages`` without a tokenizer or chat template, whose last message is not the
+                assistant's, or that the template refuses.
+        """
+        match self.kind:
+            case "text":
+                return "", self.text
+            case "instruction":
+                context = CONTEXT_TEMPLATE.format(input=self.input.strip()) if self.input.strip() else ""
+                prompt = context + INSTRUCTION_TEMPLATE.format(instruction=self.instruction.strip())
+                return prompt, " " + self.output.strip()
+            case "completion":
+                prompt = self.prompt.rstrip(" ")
+                return prompt, self.prompt[len(prompt) :] + self.completion
+            case "messages":
+                return _render_chat(self.messages, tokenizer)
+
+    def target(self, tokenizer: PreTrainedTokenizerBase | None = None) -> tuple[str, str, str]:
+        """``(prompt, scored, suffix)``: what evaluation conditions on, scores, and what only ends the turn.
+
+        ``scored + suffix`` is the completion of :meth:`prompt_and_completion`; ``suffix`` is empty but for
+        the end-of-turn text of a chat template, which is the template's and not the answer's.
+
+        Raises:
+            DataError: as :meth:`prompt_and_completion`.
+        """
+        prompt, completion = self.prompt_and_completion(tokenizer)
+        if self.kind != "messages":
+            return prompt, completion, ""
+        content = self.messages[-1].content.strip()
+        start = completion.rfind(content)
+        if start < 0:  # the template rewrote the content; score all it wrote
+            return prompt, completion, ""
+        end = start + len(content)
+        return prompt, completion[:end], completion[end:]
+
+
+def _render_chat(messages: tuple[Message, ...], tokenizer: PreTrainedTokenizerBase | None) -> tuple[str, str]:
+    """Prompt (with generation prompt) and completion of a conversation, by the tokenizer's chat template."""
+    where = "messages row"
+    if tokenizer is None:
+        raise DataError([Problem(where, "needs a tokenizer with a chat template", "Pass the base's tokenizer")])
+    if getattr(tokenizer, "chat_template", None) is None:
+        raise DataError(
+            [
+                Problem(
+                    where,
+                    "the base's tokenizer has no chat template",
+                    "Use a chat model's tokenizer, or rows of prompt and completion",
+                )
+            ]
+        )
+    if not messages or messages[-1].role != "assistant":
+        raise DataError(
+            [Problem(where, "the last message is not the assistant's", "End each conversation with the answer")]
+        )
+    turns = [{"role": message.role, "content": message.content} for message in messages]
+    try:
+        prompt = str(tokenizer.apply_chat_template(turns[:-1], tokenize=False, add_generation_prompt=True))
+        whole = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=False))
+    except Exception as error:  # a template is code of the checkpoint's author and raises what it likes
+        raise DataError(
+            [Problem(where, f"the chat template refused it ({error})", "Use the roles and order it accepts")]
+        ) from error
+    if whole.startswith(prompt):
+        return prompt, whole[len(prompt) :]
+    # Some templates open a block in the generation prompt that they drop from finished turns (a reasoning
+    # tag, say). The prompt of generation is then the one that matters: what follows it is the content and the
+    # end of the turn.
+    content = messages[-1].content.strip()
+    start = whole.rfind(content)
+    if start < 0:
+        raise DataError(
+            [
+                Problem(
+                    where,
+                    "the chat template does not render the assistant's answer",
+                    "Use a template that does, or rows of prompt and completion",
+                )
+            ]
+        )
+    return prompt, whole[start:]
+
+
+def whole_text(row: Row, tokenizer: PreTrainedTokenizerBase | None = None) -> str:
+    """A row's prompt and completion as one string; conversations as in :func:`calibration_texts`."""
+    if row.kind == "messages" and getattr(tokenizer, "chat_template", None) is None:
+        return "\n".join(message.content for message in row.messages)
+    return "".join(row.prompt_and_completion(tokenizer))
+
+
+def unanswered(row: Row, words: int = 0) -> Row:
+    """The row without its answer, and without keys of its own, which might hold one.
+
+    Of a text row the first ``words`` words are kept, with the spaces between them.
+    """
+    match row.kind:
+        case "instruction":
+            return replace(row, output="", extra={})
+        case "completion":
+            return replace(row, completion="", extra={})
+        case "messages":
+            answered = bool(row.messages) and row.messages[-1].role == "assistant"
+            return replace(row, messages=row.messages[:-1] if answered else row.messages, extra={})
+        case "text":
+            found = re.match(rf"\s*(?:\S+\s*){{0,{words}}}", row.text)
+            return replace(row, text=found.group().rstrip() if found else "", extra={})
+
+
+def fingerprint_rows(rows: Sequence[Row]) -> str:
+    """SHA-256 (hex) over the rows' content and order; the same rows in another file or format hash the
+    same.
+    """
+    digest = hashlib.sha256()
+    for row in rows:
+        content = {
+            "kind": row.kind,
+            "fields": [row.instruction, row.input, row.output, row.prompt, row.completion, row.text],
+            "messages": [[message.role, message.content] for message in row.messages],
+            "extra": row.extra,
+        }
+        line = json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=str)
+        digest.update(line.encode("utf-8", "surrogatepass") + b"\n")
+    return digest.hexdigest()

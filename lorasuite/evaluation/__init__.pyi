@@ -1,0 +1,40 @@
+from ._answers import extract, extract_choice, extract_letter, extract_number, matches
+from ._comparison import compare, compare_arms, mcnemar, metrics, read_samples, sample_id
+from ._gate import BOTH, TASK_METRICS, Gate, fails, judge
+from ._harness import shared_load
+from ._held_out import evaluate
+from ._results import EvaluationSettings
+from ._serving import LLAMA_CPP_ARCHITECTURES, TEXT, VLLM_ARCHITECTURES, check, compare_merged
+from ._tasks import TaskScore, check_tasks, evaluate_tasks, group_score, write_task_samples
+
+__all__ = [
+    "BOTH",
+    "LLAMA_CPP_ARCHITECTURES",
+    "TASK_METRICS",
+    "TEXT",
+    "VLLM_ARCHITECTURES",
+    "EvaluationSettings",
+    "Gate",
+    "TaskScore",
+    "check",
+    "check_tasks",
+    "compare",
+    "compare_arms",
+    "compare_merged",
+    "evaluate",
+    "evaluate_tasks",
+    "extract",
+    "extract_choice",
+    "extract_letter",
+    "extract_number",
+    "fails",
+    "group_score",
+    "judge",
+    "matches",
+    "mcnemar",
+    "metrics",
+    "read_samples",
+    "sample_id",
+    "shared_load",
+    "write_task_samples",
+]

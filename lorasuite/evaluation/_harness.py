@@ -1,0 +1,299 @@
+"""lm-eval (EleutherAI's lm-evaluation-harness) as this package drives it: one model, any adapter, quietly.
+
+What is common to held-out rows (:mod:`lorasuite.evaluation`) and tasks by name (:mod:`lorasuite.task_evaluation`):
+loading the base once for all its adapters, left padding with a token the model knows, a fixed batch size, seeds, and
+progress. Importing this module loads neither torch, transformers nor lm-eval.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorasuite.data import encode_pair, prompt_ids
+from lorasuite.errors import ConfigError, DataError, Problem
+from lorasuite.progress import EvaluationProgress
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def evaluation_tokenizer(tokenizer: PreTrainedTokenizerBase, *, generate: bool) -> PreTrainedTokenizerBase:
+    """A copy of the tokenizer with an EOS and a pad token that is one of its own, padding on the left.
+
+    lm-eval sets the padding of the tokenizer it is given, and where there is neither pad, unknown nor EOS token adds
+    a new one, beyond the model's embeddings.
+    """
+    tokenizer = copy.deepcopy(tokenizer)
+    if tokenizer.eos_token_id is None and (generate or tokenizer.bos_token_id is None):
+        raise DataError(
+            [Problem("tokenizer", "has no EOS token", "Set tokenizer.eos_token to the one the base ends texts with")]
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.bos_token
+    tokenizer.padding_side = "left"
+    return tokenizer
+
+
+def context_length(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Tokens the model can read at once, by lm-eval's rules."""
+    from lm_eval.models.huggingface import HFLM
+
+    probe = HFLM.__new__(HFLM)  # its rule is a property of model and tokenizer only
+    probe._model, probe.tokenizer, probe._max_length = model, tokenizer, None
+    return int(probe.max_length)
+
+
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, suffixes: Sequence[str] = ()) -> list[int]:
+    """Ids that end an answer: the tokenizer's EOS, the model's, and a special token the chat template ends turns
+    with, ``suffixes`` being what follows the answers in it.
+    """
+    ends = {int(tokenizer.eos_token_id)}
+    configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    if configured is not None:
+        ends.update(int(token) for token in (configured if isinstance(configured, list) else [configured]))
+    for text in suffixes:
+        suffix = tokenizer(text, add_special_tokens=False)["input_ids"] if text.strip() else []
+        if suffix and suffix[0] in tokenizer.all_special_ids:
+            ends.add(int(suffix[0]))
+    return sorted(ends)
+
+
+@dataclass
+class _Kept:
+    """The base loaded last, and of what it was loaded."""
+
+    key: tuple[str, str, bool] | None = None
+    model: Any = None
+
+
+_kept: ContextVar[_Kept | None] = ContextVar("kept", default=None)
+
+
+@contextlib.contextmanager
+def shared_load() -> Iterator[None]:
+    """Inside, evaluations of the same base one after another, each a call of its own, load it once.
+
+    Only the last base is kept, and nothing is loaded before it is needed.
+    """
+    if _kept.get() is not None:  # an outer one keeps it
+        yield
+        return
+    token = _kept.set(_Kept())
+    try:
+        yield
+    finally:
+        _kept.reset(token)
+
+
+def _loaded(base: str, device: str, trust_remote_code: bool) -> Any:
+    from lorasuite.bases import load_model
+
+    key, kept = (base, device, trust_remote_code), _kept.get()
+    if kept is None:
+        return load_model(base, device, trust_remote_code=trust_remote_code)
+    if kept.key != key:
+        kept.key = kept.model = None  # the other base goes before this one comes
+        kept.model = load_model(base, device, trust_remote_code=trust_remote_code)
+        kept.key = key
+    return kept.model
+
+
+@contextlib.contextmanager
+def base_model(
+    base: str | PreTrainedModel,
+    adapters: Mapping[str, Path | None],
+    device: str | torch.device,
+    trust_remote_code: bool,
+) -> Iterator[PreTrainedModel]:
+    """The base model on the device; a caller's model is given back as it came."""
+    import torch
+
+    from lorasuite.adapters import restored
+
+    if not adapters:
+        raise ConfigError([Problem("adapters", "there are none", "Name at least one, or None for the bare base")])
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError([Problem(f"device {device}", "is not available", "Use device cpu")])
+    if isinstance(base, str):
+        yield _loaded(base, str(device), trust_remote_code)
+        return
+    with restored(base):
+        yield base.to(device).eval()
+
+
+@contextlib.contextmanager
+def adapted(
+    model: PreTrainedModel, adapter: Path | None, device: str | torch.device
+) -> Iterator[PreTrainedModel | PeftModel]:
+    """The model with an adapter while the context lasts, or the bare model."""
+    from lorasuite.adapters import attach_adapter, detach_adapter
+
+    if adapter is None:
+        yield model
+        return
+    wrapped = attach_adapter(model, Path(adapter), device=device)
+    try:
+        wrapped.eval()
+        yield wrapped
+    finally:
+        detach_adapter(wrapped)
+
+
+def run_lm_eval(
+    lm: Any,
+    tasks: Mapping[str, Any],
+    *,
+    seed: int,
+    limit: int | None,
+    bootstrap_iters: int,
+    progress: RequestCounter,
+    apply_chat_template: bool = False,
+) -> Any:
+    """``lm_eval.evaluator.evaluate``, seeded.
+
+    Not ``simple_evaluate``: that one describes the environment as well, which runs pip, git and the GPU's tools.
+    """
+    import numpy as np
+    import torch
+    from lm_eval import evaluator
+
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    lm.set_cache_hook(progress)
+    return evaluator.evaluate(
+        lm=lm,
+        task_dict=dict(tasks),
+        limit=limit,
+        bootstrap_iters=bootstrap_iters,
+        log_samples=True,
+        apply_chat_template=apply_chat_template,
+        fewshot_as_multiturn=apply_chat_template,
+    )
+
+
+class RequestCounter:
+    """Reports progress from the hook lm-eval calls for each answered request (meant for its response cache)."""
+
+    def __init__(self, label: str, progress: EvaluationProgress | None, total: int | None) -> None:
+        self._label, self._progress, self._total, self._done = label, progress, total, 0
+
+    def add_partial(self, attr: str, request: Any, result: Any) -> None:
+        self._done += 1
+        if self._progress is not None:
+            self._progress(self._label, self._done, max(self._done, self._total or 0))
+
+    def finish(self) -> None:
+        """Report the end where lm-eval answered fewer requests than there were, equal ones being asked once."""
+        if self._progress is not None and self._total is not None and self._done < self._total:
+            self._progress(self._label, self._total, self._total)
+
+
+@cache
+def lm_class() -> type[Any]:
+    """lm-eval's HFLM with this package's tokenisation and without progress bars (made on demand: its import is
+    slow).
+    """
+    import torch
+    from lm_eval.models.huggingface import HFLM
+
+    class Model(HFLM):  # type: ignore[misc]
+        """``special``: whether prompts get the tokenizer's special tokens; None leaves tokenisation to lm-eval."""
+
+        def __init__(self, model: Any, tokenizer: Any, batch_size: int, *, special: bool | None) -> None:
+            self._special = special
+            super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, backend="causal")
+
+        def tok_encode(
+            self,
+            string: str,
+            add_special_tokens: bool | None = None,
+            left_truncate_len: int | None = None,
+            **kwargs: Any,
+        ) -> list[int]:
+            if self._special is None:
+                encoded: list[int] = super().tok_encode(string, add_special_tokens, left_truncate_len, **kwargs)
+                return encoded
+            special = self._special if add_special_tokens is None else add_special_tokens
+            ids = prompt_ids(self.tokenizer, string, special=special)
+            return ids[-left_truncate_len:] if left_truncate_len else ids
+
+        def tok_batch_encode(
+            self,
+            strings: list[str],
+            padding_side: str = "left",
+            left_truncate_len: int | None = None,
+            truncation: bool = False,
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            if self._special is None:
+                batch: tuple[torch.Tensor, torch.Tensor] = super().tok_batch_encode(
+                    strings, padding_side, left_truncate_len, truncation
+                )
+                return batch
+            rows = [self.tok_encode(string, left_truncate_len=left_truncate_len) for string in strings]
+            width = max(len(row) for row in rows)
+            pad = self.tokenizer.pad_token_id
+            ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
+            mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+            return ids, mask
+
+        def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+            if self._special is None:
+                pair: tuple[list[int], list[int]] = super()._encode_pair(context, continuation)
+                return pair
+            return encode_pair(self.tokenizer, context, continuation, special=self._special)
+
+        def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> Any:
+            return super().loglikelihood(requests, disable_tqdm=True)
+
+        def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> Any:
+            return super().loglikelihood_rolling(requests, disable_tqdm=True)
+
+        def _loglikelihood_tokens(
+            self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None
+        ) -> Any:
+            return super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
+
+        def generate_until(self, requests: Any, disable_tqdm: bool = False) -> Any:
+            return super().generate_until(requests, disable_tqdm=True)
+
+    return Model
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """lm-eval without its log and its one progress bar that has no switch.
+
+    What its warnings are about has been checked before (lengths, stops, pad tokens) or is meant (a loaded model).
+    """
+    import lm_eval.api.task
+
+    log = logging.getLogger("lm_eval")
+    level, bar = log.level, getattr(lm_eval.api.task, "tqdm", None)
+    log.setLevel(logging.ERROR)
+    if bar is not None:
+        lm_eval.api.task.tqdm = lambda *args, **kwargs: bar(*args, **{**kwargs, "disable": True})
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+        if bar is not None:
+            lm_eval.api.task.tqdm = bar
+
+
+def versions() -> dict[str, str]:
+    """Versions of the libraries that decide the numbers."""
+    from importlib.metadata import version
+
+    return {name: version(name) for name in ("lm_eval", "peft", "torch", "transformers")}

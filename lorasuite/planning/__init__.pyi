@@ -1,0 +1,34 @@
+from ._config import AUTO, LFT_SAMPLES, MigrationConfig, PairSettings, Strict, build, read_config, torch_device
+from ._estimate import Throughput, active, estimate, measure
+from ._experiment import ARMS, Arm, Cell, Experiment, ExperimentTable, ExperimentTask, read_experiment
+from ._fleet import chosen, fleet_output, read_fleet
+from ._inspection import inspect
+from ._preflight import Plan, check
+
+__all__ = [
+    "ARMS",
+    "AUTO",
+    "LFT_SAMPLES",
+    "Arm",
+    "Cell",
+    "Experiment",
+    "ExperimentTable",
+    "ExperimentTask",
+    "MigrationConfig",
+    "PairSettings",
+    "Plan",
+    "Strict",
+    "Throughput",
+    "active",
+    "build",
+    "check",
+    "chosen",
+    "estimate",
+    "fleet_output",
+    "inspect",
+    "measure",
+    "read_config",
+    "read_experiment",
+    "read_fleet",
+    "torch_device",
+]

@@ -1,0 +1,275 @@
+"""Settings of a migration: one model, from which command-line flags and ``--config`` files both derive."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from lorasuite import transforms
+from lorasuite.adapters import OutputType
+from lorasuite.correspondence import Metric, Pooling, Strategy, When
+from lorasuite.errors import ConfigError, Problem, did_you_mean
+from lorasuite.evaluation import EvaluationSettings, Gate
+from lorasuite.teacher import TeacherSettings
+from lorasuite.training import FinetuneSettings
+from lorasuite.transforms import Unmapped
+
+#: ``--method auto`` measures every transform and takes the best, or none.
+AUTO = "auto"
+#: Rows that the teacher writes to be read and chosen by, not trained on.
+LOOKED_AT = 320
+#: Rows that it writes to train on where nobody says how many (docs/transfer.md: nothing does better with few labels).
+WRITTEN = 300
+#: Learning rates that ``auto`` tries first where none is named, in units of ``finetune.learning_rate``.
+SEARCHED = (0.3, 1, 3)
+#: Training rows of the light fine-tune (METHOD section 6).
+LFT_SAMPLES = 100
+
+
+class Strict(BaseModel):
+    """Unknown fields are errors, values do not change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class PairSettings(Strict):
+    """What the pair's artifacts depend on, beside the two bases and the calibration texts."""
+
+    calibration_samples: int = Field(256, ge=4, description="calibration texts read at most")
+    calibration_cutoff: int = Field(256, ge=1, description="tokens of a calibration text read at most")
+    pooling: Pooling = Field("mean", description="one vector an example: mean over its tokens, or the last one")
+    cka_batch: int = Field(64, ge=4, description="examples a CKA minibatch")
+    similarity: Metric = Field("cka", description="layer similarity: cka, cca, pwcca or procrustes")
+    layer_strategy: Strategy = Field("dp", description="layer map: dp (Algorithm 1), first, middle or last")
+    max_offset: int | None = Field(None, ge=0, description="largest shift of a layer; the difference in depth if unset")
+    head_matching: bool = Field(True, description="match heads by similarity; off maps head a to head a")
+    transfer_matrix: When = Field("auto", description="W_h: auto (only where hidden sizes differ), always or never")
+
+
+class MigrationConfig(Strict):
+    """One adapter from one base to another."""
+
+    adapter: str = Field(
+        description="PEFT adapter: directory or hub-id[@revision]; several, with optional weights, as A:0.7,B:0.3"
+    )
+    old_base: str = Field(description="base model it was trained on: directory or hub-id[@revision]")
+    new_base: str = Field(description="base model to move it to: directory or hub-id[@revision]")
+    output: str = Field(description="directory to create")
+    calibration: str | None = Field(None, description="texts for the layer map; the training data if unset")
+    train_data: str | None = Field(None, description="rows for the light fine-tune (LFT)")
+    finetune_samples: int | None = Field(
+        None, ge=0, description=f"training rows used; {LFT_SAMPLES} where there is training data, else 0"
+    )
+    teacher_samples: int | None = Field(
+        None,
+        ge=0,
+        description="rows for LFT that the old base with the adapter writes, without labels, beside the above; if "
+        f"unset {WRITTEN} with auto where it is told prompts and training rows are fewer than {LOOKED_AT}, else 0",
+    )
+    prompts: str | None = Field(
+        None,
+        description="rows whose prompts the teacher answers, their answers never read; if unset those of the training "
+        "data, else beginnings of the calibration texts, else the teacher writes from nothing; with 0 teacher samples "
+        "auto and sequential read the answers, and auto chooses by them, where training rows are few",
+    )
+    eval_data: str | None = Field(None, description="held-out rows for evaluation")
+    eval_tasks: tuple[str, ...] = Field(
+        (), description="lm-eval tasks, by name; the paper's are lorasuite_math and lorasuite_commonsense"
+    )
+    eval_dir: str | None = Field(
+        None, description="rows of the paper's tasks, as <task>/test.json (LLM-Adapters); the Hub if unset"
+    )
+    include_path: str | None = Field(None, description="directory of lm-eval task files, searched for --eval-tasks")
+    method: str = Field(
+        AUTO, description="transform to use, or auto: whatever does best on rows held out, or none where none helps"
+    )
+    rank: int | None = Field(None, ge=1, description="rank of the new adapter; the old one's if unset")
+    energy: float | None = Field(
+        None, gt=0, le=1, description="in place of rank: the smallest at which every module keeps this share of ‖ΔW‖²"
+    )
+    output_type: OutputType = Field(
+        "lora", description="what is written: lora (a DoRA stays a DoRA), or adalora, with each module's own rank"
+    )
+    unmapped: Unmapped = Field("freeze", description="new layers without a partner: left out, or a fresh LoRA")
+    controls: bool = Field(True, description="also fine-tune a fresh LoRA on the same rows, as the control")
+    learning_rates: tuple[float, ...] = Field(
+        (),
+        description="sweep these for LFT and control alike, chosen on a held-out fifth of the training rows; one: no "
+        "choice; if unset, auto tells some around finetune.learning_rate apart by short fine-tunes",
+    )
+    starts: int = Field(
+        2,
+        ge=1,
+        description="with auto and a sweep: transforms swept beside a fresh LoRA, best in a short fine-tune; the "
+        "best of all is published",
+    )
+    seed: int = Field(42, ge=0, lt=2**32, description="of the row draw, fresh initialisations and fine-tuning")
+    device: str = Field("auto", description="cpu, cuda, cuda:N, or auto")
+    trust_remote_code: bool = Field(False, description="let model repositories run their own code")
+    allow_pickle: bool = Field(False, description="read adapter_model.bin, a pickle file, with weights_only")
+    pair: PairSettings = PairSettings()
+    finetune: FinetuneSettings = FinetuneSettings()
+    teacher: TeacherSettings = TeacherSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    gate: Gate = Gate()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_seed(cls, values: Any) -> Any:
+        """The migration's seed is the fine-tune's too, unless that has its own."""
+        if not isinstance(values, dict):
+            return values
+        tuning = values.get("finetune", {})
+        if isinstance(tuning, dict) and "seed" not in tuning:
+            values = {**values, "finetune": {**tuning, "seed": values.get("seed", cls.model_fields["seed"].default)}}
+        return values
+
+    @model_validator(mode="after")
+    def _rank_or_energy(self) -> MigrationConfig:
+        if self.rank is not None and self.energy is not None:
+            raise ValueError("give rank or energy, not both")
+        return self
+
+    @field_validator("method")
+    @classmethod
+    def _known_method(cls, value: str) -> str:
+        known = [AUTO, *transforms.names()]
+        if value not in (*known, *transforms.names(controls=True)):
+            raise ValueError(f"unknown method {value!r}. {did_you_mean(value, known)}")
+        return value
+
+    @field_validator("learning_rates")
+    @classmethod
+    def _positive(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if any(not rate > 0 for rate in value):
+            raise ValueError("learning rates must be positive")
+        return value
+
+    @property
+    def samples(self) -> int:
+        """Training rows asked for."""
+        if self.finetune_samples is None:
+            return LFT_SAMPLES if self.train_data else 0
+        return self.finetune_samples
+
+    @property
+    def rates_searched(self) -> tuple[float, ...]:
+        """Learning rates that ``auto`` tells apart by short fine-tunes where none is named."""
+        rate = self.finetune.learning_rate
+        return (
+            tuple(float(f"{rate * k:.0e}") for k in SEARCHED) if self.method == AUTO and not self.learning_rates else ()
+        )
+
+    @property
+    def task_folders(self) -> tuple[Path | None, Path | None]:
+        """Where tasks find rows and task files: ``eval_dir`` and ``include_path``."""
+        return (
+            Path(self.eval_dir) if self.eval_dir else None,
+            Path(self.include_path) if self.include_path else None,
+        )
+
+    @property
+    def prompt_data(self) -> str | None:
+        """Where the teacher's prompts come from."""
+        framed = self.teacher.suffix  # then the old base writes the prompts
+        return self.prompts or self.train_data or (None if framed else self.calibration)
+
+    @property
+    def told_prompts(self) -> bool:
+        """Whether somebody says what the adapter is for, beside the training rows: prompts, or how to make some."""
+        return bool(self.prompts or self.teacher.imitate or self.teacher.suffix)
+
+    @property
+    def few(self) -> bool:
+        """Whether training rows are few, and there are prompts for more."""
+        return self.told_prompts and self.samples < LOOKED_AT
+
+    @property
+    def written(self) -> int:
+        """Rows of the teacher's to train on: those asked for, or what ``auto`` asks for by itself."""
+        if self.teacher_samples is not None:
+            return self.teacher_samples
+        return WRITTEN if self.method == AUTO and self.few else 0
+
+    @property
+    def rows_written(self) -> int:
+        """Rows the teacher writes: to train on, or else what candidates are fitted to and told apart by.
+
+        The latter where there are no rows to train on, or few and prompts for more.
+        """
+        chooses = self.method == AUTO or transforms.transform(self.method).joint
+        looks = chooses and (not self.samples or self.few)
+        return self.written or (LOOKED_AT if looks else 0)
+
+    @property
+    def calibration_data(self) -> str | None:
+        """Where calibration texts come from."""
+        return self.calibration or self.train_data
+
+
+def build(model: type[Strict], values: dict[str, Any], where: str = "settings") -> Any:
+    """Validate values into a settings model.
+
+    Raises:
+        ConfigError: with one problem for each invalid field.
+    """
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError([_problem(model, item, where) for item in error.errors()]) from None
+
+
+def _problem(model: type[BaseModel], item: Any, where: str) -> Problem:
+    path = ".".join(map(str, item["loc"])) or "settings"
+    if item["type"] == "extra_forbidden":
+        fields = list(model.model_fields)
+        for part in item["loc"][:-1]:
+            nested = model.model_fields.get(str(part))
+            if nested is not None and isinstance(nested.annotation, type) and issubclass(nested.annotation, BaseModel):
+                model, fields = nested.annotation, list(nested.annotation.model_fields)
+        return Problem(f"{where}: {path}", "unknown setting", did_you_mean(str(item["loc"][-1]), fields))
+    if item["type"] == "missing":
+        flag = "--" + path.replace("_", "-")
+        return Problem(f"{where}: {path}", "is required", f"Give {flag}, or {path}: in the --config file.")
+    message = str(item["msg"]).removeprefix("Value error, ")
+    return Problem(f"{where}: {path}", f"{message} (got {item.get('input')!r})", "Fix the value.")
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A YAML (or JSON) settings file as a mapping.
+
+    Raises:
+        ConfigError: if it is missing, not YAML, or not a mapping.
+    """
+    try:
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(Problem(str(path), "no such file", "Check --config.")) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(Problem(str(path), f"is not valid YAML ({error})", "Fix the file.")) from None
+    if not isinstance(value, dict):
+        raise ConfigError(Problem(str(path), "is not a mapping of settings", "Write `setting: value` lines."))
+    return value
+
+
+def torch_device(name: str) -> str:
+    """``auto`` made definite.
+
+    Raises:
+        ConfigError: for a device this machine does not have.
+    """
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
+        raise ConfigError(Problem("device", f"unknown device {name!r}", "Use cpu, cuda, cuda:N or auto."))
+    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            Problem("device", f"{name!r} is not there ({torch.cuda.device_count()} CUDA devices)", "Use cpu or auto.")
+        )
+    return name

@@ -1,0 +1,395 @@
+"""Experiments: a file that names a pair, tasks and tables, and the cells it comes to.
+
+A cell is one number of a table: an arm (a bare base, or one with an adapter) on a task, with one seed, under one
+combination of the table's factors. What a cell costs and gives is the flow's business; this module only says which
+cells there are and with which settings, and finds everything wrong with the file at once.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from pydantic import Field
+
+from lorasuite import zoo
+from lorasuite.bases import ATTENTION, Role
+from lorasuite.errors import ConfigError, Problem, did_you_mean
+from lorasuite.planning._config import AUTO, LFT_SAMPLES, MigrationConfig, Strict, build, read_config
+from lorasuite.training import FEWEST, FinetuneSettings
+from lorasuite.transforms import names, transform
+
+Arm = Literal["old", "old+adapter", "new", "migrated", "scratch", "migrated+lft", "retrained", "refreshed"]
+#: The seven rows of the paper's tables, in their order: all but the refresh without labels.
+ARMS: tuple[Arm, ...] = get_args(Arm)[:-1]
+#: Arms that the seed changes: rows are drawn for them, and weights initialised.
+SEEDED: tuple[Arm, ...] = ("scratch", "migrated+lft", "refreshed")
+Kind = Literal["lora", "dora", "adalora"]
+
+#: Settings of a migration that the pair, the tasks, the seeds and the arms decide, or that no arm has.
+DECIDED = (
+    "adapter", "old_base", "new_base", "output", "calibration", "train_data", "eval_data", "eval_tasks", "eval_dir",
+    "include_path", "seed", "gate", "controls", "energy", "prompts",
+)  # fmt: skip
+#: Settings that decide what adapter there is to migrate, and what it is to retrain it.
+TRAINED = ("lora", "retrain")
+
+
+class ExperimentPair(Strict):
+    """The two bases: by directory or Hub id, or a miniature pair by name."""
+
+    zoo: str | None = Field(None, description="miniature pair: llama or neox")
+    old_base: str | None = Field(None, description="base of the adapters: directory or hub-id[@revision]")
+    new_base: str | None = Field(None, description="base to move them to: directory or hub-id[@revision]")
+
+
+class ExperimentTask(Strict):
+    """What an adapter is for: rows to train on, and how it is measured."""
+
+    zoo: str | None = Field(None, description="task of the miniature pair, which makes all its data")
+    ready: bool = Field(False, description="use the adapters shipped with the miniature pair instead of training them")
+    eval_rows: int = Field(200, ge=2, description="held-out rows of a miniature task")
+    train_data: str | None = Field(None, description="rows for every training")
+    calibration: str | None = Field(None, description="texts to compare layers with; the training data if unset")
+    eval_data: str | None = Field(None, description="held-out rows")
+    eval_tasks: tuple[str, ...] = Field((), description="lm-eval tasks, by name; the score is their mean")
+    eval_dir: str | None = Field(None, description="rows of the paper's tasks, as <task>/test.json")
+    include_path: str | None = Field(None, description="directory of lm-eval task files")
+    adapter: str | None = Field(None, description="adapter of the old base to migrate, instead of training one")
+    retrained: str | None = Field(None, description="adapter of the new base to compare with, instead of training one")
+    set: dict[str, Any] = Field({}, description="settings of this task's cells, by dotted name")
+
+    @property
+    def trains(self) -> bool:
+        """Whether the adapters to migrate and to compare with are trained here."""
+        return not (self.ready or self.adapter or self.retrained)
+
+
+class Lora(Strict):
+    """The adapters: the paper's, if nothing else is said."""
+
+    kind: Kind = Field("lora", description="lora, dora or adalora; the control is of the same kind")
+    rank: int = Field(32, ge=1)
+    scaling: float = Field(1.0, gt=0, description="alpha / rank, kept where the rank varies")
+    targets: tuple[Role, ...] = Field(ATTENTION, min_length=1, description="q, k, v, o, gate, up, down")
+
+
+class FullFinetune(FinetuneSettings):
+    """A whole training; the paper's learning rate for it."""
+
+    learning_rate: float = Field(3e-4, gt=0, description="peak learning rate")
+
+
+class Training(Strict):
+    """How an adapter is trained on all the data: the one to migrate on the old base, and again on the new one."""
+
+    rows: int = Field(10_000, ge=1, description="training rows, drawn from the task's data")
+    learning_rates: tuple[float, ...] = Field((), description="sweep these, chosen on a held-out fifth")
+    finetune: FullFinetune = FullFinetune()
+
+
+class Paper(Strict):
+    """Published numbers that stand beside a table, by arm."""
+
+    label: str
+    values: dict[Arm, float]
+
+
+class ExperimentTable(Strict):
+    """One table, and its figure."""
+
+    title: str
+    kind: Literal["scores", "cost"] = Field("scores", description="scores by arm, or what each arm costs to make")
+    tasks: tuple[str, ...] = Field((), description="the experiment's, if unset")
+    seeds: tuple[int, ...] = Field((), description="the experiment's, if unset")
+    arms: tuple[Arm, ...] = Field(ARMS, min_length=1)
+    set: dict[str, Any] = Field({}, description="settings of this table's cells, by dotted name")
+    factors: dict[str, tuple[Any, ...]] = Field({}, description="dotted name → its levels; all combinations are run")
+    figure: Literal["score", "loss", "none"] = Field("score", description="what the figure shows")
+    paper: tuple[Paper, ...] = ()
+    note: str = Field("", description="said under the table")
+
+
+class ExperimentConfig(Strict):
+    """The experiment file."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9.-]*$", description="lower-case letters, digits, dashes and dots")
+    pair: ExperimentPair
+    tasks: dict[str, ExperimentTask] = Field(min_length=1)
+    seeds: tuple[int, ...] = Field((0,), min_length=1, description="of row draws, fresh weights and data order")
+    settings: dict[str, Any] = Field({}, description="settings of a migration (docs/configuration.md)")
+    lora: dict[str, Any] = Field({}, description="kind, rank, scaling, targets")
+    retrain: dict[str, Any] = Field({}, description="rows, learning_rates, finetune")
+    tables: dict[str, ExperimentTable] = Field(min_length=1)
+
+
+@dataclass(frozen=True)
+class CellSettings:
+    """Everything that decides a cell's number, beside the pair, the task's data and the arm."""
+
+    migration: MigrationConfig
+    lora: Lora
+    retrain: Training
+
+    @property
+    def rank(self) -> int:
+        """Of what is trained on the new base, and of what is migrated unless that came with its own."""
+        return self.migration.rank or self.lora.rank
+
+
+def seeded(arm: Arm, settings: CellSettings) -> bool:
+    """Whether another seed gives an arm another number: a joint transform reads the rows that the seed draws."""
+    return arm in SEEDED or (arm == "migrated" and transform(settings.migration.method).joint)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One arm of a table on one task, with one seed, at one level of each factor."""
+
+    table: str
+    arm: Arm
+    task: str
+    seed: int
+    level: tuple[tuple[str, str], ...]
+    settings: CellSettings
+
+    def __str__(self) -> str:
+        parts = [self.table, *(f"{name}={value}" for name, value in self.level), self.task, self.arm]
+        return "/".join(parts) + (f"/seed {self.seed}" if seeded(self.arm, self.settings) else "")
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A checked experiment file; paths are absolute."""
+
+    config: ExperimentConfig
+    cells: tuple[Cell, ...]
+
+    def tables(self, only: Sequence[str] = ()) -> dict[str, ExperimentTable]:
+        """The tables named, or all.
+
+        Raises:
+            ConfigError: naming every table that does not exist.
+        """
+        known = self.config.tables
+        missing = [name for name in only if name not in known]
+        wrong = [Problem("--only", f"no table {name!r}", did_you_mean(name, list(known))) for name in missing]
+        if wrong:
+            raise ConfigError(wrong)
+        return {name: table for name, table in known.items() if not only or name in only}
+
+    @property
+    def pair_name(self) -> str:
+        """For people."""
+        pair = self.config.pair
+        return f"zoo {pair.zoo}" if pair.zoo else f"{pair.old_base} → {pair.new_base}"
+
+
+def read_experiment(path: Path) -> Experiment:
+    """Read an experiment file. Paths in it start from its directory; Hub ids are looked up only when it is run.
+
+    Raises:
+        ConfigError: with everything wrong with it.
+    """
+    config: ExperimentConfig = build(ExperimentConfig, read_config(path), str(path))
+    folder = path.absolute().parent
+    problems = [*_pair_problems(config, str(path)), *_table_problems(config, str(path))]
+    cells: list[Cell] = []
+    if not problems:
+        pair = _located_pair(config.pair, folder)
+        tasks = {name: _located_task(task, pair, folder) for name, task in config.tasks.items()}
+        config = config.model_copy(update={"pair": pair, "tasks": tasks})
+        cells = list(_cells(config, str(path), problems))
+    if problems:
+        raise ConfigError(list(dict.fromkeys(problems)))
+    return Experiment(config, tuple(cells))
+
+
+def _pair_problems(config: ExperimentConfig, where: str) -> Iterator[Problem]:
+    pair = config.pair
+    if pair.zoo is not None:
+        if pair.old_base or pair.new_base:
+            yield Problem(f"{where}: pair", "names a miniature pair and bases", "Give one or the other.")
+        if pair.zoo not in zoo.PAIRS:
+            yield Problem(f"{where}: pair.zoo", f"no pair {pair.zoo!r}", did_you_mean(pair.zoo, zoo.PAIRS))
+    elif not (pair.old_base and pair.new_base):
+        yield Problem(f"{where}: pair", "needs old_base and new_base, or zoo", "Name the two bases.")
+    for name, task in config.tasks.items():
+        place = f"{where}: tasks.{name}"
+        if task.zoo is not None:
+            if pair.zoo is None:
+                yield Problem(place, "is a miniature task, and the pair is none", "Give train_data and eval_data.")
+            elif pair.zoo in zoo.PAIRS and task.zoo not in zoo.pair(pair.zoo).tasks:
+                yield Problem(place, f"no task {task.zoo!r}", did_you_mean(task.zoo, zoo.pair(pair.zoo).tasks))
+            if task.train_data or task.eval_data or task.eval_tasks or task.adapter or task.retrained:
+                yield Problem(place, "is a miniature task with data or adapters of its own", "Leave out one of them.")
+            continue
+        if task.ready:
+            yield Problem(f"{place}.ready", "is for miniature tasks", "Give adapter and retrained.")
+        if bool(task.adapter) != bool(task.retrained):
+            yield Problem(place, "has one of adapter and retrained", "Give both, or neither: then both are trained.")
+        if not task.train_data:
+            yield Problem(f"{place}.train_data", "is required", "Name the rows to train on.")
+        if not (task.eval_data or task.eval_tasks):
+            yield Problem(place, "has nothing to measure by", "Give eval_data or eval_tasks.")
+        if task.eval_data and task.eval_tasks:
+            yield Problem(place, "has eval_data and eval_tasks", "Give one of them, or make it two tasks.")
+
+
+def _table_problems(config: ExperimentConfig, where: str) -> Iterator[Problem]:
+    for key, table in config.tables.items():
+        place = f"{where}: tables.{key}"
+        for name in table.tasks:
+            if name not in config.tasks:
+                yield Problem(f"{place}.tasks", f"no task {name!r}", did_you_mean(name, list(config.tasks)))
+        for name, levels in table.factors.items():
+            if not levels:
+                yield Problem(f"{place}.factors.{name}", "has no levels", "Give at least one.")
+        varied = [name for name in (*table.set, *table.factors) if name.split(".")[0] in TRAINED]
+        ready = [name for name in table.tasks or config.tasks if (t := config.tasks.get(name)) and not t.trains]
+        if varied and ready:
+            what = f"sets {', '.join(varied)}, and the adapters of {', '.join(ready)} are not trained here"
+            yield Problem(place, what, "Name tasks without ready adapters.")
+        if table.kind == "cost" and table.factors:
+            yield Problem(f"{place}.factors", "are not for a table of costs", "Leave them out.")
+        if table.kind == "cost" and ready:
+            what = f"compares costs, and those of {', '.join(ready)} were paid elsewhere"
+            yield Problem(place, what, "Name tasks without ready adapters.")
+
+
+def _located_pair(pair: ExperimentPair, folder: Path) -> ExperimentPair:
+    if pair.zoo is not None:
+        found = zoo.pair(pair.zoo)
+        return pair.model_copy(update={"old_base": str(found.old), "new_base": str(found.new)})
+    bases = {name: _located(str(getattr(pair, name)), folder) for name in ("old_base", "new_base")}
+    return pair.model_copy(update=bases)
+
+
+def _located_task(task: ExperimentTask, pair: ExperimentPair, folder: Path) -> ExperimentTask:
+    changes: dict[str, Any] = {}
+    if task.zoo is not None and task.ready and pair.zoo is not None:
+        shipped = zoo.pair(pair.zoo)
+        changes = {"adapter": str(shipped.adapter(task.zoo)), "retrained": str(shipped.retrained(task.zoo))}
+    for name in ("adapter", "retrained"):
+        if (source := getattr(task, name)) is not None:
+            changes[name] = _located(source, folder)
+    for name in ("train_data", "calibration", "eval_data", "eval_dir", "include_path"):
+        if (source := getattr(task, name)) is not None:
+            changes[name] = str(folder / Path(source).expanduser())
+    return task.model_copy(update=changes)
+
+
+def _located(source: str, folder: Path) -> str:
+    """A directory relative to ``folder`` as an absolute path; anything else, a Hub id, as it is."""
+    path = folder / Path(source).expanduser()
+    return str(path.absolute()) if path.is_dir() or source.startswith((".", "/", "~")) else source
+
+
+def _cells(config: ExperimentConfig, where: str, problems: list[Problem]) -> Iterator[Cell]:
+    """Every cell, table by table; what is wrong with their settings is added to ``problems``."""
+    base = {"settings": config.settings, "lora": config.lora, "retrain": config.retrain}
+    if _settings(base, config, next(iter(config.tasks)), config.seeds[0], where, problems) is None:
+        return  # every cell would repeat it
+    for key, table in config.tables.items():
+        varied, levels = list(table.factors), list(table.factors.values())
+        for combination in itertools.product(*levels):
+            level = tuple((name, _shown(value)) for name, value in zip(varied, combination, strict=True))
+            chosen = dict(zip(varied, combination, strict=True))
+            for task in table.tasks or tuple(config.tasks):
+                values = base
+                for name, value in {**config.tasks[task].set, **table.set, **chosen}.items():
+                    values = _assigned(values, name, value)
+                place = f"{where}: tables.{key}" + "".join(f", {n}={v}" for n, v in level) + f", task {task}"
+                for n, seed in enumerate(table.seeds or config.seeds):
+                    settings = _settings(values, config, task, seed, place, problems)
+                    if settings is None:
+                        break
+                    problems += _training_problems(settings, table, place)
+                    # The others are the same with every seed.
+                    arms = [arm for arm in table.arms if n == 0 or seeded(arm, settings)]
+                    yield from (Cell(key, arm, task, seed, level, settings) for arm in arms)
+
+
+def _training_problems(settings: CellSettings, table: ExperimentTable, where: str) -> Iterator[Problem]:
+    migration, kind = settings.migration, settings.lora.kind
+    joint = transform(migration.method).joint and {"migrated", "migrated+lft"} & set(table.arms)
+    counts = {}
+    if {"scratch", "migrated+lft"} & set(table.arms) or joint:
+        counts["finetune_samples"] = migration.samples
+    if "refreshed" in table.arms:
+        counts["teacher_samples"] = migration.written
+    for name, rows in counts.items():
+        if not rows:
+            yield Problem(f"{where}: {name}", "is 0, and there are arms that read them", "Leave out those arms.")
+        elif len(migration.learning_rates) > 1 and rows < FEWEST:
+            what = f"a sweep holds out a fifth of the training rows, and there are only {rows}"
+            yield Problem(f"{where}: learning_rates", what, f"Give one learning rate, or at least {FEWEST} rows.")
+    if joint and kind == "dora":
+        what = f"{migration.method} moves updates of blocks only, and a DoRA has magnitudes"
+        yield Problem(f"{where}: method", what, "Name another one, or another lora.kind.")
+    if "refreshed" in table.arms and kind == "adalora":
+        what = "an AdaLoRA must know its steps, and how many rows the teacher keeps is not known before"
+        yield Problem(f"{where}: lora.kind", what, "Leave out the arm refreshed, or use another kind.")
+    if migration.finetune.distillation:
+        yield Problem(f"{where}: finetune.distillation", "no arm has soft labels", "Leave it out.")
+
+
+def _assigned(values: Mapping[str, Any], name: str, value: Any) -> dict[str, Any]:
+    """A copy of nested settings with one set by its dotted name; those of a migration need no prefix."""
+    first, *rest = name.split(".")
+    path = [first, *rest] if first in TRAINED and rest else ["settings", first, *rest]
+
+    def put(inner: Any, keys: Sequence[str]) -> Any:
+        if not keys:
+            return value
+        held = dict(inner) if isinstance(inner, Mapping) else {}
+        return {**held, keys[0]: put(held.get(keys[0]), keys[1:])}
+
+    result: dict[str, Any] = put(values, path)
+    return result
+
+
+def _settings(
+    values: Mapping[str, Any], config: ExperimentConfig, task: str, seed: int, where: str, problems: list[Problem]
+) -> CellSettings | None:
+    given = values["settings"]
+    wrong = [
+        Problem(f"{where}: {name}", "is no setting of an experiment", "Leave it out.")
+        for name in DECIDED
+        if name in given
+    ]
+    if given.get("method") == AUTO:
+        what = "auto may take another method in each cell, and a row is to be one"
+        wrong.append(Problem(f"{where}: method", what, f"Name one, or compare: {', '.join(names())}."))
+    fixed = {
+        "adapter": "-", "output": "-", "old_base": config.pair.old_base, "new_base": config.pair.new_base,
+        "train_data": config.tasks[task].train_data, "seed": seed,
+    }  # fmt: skip
+    made: list[Any] = []
+    for model, content in (
+        # the paper's transform: what a migration does by default, choosing one, is nothing to compare
+        (MigrationConfig, {"method": "lorasuite", "finetune_samples": LFT_SAMPLES, **given, **fixed}),
+        (Lora, values["lora"]),
+        (Training, values["retrain"]),
+    ):
+        try:
+            made.append(build(model, content, where))
+        except ConfigError as error:
+            wrong += error.problems
+    problems += wrong
+    return None if wrong else CellSettings(*made)
+
+
+def _shown(value: Any) -> str:
+    """A factor's level, for people."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return ",".join(map(str, value))
+    return value if isinstance(value, str) else json.dumps(value)

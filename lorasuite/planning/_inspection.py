@@ -1,0 +1,276 @@
+"""Two bases compared, and what of an adapter would move: headers and configs only (``lorasuite inspect``)."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from lorasuite.adapters import Adapter, OutputType, not_in_adalora, open_adapters, weight_shape
+from lorasuite.bases import ROLES, Checkpoint, Role, Weights, architectures, common_tokens, load_tokenizer, propose
+from lorasuite.errors import LoRASuiteError, PreflightError, Problem
+from lorasuite.planning._config import AUTO
+from lorasuite.planning._estimate import estimate, measure
+from lorasuite.transforms import transform
+
+FLOAT = 4  # bytes of a float32
+
+
+@dataclass
+class Inspection:
+    """What ``lorasuite inspect`` shows. ``factors`` rows: name, old, new, changed."""
+
+    old_base: str
+    new_base: str
+    factors: list[dict[str, Any]] = field(default_factory=list)
+    vocabulary: dict[str, Any] = field(default_factory=dict)
+    adapter: dict[str, Any] = field(default_factory=dict)
+    modules: list[dict[str, Any]] = field(default_factory=list)
+    memory: dict[str, int] = field(default_factory=dict)
+    #: seconds a stage, see :func:`lorasuite.estimate.estimate`
+    time: dict[str, Any] = field(default_factory=dict)
+    notices: list[str] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+    #: for a base of an unknown architecture: ``{"old_base": {"yaml": a draft of its file, "questions": […]}}``
+    proposal: dict[str, Any] = field(default_factory=dict)
+    old_tokenizer: Any = field(default=None, repr=False)
+    new_tokenizer: Any = field(default=None, repr=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All but the tokenizers, as JSON-able values."""
+        shown = [f.name for f in fields(self) if not f.name.endswith("_tokenizer")]
+        return {name: getattr(self, name) for name in shown} | {"problems": [p.to_dict() for p in self.problems]}
+
+    def raise_problems(self) -> None:
+        """
+        Raises:
+            PreflightError: with every problem, if there is one.
+        """
+        if self.problems:
+            raise PreflightError(self.problems)
+
+
+def inspect(
+    old_base: str,
+    new_base: str,
+    adapter: str | None = None,
+    method: str = "lorasuite",
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+    output_type: OutputType = "lora",
+    timed: bool = False,
+) -> Inspection:
+    """Compare two bases, and say what of an adapter would move. Headers and configs only: no weight is read.
+
+    Args:
+        timed: also estimate the time, which takes a second to measure this machine.
+    """
+    result = Inspection(old_base, new_base)
+    old = _attempt(result, lambda: Checkpoint(old_base))
+    new = _attempt(result, lambda: Checkpoint(new_base))
+    for side, source, checkpoint in (("old_base", old_base, old), ("new_base", new_base, new)):
+        if checkpoint is None:
+            _propose(result, side, source)
+    opened = _attempt(result, lambda: open_adapters(adapter, allow_pickle)) if adapter else None
+    for checkpoint in (old, new):
+        if checkpoint is not None:
+            result.problems += checkpoint.check() + _own_code(checkpoint, trust_remote_code)
+    if old is not None and new is not None:
+        _factors(result, old, new)
+        _vocabulary(result, old, new, trust_remote_code)
+        with contextlib.suppress(LoRASuiteError):  # what cannot be read has been noted
+            _memory(result, old, new)
+    if old is not None and opened is not None:
+        result.problems += opened.check(old) or _attempt(result, lambda: _something_to_move(opened)) or []
+        if output_type == "adalora":
+            c = opened.contents
+            biases = [path for path in c.biases if old.find(f"{path}.bias")]
+            result.problems += not_in_adalora(opened.vocabulary_modules(old.architecture), c.magnitudes, biases)
+        result.adapter = {
+            "path": str(opened.path),
+            "kind": opened.kind,
+            "rank": opened.rank,
+            "alpha": opened.config.get("lora_alpha"),
+            "modules": len(opened.modules),
+            "trained_on": opened.config.get("base_model_name_or_path"),
+        }
+        if new is not None and not result.problems:
+            _modules(result, old, new, opened, method)
+            _beside(result, old, opened)
+    if timed and old is not None and new is not None and not result.problems:
+        result.time = estimate(old, new, opened, measure(old))
+    return result
+
+
+def _attempt(result: Inspection, action: Callable[[], Any]) -> Any:
+    """The action's result, or None with its problems noted."""
+    try:
+        return action()
+    except LoRASuiteError as error:
+        result.problems += error.problems or [Problem("input", str(error), "")]
+        return None
+
+
+def _propose(result: Inspection, side: str, source: str) -> None:
+    """A draft of an architecture file, if what stopped the base from being read is that there is none."""
+    with contextlib.suppress(LoRASuiteError):  # noted already
+        weights = Weights(source)
+        if weights.config.get("model_type") not in architectures():
+            draft = propose(weights.config, weights.shapes())
+            result.proposal[side] = {"yaml": draft.text, "questions": draft.questions}
+
+
+def _own_code(checkpoint: Checkpoint, trust_remote_code: bool) -> list[Problem]:
+    """Whether a base runs code of its own without leave."""
+    from transformers import CONFIG_MAPPING
+
+    if trust_remote_code or not checkpoint.config.get("auto_map"):
+        return []
+    if checkpoint.config.get("model_type") in CONFIG_MAPPING:
+        return []
+    what = "is a model with code of its own, which running it takes"
+    return [Problem(checkpoint.source, what, "Read that code, and give --trust-remote-code if you trust it.")]
+
+
+def _something_to_move(adapter: Adapter) -> list[Problem]:
+    """Whether the adapter does anything: a problem if every update is zero (it was never trained).
+
+    Raises:
+        AdapterError: if a factor holds NaN or Inf.
+    """
+    if not adapter.stored:  # known only after a computation for each module
+        return []
+    if sum(adapter.update(path).norm() for path in adapter.modules) > 0:
+        return []
+    return [Problem(str(adapter.path), "every update is zero", "It was never trained: there is nothing to migrate.")]
+
+
+def _factors(result: Inspection, old: Checkpoint, new: Checkpoint) -> None:
+    a, b = old.dims, new.dims
+    rows = [
+        ("architecture", old.architecture.family, new.architecture.family),
+        ("vocabulary size", a.vocab_size, b.vocab_size),
+        ("hidden size", a.hidden_size, b.hidden_size),
+        ("intermediate size", a.intermediate_size, b.intermediate_size),
+        ("layers", a.layers, b.layers),
+        ("attention heads", a.heads, b.heads),
+        ("attention type", f"{a.attention} ({a.kv_heads} kv)", f"{b.attention} ({b.kv_heads} kv)"),
+        ("head size", a.head_dim, b.head_dim),
+    ]
+    result.factors = [{"name": name, "old": o, "new": n, "changed": o != n} for name, o, n in rows]
+
+
+def _vocabulary(result: Inspection, old: Checkpoint, new: Checkpoint, trust_remote_code: bool) -> None:
+    first = result.old_tokenizer = _attempt(result, lambda: load_tokenizer(old.path, trust_remote_code))
+    second = result.new_tokenizer = _attempt(result, lambda: load_tokenizer(new.path, trust_remote_code))
+    if first is None or second is None:
+        return
+    common = common_tokens(first, second, old.dims.vocab_size, new.dims.vocab_size)
+    inverse = {id_: token for token, id_ in first.get_vocab().items()}
+    moved = [
+        {"token": inverse.get(int(a), ""), "old": int(a), "new": int(b)}
+        for a, b in zip(common.old, common.new, strict=True)
+        if int(a) != int(b)
+    ]
+    result.vocabulary = {"common": len(common), "same": common.same, "renumbered": len(moved), "examples": moved[:5]}
+    if old.dims.hidden_size != new.dims.hidden_size and 0 < len(common) < old.dims.hidden_size:
+        result.notices.append(
+            f"only {len(common)} common tokens for a hidden size of {old.dims.hidden_size}: W_h is underdetermined"
+        )
+    if not len(common) and old.dims.hidden_size != new.dims.hidden_size:
+        result.problems.append(
+            Problem("vocabulary", "the two tokenizers share no token", "There is nothing to fit a hidden map on.")
+        )
+
+
+def _memory(result: Inspection, old: Checkpoint, new: Checkpoint) -> None:
+    """Bytes of weights each kind of stage holds at once, in float32."""
+
+    def layer(checkpoint: Checkpoint) -> int:
+        sizes = []
+        for n in range(checkpoint.dims.layers):
+            dims = checkpoint.layer_dims(n)
+            sizes.append(sum(dims.rows(role) * dims.columns(role) for role in checkpoint.roles(n)))
+        return FLOAT * max(sizes)
+
+    def embedding(checkpoint: Checkpoint) -> int:
+        return FLOAT * checkpoint.dims.vocab_size * checkpoint.dims.hidden_size
+
+    def model(checkpoint: Checkpoint) -> int:
+        # on disk in half precision as a rule; a forward pass on a CPU is in float32
+        return FLOAT * sum(math.prod(shape) for shape in checkpoint.shapes().values())
+
+    result.memory = {
+        "transfer_matrices": embedding(old) + embedding(new),
+        "head_mapping": layer(old) + layer(new),
+        "transform": layer(old) + layer(new),
+        "activations": max(model(old), model(new)),
+        "finetune": model(new),
+    }
+
+
+def _modules(result: Inspection, old: Checkpoint, new: Checkpoint, adapter: Adapter, method: str) -> None:
+    """One row a role: how many modules have it, and where it goes."""
+    counts: Counter[Role] = Counter()
+    for path in adapter.modules:
+        located = old.architecture.locate(path)
+        if located is not None:
+            counts.update(located[1].roles)
+    for role in ROLES:
+        if not counts[role]:
+            continue
+        source, target = old.architecture.module(role), new.architecture.module(role)
+        result.modules.append(
+            {
+                "role": role,
+                "count": counts[role],
+                "old": source.name if source else None,
+                "new": target.name if target else None,
+                "moves": target is not None,
+                "why": "" if target else f"the new base has no {role} projection",
+            }
+        )
+    if not any(row["moves"] for row in result.modules):
+        result.problems.append(
+            Problem(str(adapter.path), "none of its modules has a counterpart in the new base", "It cannot be moved.")
+        )
+    if old.dims.layers > new.dims.layers:
+        result.notices.append(
+            f"{old.dims.layers - new.dims.layers} of {old.dims.layers} old layers have no partner and are dropped"
+        )
+    if method != AUTO and transform(method).joint and not adapter.plain(old.architecture):
+        what = f"{method} moves updates of blocks only, and the adapter has more"
+        result.problems.append(Problem("method", what, "Use --method auto, or another one."))
+    if method == "copy":
+        unlike = [
+            Problem("method", f"copy: {role} is {a} in the old base, {b} in the new one", "Use --method lorasuite.")
+            for role in counts
+            if (a := (old.dims.rows(role), old.dims.columns(role)))
+            != (b := (new.dims.rows(role), new.dims.columns(role)))
+        ]
+        result.problems += unlike
+
+
+def _beside(result: Inspection, old: Checkpoint, adapter: Adapter) -> None:
+    """What of an adapter is not stored as factors of block weights: what that costs, and what becomes of it."""
+    if not adapter.stored:
+        largest = max(math.prod(weight_shape(old, path)) for path in adapter.modules if old.architecture.locate(path))
+        # the dense ΔW, its base weight, both in float32, and an SVD of it in float64
+        result.memory["read_adapter"] = 10 * FLOAT * largest
+        result.notices.append(
+            f"{adapter.kind}: ΔW is computed and decomposed for each of {len(adapter.modules)} modules, one at a time"
+        )
+    embeddings = adapter.vocabulary_modules(old.architecture)
+    common = result.vocabulary.get("common", 0)
+    if embeddings and not common:
+        what = f"changes embeddings ({', '.join(embeddings)}), and the two tokenizers share no token"
+        result.problems.append(Problem(str(adapter.path), what, "Train without the embeddings."))
+    elif embeddings:
+        result.notices.append(
+            f"{', '.join(embeddings)}: changes are carried over for {common} of {old.dims.vocab_size} tokens"
+        )
+    if any(old.find(f"{path}.bias") for path in adapter.contents.biases):
+        result.notices.append("biases: changes are carried over where the new base has a bias of the same size")

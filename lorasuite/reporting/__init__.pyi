@@ -1,0 +1,37 @@
+from ._card import model_card
+from ._figures import heat_map_png
+from ._files import FLEET_RECORD, RECORD, REPORT
+from ._fleet_report import fleet_rows, write_fleet
+from ._hub import PushError, check_target, push
+from ._names import wilson
+from ._publication import copy_samples, publish
+from ._report import render, write_report
+from ._results import RESULTS, kept, read_results, write_results
+from ._results_tables import Measurement, Score
+from ._tables import comparison, task_comparison
+
+__all__ = [
+    "FLEET_RECORD",
+    "RECORD",
+    "REPORT",
+    "RESULTS",
+    "Measurement",
+    "PushError",
+    "Score",
+    "check_target",
+    "comparison",
+    "copy_samples",
+    "fleet_rows",
+    "heat_map_png",
+    "kept",
+    "model_card",
+    "publish",
+    "push",
+    "read_results",
+    "render",
+    "task_comparison",
+    "wilson",
+    "write_fleet",
+    "write_report",
+    "write_results",
+]

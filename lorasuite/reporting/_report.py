@@ -1,0 +1,89 @@
+"""The HTML reports of a migration and of a fleet: self-contained pages made from the records and files beside them.
+
+Every section says in a sentence when there is nothing to show, and what would be needed: a reader who has to decide
+must not have to guess whether something is missing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from lorasuite.bases import read_json
+from lorasuite.errors import CheckpointError, Problem
+from lorasuite.reporting._files import FIGURE_DATA, FLEET_RECORD, RECORD, REPORT
+from lorasuite.reporting._names import ARMS, LOADERS, VERDICT_WORDS
+from lorasuite.reporting._page import _page
+from lorasuite.reporting._sections import (
+    candidates,
+    cost_section,
+    decision,
+    energy_section,
+    flips,
+    head_section,
+    layer_section,
+    training,
+)
+from lorasuite.reporting._tables import metric_tables, task_tables
+
+
+def write_report(folder: Path) -> Path:
+    """Build ``report.html`` of a migration's directory from its ``migration.json``, or of a fleet's.
+
+    Raises:
+        CheckpointError: if the directory holds neither.
+    """
+    path = folder / REPORT
+    if (folder / RECORD).is_file():
+        data = load_file(folder / FIGURE_DATA) if (folder / FIGURE_DATA).is_file() else {}
+        page = render(read_json(folder / RECORD), data)
+    elif (folder / FLEET_RECORD).is_file():
+        page = render_fleet(read_json(folder / FLEET_RECORD))
+    else:
+        raise CheckpointError(
+            Problem(
+                str(folder),
+                f"has no {RECORD} and no {FLEET_RECORD}",
+                "Give the output directory of a migration or of a fleet.",
+            )
+        )
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def render(record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """A migration's page as HTML."""
+    word, tone = VERDICT_WORDS[record["verdict"]["verdict"]]
+    return _page(
+        "report.html.j2",
+        m=record,
+        word=word,
+        tone=tone,
+        decision=decision(record),
+        metrics=metric_tables(record["evaluation"], record["verdict"].get("metric")),
+        tasks=task_tables(record["tasks"]),
+        flips=flips(record),
+        candidates=candidates(record),
+        training=training(record),
+        layers=layer_section(record, tensors),
+        heads=head_section(record),
+        energy=energy_section(record),
+        serving={LOADERS.get(name, name): served for name, served in record.get("serving", {}).items()},
+        cost=cost_section(record),
+        settings=json.dumps(record.get("settings", {}), indent=2, ensure_ascii=False, sort_keys=True),
+        arms=ARMS,
+    )
+
+
+def render_fleet(fleet: Mapping[str, Any]) -> str:
+    """A fleet's page as HTML: a row an adapter, sortable where scripts run."""
+    words = {verdict: {"word": w, "tone": t} for verdict, (w, t) in VERDICT_WORDS.items()}
+    order = {verdict: number for number, verdict in enumerate(VERDICT_WORDS)}
+    rows = sorted(fleet["adapters"], key=lambda row: (order.get(row["verdict"], 99), row["name"]))
+    counts = [(words[v], sum(row["verdict"] == v for row in rows)) for v in VERDICT_WORDS]
+    return _page("fleet.html.j2", f=fleet, rows=rows, words=words, order=order, counts=[(w, n) for w, n in counts if n])

@@ -1,0 +1,144 @@
+"""Whether the teacher is worth copying."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from lorasuite.data import IGNORED, UNFINISHED, Row, encode_pair, prompt_ids
+from lorasuite.errors import DataError, Problem
+from lorasuite.teacher._generation import context_length
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class TextLoss(BaseModel):
+    """What a model makes of rows: summed loss of their answers in nats, over their UTF-8 bytes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    nats: float
+    bytes: int
+    rows: int
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Comparable between tokenizers."""
+        return self.nats / math.log(2) / self.bytes
+
+
+def text_losses(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    *,
+    batch_size: int = 16,
+) -> list[TextLoss | None]:
+    """The loss of each row's answer (of a text row, all of it), its end included; None where it is too long to read.
+
+    Answers are scored given their prompts, so that models with different tokenizers are asked the same.
+    """
+    import torch
+
+    from lorasuite.training import read_batches
+
+    context = context_length(model)
+    found: list[TextLoss | None] = [None] * len(rows)
+    examples: list[tuple[int, dict[str, list[int]], int]] = []
+    for index, row in enumerate(rows):
+        prompt, scored, suffix = row.target(tokenizer)
+        special = row.kind != "messages"
+        if prompt:
+            head, tail = encode_pair(tokenizer, prompt, scored, special=special)
+        else:
+            head, tail = [], prompt_ids(tokenizer, scored, special=special)
+        if not suffix and not row.extra.get(UNFINISHED) and tokenizer.eos_token_id is not None:
+            tail = [*tail, int(tokenizer.eos_token_id)]
+        ids = head + tail
+        if len(ids) > context or len(ids) < 2:
+            continue
+        labels = [IGNORED] * max(len(head), 1) + ids[max(len(head), 1) :]
+        size = len(scored.encode())
+        examples.append((index, {"input_ids": ids, "labels": labels, "attention_mask": [1] * len(ids)}, size))
+    for members, targets, logits in read_batches(model, [example for _, example, _ in examples], batch_size):
+        loss = torch.nn.functional.cross_entropy(
+            logits[:, :-1].float().transpose(1, 2), targets[:, 1:], ignore_index=IGNORED, reduction="none"
+        ).sum(dim=1)
+        for n, nats in zip(members, loss.tolist(), strict=True):
+            index, _, size = examples[n]
+            found[index] = TextLoss(nats=nats, bytes=size, rows=1)
+    return found
+
+
+def total(losses: Sequence[TextLoss | None]) -> TextLoss:
+    """The sum of rows' losses; those of None are left out."""
+    known = [loss for loss in losses if loss is not None]
+    return TextLoss(nats=sum(k.nats for k in known), bytes=sum(k.bytes for k in known), rows=len(known))
+
+
+class Worth(BaseModel):
+    """Whether the teacher is worth copying, and what that was decided by."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    worth: bool
+    reason: str
+    measured_on: Literal["training rows", "written rows"]
+    scored_rows: int = Field(description="rows that every model could read whole")
+    bits_per_byte: dict[str, float] = Field(
+        description="of old (the bare old base), teacher and new (the bare new base)"
+    )
+
+
+#: What an adapter must take away of the old base's loss on the teacher's own text to count as one: this share, and
+#: so many bits per byte (a greedy text's loss is near zero with and without it).
+LEAST_CHANGE = 0.01
+
+
+def judge_teacher(
+    old: Sequence[TextLoss | None], teacher: Sequence[TextLoss | None], new: Sequence[TextLoss | None], labelled: bool
+) -> Worth:
+    """Whether the teacher beats the bare new base.
+
+    On the user's rows (``labelled``) that is asked directly. On rows the teacher wrote it cannot lose, as nothing
+    predicts a model's text better than the model, so there the question is whether there is anything to copy: the
+    adapter must change what the old base says, and the new base must not be saying it already. Whether it is *right*
+    nobody knows without labels.
+
+    Args:
+        old, teacher, new: losses of the bare old base, of it with its adapter, and of the bare new base, on the same
+            rows.
+
+    Raises:
+        DataError: if no row can be read whole by every model.
+    """
+    whole = [n for n, found in enumerate(zip(old, teacher, new, strict=True)) if None not in found]
+    if not whole:
+        what = "no row is short enough for both bases to read whole"
+        raise DataError([Problem("teacher", what, "Use shorter rows, or a smaller teacher.max_new_tokens")])
+    bits = {
+        name: total([losses[n] for n in whole]).bits_per_byte
+        for name, losses in (("old", old), ("teacher", teacher), ("new", new))
+    }
+    shown = f"{bits['teacher']:.3f} bits per byte against the bare new base's {bits['new']:.3f}"
+    if labelled:
+        worth = bits["teacher"] < bits["new"]
+        reason = f"the teacher {'beats' if worth else 'does not beat'} the bare new base: {shown}"
+    elif bits["old"] - bits["teacher"] < LEAST_CHANGE * max(bits["old"], 1.0):
+        worth = False
+        reason = f"the adapter hardly changes the old base: {bits['old']:.3f} bits per byte without it, {shown}"
+    else:
+        worth = bits["teacher"] < bits["new"]
+        reason = f"{'there is something' if worth else 'nothing'} to learn from the teacher's text: {shown}"
+    return Worth(
+        worth=worth,
+        reason=reason,
+        measured_on="training rows" if labelled else "written rows",
+        scored_rows=len(whole),
+        bits_per_byte=bits,
+    )

@@ -1,0 +1,174 @@
+"""Soft labels: the teacher's distribution at every token of the training rows, as an addition to the fine-tuning loss.
+
+They need the two tokenizers to cut a row into the same tokens, under the same or other ids. A row is recognised by its
+token ids in the new vocabulary; rows that are cut differently simply have no soft labels. Distributions are over the
+tokens both vocabularies hold, renormalised, cut to the ``k`` likeliest; what is left of the probability counts as one
+more outcome, so the divergence is a lower bound that is exact where ``k`` reaches the vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorasuite.data import IGNORED, Row, encode_rows
+from lorasuite.errors import DataError
+
+#: Outcomes kept of each distribution.
+TOP = 32
+
+#: Names of a batch's soft labels: outcomes ``(batch, tokens, k)``, their log-probabilities, and where there are any.
+OUTCOMES, LOG_PROBS, KNOWN = "teacher_outcomes", "teacher_log_probs", "teacher_known"
+
+
+@dataclass(frozen=True, eq=False)
+class SoftLabels:
+    """The teacher's distributions over the next token at ``T`` tokens of several sequences, one after the other."""
+
+    tokens: Tensor
+    """``(T,)`` int64, ids of the new vocabulary."""
+    lengths: Tensor
+    """``(sequences,)`` int64."""
+    outcomes: Tensor
+    """``(T, k)`` int32, places in ``vocabulary``."""
+    log_probs: Tensor
+    """``(T, k)`` float32, at ``temperature``."""
+    vocabulary: Tensor
+    """``(shared,)`` int64, the ids of the new vocabulary that distributions are over."""
+    temperature: float
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything, to be stored."""
+        names = ("tokens", "lengths", "outcomes", "log_probs", "vocabulary")
+        return {name: getattr(self, name) for name in names} | {"temperature": torch.tensor(self.temperature)}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> SoftLabels:
+        """What :meth:`tensors` gave."""
+        return cls(**{**tensors, "temperature": float(tensors["temperature"])})  # type: ignore[arg-type]
+
+    @cached_property
+    def _places(self) -> dict[tuple[int, ...], int]:
+        """Sequence → where it starts."""
+        starts = (self.lengths.cumsum(0) - self.lengths).tolist()
+        tokens = self.tokens.tolist()
+        return {
+            tuple(tokens[start : start + length]): start
+            for start, length in zip(starts, self.lengths.tolist(), strict=True)
+        }
+
+    def __contains__(self, input_ids: Sequence[int]) -> bool:
+        return tuple(input_ids) in self._places
+
+    def batch(self, examples: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, Tensor]:
+        """The soft labels of encoded examples, padded on the right, by the names above."""
+        width = max(len(example["input_ids"]) for example in examples)
+        shape = (len(examples), width, self.outcomes.shape[1])
+        outcomes = torch.zeros(shape, dtype=torch.int64)
+        log_probs = torch.full(shape, -torch.inf)
+        known = torch.zeros(shape[:2], dtype=torch.bool)
+        for at, example in enumerate(examples):
+            length = len(example["input_ids"])
+            start = self._places.get(tuple(example["input_ids"]))
+            if start is not None:
+                outcomes[at, :length] = self.outcomes[start : start + length].long()
+                log_probs[at, :length] = self.log_probs[start : start + length]
+                known[at, :length] = True
+        return {OUTCOMES: outcomes, LOG_PROBS: log_probs, KNOWN: known}
+
+    def digest(self) -> str:
+        """Hash of everything."""
+        found = hashlib.sha256()
+        for name, tensor in self.tensors().items():
+            found.update(name.encode() + tensor.contiguous().numpy().tobytes())
+        return found.hexdigest()
+
+
+def soft_labels(
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[Row],
+    common: tuple[Tensor, Tensor],
+    *,
+    cutoff: int = 256,
+    top: int = TOP,
+    temperature: float = 1.0,
+    batch_size: int = 16,
+) -> SoftLabels:
+    """What the teacher expects at every token of the rows.
+
+    Args:
+        model: the teacher, on its device.
+        tokenizer: its own.
+        common: paired ids, old and new, of the tokens that both vocabularies hold (``CommonTokens``). Rows with any
+            other token are left out.
+        cutoff: as in fine-tuning.
+        temperature: of the softmax, for teacher and student alike.
+
+    Raises:
+        DataError: without usable rows.
+    """
+    from lorasuite.training._loss import read_batches
+
+    old, new = common
+    # ids beyond the tokenizer are padding of the embeddings
+    real = old < len(tokenizer)
+    old, new = old[real], new[real]
+    translation = dict(zip(old.tolist(), new.tolist(), strict=True))
+    examples = [
+        example
+        for example in encode_rows(rows, tokenizer, cutoff).examples
+        if all(token in translation for token in example["input_ids"])
+    ]
+    k = min(top, len(old))
+    shared = old.to(next(model.parameters()).device)
+    parts: dict[int, tuple[Tensor, Tensor]] = {}
+    for members, _, logits in read_batches(model, examples, batch_size):
+        found = (logits[..., shared].float() / temperature).log_softmax(dim=-1).topk(k, dim=-1)
+        for at, n in enumerate(members):
+            length = len(examples[n]["input_ids"])
+            parts[n] = found.indices[at, :length].int().cpu(), found.values[at, :length].cpu()
+    if not parts:
+        raise DataError("no row consists of tokens that both vocabularies hold: there are no soft labels")
+    return SoftLabels(
+        tokens=torch.tensor([translation[token] for example in examples for token in example["input_ids"]]),
+        lengths=torch.tensor([len(example["input_ids"]) for example in examples]),
+        outcomes=torch.cat([parts[n][0] for n in range(len(examples))]),
+        log_probs=torch.cat([parts[n][1] for n in range(len(examples))]),
+        vocabulary=new,
+        temperature=temperature,
+    )
+
+
+def distilled_loss(
+    logits: Tensor, labels: Tensor, batch: Mapping[str, Tensor], vocabulary: Tensor, temperature: float, weight: float
+) -> Tensor:
+    """Summed over label tokens: ``(1 − w)·cross-entropy + w·T²·KL(teacher ‖ student)``, in float32 (Hinton et al.,
+    arXiv 1503.02531). Tokens without soft labels have the cross-entropy alone.
+
+    Args:
+        logits: ``(batch, tokens, V)``.
+        labels: ``(batch, tokens)``, as for the cross-entropy.
+        batch: from :meth:`SoftLabels.batch`.
+    """
+    targets = labels[:, 1:]
+    counted = targets != IGNORED
+    scores = logits[:, :-1].float()
+    hard = torch.nn.functional.cross_entropy(scores.transpose(1, 2), targets, ignore_index=IGNORED, reduction="none")
+    known = batch[KNOWN][:, :-1] & counted
+    teacher = batch[LOG_PROBS][:, :-1][known]
+    student = (scores[known][:, vocabulary.to(scores.device)] / temperature).log_softmax(dim=-1)
+    student = student.gather(1, batch[OUTCOMES][:, :-1][known])
+    divergence = (teacher.exp() * (teacher - student)).sum(dim=-1)
+    if teacher.shape[-1] < len(vocabulary):
+        tiny = torch.finfo(torch.float32).tiny
+        rest = (1 - teacher.exp().sum(dim=-1)).clamp_min(tiny)
+        other = (1 - student.exp().sum(dim=-1)).clamp_min(1e-7)  # of a float32 sum, less is rounding
+        divergence = divergence + rest * (rest.log() - other.log())
+    return hard.sum() + weight * (temperature**2 * divergence.sum() - hard[known].sum())

@@ -1,0 +1,84 @@
+"""Settings of a fine-tuning run, and what it reports. Importing this loads neither torch nor transformers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from typing_extensions import TypedDict
+
+if TYPE_CHECKING:
+    pass
+
+
+class FinetuneSettings(BaseModel):
+    """Hyperparameters of one fine-tuning run; the defaults are the paper's lightweight fine-tuning."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    learning_rate: float = Field(1e-3, gt=0, description="peak learning rate")
+    batch_size: int = Field(16, ge=1, description="rows per optimiser step")
+    micro_batch_size: int | None = Field(None, ge=1, description="rows per forward pass; None: batch_size")
+    epochs: float = Field(3, gt=0, description="passes over the rows")
+    max_steps: int | None = Field(None, ge=1, description="optimiser steps, in place of epochs")
+    schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field(
+        "linear", description="of the learning rate, after warm-up"
+    )
+    warmup_ratio: float = Field(0.0, ge=0, lt=1, description="share of the steps; not together with warmup_steps")
+    warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's")
+    max_grad_norm: float = Field(1.0, ge=0, description="0 switches clipping off")
+    cutoff: int = Field(256, ge=2, description="tokens kept of an example")
+    seed: int = Field(42, ge=0, lt=2**32, description="of data order and fresh weights; the migration's if unset")
+    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where the device has it")
+    gradient_checkpointing: bool = Field(False, description="less memory for more time")
+    distillation: float = Field(
+        0.0, ge=0, le=1, description="weight of the divergence from the teacher's distributions, where there are any"
+    )
+    distillation_temperature: float = Field(1.0, gt=0, description="of teacher and student in that divergence")
+    checkpoint_steps: int | None = Field(None, ge=1, description="steps between checkpoints; None: every epoch")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> FinetuneSettings:
+        if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}"
+            )
+        if self.warmup_ratio and self.warmup_steps:
+            raise ValueError("give warmup_ratio or warmup_steps, not both")
+        return self
+
+
+class Loss(TypedDict):
+    """One point of the loss curve: mean nats per label token over the step's batch, and the step's learning rate."""
+
+    step: int
+    loss: float
+    learning_rate: float
+
+
+class Validation(TypedDict):
+    """One point of the held-out curve: nats per label token after so many epochs."""
+
+    epoch: int
+    loss: float
+
+
+class FinetuneResult(BaseModel):
+    """What a fine-tuning run did; JSON by ``model_dump()``."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    steps: int = Field(description="optimiser steps, those of an interrupted first attempt included")
+    learning_rate: float = Field(description="peak learning rate asked for")
+    losses: list[Loss] = Field(description="one entry per step")
+    validation: list[Validation] = Field(default=[], description="held-out loss before training and after each epoch")
+    validation_loss: float | None = Field(description="nats per label token after training; None without rows")
+    seconds: float = Field(description="wall time of this call's training, without an interrupted first attempt")
+    peak_memory_bytes: int = Field(description="device memory (CUDA) or the process's resident set so far (CPU)")
+    samples: int = Field(description="rows trained on")
+    dropped: int = Field(description="rows whose completion lay wholly beyond the cut-off")
+    distilled: int = Field(description="rows trained on with the teacher's distributions")
+    trainable_parameters: int
+    precision: Literal["fp32", "bf16"]
+    resumed_from: int | None = Field(description="step of the checkpoint this call started from; None: from scratch")

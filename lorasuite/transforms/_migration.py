@@ -1,0 +1,229 @@
+"""A whole adapter through a transform, layer by layer: never more than two layers' weights in memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lorasuite.adapters import Adapter, Extras, LowRank, fuse_updates, split_update
+from lorasuite.bases import ATTENTION, Checkpoint, CommonTokens, Dimensions, Module, Role
+from lorasuite.correspondence import Moments, TransferMatrix, index_heads
+from lorasuite.errors import AdapterError, Problem
+from lorasuite.progress import Progress
+from lorasuite.transforms._embeddings import move_embeddings
+from lorasuite.transforms._magnitudes import bias_changes, move_rows, new_magnitudes, own_biases, relative_magnitudes
+from lorasuite.transforms._protocol import LayerPair, transform
+
+Unmapped = Literal["freeze", "train"]
+
+
+@dataclass(eq=False)
+class Migrated:
+    """The new base's updates by module path, and what happened on the way.
+
+    ``retained`` is the share of each update's energy ``‖ΔW‖²`` kept by the cut to the output rank; ``dropped`` names
+    each old module or role that has no place in the new base, and why; ``fresh`` holds ``(B, A)`` of modules that start
+    from a fresh initialisation; ``extras`` what lies beside the updates; ``carried`` how many rows of each embedding
+    found their token; ``rank`` the rank they are all written with.
+    """
+
+    updates: dict[str, LowRank] = field(default_factory=dict)
+    retained: dict[str, float] = field(default_factory=dict)
+    dropped: list[dict[str, str]] = field(default_factory=list)
+    fresh: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    extras: Extras = field(default_factory=Extras)
+    carried: list[dict[str, object]] = field(default_factory=list)
+    rank: int = 0
+
+    def norms(self) -> dict[str, float]:
+        """‖ΔW‖ of each new module."""
+        return {path: update.norm() for path, update in self.updates.items()}
+
+
+def migrate(
+    adapter: Adapter,
+    old: Checkpoint,
+    new: Checkpoint,
+    *,
+    method: str,
+    layers: Mapping[int, int],
+    heads: Mapping[int, Mapping[int, int]],
+    transfer: TransferMatrix,
+    mlp_factor: Callable[[int, Role], Tensor],
+    alignment: Callable[[int, Role, str], Moments] | None = None,
+    rank: int,
+    energy: float | None = None,
+    unmapped: Unmapped = "freeze",
+    seed: int = 42,
+    common: CommonTokens | None = None,
+    progress: Progress | None = None,
+) -> Migrated:
+    """Move every update of an adapter to the new base.
+
+    Args:
+        layers: old → new layer.
+        heads: for each old layer, old → new query head.
+        mlp_factor: gives :func:`lorasuite.transfer_matrix.mlp_factor` of an old layer and role.
+        alignment: gives the moments of an old layer's role and end, for transforms that look at activations.
+        rank: output rank of every module.
+        energy: instead of ``rank``, the smallest rank at which every module keeps this share of its ``‖ΔW‖²``.
+        unmapped: what becomes of new layers without a partner: ``freeze`` leaves them out of the adapter (the paper's
+            zeroed and frozen layers), ``train`` gives them a fresh LoRA (``B = 0``).
+        common: the shared tokens, for an adapter that changes embeddings.
+
+    Raises:
+        AdapterError: if the adapter does not fit the old base, or nothing of it can be moved.
+    """
+    chosen = transform(method)
+    result = Migrated()
+    by_layer = adapter.by_layer(old)
+    covered: set[Role] = set()
+
+    def keep(path: str, update: LowRank) -> None:
+        cut = update.compress(rank) if energy is None else update.compress(energy=energy)
+        result.updates[path], result.retained[path] = cut
+
+    for done, (o, modules) in enumerate(by_layer.items(), 1):
+        if o not in layers:
+            why = f"old layer {o} has no partner in the new base"
+            result.dropped += [{"module": path, "why": why} for path in modules]
+            continue
+        n = layers[o]
+        old_dims, new_dims = old.layer_dims(o), new.layer_dims(n)
+        updates: dict[Role, LowRank] = {}
+        for path, module in modules.items():
+            updates.update(split_update(adapter.update(path, old), module, old_dims))
+        for role in [role for role in updates if role not in new.roles(n)]:
+            result.dropped.append(
+                {
+                    "module": old.architecture.path(o, _holder(old, o, role)),
+                    "why": _lacks(new, n, role),
+                }
+            )
+            del updates[role]
+        needed = chosen.roles(tuple(updates))
+        factors = {role: mlp_factor(o, role) for role in needed if role not in ATTENTION}
+        moments = None if alignment is None else partial(alignment, o)
+        pair = LayerPair(
+            old.layer(o, needed), new.layer(n, needed), old_dims, new_dims, heads[o], transfer, factors, moments
+        )
+        moved = chosen.layer(pair, updates)
+        del pair  # its weights go before the next layers come
+        for module in new.modules(n):
+            parts = {role: moved[role] for role in module.roles if role in moved}
+            if parts:
+                path = new.architecture.path(n, module)
+                covered.update(module.roles)
+                keep(path, fuse_updates(parts, module, new_dims))
+        # copy moves every row to its own place, whatever heads are alike
+        rows = index_heads(old_dims, new_dims) if method == "copy" else heads[o]
+        _move_rows_of_layer(adapter, result, modules, (old, o, old_dims), (new, n, new_dims), rows)
+        if progress is not None:
+            progress(done, len(by_layer))
+    embeddings = move_embeddings(adapter, old, new, common, transfer)
+    for path, update in embeddings.updates.items():
+        keep(path, update)
+    result.extras.saved, result.extras.tokens = embeddings.extras.saved, embeddings.extras.tokens
+    result.carried = embeddings.carried
+    result.dropped += embeddings.dropped
+    if not any(update.norm() > 0 for update in result.updates.values()):
+        raise AdapterError(
+            Problem(
+                str(adapter.path),
+                "nothing of it can be moved to the new base (every update is zero or dropped)",
+                "; ".join(sorted({d["why"] for d in result.dropped})) or "Was the adapter trained at all?",
+            )
+        )
+    result.rank = rank if energy is None else max(1, *(update.rank for update in result.updates.values()))
+    if unmapped == "train":
+        initialise(result, new, set(layers.values()), covered, result.rank, seed)
+    if adapter.contents.magnitudes:
+        for path in result.fresh:
+            layer, module = _located(new, path)
+            result.extras.magnitudes[path] = new.weight(layer, module).norm(dim=1)
+    if result.extras.biases:  # PEFT wants those of every module it trains
+        result.extras.biases = own_biases([*result.updates, *result.fresh], new) | result.extras.biases
+    return result
+
+
+Place = tuple[Checkpoint, int, Dimensions]
+
+
+def _move_rows_of_layer(
+    adapter: Adapter,
+    result: Migrated,
+    modules: Mapping[str, Module],
+    old: Place,
+    new: Place,
+    heads: Mapping[int, int],
+) -> None:
+    """Magnitudes and biases of one layer's modules."""
+    contents = adapter.contents
+    if not contents.magnitudes and not contents.biases:
+        return
+    (before, _, old_dims), (after, layer, new_dims) = old, new
+    ratios = relative_magnitudes(adapter, modules, before, old_dims) if contents.magnitudes else {}
+    shifts = bias_changes(adapter, modules, before, old_dims) if contents.biases else {}
+    for module in after.modules(layer):
+        path = after.architecture.path(layer, module)
+        if path not in result.updates:
+            continue
+        if contents.magnitudes:
+            weight = after.weight(layer, module)
+            result.extras.magnitudes[path] = new_magnitudes(ratios, module, weight, old_dims, new_dims, heads)
+        moved = {
+            role: change
+            for role in module.roles
+            if role in shifts
+            and (change := move_rows(shifts[role], role, old_dims, new_dims, heads, "shift")) is not None
+        }
+        own = own_biases([path], after).get(path)
+        for role in module.roles:
+            if role in shifts and (own is None or role not in moved):
+                why = "the new module has no bias" if own is None else "the old and new outputs have other sizes"
+                result.dropped.append({"module": f"{path} ({role} bias)", "why": why})
+        if own is not None and moved:
+            whole = {
+                role: moved.get(role, torch.zeros(new_dims.rows(role), dtype=torch.float64)) for role in module.roles
+            }
+            result.extras.biases[path] = own.double() + module.fuse(whole, new_dims)
+
+
+def _located(checkpoint: Checkpoint, path: str) -> tuple[int, Module]:
+    found = checkpoint.architecture.locate(path)
+    assert found is not None
+    return found
+
+
+def _holder(checkpoint: Checkpoint, layer: int, role: Role) -> Module:
+    return next(module for module in checkpoint.modules(layer) if role in module.roles)
+
+
+def _lacks(new: Checkpoint, layer: int, role: Role) -> str:
+    if role in new.architecture.roles:
+        return f"layer {layer} of the new base has no {role} projection outside its experts"
+    return f"the new base has no {role} projection"
+
+
+def initialise(
+    result: Migrated, new: Checkpoint, mapped: Collection[int], covered: Collection[Role], rank: int, seed: int
+) -> None:
+    """PEFT's own initialisation (Kaiming-uniform ``A``, zero ``B``) of modules that lack an update: those of the
+    ``covered`` roles, in layers that are not ``mapped``."""
+    generator = torch.Generator().manual_seed(seed)
+    for layer in range(new.dims.layers):
+        if layer in mapped:
+            continue
+        dims = new.layer_dims(layer)
+        for module in new.modules(layer):
+            if new.architecture.path(layer, module) not in result.updates and set(covered) & set(module.roles):
+                rows = sum(dims.rows(role) for role in module.roles)
+                A = torch.empty(rank, dims.columns(module.roles[0]))
+                torch.nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator)
+                result.fresh[new.architecture.path(layer, module)] = (torch.zeros(rows, rank), A)
