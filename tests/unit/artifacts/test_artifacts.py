@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 import artifacts.store
 from artifacts import ArtifactDamaged, ArtifactError, ArtifactMissing, Manifest, Store, default_home, stage_key
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 KEY = stage_key("similarity", 1, {"metric": "cka"}, {"old": "a" * 64})
 
 FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64]

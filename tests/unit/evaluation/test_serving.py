@@ -182,6 +182,6 @@ def test_llama_cpp_has_a_name_for_every_module(base: Base) -> None:
 
 
 def test_the_page_tells_the_classes() -> None:
-    page = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
+    page = (Path(__file__).parents[3] / "docs" / "serving.md").read_text()
     for name in VLLM_ARCHITECTURES | LLAMA_CPP_ARCHITECTURES:
         assert f"`{name}`" in page

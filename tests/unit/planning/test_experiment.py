@@ -15,7 +15,7 @@ from lorasuite.errors import ConfigError
 from lorasuite.planning import ARMS, Experiment, read_experiment
 from lorasuite.reporting import Measurement, Score, kept, read_results, write_results
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 FILES = sorted((ROOT / "experiments").glob("*.yaml"))
 SMALL: dict[str, Any] = {
     "name": "small",

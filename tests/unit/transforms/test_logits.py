@@ -17,7 +17,7 @@ from lorasuite.training import validation_loss
 from lorasuite.transforms import logits, transform
 from lorasuite.transforms.logits import _Norm
 from tests import models
-from tests.unit.test_sequential import side, with_updates
+from tests.unit.transforms.test_sequential import side, with_updates
 
 
 @pytest.mark.parametrize("centre", [False, True])

@@ -424,7 +424,7 @@ def test_rank_and_energy_exclude_each_other() -> None:
 # ---------------------------------------------------------------------------------------------- configurations in use
 
 PUBLISHED: dict[str, dict[str, Any]] = json.loads(
-    (Path(__file__).parents[1] / "data" / "peft_configs.json").read_text()
+    (Path(__file__).parents[2] / "data" / "peft_configs.json").read_text()
 )["configs"]
 UNREAD = ("kasa_config", "use_bdlora", "peft_type", "save_indices")
 
@@ -447,7 +447,7 @@ def test_there_are_a_hundred_of_them() -> None:
     assert len(PUBLISHED) >= 100
 
 
-PATTERNS = json.loads((Path(__file__).parents[1] / "data" / "peft_configs.json").read_text())["target_modules_patterns"]
+PATTERNS = json.loads((Path(__file__).parents[2] / "data" / "peft_configs.json").read_text())["target_modules_patterns"]
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
@@ -463,7 +463,7 @@ def test_published_target_patterns(pattern: str, base: Callable[..., Path], tmp_
 
 
 def test_the_tables_in_the_docs() -> None:
-    text = (Path(__file__).parents[2] / "docs" / "adapters.md").read_text()
+    text = (Path(__file__).parents[3] / "docs" / "adapters.md").read_text()
     results = cross.stored()
     for mark, expected in (("kinds", kinds.table()), ("architectures", cross.table(results))):
         shown = text.partition(f"<!-- {mark} -->\n")[2].partition(f"<!-- /{mark} -->")[0]

@@ -23,7 +23,7 @@ from lorasuite.errors import AdapterError, CheckpointError
 from lorasuite.evaluation import _serving as serving
 from lorasuite.planning import inspect
 from tests import models
-from tests.unit.test_transform_lorasuite import check, expected_updates, run, some_heads
+from tests.unit.transforms.test_transform_lorasuite import check, expected_updates, run, some_heads
 
 LAYERS = {0: 1, 1: 0, 2: 2}
 IDS = torch.tensor([[5, 9, 33, 71, 12]])
@@ -411,7 +411,7 @@ def test_attention_is_in_every_layer() -> None:
 
 
 def test_the_page_on_architectures_is_in_step() -> None:
-    page = (Path(__file__).parents[2] / "docs" / "architectures.md").read_text()
+    page = (Path(__file__).parents[3] / "docs" / "architectures.md").read_text()
     for schema in (Architecture, Module):
         for name in schema.model_fields:
             assert f"\n| `{name}` |" in page, name

@@ -16,7 +16,7 @@ from lorasuite.errors import AdapterError, ConfigError
 from lorasuite.transforms import Migrated, migrate, names, transform
 from tests import models
 from tests.unit import oracle
-from tests.unit.test_head_mapping import permute
+from tests.unit.correspondence.test_head_mapping import permute
 
 Spec = tuple[str, dict[str, Any]]
 
