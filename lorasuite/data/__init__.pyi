@@ -1,4 +1,4 @@
-from ._drawing import ENOUGH, HELD_OUT, draw, split_mixed
+from ._drawing import ENOUGH, HELD_OUT, MIN_OWN_HOLDOUT_ROWS, RowSplit, draw, split_mixed, split_rows
 from ._encoding import IGNORED, encode, encode_pair, encode_rows, prompt_ids
 from ._reading import calibration_texts, read_prompts, read_rows, rows_to_jsonl
 from ._rows import (
@@ -19,10 +19,12 @@ __all__ = [
     "HELD_OUT",
     "IGNORED",
     "INSTRUCTION_TEMPLATE",
+    "MIN_OWN_HOLDOUT_ROWS",
     "UNFINISHED",
     "Kind",
     "Message",
     "Row",
+    "RowSplit",
     "calibration_texts",
     "draw",
     "encode",
@@ -34,6 +36,7 @@ __all__ = [
     "read_rows",
     "rows_to_jsonl",
     "split_mixed",
+    "split_rows",
     "unanswered",
     "whole_text",
 ]

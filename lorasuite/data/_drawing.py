@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import random
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
 
+from lorasuite.data._reading import read_rows, rows_to_jsonl
 from lorasuite.data._rows import Row, unanswered
 
-if TYPE_CHECKING:
-    pass
+#: Share of the training rows that a choice holds out.
+HELD_OUT = 0.2
+#: The user's rows from which on they alone are held out, beside the teacher's: their fifth is then ten rows or more.
+MIN_OWN_HOLDOUT_ROWS = 50
+
+#: Files of a stored split: its rows by part, and which of them are held out.
+PARTS = ("own", "synthetic", "selection")
+SPLIT = "split.json"
 
 
 def draw(rows: Sequence[Row], samples: int, seed: int) -> list[Row]:
@@ -19,37 +29,106 @@ def draw(rows: Sequence[Row], samples: int, seed: int) -> list[Row]:
     return [rows[n] for n in sorted(random.Random(seed).sample(range(len(rows)), samples))]
 
 
-#: Share of the training rows a sweep holds out to choose by.
-HELD_OUT = 0.2
-#: The user's rows from which on they alone are held out, beside the teacher's: their fifth is then ten rows or more.
-ENOUGH = 50
+@dataclass(frozen=True)
+class RowSplit:
+    """The rows of one migration, drawn and split once: all that train, fit or choose use the same parts.
+
+    ``own`` are the user's labelled rows, ``synthetic`` those that the teacher wrote to train on, ``selection`` those
+    that it wrote to be read and chosen by only. ``held_out`` and ``left_out`` are places in the three, one after the
+    other: the former to choose by, the latter neither to choose by nor to fit on (the teacher's answers to prompts
+    that are held out).
+    """
+
+    own: tuple[Row, ...]
+    synthetic: tuple[Row, ...] = ()
+    selection: tuple[Row, ...] = ()
+    held_out: frozenset[int] = frozenset()
+    left_out: frozenset[int] = frozenset()
+
+    @property
+    def trained(self) -> list[Row]:
+        """Every row that a final fine-tune trains on: the user's and the synthetic ones."""
+        return [*self.own, *self.synthetic]
+
+    @property
+    def to_train(self) -> list[Row]:
+        """What a fine-tune trains on while something is chosen by :attr:`to_choose_by`."""
+        return self._kept(len(self.own) + len(self.synthetic))
+
+    @property
+    def to_fit(self) -> list[Row]:
+        """What transforms may read: :attr:`to_train`, and the selection rows that are not held out."""
+        return self._kept(len(self.own) + len(self.synthetic) + len(self.selection))
+
+    @property
+    def to_choose_by(self) -> list[Row]:
+        """The rows held out."""
+        return [row for n, row in enumerate(self._all()) if n in self.held_out]
+
+    def _all(self) -> chain[Row]:
+        return chain(self.own, self.synthetic, self.selection)
+
+    def _kept(self, end: int) -> list[Row]:
+        away = self.held_out | self.left_out
+        return [row for n, row in enumerate(self._all()) if n < end and n not in away]
+
+    def files(self) -> dict[str, bytes]:
+        """The split as files, for :meth:`read`; parts without rows have none."""
+        parts = {f"{name}.jsonl": rows_to_jsonl(getattr(self, name)) for name in PARTS if getattr(self, name)}
+        return parts | {
+            SPLIT: json.dumps({"held_out": sorted(self.held_out), "left_out": sorted(self.left_out)}).encode()
+        }
+
+    @classmethod
+    def read(cls, files: Mapping[str, Path]) -> RowSplit:
+        """What :meth:`files` wrote, from its files by name.
+
+        Raises:
+            DataError: if one of them is damaged.
+        """
+        parts = {name: tuple(read_rows(files[f"{name}.jsonl"])) for name in PARTS if f"{name}.jsonl" in files}
+        places = json.loads(files[SPLIT].read_text(encoding="utf-8"))
+        return cls(
+            parts.get("own", ()),
+            parts.get("synthetic", ()),
+            parts.get("selection", ()),
+            frozenset(places["held_out"]),
+            frozenset(places["left_out"]),
+        )
 
 
-def split(rows: Sequence[Row], seed: int) -> tuple[list[Row], list[Row]]:
-    """A seeded split into rows to train on and rows to choose by, a fifth of them and at least one."""
-    order = list(range(len(rows)))
+def split_rows(
+    own: Sequence[Row], synthetic: Sequence[Row] = (), selection: Sequence[Row] = (), *, seed: int
+) -> RowSplit:
+    """Hold out a seeded fifth, and at least one row, to choose by.
+
+    With :data:`MIN_OWN_HOLDOUT_ROWS` of the user's own, only those are held out, the same ones whatever the teacher
+    wrote; what it wrote to their prompts is left out then. With fewer, a fifth of all is held out.
+
+    Args:
+        own: the user's labelled rows.
+        synthetic: rows the teacher wrote to train on.
+        selection: rows the teacher wrote to be read and chosen by, never to train on.
+    """
+    every = [*own, *synthetic, *selection]
+    among = len(own) if len(own) >= MIN_OWN_HOLDOUT_ROWS else len(every)
+    order = list(range(among))
     random.Random(seed).shuffle(order)
-    held = max(1, round(HELD_OUT * len(rows)))
-    return [rows[n] for n in sorted(order[held:])], [rows[n] for n in sorted(order[:held])]
+    held = frozenset(order[: max(1, round(HELD_OUT * among))]) if every else frozenset()
+    left: frozenset[int] = frozenset()
+    if among < len(every):
+        prompts = {unanswered(own[n]) for n in held}
+        left = frozenset(n for n in range(among, len(every)) if unanswered(every[n]) in prompts)
+    return RowSplit(tuple(own), tuple(synthetic), tuple(selection), held, left)
+
+
+# Until stages take a stored split.
+ENOUGH = MIN_OWN_HOLDOUT_ROWS
 
 
 def split_mixed(
     own: Sequence[Row], written: Sequence[Row], seed: int, looked_at: Sequence[Row] = ()
 ) -> tuple[list[Row], list[Row]]:
-    """The split of the user's rows and the teacher's.
-
-    With :data:`ENOUGH` of the user's, only those are held out, the same ones whatever the teacher wrote; what it wrote
-    to their prompts is not trained on. With fewer, a fifth of all is held out.
-
-    Args:
-        looked_at: more of the teacher's rows, to be held out with the others but never to train on.
-    """
-    others = [*written, *looked_at]
-    if not others or len(own) < ENOUGH:
-        train, held_out = split([*own, *others], seed)
-    else:
-        train, held_out = split(own, seed)
-        prompts = {unanswered(row) for row in held_out}
-        train += [row for row in written if unanswered(row) not in prompts]
-    never = {id(row) for row in looked_at}
-    return [row for row in train if id(row) not in never], held_out
+    """The parts of :func:`split_rows` to train on and to choose by."""
+    found = split_rows(own, written, looked_at, seed=seed)
+    return found.to_train, found.to_choose_by
