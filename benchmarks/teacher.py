@@ -35,7 +35,7 @@ from benchmarks.zoo.train import correct
 from lorasuite import zoo
 from lorasuite.adapters import attached
 from lorasuite.bases import common_tokens, load_model, load_tokenizer
-from lorasuite.data import Row, draw, fingerprint_rows, read_rows
+from lorasuite.data import Row, draw, fingerprint_rows, read_rows, split_rows
 from lorasuite.teacher import TeacherSettings, text_losses, total, write_rows
 from lorasuite.training import FinetuneSettings, finetune_swept, soft_labels
 
@@ -121,10 +121,10 @@ def grown(
     while True:
         with tempfile.TemporaryDirectory() as folder:
             result, sweep = finetune_swept(
-                model, tokenizer, rows, settings, rates,
+                model, tokenizer, split_rows(rows, seed=settings.seed), settings, rates,
                 output=Path(folder) / "adapter", work_dir=Path(folder) / "work", **arguments,
             )  # fmt: skip
-            losses |= {f"{entry['learning_rate']:g}": entry["validation_loss"] for entry in sweep}
+            losses |= {f"{entry.learning_rate:g}": entry.validation_loss for entry in sweep}
             best = result.learning_rate
             if best != max(rates) or best not in NEXT:
                 shutil.copytree(Path(folder) / "adapter", output)

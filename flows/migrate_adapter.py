@@ -23,12 +23,12 @@ from flows.teach import NEW, training
 from lorasuite import ALGORITHM_VERSION
 from lorasuite.adapters import Adapter, fresh_lora, split_sources
 from lorasuite.bases import Checkpoint, resolve
-from lorasuite.data import ENOUGH
+from lorasuite.data import MIN_OWN_HOLDOUT_ROWS
 from lorasuite.evaluation import BOTH, judge, shared_load
 from lorasuite.evaluation import check as check_serving
 from lorasuite.planning import AUTO, MigrationConfig, Plan, build, check
 from lorasuite.reporting import publish
-from lorasuite.training import FEWEST, NOTHING, order
+from lorasuite.training import MIN_SWEEP_ROWS, NOTHING, loss_order
 from lorasuite.transforms import NO_START, names, reads_texts, transform
 from tasks.adapter_stages import adapter_folder, finetune, screening, selection, sequential_fit, serving
 from tasks.adapter_stages import transform as transform_stage
@@ -226,7 +226,7 @@ class _Arms:
         """
         context, settings, training = self.context, self.settings, self.training
         rows = len(self.plan.train) + (settings.written if training.written else 0)
-        if settings.rates_searched and rows >= FEWEST:
+        if settings.rates_searched and rows >= MIN_SWEEP_ROWS:
             self.rates, self.briefly = list(settings.rates_searched), True
         swept = len(self.rates) > 1
         # What does best untrained is not always the best start: those that do best in a short fine-tune are swept,
@@ -246,7 +246,7 @@ class _Arms:
         elif self.start != FRESH:
             begun[self.start] = self._finetune("migrated")
         if training.written and training.own:
-            judged = compared and len(self.plan.train) >= ENOUGH
+            judged = compared and len(self.plan.train) >= MIN_OWN_HOLDOUT_ROWS
             if judged or measured:
                 alone = self._finetune("alone")
             if judged:
@@ -327,7 +327,7 @@ class _Arms:
             inputs |= {**NEW, **self.training.rows, **self.training.chosen_by}
             found = self.context.open(self.context.run(screening, inputs, values))
             self.screened = found.info["losses"]
-            best = sorted(tried, key=lambda method: order(self.screened[method]))
+            best = sorted(tried, key=lambda method: loss_order(self.screened[method]))
             tried = {method: tried[method] for method in best[: settings.starts]}
         return tried
 

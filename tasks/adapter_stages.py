@@ -18,7 +18,7 @@ from typing import Any
 from lorasuite.adapters import CONFIG, Adapter, LowRank, attached, fresh_config, write_adapter
 from lorasuite.bases import METER, ROLES, Checkpoint, load_model, load_tokenizer
 from lorasuite.correspondence import StateMap
-from lorasuite.data import Row, draw, read_prompts, read_rows, rows_to_jsonl, split_mixed, whole_text
+from lorasuite.data import Row, RowSplit, draw, read_prompts, read_rows, rows_to_jsonl, split_rows, whole_text
 from lorasuite.evaluation import EvaluationSettings, compare_merged, evaluate, evaluate_tasks, write_task_samples
 from lorasuite.teacher import TeacherSettings, TextLoss, judge_teacher, text_losses, write_rows
 from lorasuite.training import (
@@ -200,8 +200,8 @@ def sequential_fit(inputs: Inputs, settings: Settings, where: Where) -> StageOut
     """Whole models fitted to follow the old base + adapter: the transform ``sequential`` or another joint one."""
     adapter = Adapter.open(where.path("adapter"), bool(where.options.get("allow_pickle")))
     new = Checkpoint(where.path("new_base"))
-    # A fifth of the rows is what `auto` chooses by: it is not looked at here.
-    rows = split_mixed(*_training_rows(inputs, settings, where), settings["seed"])[0]
+    # A fifth of the rows is what `auto` and sweeps choose by: it is not read here.
+    rows = _split(inputs, settings, where).to_fit
     with _model("old_base", where) as old, _model("new_base", where) as fresh:
         sides = side(where, "old_base", old), side(where, "new_base", fresh)
         roles = adapter.roles(sides[0].architecture)
@@ -237,7 +237,7 @@ def sequential_fit(inputs: Inputs, settings: Settings, where: Where) -> StageOut
 @stage("select")
 def selection(inputs: Inputs, settings: Settings, where: Where) -> StageOutput:
     """The candidate and scale with the least loss on a held-out fifth of the training rows, or none of them."""
-    rows = split_mixed(*_training_rows(inputs, settings, where), settings["seed"])[1]
+    rows = _split(inputs, settings, where).to_choose_by
     candidates = {method: adapter_folder(inputs[f"transform_{method}"]) for method in settings["methods"]}
     tried = choose(
         load_model(where.path("new_base"), where.device, trust_remote_code=trusted(where)),
@@ -248,25 +248,23 @@ def selection(inputs: Inputs, settings: Settings, where: Where) -> StageOutput:
         device=where.device,
     )
     best = tried[0]
-    source = candidates[next(e["method"] for e in tried if e["method"] != NOTHING)]
+    source = candidates[next(candidate.method for candidate in tried if candidate.method != NOTHING)]
     with tempfile.TemporaryDirectory() as folder:
-        files = _contents(write_scaled(source, Path(folder), best["scale"]))
-    return StageOutput(info={"candidates": tried, "method": best["method"], "scale": best["scale"]}, files=files)
+        files = _contents(write_scaled(source, Path(folder), best.scale))
+    dumped = [candidate.model_dump(mode="json") for candidate in tried]
+    return StageOutput(info={"candidates": dumped, "method": best.method, "scale": best.scale}, files=files)
 
 
 @stage("screen", version=2)
 def screening(inputs: Inputs, settings: Settings, where: Where) -> StageOutput:
     """Which candidates are worth a whole sweep: their held-out loss after a short fine-tune."""
-    own, written = _training_rows(inputs, settings, where)
     losses = screen(
         str(where.path("new_base")),
         load_tokenizer(where.path("new_base"), trusted(where)),
-        own,
+        _split(inputs, settings, where),
         FinetuneSettings.model_validate(settings["finetune"]),
         settings["learning_rate"],
         {method: adapter_folder(inputs[f"transform_{method}"]) for method in settings["methods"]},
-        written=written,
-        looked_at=_looked_at(inputs),
         device=where.device,
         trust_remote_code=trusted(where),
     )
@@ -276,7 +274,6 @@ def screening(inputs: Inputs, settings: Settings, where: Where) -> StageOutput:
 @stage("finetune", version=2)
 def finetune(inputs: Inputs, settings: Settings, where: Where) -> StageOutput:
     """The light fine-tune of a migrated adapter, or of a fresh LoRA on the same rows."""
-    own, written = _training_rows(inputs, settings, where)
     fresh = settings["fresh"]  # None: start from the migrated adapter
     tuning = FinetuneSettings.model_validate(settings["finetune"])
     if where.halvings:
@@ -286,12 +283,10 @@ def finetune(inputs: Inputs, settings: Settings, where: Where) -> StageOutput:
         result, sweep = finetune_swept(
             str(where.path("new_base")),
             load_tokenizer(where.path("new_base"), trusted(where)),
-            own,
+            _split(inputs, settings, where),
             tuning,
             settings["learning_rates"],
             briefly=settings.get("briefly", False),
-            written=written,
-            looked_at=_looked_at(inputs),
             adapter=adapter_folder(inputs["transform"]) if fresh is None else None,
             lora=None if fresh is None else fresh_config(fresh),
             output=Path(folder) / "adapter",
@@ -302,7 +297,11 @@ def finetune(inputs: Inputs, settings: Settings, where: Where) -> StageOutput:
             soft_labels=SoftLabels.from_tensors(inputs["soft_labels"].tensors()) if "soft_labels" in inputs else None,
         )
         files = _contents(Path(folder) / "adapter")
-    info = {**result.model_dump(), "sweep": sweep, "micro_batch_size": tuning.micro_batch_size or tuning.batch_size}
+    info = {
+        **result.model_dump(),
+        "sweep": [rate.model_dump(mode="json") for rate in sweep],
+        "micro_batch_size": tuning.micro_batch_size or tuning.batch_size,
+    }
     return StageOutput(info=info, files=files)
 
 
@@ -368,9 +367,10 @@ def _training_rows(inputs: Inputs, settings: Settings, where: Where) -> tuple[li
     return own, read_rows(inputs["teacher"].file(ROWS)) if "teacher" in inputs else []
 
 
-def _looked_at(inputs: Inputs) -> list[Row]:
-    """The teacher's rows that are only chosen by."""
-    return read_rows(inputs["looked_at"].file(ROWS)) if "looked_at" in inputs else []
+def _split(inputs: Inputs, settings: Settings, where: Where) -> RowSplit:
+    """The rows of one migration, split by its seed: the same rows are held out in every stage of it."""
+    selection = read_rows(inputs["looked_at"].file(ROWS)) if "looked_at" in inputs else []
+    return split_rows(*_training_rows(inputs, settings, where), selection, seed=settings["seed"])
 
 
 def _dumped(losses: Sequence[TextLoss | None]) -> list[dict[str, Any] | None]:

@@ -1,4 +1,4 @@
-from ._drawing import ENOUGH, HELD_OUT, MIN_OWN_HOLDOUT_ROWS, RowSplit, draw, split_mixed, split_rows
+from ._drawing import HELD_OUT, MIN_OWN_HOLDOUT_ROWS, RowSplit, draw, split_rows
 from ._encoding import IGNORED, encode, encode_pair, encode_rows, prompt_ids
 from ._reading import calibration_texts, read_prompts, read_rows, rows_to_jsonl
 from ._rows import (
@@ -15,7 +15,6 @@ from ._rows import (
 
 __all__ = [
     "CONTEXT_TEMPLATE",
-    "ENOUGH",
     "HELD_OUT",
     "IGNORED",
     "INSTRUCTION_TEMPLATE",
@@ -35,7 +34,6 @@ __all__ = [
     "read_prompts",
     "read_rows",
     "rows_to_jsonl",
-    "split_mixed",
     "split_rows",
     "unanswered",
     "whole_text",

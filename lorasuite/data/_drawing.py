@@ -120,15 +120,3 @@ def split_rows(
         prompts = {unanswered(own[n]) for n in held}
         left = frozenset(n for n in range(among, len(every)) if unanswered(every[n]) in prompts)
     return RowSplit(tuple(own), tuple(synthetic), tuple(selection), held, left)
-
-
-# Until stages take a stored split.
-ENOUGH = MIN_OWN_HOLDOUT_ROWS
-
-
-def split_mixed(
-    own: Sequence[Row], written: Sequence[Row], seed: int, looked_at: Sequence[Row] = ()
-) -> tuple[list[Row], list[Row]]:
-    """The parts of :func:`split_rows` to train on and to choose by."""
-    found = split_rows(own, written, looked_at, seed=seed)
-    return found.to_train, found.to_choose_by

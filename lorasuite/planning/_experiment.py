@@ -20,7 +20,7 @@ from lorasuite import zoo
 from lorasuite.bases import ATTENTION, Role
 from lorasuite.errors import ConfigError, Problem, did_you_mean
 from lorasuite.planning._config import AUTO, LFT_SAMPLES, MigrationConfig, Strict, build, read_config
-from lorasuite.training import FEWEST, FinetuneSettings
+from lorasuite.training import MIN_SWEEP_ROWS, FinetuneSettings
 from lorasuite.transforms import names, transform
 
 Arm = Literal["old", "old+adapter", "new", "migrated", "scratch", "migrated+lft", "retrained", "refreshed"]
@@ -325,9 +325,11 @@ def _training_problems(settings: CellSettings, table: ExperimentTable, where: st
     for name, rows in counts.items():
         if not rows:
             yield Problem(f"{where}: {name}", "is 0, and there are arms that read them", "Leave out those arms.")
-        elif len(migration.learning_rates) > 1 and rows < FEWEST:
+        elif len(migration.learning_rates) > 1 and rows < MIN_SWEEP_ROWS:
             what = f"a sweep holds out a fifth of the training rows, and there are only {rows}"
-            yield Problem(f"{where}: learning_rates", what, f"Give one learning rate, or at least {FEWEST} rows.")
+            yield Problem(
+                f"{where}: learning_rates", what, f"Give one learning rate, or at least {MIN_SWEEP_ROWS} rows."
+            )
     if joint and kind == "dora":
         what = f"{migration.method} moves updates of blocks only, and a DoRA has magnitudes"
         yield Problem(f"{where}: method", what, "Name another one, or another lora.kind.")

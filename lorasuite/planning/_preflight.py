@@ -16,7 +16,7 @@ from lorasuite.evaluation import check_tasks
 from lorasuite.planning._config import AUTO, MigrationConfig, torch_device
 from lorasuite.planning._inspection import FLOAT, Inspection, _attempt, inspect
 from lorasuite.teacher import prompt_frame
-from lorasuite.training import FEWEST
+from lorasuite.training import MIN_SWEEP_ROWS
 from lorasuite.transforms import reads_texts
 
 #: Training rows below which the teacher's were measured to help everywhere (docs/transfer.md).
@@ -118,12 +118,12 @@ def _training_rows(result: Inspection, config: MigrationConfig) -> list[Row]:
             f"{len(rows)} training rows are few: with --prompts or --teacher-imitate the old base with its adapter "
             "writes more"
         )
-    if len(config.learning_rates) > 1 and len(rows) + config.written < FEWEST:
+    if len(config.learning_rates) > 1 and len(rows) + config.written < MIN_SWEEP_ROWS:
         result.problems.append(
             Problem(
                 "learning_rates",
                 f"a sweep holds out a fifth of the training rows, and there are only {len(rows)}",
-                f"Give one learning rate, or at least {FEWEST} rows.",
+                f"Give one learning rate, or at least {MIN_SWEEP_ROWS} rows.",
             )
         )
     tokenizer = result.new_tokenizer

@@ -1,22 +1,24 @@
 from ._distillation import SoftLabels, distilled_loss, soft_labels
 from ._finetune import finetune
 from ._loss import collate, read_batches, validation_loss
-from ._selection import NOTHING, choose, write_scaled
+from ._selection import NOTHING, Candidate, choose, write_scaled
 from ._settings import FinetuneResult, FinetuneSettings
-from ._sweep import FEWEST, finetune_swept, order, screen
+from ._sweep import MIN_SWEEP_ROWS, TriedRate, finetune_swept, loss_order, screen
 
 __all__ = [
-    "FEWEST",
+    "MIN_SWEEP_ROWS",
     "NOTHING",
+    "Candidate",
     "FinetuneResult",
     "FinetuneSettings",
     "SoftLabels",
+    "TriedRate",
     "choose",
     "collate",
     "distilled_loss",
     "finetune",
     "finetune_swept",
-    "order",
+    "loss_order",
     "read_batches",
     "screen",
     "soft_labels",

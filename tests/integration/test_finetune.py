@@ -14,11 +14,14 @@ from peft import AdaLoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from lorasuite.adapters import Adapter, attach_adapter, detach_adapter, fresh_config, save_adapter, untrained
-from lorasuite.bases import Checkpoint
-from lorasuite.data import ENOUGH, IGNORED, Row, encode, split_mixed
+from lorasuite.bases import Checkpoint, load_tokenizer
+from lorasuite.data import IGNORED, MIN_OWN_HOLDOUT_ROWS, Row, encode, split_rows, whole_text
 from lorasuite.errors import AdapterError, ConfigError, DataError, NumericalError, OutputError
 from lorasuite.training import FinetuneResult, FinetuneSettings, collate, finetune, finetune_swept, validation_loss
 from lorasuite.training import _sweep as sweep
+from tasks import adapter_stages
+from tasks.stage import Where
+from tests.flows.small import Small
 from tests.integration.tiny import digit_rows, tiny_lora, tiny_model, tiny_tokenizer
 
 SETTINGS = FinetuneSettings(batch_size=4, epochs=2, learning_rate=5e-3)
@@ -320,11 +323,12 @@ def test_a_sweep_is_never_worse_than_its_start(tmp_path, helps: bool, monkeypatc
     if not helps:  # every epoch makes the held-out rows worse, whatever the rate
         losses = iter(range(100))
         monkeypatch.setattr("lorasuite.training._finetune.validation_loss", lambda *_: float(next(losses)))
+    rows = split_rows(digit_rows(), seed=SETTINGS.seed)
     result, tried = finetune_swept(
-        tiny_model(), tiny_tokenizer(), digit_rows(), SETTINGS, [1e-3, 5e-3], adapter=None, lora=tiny_lora(),
+        tiny_model(), tiny_tokenizer(), rows, SETTINGS, [1e-3, 5e-3], adapter=None, lora=tiny_lora(),
         output=tmp_path / "swept", work_dir=tmp_path / "work",
     )  # fmt: skip
-    assert all(entry["validation_loss"] <= entry["start_loss"] for entry in tried)
+    assert all(entry.validation_loss <= entry.start_loss for entry in tried)
     assert (result.steps > 0) == helps
     if not helps:  # the start, whose B is zero, is written as it is
         assert all(float(t.abs().max()) == 0 for name, t in tensors(tmp_path / "swept").items() if "lora_B" in name)
@@ -342,29 +346,78 @@ def test_rates_are_told_apart_by_short_runs(tmp_path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(sweep, "finetune", counted)
     settings = SETTINGS.model_copy(update={"epochs": 40})  # two steps each
     result, tried = finetune_swept(
-        tiny_model(), tiny_tokenizer(), digit_rows(10), settings, [1e-4, 1e-3], adapter=None, lora=tiny_lora(),
-        output=tmp_path / "found", work_dir=tmp_path / "work", briefly=True,
+        tiny_model(), tiny_tokenizer(), split_rows(digit_rows(10), seed=settings.seed), settings, [1e-4, 1e-3],
+        adapter=None, lora=tiny_lora(), output=tmp_path / "found", work_dir=tmp_path / "work", briefly=True,
     )  # fmt: skip
     found = [rate for rate, epochs in runs if epochs == 12]
     assert found[:3] == [1e-4, 1e-3, 3e-3], "the highest did best: on to higher ones"
     assert runs[len(found) :] == [(result.learning_rate, 40)] * 2
-    assert [entry["learning_rate"] for entry in tried] == sorted(found)
-    whole_one = next(entry for entry in tried if entry["epochs"] is not None)
-    assert whole_one["learning_rate"] == result.learning_rate == found[-2] or result.learning_rate == 0.1
-    assert result.steps and whole_one["validation_loss"] < whole_one["start_loss"]
+    assert [entry.learning_rate for entry in tried] == sorted(found)
+    whole_one = next(entry for entry in tried if entry.epochs is not None)
+    assert whole_one.learning_rate == result.learning_rate == found[-2] or result.learning_rate == 0.1
+    assert result.steps and whole_one.validation_loss < whole_one.start_loss
 
 
-def test_written_rows_are_judged_by_the_users_rows():
-    """With enough of the user's rows, the same are held out whatever was written, and their prompts stay unseen."""
-    own = [Row(kind="completion", prompt=f"add {n} =", completion=f" {n + 1}") for n in range(ENOUGH)]
-    written = [replace(row, completion=" other") for row in own]
-    train, held_out = split_mixed(own, written, 3)
-    assert held_out == split_mixed(own, [], 3)[1] and len(held_out) == ENOUGH // 5
+def test_synthetic_rows_are_judged_by_the_users_rows():
+    """With enough of the user's, the same are held out whatever the teacher wrote, and their prompts stay unseen."""
+    own = [Row(kind="completion", prompt=f"add {n} =", completion=f" {n + 1}") for n in range(MIN_OWN_HOLDOUT_ROWS)]
+    few, both = own[:-1], 2 * MIN_OWN_HOLDOUT_ROWS - 1
+    synthetic = [replace(row, completion=" other") for row in own]
+    split = split_rows(own, synthetic, seed=3)
+    train, held_out = split.to_train, split.to_choose_by
+    assert held_out == split_rows(own, seed=3).to_choose_by and len(held_out) == MIN_OWN_HOLDOUT_ROWS // 5
     assert not {row.prompt for row in train} & {row.prompt for row in held_out}
     assert len(train) == 2 * len({row.prompt for row in train})
-    few_train, few_held = split_mixed(own[: ENOUGH - 1], [], 3, looked_at=written)
-    assert all(row.completion != " other" for row in few_train) and {row.completion for row in few_held} > {" other"}
-    assert len(few_held) == round((2 * ENOUGH - 1) / 5)
-    assert split_mixed(own, [], 3, looked_at=written) == split_mixed(own, [], 3)
-    few_train, few_held = split_mixed(own[: ENOUGH - 1], written, 3)
-    assert len(few_train) + len(few_held) == 2 * ENOUGH - 1 and any(row.completion == " other" for row in few_held)
+    split = split_rows(few, [], synthetic, seed=3)
+    assert all(row.completion != " other" for row in split.to_train)
+    assert {row.completion for row in split.to_choose_by} > {" other"}
+    assert len(split.to_choose_by) == round(both / 5)
+    alone, beside = split_rows(own, seed=3), split_rows(own, [], synthetic, seed=3)
+    assert (beside.to_train, beside.to_choose_by) == (alone.to_train, alone.to_choose_by)
+    split = split_rows(few, synthetic, seed=3)
+    assert len(split.to_train) + len(split.to_choose_by) == both
+    assert any(row.completion == " other" for row in split.to_choose_by)
+
+
+def test_a_sweep_chooses_by_rows_that_no_transform_was_fitted_on(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the seed of the fine-tune is: the rows are split by the migration's."""
+    small = Small.build(tmp_path)
+    paths = {
+        "old_base": small.old,
+        "new_base": small.new,
+        "adapter": tmp_path / "adapters" / "one",
+        "train_data": tmp_path / "train.jsonl",
+        "work": tmp_path / "work",
+    }
+    where = Where(home=tmp_path / "home", paths=paths)
+    fitted: list[str] = []
+    chosen_by: list[Row] = []
+
+    class Enough(Exception):
+        pass
+
+    def fit(*_: Any, texts: list[str], **__: Any) -> Any:
+        fitted.extend(texts)
+        raise Enough
+
+    def tuning(*_: Any, validation_rows: list[Row], **__: Any) -> Any:
+        chosen_by.extend(validation_rows)
+        raise Enough
+
+    monkeypatch.setattr(adapter_stages, "JOINT", {"sequential": fit})
+    monkeypatch.setattr(sweep, "finetune", tuning)
+    drawn = {"samples": 8, "seed": 0}
+    with pytest.raises(Enough):
+        adapter_stages.sequential_fit.fn(
+            {"train_data": "rows"}, {**drawn, "method": "sequential", "rank": 4, "cutoff": 64}, where
+        )
+    values = {
+        "fresh": untrained(("q",), Checkpoint(small.new).architecture, kind="lora", rank=4, scaling=2.0, steps=1),
+        "learning_rates": [1e-3, 1e-2],
+    }
+    tuned = {**drawn, **values, "finetune": SETTINGS.model_copy(update={"seed": 1}).model_dump(mode="json")}
+    with pytest.raises(Enough):
+        adapter_stages.finetune.fn({"train_data": "rows"}, tuned, where)
+    tokenizer = load_tokenizer(small.new)
+    assert len(fitted) == 6 and len(chosen_by) == 2
+    assert not set(fitted) & {whole_text(row, tokenizer) for row in chosen_by}
