@@ -29,7 +29,7 @@ from lorasuite.evaluation import check as check_serving
 from lorasuite.planning import AUTO, MigrationConfig, Plan, build, check
 from lorasuite.reporting import publish
 from lorasuite.training import MIN_SWEEP_ROWS, NOTHING, loss_order
-from lorasuite.transforms import NO_START, names, reads_texts, transform
+from lorasuite.transforms import LAYER_INPUTS, Input, ModelTransform, names, transform
 from tasks.adapter_stages import adapter_folder, finetune, screening, selection, sequential_fit, serving
 from tasks.adapter_stages import transform as transform_stage
 from tasks.fingerprints import (
@@ -80,10 +80,15 @@ def migrate_adapter(config: dict[str, Any], refresh: tuple[str, ...] = ()) -> di
         methods = [settings.method]
         if settings.method == AUTO:
             plain = adapter.plain(old.architecture)
-            usable = [m for m in names() if (texts or not reads_texts(m)) and (plain or not transform(m).joint)]
             tuned = bool(settings.samples or settings.written)
-            fitting = [m for m in usable if transform(m).fits(old.dims, new.dims, moved)]
-            methods = [m for m in fitting if not (tuned and m in NO_START)]
+            methods = [
+                name
+                for name, it in ((name, transform(name)) for name in names())
+                if (texts or not it.reads_texts)
+                and (plain or not isinstance(it, ModelTransform))
+                and (it.starts_finetune or not tuned)
+                and not it.problems(old.dims, new.dims, moved)
+            ]
         pair = pair_stages(context, settings.pair, texts, roles, methods)
         arms = _Arms(context, settings, plan, pair, adapter, methods)
         final = arms.run()
@@ -262,11 +267,10 @@ class _Arms:
         return begun[self.start]
 
     def _transform(self, method: str) -> Ref:
-        if transform(method).joint:
+        if isinstance(transform(method), ModelTransform):
             return self._fit(method)
         pair = self.pair.named()
-        group = "alignment" if transform(method).aligned else "mlp_factors"
-        groups = ("layer_", "head_", "transfer_", group, *(["vocabulary"] if self.reads_vocabulary else []))
+        groups = (*LAYER_INPUTS | transform(method).inputs, *(["vocabulary"] if self.reads_vocabulary else []))
         used = {n: r for n, r in pair.items() if n.startswith(groups)}
         return self.context.run(
             transform_stage,
@@ -284,7 +288,7 @@ class _Arms:
         """A fit of whole models, which reads the training rows in both bases."""
         models = {name: name for name in ("old_model", "new_model", "old_tokenizer", "new_tokenizer", "adapter")}
         inputs: dict[str, str | Ref] = {**models, **self.training.looked_at}
-        if method == "sequential" and self.pair.state_map is not None:
+        if Input.STATE_MAP in transform(method).inputs and self.pair.state_map is not None:
             inputs["state_map"] = self.pair.state_map
         label = method if len(self.methods) > 1 else None
         return self.context.run(sequential_fit, inputs, fit_settings(self.settings, self.lora, method), label=label)

@@ -21,7 +21,7 @@ from flows.dashboard import show_pair
 from lorasuite.bases import ATTENTION, Checkpoint, Role, digest_json, load_tokenizer, resolve
 from lorasuite.data import calibration_texts
 from lorasuite.planning import AUTO, PairSettings, inspect, torch_device
-from lorasuite.transforms import names, transform
+from lorasuite.transforms import Input, names, transform
 from tasks.fingerprints import fingerprint_bases, fingerprint_texts
 from tasks.pair_stages import (
     activations,
@@ -149,9 +149,10 @@ def _pair_stages(
         {"matching": settings.head_matching},
     )
     shared = [role for role in roles if role in old.architecture.roles and role in new.architecture.roles]
+    needed = frozenset[Input]().union(*(transform(method).inputs for method in methods))
     factors: dict[Role, Ref] = {}
     moments: dict[str, Ref] = {}
-    if calibration is not None and any(transform(method).aligned for method in methods):
+    if calibration is not None and Input.ALIGNMENT in needed:
         reading = {"samples": settings.calibration_samples, "cutoff": settings.calibration_cutoff}
         tokenizers = {"old_tokenizer": "old_tokenizer", "new_tokenizer": "new_tokenizer"}
         for group, kept in _groups(old, new, roles).items():
@@ -164,14 +165,14 @@ def _pair_stages(
     fit = None
     if moments:
         fit = context.run(alignment_fit, dict(moments), {})
-    if "lorasuite" in methods:
+    if Input.MLP_FACTORS in needed:
         factors = {
             role: context.run(mlp_factors, {"old_model": "old_model"}, {"role": role}, label=role)
             for role in shared
             if role not in ATTENTION
         }
     states = None
-    if calibration is not None and "sequential" in methods:
+    if calibration is not None and Input.STATE_MAP in needed:
         states = state_map_stage(context, settings, calibration, roles)
     return PairRefs(words, matrices, table, layers, heads, factors, moments, fit, states)
 
@@ -186,7 +187,7 @@ def _groups(old: Checkpoint, new: Checkpoint, roles: Sequence[Role]) -> dict[str
 
 
 def state_map_stage(context: Context, settings: PairSettings, calibration: str, roles: Sequence[Role]) -> Ref:
-    """The map that `sequential` reads, of all roles of the groups that the adapter's are of: others will want it."""
+    """The state map, of all roles of the groups that the adapter's are of: others will want it."""
     old, new = (Checkpoint(context.where.path(base)) for base in ("old_base", "new_base"))
     names = ("old_model", "new_model", "old_tokenizer", "new_tokenizer")
     return context.run(

@@ -32,7 +32,7 @@ from lorasuite.evaluation.eval_tasks import expand
 from lorasuite.planning import Cell, Experiment, ExperimentTask, inspect, read_experiment, torch_device
 from lorasuite.reporting import RESULTS, Measurement, Score, kept, read_results, write_results
 from lorasuite.training import FinetuneSettings
-from lorasuite.transforms import transform
+from lorasuite.transforms import LAYER_INPUTS, Input, ModelTransform, transform
 from tasks.adapter_stages import adapter_folder, evaluation, finetune, sequential_fit, task_evaluation, teaching
 from tasks.adapter_stages import transform as transform_stage
 from tasks.fingerprints import (
@@ -296,6 +296,7 @@ class Lab:
     def migrated(self, cell: Cell) -> Ref:
         """The adapter on the new base, not yet fine-tuned."""
         settings, task = cell.settings.migration, self.task(cell.task)
+        chosen = transform(settings.method)
         source, paths = self._source(cell)
         if isinstance(source, Ref):
             lora = cell.settings.lora
@@ -308,7 +309,7 @@ class Lab:
             kept = adapter.lora_settings(settings.rank or adapter.rank)
             held = set(adapter.roles(self.old.architecture))
             vocabulary = bool(adapter.vocabulary_modules(self.old.architecture))
-            if transform(settings.method).joint and not adapter.plain(self.old.architecture):
+            if isinstance(chosen, ModelTransform) and not adapter.plain(self.old.architecture):
                 what = f"{settings.method} moves updates of blocks only, and the adapter has more"
                 raise AdapterError(Problem("method", what, "Name another one."))
         if settings.output_type != "lora":
@@ -317,21 +318,20 @@ class Lab:
         paths["calibration"] = Path(str(task.config.calibration or task.config.train_data))
         steps = self._with(**paths)
         texts = task.calibration_print(settings.pair.calibration_samples)
-        if transform(settings.method).joint:
+        if isinstance(chosen, ModelTransform):
             models = {name: name for name in ("old_model", "new_model", "old_tokenizer", "new_tokenizer")}
             inputs: dict[str, str | Ref] = {
                 **models,
                 "adapter": source,
                 "train_data": task.train_print,
             }
-            if settings.method == "sequential":
+            if Input.STATE_MAP in chosen.inputs:
                 inputs["state_map"] = state_map_stage(steps, settings.pair, texts, roles)
             rows = Path(str(task.config.train_data))
             told = fit_settings(settings, kept, settings.method)
             return steps.run(sequential_fit, inputs, told, settings.method, train_data=rows)
         pair = pair_stages(steps, settings.pair, texts, roles, [settings.method]).named()
-        group = "alignment" if transform(settings.method).aligned else "mlp_factors"
-        groups = ("layer_", "head_", "transfer_", group, *(["vocabulary"] if vocabulary else []))
+        groups = (*LAYER_INPUTS | chosen.inputs, *(["vocabulary"] if vocabulary else []))
         return steps.run(
             transform_stage,
             {

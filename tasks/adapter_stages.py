@@ -31,7 +31,8 @@ from lorasuite.training import (
     soft_labels,
     write_scaled,
 )
-from lorasuite.transforms import Migrated, initialise, logits, migrate, sequential
+from lorasuite.transforms import Migrated, ModelTransform, initialise, migrate
+from lorasuite.transforms import transform as transform_named
 from tasks.pair_stages import (
     factor_reader,
     head_maps,
@@ -56,9 +57,6 @@ ANY_BASE = "base"
 ROWS, LOSSES = "rows.jsonl", "losses.json"
 #: Rows read at once where losses or distributions are taken.
 BATCH = 16
-
-#: Transforms that fit whole models.
-JOINT = {"sequential": sequential.fit, "logits": logits.fit}
 
 #: The old base that several adapters' teachers share, while :func:`shared_old_base` lasts.
 _shared: dict[str, Any] = {}
@@ -197,7 +195,9 @@ def transform(inputs: Inputs, settings: Settings, where: Where) -> StageOutput:
 
 @stage("sequential", version=4)
 def sequential_fit(inputs: Inputs, settings: Settings, where: Where) -> StageOutput:
-    """Whole models fitted to follow the old base + adapter: the transform ``sequential`` or another joint one."""
+    """Whole models fitted to follow the old base + adapter, by a model transform."""
+    chosen = transform_named(settings["method"])
+    assert isinstance(chosen, ModelTransform)
     adapter = Adapter.open(where.path("adapter"), bool(where.options.get("allow_pickle")))
     new = Checkpoint(where.path("new_base"))
     # A fifth of the rows is what `auto` and sweeps choose by: it is not read here.
@@ -206,7 +206,7 @@ def sequential_fit(inputs: Inputs, settings: Settings, where: Where) -> StageOut
         sides = side(where, "old_base", old), side(where, "new_base", fresh)
         roles = adapter.roles(sides[0].architecture)
         learned = inputs.get("state_map")
-        fitted = JOINT[settings["method"]](
+        fitted = chosen.fit(
             sides[0],
             sides[1],
             lambda: attached(old, where.path("adapter"), where.device),

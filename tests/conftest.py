@@ -38,6 +38,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(skip)
 
 
+@pytest.fixture
+def plugins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The transforms of ``benchmarks.plugins``, for one test."""
+    from benchmarks.plugins import register_plugins
+    from lorasuite.transforms import _registry
+
+    _registry._load()
+    monkeypatch.setattr(_registry, "_REGISTRY", dict(_registry._REGISTRY))
+    register_plugins()
+
+
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """``base("llama", hidden=32, …)``: the directory of a tiny random model, built once a session. Read-only."""

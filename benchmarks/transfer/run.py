@@ -1,6 +1,6 @@
 """Transforms on the miniature pairs: without fine-tuning, and as the start of a fine-tune, learning rate swept for all.
 
-    python benchmarks/transfer/run.py --output benchmarks/transfer/results
+    python -m benchmarks.transfer.run --output benchmarks/transfer/results
 
 For each pair and task every transform is run once through the ordinary flow, without labels (`sequential` reads what
 the old base + adapter writes to 320 prompts). Then every arm is fine-tuned on the same few rows, batch 16, for 1, 3 and
@@ -48,6 +48,7 @@ import torch
 from matplotlib.figure import Figure
 from peft import EvaConfig, LoraConfig, LoraGAConfig, get_peft_model, initialize_lora_eva_weights, preprocess_loraga
 
+from benchmarks.plugins import register_plugins
 from benchmarks.zoo import train as trained
 from lorasuite import zoo
 from lorasuite.adapters import attach_adapter, attached, fresh_config, fresh_lora
@@ -509,6 +510,7 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="only write the tables of the cells that are there")
     given = parser.parse_args()
     torch.set_num_threads(1)
+    register_plugins()
     given.output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as home:
         os.environ.setdefault("LORASUITE_HOME", home)

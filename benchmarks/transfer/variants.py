@@ -1,6 +1,6 @@
 """Variants of the transforms on the miniature pairs, none of them fine-tuned: what they add to their parents.
 
-    python benchmarks/transfer/variants.py --output benchmarks/transfer/results/variants
+    python -m benchmarks.transfer.variants --output benchmarks/transfer/results/variants
 
 Everything is done in memory, two small models at a time. Loss and exact match are of 500 test rows; texts of the task
 are prompts of the training split with what the old base + adapter answers (greedily); general texts are the 512 of
@@ -25,11 +25,13 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from benchmarks.plugins import FunctionalRidge, register_plugins
 from benchmarks.transfer.run import FURTHER, further_base, scores
 from benchmarks.zoo import train as trained
 from lorasuite import zoo
 from lorasuite.adapters import Adapter, LowRank, fuse_updates, split_update
-from lorasuite.bases import Checkpoint, Role, common_tokens
+from lorasuite.bases import Checkpoint, Role, common_tokens, text_batches
+from lorasuite.bases import _pairing as pairing
 from lorasuite.bases import _tracing as blocks
 from lorasuite.correspondence import (
     Moments,
@@ -39,11 +41,12 @@ from lorasuite.correspondence import (
     map_heads,
     map_layers,
     mlp_factor,
+    reduced_rank,
     ridge,
 )
 from lorasuite.correspondence import _state_map as state_map
-from lorasuite.transforms import LayerPair, logits, sequential, transform
-from lorasuite.transforms.functional import Functional, FunctionalRidge
+from lorasuite.transforms import Input, LayerPair, transform
+from lorasuite.transforms.functional import Functional
 from lorasuite.transforms.procrustes import Procrustes, polar
 
 Row = dict[str, str]
@@ -134,8 +137,8 @@ class Texts:
 
     def __init__(self, texts: Sequence[str], old: Base, new: Base) -> None:
         self.texts = list(texts)
-        with mock.patch.object(blocks, "BATCH", len(texts)):
-            (whole,) = blocks.text_batches(self.texts, old.side, new.side, 256)
+        with mock.patch.object(pairing, "BATCH", len(texts)):
+            (whole,) = text_batches(self.texts, old.side, new.side, 256)
         self.old, self.new, self.old_rows, self.new_rows = whole.old, whole.new, whole.old_rows, whole.new_rows
 
 
@@ -228,8 +231,8 @@ class Lab:
             method = make(o, n)
             if not updates or not weight:
                 continue
-            pair = self.pair(o, n, moments, method.roles(tuple(updates)))
-            for role, update in method.layer(pair, updates).items():
+            pair = self.pair(o, n, moments, tuple(method.weights(tuple(updates))))
+            for role, update in method.move(pair, updates).items():
                 found[n, role].append(update.scaled(weight))
         return self.new.cut({key: LowRank.sum(u) if len(u) > 1 else u[0] for key, u in found.items()})
 
@@ -399,7 +402,7 @@ def maps(task: Task) -> Iterator[tuple[str, str, Callable[[], Updates]]]:
     }  # fmt: skip
     for name, parent in parents.items():
         method = transform(name)
-        if method.fits(lab.old.dims, lab.new.dims, task.roles):
+        if not method.problems(lab.old.dims, lab.new.dims, task.roles):
             yield name, parent, by(lambda *_, m=method: m)
     yield "ridge towards zero", "functional", by(lambda *_: Shrunk())
     yield "ridge towards Procrustes, x 100", "functional", by(lambda *_: Strong())
@@ -498,7 +501,7 @@ def scales(task: Task) -> Iterator[tuple[str, str, Callable[[], Updates]]]:
 
 def fitted(x: Tensor, wanted: Tensor) -> LowRank:
     x, wanted = x.double(), wanted.double()
-    return sequential.reduced_rank(x.T @ x, x.T @ wanted, (wanted * wanted).sum(), rank=RANK)[0]
+    return reduced_rank(x.T @ x, x.T @ wanted, (wanted * wanted).sum(), rank=RANK)[0]
 
 
 def affine(x: Tensor, y: Tensor) -> Tensor:
@@ -616,8 +619,8 @@ def gradient(task: Task, how: str) -> Updates:
             o, n = self.layers
             return polar(old[o, role, "out"].T @ new[n, role, "out"])
 
-        def layer(self, pair: LayerPair, updates: Mapping[Role, LowRank]) -> dict[Role, LowRank]:
-            moved = super().layer(pair, updates)
+        def move(self, pair: LayerPair, updates: Mapping[Role, LowRank]) -> dict[Role, LowRank]:
+            moved = super().move(pair, updates)
             if how != "B":
                 return moved
             n = self.layers[1]
@@ -633,7 +636,11 @@ def targets(task: Task) -> Iterator[tuple[str, str, Callable[[], Updates]]]:
     yield "residual stream", "functional", lambda: residual(task)
     for alpha in (1.0, 2.0):
         yield f"proxy logits, alpha {alpha:g}", "bare", lambda alpha=alpha: proxy(task, alpha)
-    yield "logits", "proxy logits, alpha 1", lambda: fit_jointly(logits, task.lab, task.adapted, task.rows, task.roles)
+    yield (
+        "logits",
+        "proxy logits, alpha 1",
+        lambda: fit_jointly("logits", task.lab, task.adapted, task.rows, task.roles),
+    )
     yield "output maps from gradients, old base", "procrustes", lambda: gradient(task, "bare")
     yield "output maps from gradients, old base + adapter", "procrustes", lambda: gradient(task, "adapted")
     yield "B from the new base's gradient", "procrustes", lambda: gradient(task, "B")
@@ -662,12 +669,13 @@ def proxy_itself(task: Task, alpha: float) -> dict[str, float]:
 
 
 def fit_jointly(
-    method: Any, lab: Lab, adapted: Callable[[], Any], rows: Sequence[Row], roles: Sequence[Role]
+    method: str, lab: Lab, adapted: Callable[[], Any], rows: Sequence[Row], roles: Sequence[Role]
 ) -> Updates:
     states = None
-    if method is sequential:
+    chosen: Any = transform(method)
+    if Input.STATE_MAP in chosen.inputs:
         states = state_map.StateMap.learned(lab.old.side, lab.new.side, roles, lab.general.texts)
-    found: Updates = method.fit(
+    found: Updates = chosen.fit(
         lab.old.side, lab.new.side, adapted, roles, states=states,
         texts=[row["prompt"] + row["completion"] for row in rows], rank=RANK,
     ).updates  # fmt: skip
@@ -678,8 +686,8 @@ def there_and_back(task: Task, method: str) -> dict[str, float]:
     lab = task.lab
     back = lab.reversed()
     if method == "sequential":
-        there = fit_jointly(sequential, lab, task.adapted, task.rows, task.roles)
-        returned = fit_jointly(sequential, back, lambda: lab.new.changed(there), task.rows, task.roles)
+        there = fit_jointly("sequential", lab, task.adapted, task.rows, task.roles)
+        returned = fit_jointly("sequential", back, lambda: lab.new.changed(there), task.rows, task.roles)
     else:
         there = lab.moved(task.parts, lambda *_: transform(method))
         returned = back.moved(lab.new.parts(there), lambda *_: transform(method))
@@ -762,7 +770,7 @@ def sequentials(task: Task, more: bool) -> Iterator[tuple[str, str, Callable[[],
 
     def run(count: int, roles: Sequence[Role], patch: Callable[[], Any] = contextlib.nullcontext) -> Updates:
         with patch():
-            return fit_jointly(sequential, lab, task.adapted, task.written(count), roles)
+            return fit_jointly("sequential", lab, task.adapted, task.written(count), roles)
 
     yield "sequential", "bare", lambda: run(TASK, task.roles)
     yield "sequential, all projections", "sequential", lambda: run(TASK, every)
@@ -866,6 +874,7 @@ def main() -> None:
     parser.add_argument("--further", type=Path, help="folder of the pair further's new base, made where missing")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    register_plugins()
     output: Path = arguments.output
     output.mkdir(parents=True, exist_ok=True)
     kept = output / "cells.json"

@@ -200,7 +200,7 @@ class MigrationConfig(Strict):
 
         The latter where there are no rows to train on, or few and prompts for more.
         """
-        chooses = self.method == AUTO or transforms.transform(self.method).joint
+        chooses = self.method == AUTO or isinstance(transforms.transform(self.method), transforms.ModelTransform)
         looks = chooses and (not self.samples or self.few)
         return self.written or (LOOKED_AT if looks else 0)
 

@@ -21,7 +21,7 @@ from lorasuite.bases import ATTENTION, Role
 from lorasuite.errors import ConfigError, Problem, did_you_mean
 from lorasuite.planning._config import AUTO, LFT_SAMPLES, MigrationConfig, Strict, build, read_config
 from lorasuite.training import MIN_SWEEP_ROWS, FinetuneSettings
-from lorasuite.transforms import names, transform
+from lorasuite.transforms import ModelTransform, names, transform
 
 Arm = Literal["old", "old+adapter", "new", "migrated", "scratch", "migrated+lft", "retrained", "refreshed"]
 #: The seven rows of the paper's tables, in their order: all but the refresh without labels.
@@ -142,8 +142,8 @@ class CellSettings:
 
 
 def seeded(arm: Arm, settings: CellSettings) -> bool:
-    """Whether another seed gives an arm another number: a joint transform reads the rows that the seed draws."""
-    return arm in SEEDED or (arm == "migrated" and transform(settings.migration.method).joint)
+    """Whether another seed gives an arm another number: a model transform reads the rows that the seed draws."""
+    return arm in SEEDED or (arm == "migrated" and isinstance(transform(settings.migration.method), ModelTransform))
 
 
 @dataclass(frozen=True)
@@ -316,9 +316,11 @@ def _cells(config: ExperimentConfig, where: str, problems: list[Problem]) -> Ite
 
 def _training_problems(settings: CellSettings, table: ExperimentTable, where: str) -> Iterator[Problem]:
     migration, kind = settings.migration, settings.lora.kind
-    joint = transform(migration.method).joint and {"migrated", "migrated+lft"} & set(table.arms)
+    fits_models = isinstance(transform(migration.method), ModelTransform) and {"migrated", "migrated+lft"} & set(
+        table.arms
+    )
     counts = {}
-    if {"scratch", "migrated+lft"} & set(table.arms) or joint:
+    if {"scratch", "migrated+lft"} & set(table.arms) or fits_models:
         counts["finetune_samples"] = migration.samples
     if "refreshed" in table.arms:
         counts["teacher_samples"] = migration.written
@@ -330,7 +332,7 @@ def _training_problems(settings: CellSettings, table: ExperimentTable, where: st
             yield Problem(
                 f"{where}: learning_rates", what, f"Give one learning rate, or at least {MIN_SWEEP_ROWS} rows."
             )
-    if joint and kind == "dora":
+    if fits_models and kind == "dora":
         what = f"{migration.method} moves updates of blocks only, and a DoRA has magnitudes"
         yield Problem(f"{where}: method", what, "Name another one, or another lora.kind.")
     if "refreshed" in table.arms and kind == "adalora":

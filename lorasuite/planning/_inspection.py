@@ -14,7 +14,7 @@ from lorasuite.bases import ROLES, Checkpoint, Role, Weights, architectures, com
 from lorasuite.errors import LoRASuiteError, PreflightError, Problem
 from lorasuite.planning._config import AUTO
 from lorasuite.planning._estimate import estimate, measure
-from lorasuite.transforms import transform
+from lorasuite.transforms import ModelTransform, transform
 
 FLOAT = 4  # bytes of a float32
 
@@ -241,17 +241,13 @@ def _modules(result: Inspection, old: Checkpoint, new: Checkpoint, adapter: Adap
         result.notices.append(
             f"{old.dims.layers - new.dims.layers} of {old.dims.layers} old layers have no partner and are dropped"
         )
-    if method != AUTO and transform(method).joint and not adapter.plain(old.architecture):
+    if method == AUTO:
+        return
+    chosen = transform(method)
+    if isinstance(chosen, ModelTransform) and not adapter.plain(old.architecture):
         what = f"{method} moves updates of blocks only, and the adapter has more"
         result.problems.append(Problem("method", what, "Use --method auto, or another one."))
-    if method == "copy":
-        unlike = [
-            Problem("method", f"copy: {role} is {a} in the old base, {b} in the new one", "Use --method lorasuite.")
-            for role in counts
-            if (a := (old.dims.rows(role), old.dims.columns(role)))
-            != (b := (new.dims.rows(role), new.dims.columns(role)))
-        ]
-        result.problems += unlike
+    result.problems += chosen.problems(old.dims, new.dims, tuple(counts))
 
 
 def _beside(result: Inspection, old: Checkpoint, adapter: Adapter) -> None:

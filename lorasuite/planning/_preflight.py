@@ -17,7 +17,7 @@ from lorasuite.planning._config import AUTO, MigrationConfig, torch_device
 from lorasuite.planning._inspection import FLOAT, Inspection, _attempt, inspect
 from lorasuite.teacher import prompt_frame
 from lorasuite.training import MIN_SWEEP_ROWS
-from lorasuite.transforms import reads_texts
+from lorasuite.transforms import transform
 
 #: Training rows below which the teacher's were measured to help everywhere (docs/transfer.md).
 FEW = 100
@@ -66,7 +66,7 @@ def check(config: MigrationConfig) -> Plan:
 
 def _calibration(result: Inspection, config: MigrationConfig) -> list[str]:
     source = config.calibration_data
-    if source is None and config.method != AUTO and reads_texts(config.method):
+    if source is None and config.method != AUTO and transform(config.method).reads_texts:
         result.problems.append(
             Problem(
                 "calibration", f"{config.method} compares activations, and there are no texts", "Give --calibration."

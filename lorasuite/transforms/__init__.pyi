@@ -1,12 +1,27 @@
 from ._embeddings import move_embeddings
 from ._magnitudes import bias_changes, move_rows, new_magnitudes, own_biases, relative_magnitudes
 from ._migration import Migrated, Unmapped, initialise, migrate
-from ._protocol import NO_START, LayerPair, names, reads_texts, register, transform
+from ._protocol import (
+    LAYER_INPUTS,
+    FittedUpdates,
+    Input,
+    LayerPair,
+    LayerTransform,
+    ModelTransform,
+    Transform,
+)
+from ._registry import AnyTransform, names, register, transform
 
 __all__ = [
-    "NO_START",
+    "LAYER_INPUTS",
+    "AnyTransform",
+    "FittedUpdates",
+    "Input",
     "LayerPair",
+    "LayerTransform",
     "Migrated",
+    "ModelTransform",
+    "Transform",
     "Unmapped",
     "bias_changes",
     "initialise",
@@ -16,7 +31,6 @@ __all__ = [
     "names",
     "new_magnitudes",
     "own_biases",
-    "reads_texts",
     "register",
     "relative_magnitudes",
     "transform",

@@ -14,11 +14,12 @@ from torch import Tensor
 from lorasuite.adapters import Adapter, Extras, LowRank, fuse_updates, split_update
 from lorasuite.bases import ATTENTION, Checkpoint, CommonTokens, Dimensions, Module, Role
 from lorasuite.correspondence import Moments, TransferMatrix, index_heads
-from lorasuite.errors import AdapterError, Problem
+from lorasuite.errors import AdapterError, ConfigError, Problem
 from lorasuite.progress import Progress
 from lorasuite.transforms._embeddings import move_embeddings
 from lorasuite.transforms._magnitudes import bias_changes, move_rows, new_magnitudes, own_biases, relative_magnitudes
-from lorasuite.transforms._protocol import LayerPair, transform
+from lorasuite.transforms._protocol import Input, LayerPair, LayerTransform
+from lorasuite.transforms._registry import transform
 
 Unmapped = Literal["freeze", "train"]
 
@@ -69,7 +70,7 @@ def migrate(
     Args:
         layers: old → new layer.
         heads: for each old layer, old → new query head.
-        mlp_factor: gives :func:`lorasuite.transfer_matrix.mlp_factor` of an old layer and role.
+        mlp_factor: gives :func:`lorasuite.correspondence.mlp_factor` of an old layer and role.
         alignment: gives the moments of an old layer's role and end, for transforms that look at activations.
         rank: output rank of every module.
         energy: instead of ``rank``, the smallest rank at which every module keeps this share of its ``‖ΔW‖²``.
@@ -79,8 +80,11 @@ def migrate(
 
     Raises:
         AdapterError: if the adapter does not fit the old base, or nothing of it can be moved.
+        ConfigError: if ``method`` is unknown, or no layer transform.
     """
     chosen = transform(method)
+    if not isinstance(chosen, LayerTransform):
+        raise ConfigError(Problem("method", f"{method} fits whole models, not one layer", "Use its `fit`."))
     result = Migrated()
     by_layer = adapter.by_layer(old)
     covered: set[Role] = set()
@@ -107,13 +111,15 @@ def migrate(
                 }
             )
             del updates[role]
-        needed = chosen.roles(tuple(updates))
-        factors = {role: mlp_factor(o, role) for role in needed if role not in ATTENTION}
+        needed = tuple(chosen.weights(tuple(updates)))
+        factors = {}
+        if Input.MLP_FACTORS in chosen.inputs:
+            factors = {role: mlp_factor(o, role) for role in needed if role not in ATTENTION}
         moments = None if alignment is None else partial(alignment, o)
         pair = LayerPair(
             old.layer(o, needed), new.layer(n, needed), old_dims, new_dims, heads[o], transfer, factors, moments
         )
-        moved = chosen.layer(pair, updates)
+        moved = chosen.move(pair, updates)
         del pair  # its weights go before the next layers come
         for module in new.modules(n):
             parts = {role: moved[role] for role in module.roles if role in moved}
@@ -121,8 +127,7 @@ def migrate(
                 path = new.architecture.path(n, module)
                 covered.update(module.roles)
                 keep(path, fuse_updates(parts, module, new_dims))
-        # copy moves every row to its own place, whatever heads are alike
-        rows = index_heads(old_dims, new_dims) if method == "copy" else heads[o]
+        rows = index_heads(old_dims, new_dims) if chosen.keeps_places else heads[o]
         _move_rows_of_layer(adapter, result, modules, (old, o, old_dims), (new, n, new_dims), rows)
         if progress is not None:
             progress(done, len(by_layer))

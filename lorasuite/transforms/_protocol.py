@@ -1,29 +1,49 @@
-"""What a transform is given and what it gives back, and the registry of transforms."""
+"""What a transform is: its two kinds, what each is given and gives back, and what it declares about itself.
+
+Nothing outside a transform's own module knows its name: flows, stages and settings read these declarations.
+"""
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
-from typing import Protocol
+from enum import StrEnum
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
 from lorasuite.adapters import LowRank
-from lorasuite.bases import Dimensions, Role
-from lorasuite.correspondence import Moments, TransferMatrix
-from lorasuite.errors import ConfigError, Problem, did_you_mean
+from lorasuite.bases import Dimensions, Role, Side
+from lorasuite.correspondence import Moments, StateMap, TransferMatrix
+from lorasuite.errors import ConfigError, Problem
+from lorasuite.progress import Progress
+
+
+class Input(StrEnum):
+    """An artifact of the pair of bases that a transform reads: the name of the stage that computes it."""
+
+    LAYER_MAPPING = "layer_mapping"
+    HEAD_MAPPING = "head_mapping"
+    TRANSFER_MATRICES = "transfer_matrices"
+    MLP_FACTORS = "mlp_factors"
+    ALIGNMENT = "alignment"
+    STATE_MAP = "state_map"
+
+
+#: What moving an adapter layer by layer reads whatever the transform: the layer map, and for magnitudes, biases and
+#: embeddings (which no transform sees) the head maps and ``W_h``.
+LAYER_INPUTS = frozenset({Input.LAYER_MAPPING, Input.HEAD_MAPPING, Input.TRANSFER_MATRICES})
 
 
 @dataclass(frozen=True, eq=False)
 class LayerPair:
-    """One old layer, the new layer that continues it, and all a transform may look at.
+    """One old layer, the new layer that continues it, and all a layer transform may look at.
 
-    ``old`` and ``new`` hold the base weights ``(out, in)`` float32 of the roles that :meth:`Transform.roles` asked
-    for; ``heads`` maps old to new query heads; ``mlp_factors`` holds :func:`lorasuite.transfer_matrix.mlp_factor` of
-    the old layer.
+    ``old`` and ``new`` hold the base weights ``(out, in)`` float32 of the roles that :meth:`LayerTransform.weights`
+    asked for; ``heads`` maps old to new query heads; ``mlp_factors`` holds
+    :func:`lorasuite.correspondence.mlp_factor` of the old layer, where the transform declares
+    :attr:`Input.MLP_FACTORS`; ``alignment`` gives moments, where it declares :attr:`Input.ALIGNMENT`.
     """
 
     old: Mapping[Role, Tensor]
@@ -39,7 +59,7 @@ class LayerPair:
         """What the role's projection reads (``"in"``) or writes (``"out"``) in both bases.
 
         Raises:
-            ConfigError: if the transform needs activations and none were aligned.
+            ConfigError: if no activations were aligned.
         """
         if self.alignment is None:
             raise ConfigError(
@@ -48,67 +68,90 @@ class LayerPair:
         return self.alignment(role, end)
 
 
+@dataclass(frozen=True)
+class FittedUpdates:
+    """What a model transform gives back.
+
+    ``updates``: by module path of the new base, factors of at most the rank asked for, float64. ``residual``: for each,
+    the share of its target's sum of squares that the fit left, in 0 … 1. ``map_error``: by block path, the share of
+    the variance of the new base's states that the state map does not explain; empty for a transform without one.
+    """
+
+    updates: dict[str, LowRank] = field(default_factory=dict)
+    residual: dict[str, float] = field(default_factory=dict)
+    map_error: dict[str, float] = field(default_factory=dict)
+
+
+@runtime_checkable
 class Transform(Protocol):
+    """What every transform declares; derive from :class:`LayerTransform` or :class:`ModelTransform`."""
+
+    #: What ``--method`` calls it.
+    name: str
+    #: The artifacts of the pair that it reads.
+    inputs: frozenset[Input]
+    #: Whether ``auto`` tries it where a fine-tune follows: whether it was measured to be a start worth having.
+    starts_finetune: bool = True
+    #: Whether it needs texts: calibration texts that both bases read.
+    reads_texts: bool = False
+    #: Whether it is a control, there to be beaten: used only if named, never proposed and never chosen by ``auto``.
+    control: bool = False
+
+    def problems(self, old: Dimensions, new: Dimensions, updated: Sequence[Role]) -> list[Problem]:
+        """Why it cannot move updates of the roles ``updated`` between bases of these dimensions; empty if it can."""
+        return []
+
+
+@runtime_checkable
+class LayerTransform(Transform, Protocol):
     """A training-free map of one layer's updates from the old base to the new one."""
 
-    name: str
-    #: Whether it looks at activations of both bases (:mod:`lorasuite.alignment`).
-    aligned: bool
-    #: Whether it fits whole models at once (:mod:`lorasuite.transforms.sequential`) instead of layer by layer.
-    joint: bool
-    #: Whether it is there to be beaten (:mod:`lorasuite.transforms.controls`): never proposed, never chosen.
-    control: bool
+    #: Whether every row of an update stays at its own place, so that magnitudes and biases do, too, and do not go with
+    #: the mapped heads.
+    keeps_places: bool = False
 
-    def fits(self, old: Dimensions, new: Dimensions, updated: tuple[Role, ...]) -> bool:
-        """Whether it can move updates of the roles ``updated`` between bases of these dimensions."""
+    def weights(self, updated: Sequence[Role]) -> Sequence[Role]:
+        """The roles whose base weights it looks at to move updates of the roles ``updated``."""
+        return ()
 
-    def roles(self, updated: tuple[Role, ...]) -> tuple[Role, ...]:
-        """The roles whose base weights are needed to move updates of the roles ``updated``."""
+    def move(self, pair: LayerPair, updates: Mapping[Role, LowRank]) -> dict[Role, LowRank]:
+        """The new layer's updates by role, factored, float64: each ``(out, in)`` of the new role's weight.
 
-    def layer(self, pair: LayerPair, updates: Mapping[Role, LowRank]) -> dict[Role, LowRank]:
-        """The new layer's updates, factored, float64. A role the new layer lacks may be given and is then dropped."""
-
-
-#: Transforms that ``auto`` tries only where nothing is fine-tuned: low in loss untrained, not measured as a start.
-NO_START = frozenset({"logits"})
-
-_REGISTRY: dict[str, Transform] = {}
+        Args:
+            updates: the old layer's, ``(out, in)`` of the old weights, float64. A role that the new layer lacks may be
+                among them; what is given back for it is dropped.
+        """
 
 
-@cache
-def _load() -> None:
-    """Import every transform of this package, which registers it."""
-    package = importlib.import_module("lorasuite.transforms")
-    for found in pkgutil.iter_modules(package.__path__):
-        if not found.name.startswith("_"):
-            importlib.import_module(f"lorasuite.transforms.{found.name}")
+@runtime_checkable
+class ModelTransform(Transform, Protocol):
+    """A closed-form fit of whole models: it moves updates of block projections, and nothing that lies beside them."""
 
+    def fit(
+        self,
+        old: Side,
+        new: Side,
+        adapted: Callable[[], contextlib.AbstractContextManager[Any]],
+        roles: Sequence[Role],
+        *,
+        states: StateMap | None,
+        texts: Sequence[str],
+        rank: int,
+        cutoff: int = 256,
+        progress: Progress | None = None,
+    ) -> FittedUpdates:
+        """Updates with which the new base does on the texts what the old base does with its adapter.
 
-def register(cls: type[Transform]) -> type[Transform]:
-    """Class decorator: make a transform available by its name."""
-    _REGISTRY[cls.name] = cls()
-    return cls
+        The weights of both models are the same afterwards as before.
 
+        Args:
+            adapted: a context in which ``old.model`` computes with its adapter.
+            roles: projections that the old adapter updates.
+            states: the pair's state map, which has these roles; None unless :attr:`Input.STATE_MAP` is declared.
+            texts: task texts (prompts with answers), read but never used as labels.
+            rank: of each module's update.
+            cutoff: tokens of a text read at most, in each model.
 
-def transform(name: str) -> Transform:
-    """The transform of that name.
-
-    Raises:
-        ConfigError: for an unknown name.
-    """
-    _load()
-    if name not in _REGISTRY:
-        raise ConfigError(Problem("method", f"unknown method {name!r}", did_you_mean(name, names(controls=True))))
-    return _REGISTRY[name]
-
-
-def reads_texts(name: str) -> bool:
-    """Whether the transform of that name looks at what both bases do with calibration texts."""
-    chosen = transform(name)
-    return chosen.aligned or chosen.joint
-
-
-def names(controls: bool = False) -> list[str]:
-    """Every registered transform; those that are only there to be beaten if asked for."""
-    _load()
-    return sorted(name for name, found in _REGISTRY.items() if controls or not found.control)
+        Raises:
+            DataError: if no two positions of the two tokenizations pair.
+        """

@@ -1,4 +1,4 @@
-"""The paper's transform (LoRASuite equation 3 and the MLP rules; METHOD sections 2 and 5), in factored form.
+"""The paper's transform (LoRASuite, arXiv 2505.13515, equation 3 and the MLP rules), in factored form.
 
 Every head's update shares ``A·W_h`` (or ``W_hᵀ·B`` for O), so the new update has the old one's rank and no dense
 ``(out, in)`` delta or ``(d, d)`` product ever exists.
@@ -6,33 +6,31 @@ Every head's update shares ``A·W_h`` (or ``W_hᵀ·B`` for O), so the new updat
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from lorasuite.adapters import LowRank
-from lorasuite.bases import Dimensions, Role
+from lorasuite.bases import Role
 from lorasuite.correspondence import heads
-from lorasuite.transforms._protocol import LayerPair, register
+from lorasuite.transforms._protocol import LAYER_INPUTS, Input, LayerPair, LayerTransform
+from lorasuite.transforms._registry import register
 
 
 @register
-class LoRASuite:
+class LoRASuite(LayerTransform):
     """Equation 3: weights carry the update from head to head, ``W_h`` from hidden size to hidden size."""
 
     name = "lorasuite"
-    aligned = False
-    joint = False
-    control = False
+    inputs = LAYER_INPUTS | {Input.MLP_FACTORS}
 
-    def fits(self, old: Dimensions, new: Dimensions, updated: tuple[Role, ...]) -> bool:
-        return True
-
-    def roles(self, updated: tuple[Role, ...]) -> tuple[Role, ...]:
+    def weights(self, updated: Sequence[Role]) -> Sequence[Role]:
+        """All that are updated: weights carry the update across."""
         return updated
 
-    def layer(self, pair: LayerPair, updates: Mapping[Role, LowRank]) -> dict[Role, LowRank]:
+    def move(self, pair: LayerPair, updates: Mapping[Role, LowRank]) -> dict[Role, LowRank]:
+        """Equation 3 for the attention's projections, pseudo-inverses for the MLP's."""
         moved: dict[Role, LowRank] = {}
         inputs: dict[int, Tensor] = {}  # projections of one fused module share A, and go on sharing A·W_h
         for role, update in updates.items():

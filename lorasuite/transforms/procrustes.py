@@ -1,4 +1,4 @@
-"""Orthogonal maps between the activation spaces of the two bases (METHOD section 8; as in Theseus, arXiv 2602.12952).
+"""Orthogonal maps between the activation spaces of the two bases (as in Theseus, arXiv 2602.12952).
 
 ``ΔW_n = T_outᵀ · ΔW_o · T_in`` with ``T = polar(XᵀX')`` of the centred activations a module reads and writes. The
 maps preserve norms, need no head matching, and undo any rotation or permutation of a space exactly.
@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from lorasuite.adapters import LowRank
-from lorasuite.bases import Dimensions, Role
+from lorasuite.bases import Role
 from lorasuite.correspondence import Moments
-from lorasuite.transforms._protocol import LayerPair, register
+from lorasuite.transforms._protocol import Input, LayerPair, LayerTransform
+from lorasuite.transforms._registry import register
 
 
 def polar(cross: Tensor) -> Tensor:
@@ -35,21 +36,15 @@ def written(pair: LayerPair, role: Role) -> Moments:
 
 
 @register
-class Procrustes:
+class Procrustes(LayerTransform):
     """Each module's own pair of orthogonal maps, from activations."""
 
     name = "procrustes"
-    aligned = True
-    joint = False
-    control = False
+    inputs = frozenset({Input.LAYER_MAPPING, Input.ALIGNMENT})
+    reads_texts = True
 
-    def fits(self, old: Dimensions, new: Dimensions, updated: tuple[Role, ...]) -> bool:
-        return True
-
-    def roles(self, updated: tuple[Role, ...]) -> tuple[Role, ...]:
-        return ()
-
-    def layer(self, pair: LayerPair, updates: Mapping[Role, LowRank]) -> dict[Role, LowRank]:
+    def move(self, pair: LayerPair, updates: Mapping[Role, LowRank]) -> dict[Role, LowRank]:
+        """``T_outᵀ·B`` and ``A·T_in`` of each role."""
         moved = {}
         inputs: dict[int, Tensor] = {}  # projections of one fused module share A, and go on sharing A·T_in
         for role, update in updates.items():

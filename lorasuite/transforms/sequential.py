@@ -1,120 +1,91 @@
 """The new base's modules fitted in order, so that it passes through the states the old base + adapter passes through.
 
-Every other transform moves one module's update at a time and hopes that the modules still work together. This one
-looks at the adapted model as a whole. Two steps, both closed-form, without labels and without gradients:
+A layer transform moves one module's update at a time, and nothing makes the moved modules work together. This one fits
+the adapted model as a whole, all old layers feeding every new one. Two steps, both closed-form, without labels and
+without gradients:
 
 1. On general texts a ridge regression learns what state of the *new base* goes with a state of the *old base*
-   (:mod:`lorasuite.state_map`: once for all adapters of a pair).
+   (:class:`lorasuite.correspondence.StateMap`: once for all adapters of a pair).
 2. On task texts the old base **with its adapter** gives the states to reach. The new base's modules are then fitted
    in the order they run, each by reduced-rank ridge regression from what it reads now, with all modules before it
    already fitted, to what the map says it should write. Modules that write to the residual stream are fitted to the
    stream, and so also mend what the modules before them left.
 
-The targets are absolute: the map of the adapted state, not of its change. Bare bases have often never met the task,
-so their states there are arbitrary, while the adapted one is back in familiar territory, which the map knows.
-In METHOD section 8's terms: sequential functional fitting with residual targets and upstream change, all old layers
-feeding every new one.
+The targets are absolute: the map of the adapted state, not of its change. Bare bases have often never met the task, so
+their states there are arbitrary; the adapted one's are like those on general texts, which the map was learned on.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lorasuite.adapters import LowRank
-from lorasuite.bases import Dimensions, Role, Side, Stream, linear_modules, put_weights, text_batches, unpaired
+from lorasuite.bases import Role, Side, Stream, linear_modules, put_weights, text_batches, unpaired
 from lorasuite.correspondence import LayerMaps, Reading, StateMap, chosen, reduced_rank, watching
 from lorasuite.errors import ConfigError, Problem
 from lorasuite.progress import Progress
-from lorasuite.transforms._protocol import LayerPair, register
+from lorasuite.transforms._protocol import FittedUpdates, Input, ModelTransform
+from lorasuite.transforms._registry import register
 
 #: The order modules are fitted in within a block.
 ORDER: tuple[tuple[Role, ...], ...] = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))
 
 
 @register
-class Sequential:
-    """Fits all modules in order by :func:`fit`; it looks at whole models, so :meth:`layer` does not apply."""
+class Sequential(ModelTransform):
+    """Each module of the new base fitted in turn, with all before it already fitted."""
 
     name = "sequential"
-    aligned = False
-    joint = True
-    control = False
+    inputs = frozenset({Input.STATE_MAP})
+    reads_texts = True
 
-    def fits(self, old: Dimensions, new: Dimensions, updated: tuple[Role, ...]) -> bool:
-        return True
+    def fit(
+        self,
+        old: Side,
+        new: Side,
+        adapted: Callable[[], contextlib.AbstractContextManager[Any]],
+        roles: Sequence[Role],
+        *,
+        states: StateMap | None,
+        texts: Sequence[str],
+        rank: int,
+        cutoff: int = 256,
+        progress: Progress | None = None,
+    ) -> FittedUpdates:
+        """Fit the new base's modules of these roles to follow the old base + adapter on the task texts.
 
-    def roles(self, updated: tuple[Role, ...]) -> tuple[Role, ...]:
-        return ()
+        Memory: the features ``(positions, ≤ 2,048)`` and one hidden state of the texts, and for one block at a time its
+        maps and the second moments of what its modules read. Time: the new base passes up to six times over the texts,
+        the old one once.
 
-    def layer(self, pair: LayerPair, updates: Mapping[Role, LowRank]) -> dict[Role, LowRank]:
-        """
         Raises:
-            ConfigError: always; call :func:`fit`.
+            ConfigError: without a state map.
+            DataError: if no two positions of the two tokenizations pair.
         """
-        raise ConfigError(Problem("method", f"{self.name} fits whole models, not one layer", f"Use {self.name}.fit."))
-
-
-@dataclass
-class Fitted:
-    """Updates by module path, and for each the share of its target's distance that the fit left."""
-
-    updates: dict[str, LowRank]
-    residual: dict[str, float]
-    map_error: dict[str, float]
-
-
-def fit(
-    old: Side,
-    new: Side,
-    adapted: Callable[[], contextlib.AbstractContextManager[Any]],
-    roles: Sequence[Role],
-    *,
-    states: StateMap,
-    texts: Sequence[str],
-    rank: int,
-    cutoff: int = 256,
-    progress: Progress | None = None,
-) -> Fitted:
-    """Fit the new base's modules of these roles to follow the old base + adapter on the task texts.
-
-    Memory: the features ``(positions, ≤ 2,048)`` and one hidden state of the texts, and for one block at a time its
-    maps and the second moments of what its modules read. Time: the new base passes up to six times over the texts,
-    the old one once.
-
-    Args:
-        adapted: a context in which ``old.model`` computes with its adapter.
-        roles: projections that the old adapter updates.
-        states: the pair's state map, which has these roles.
-        texts: task texts (prompts with answers), read but never used as labels.
-        rank: of each module's update.
-
-    Raises:
-        DataError: if no two positions of the two tokenizations pair.
-    """
-    batches = text_batches(texts, old, new, cutoff)
-    if not batches:
-        raise unpaired("texts")
-    with adapted():
-        wanted = states.features.standardise(states.features.of(batches))
-    task = Reading(batches, Stream(new, [batch.new for batch in batches]))
-    result = Fitted({}, {}, {})
-    original: dict[str, Tensor] = {}
-    try:
-        for layer in range(new.dims.layers):
-            if names := chosen(new, layer, roles):
-                _fit_block(new, layer, names, states.layer(layer), (task, wanted), rank, original, result)
-            task.stream.advance(again=True)
-            if progress is not None:
-                progress(layer + 1, new.dims.layers)
-    finally:
-        put_weights(new, original)
-    return result
+        if states is None:
+            raise ConfigError(Problem("method", "it needs a state map of the two bases", "Give --calibration texts."))
+        batches = text_batches(texts, old, new, cutoff)
+        if not batches:
+            raise unpaired("texts")
+        with adapted():
+            wanted = states.features.standardise(states.features.of(batches))
+        task = Reading(batches, Stream(new, [batch.new for batch in batches]))
+        result = FittedUpdates()
+        original: dict[str, Tensor] = {}
+        try:
+            for layer in range(new.dims.layers):
+                if names := chosen(new, layer, roles):
+                    _fit_block(new, layer, names, states.layer(layer), (task, wanted), rank, original, result)
+                task.stream.advance(again=True)
+                if progress is not None:
+                    progress(layer + 1, new.dims.layers)
+        finally:
+            put_weights(new, original)
+        return result
 
 
 def _fit_block(
@@ -125,7 +96,7 @@ def _fit_block(
     task: tuple[Reading, list[Tensor]],
     rank: int,
     original: dict[str, Tensor],
-    result: Fitted,
+    result: FittedUpdates,
 ) -> None:
     modules = linear_modules(new, layer)
     maps, additive = known.maps, known.additive

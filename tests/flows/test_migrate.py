@@ -222,20 +222,34 @@ def test_auto_chooses_by_held_out_loss(home: Path, settings: Settings, data: dic
     assert losses == sorted(losses) and record["method"] == tried[0]["method"]
     assert ("migrated" in record["evaluation"]) == (record["method"] != "none")
     assert "sequential" in {entry["method"] for entry in tried}
-    # low in loss untrained, and no start of a fine-tune: only tried where there is none; a control never is
-    assert not {"logits", "random", "target-mean"} & {entry["method"] for entry in tried}
+
+
+def test_auto_tries_what_may_start_a_finetune_and_no_control(
+    plugins: None, home: Path, settings: Settings, data: dict[str, Path]
+) -> None:
+    """Low in loss untrained, and no start of a fine-tune: only tried where there is none; a control never is."""
+    rows = {"train_data": str(data["train"]), "finetune_samples": 20, "finetune": {"epochs": 1}}
+    record = migrate_adapter(settings(**rows, method="auto"))
+    tried = {entry["method"] for entry in record["candidates"]}
+    assert "functional-ridge" in tried and not {"logits", "random", "target-mean"} & tried
 
 
 def test_auto_needs_no_data_of_the_user(home: Path, settings: Settings, pair: tuple[Path, Path]) -> None:
     """What the old base with the adapter writes is what candidates are scored by."""
     made = {"teacher": {"max_new_tokens": 8}}
     record = migrate_adapter(settings(method="auto", **made))
-    assert {"none", "sequential", "logits", "lorasuite"} <= {entry["method"] for entry in record["candidates"]}
+    assert {"none", "sequential", "lorasuite"} <= {entry["method"] for entry in record["candidates"]}
     assert record["finetune"] is None and "teacher" in states(record)
     check_loads(Path(record["output"]), pair[1])
     fitted = migrate_adapter(settings(method="sequential", output=f"{record['output']}-2", **made))
     assert fitted["method"] == "sequential" and states(fitted)["teacher"] and fitted["fit_residual"]
     check_loads(Path(fitted["output"]), pair[1])
+
+
+def test_a_fit_of_some_modules_only(plugins: None, home: Path, settings: Settings, pair: tuple[Path, Path]) -> None:
+    made = {"teacher": {"max_new_tokens": 8}}
+    record = migrate_adapter(settings(method="auto", **made))
+    assert "logits" in {entry["method"] for entry in record["candidates"]}  # nothing is fine-tuned here
     last = migrate_adapter(settings(method="logits", output=f"{record['output']}-3", **made))
     assert last["method"] == "logits" and len(last["fit_residual"]) == 2
     # the last block is fitted; what else the adapter updates starts from nothing, for a fine-tune to use
@@ -244,7 +258,9 @@ def test_auto_needs_no_data_of_the_user(home: Path, settings: Settings, pair: tu
 
 
 @pytest.mark.parametrize("method", ["procrustes", "functional"])
-def test_aligned_methods(home: Path, settings: Settings, pair: tuple[Path, Path], method: str, tmp_path: Path) -> None:
+def test_aligned_methods(
+    plugins: None, home: Path, settings: Settings, pair: tuple[Path, Path], method: str, tmp_path: Path
+) -> None:
     record = migrate_adapter(settings(method=method))
     check_loads(Path(record["output"]), pair[1])
     assert "mlp_factors gate" not in states(record)

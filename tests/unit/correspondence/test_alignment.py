@@ -14,13 +14,11 @@ from hypothesis import strategies as st
 from lorasuite.adapters import Adapter
 from lorasuite.bases import ROLES, Checkpoint, paired_positions
 from lorasuite.correspondence import Moments, TransferMatrix, align, ridge
-from lorasuite.planning import MigrationConfig, build
-from lorasuite.transforms import Migrated, migrate, names, transform
+from lorasuite.transforms import Input, Migrated, migrate, transform
 from lorasuite.transforms.procrustes import polar
 from tests import models
 
-ALIGNED = ("procrustes", "functional", "functional-ridge")
-SETTINGS = {"adapter": "a", "old_base": "o", "new_base": "n", "output": "x", "calibration": "c"}
+ALIGNED = ("procrustes", "functional")
 
 
 def texts(count: int, length: int = 24) -> list[str]:
@@ -196,67 +194,7 @@ def test_ridge_near_a_prior_is_the_penalised_optimum() -> None:
     torch.testing.assert_close(ridge(nothing, nothing[:, :4], 0.5, prior), prior)
 
 
-def test_controls_are_only_there_if_asked_for(old: Path, tmp_path: Path) -> None:
-    controls = set(names(controls=True)) - set(names())
-    assert controls == {"random", "target-mean"} and all(transform(name).control for name in controls)
-    for name in controls:
-        assert build(MigrationConfig, {**SETTINGS, "method": name}).method == name
-
-
-def test_random_keeps_rank_and_norm_and_nothing_else(old: Path, tmp_path: Path) -> None:
-    new = models.build(tmp_path / "new", "gpt_neox", seed=4, hidden=48, heads=6)
-    adapter = models.build_adapter(tmp_path / "a", old)
-    moved = move("random", adapter, old, new, texts(8))
-    opened = Adapter.open(adapter)
-    attention = ("q", "k", "v")
-    for layer in range(Checkpoint(old).dims.layers):
-        modules = opened.by_layer(Checkpoint(old))[layer]
-        size = sum(opened.update(p).norm() ** 2 for p, m in modules.items() if m.roles[0] in attention) ** 0.5
-        got = next(u for p, u in moved.updates.items() if f".{layer}." in p and "query_key_value" in p)
-        # three roles with an A of their own each are cut to the adapter's rank when they are fused
-        assert got.rank == opened.rank and 0.5 * size < got.norm() <= size * (1 + 1e-6)
-    again, other = (
-        move("random", path, old, new, texts(8))
-        for path in (adapter, models.build_adapter(tmp_path / "b", old, seed=9))
-    )
-    for path, update in moved.updates.items():
-        assert torch.equal(update.dense(), again.updates[path].dense())
-        assert not torch.allclose(update.dense(), other.updates[path].dense())
-    same = move("random", adapter, old, old, texts(8))
-    for path in opened.modules:
-        want, drawn = opened.update(path), same.updates[path]
-        assert drawn.norm() == pytest.approx(want.norm(), rel=1e-6)
-        assert abs(drawn.inner(want)) < 0.5 * want.norm() ** 2
-
-
-def test_target_mean_shifts_outputs_by_the_mean_change_only(old: Path, tmp_path: Path) -> None:
-    """On the same base, its mean effect is the adapter's own projected on what one direction can say."""
-    adapter = models.build_adapter(tmp_path / "a", old)
-    opened, checkpoint = Adapter.open(adapter), Checkpoint(old)
-    read = texts(16)
-    found = align(
-        (models.load(old), models.load(old)), (models.tokenizer_of(old),) * 2, (checkpoint.architecture,) * 2,
-        (checkpoint.dims,) * 2, {0: 0}, ["o"], read,
-    )  # fmt: skip
-    moments = found[0, "o", "in"]
-    moved = move("target-mean", adapter, old, old, read)
-    path = next(p for p in opened.modules if ".0." in p and p.endswith("o_proj"))
-    update, want = moved.updates[path].dense(), opened.update(path).dense()
-    assert torch.linalg.matrix_rank(update) == 1
-    mean = moments.x / moments.rows
-    change, shift = want @ mean, update @ mean
-    cosine = change @ shift / (change.norm() * shift.norm())
-    assert float(cosine) == pytest.approx(1, abs=1e-6)
-
-    # no other multiple of it is nearer to the constant shift
-    def error(factor: float) -> float:
-        written = factor * update
-        spread = float((written @ moments.yy @ written.T).trace())
-        return spread - 2 * float(change @ (written @ moments.y)) + moments.rows * float(change @ change)
-
-    assert error(1.0) < min(error(0.9), error(1.1))
-
-
 def test_every_aligned_method_says_so() -> None:
-    assert all(transform(name).aligned for name in ALIGNED)
-    assert not transform("lorasuite").aligned and not transform("copy").aligned
+    assert all(Input.ALIGNMENT in transform(name).inputs and transform(name).reads_texts for name in ALIGNED)
+    for name in ("lorasuite", "copy"):
+        assert Input.ALIGNMENT not in transform(name).inputs and not transform(name).reads_texts

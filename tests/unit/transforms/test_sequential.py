@@ -21,8 +21,7 @@ from lorasuite.correspondence import _state_map as state_map
 from lorasuite.data import Row
 from lorasuite.errors import ConfigError, DataError
 from lorasuite.training import validation_loss
-from lorasuite.transforms import sequential, transform
-from lorasuite.transforms.sequential import Fitted
+from lorasuite.transforms import FittedUpdates, ModelTransform, migrate, transform
 from tests import models
 
 
@@ -31,14 +30,16 @@ def side(base: Path) -> Side:
     return Side(load_model(base, "cpu"), load_tokenizer(base), checkpoint.architecture, checkpoint.dims)
 
 
-def fit(old: Side, new: Side, adapter: Path, rank: int, **texts: Any) -> Fitted:
+def fit(old: Side, new: Side, adapter: Path, rank: int, **texts: Any) -> FittedUpdates:
     roles = Adapter.open(adapter).roles(old.architecture)
     states = StateMap.learned(old, new, roles, texts.pop("calibration"))
-    return sequential.fit(old, new, partial(attached, old.model, adapter), roles, states=states, rank=rank, **texts)
+    chosen = transform("sequential")
+    assert isinstance(chosen, ModelTransform)
+    return chosen.fit(old, new, partial(attached, old.model, adapter), roles, states=states, rank=rank, **texts)
 
 
 @contextmanager
-def with_updates(model: Any, fitted: Fitted) -> Iterator[Any]:
+def with_updates(model: Any, fitted: FittedUpdates) -> Iterator[Any]:
     kept = {path: model.get_submodule(path).weight.detach().clone() for path in fitted.updates}
     with torch.no_grad():
         for path, update in fitted.updates.items():
@@ -138,6 +139,5 @@ def test_on_the_same_base_a_state_is_itself() -> None:
 
 
 def test_is_no_layer_by_layer_transform() -> None:
-    assert transform("sequential").joint
     with pytest.raises(ConfigError, match="whole models"):
-        transform("sequential").layer(None, {})  # type: ignore[arg-type]
+        migrate(None, None, None, method="sequential", layers={}, heads={}, transfer=None, mlp_factor=None, rank=1)  # type: ignore[arg-type]

@@ -384,7 +384,7 @@ def test_what_cannot_be_moved(base: Callable[..., Path], lora: Callable[..., Pat
 
 def test_the_identity_stands_for_a_matrix_of_equal_sizes() -> None:
     """With ``W_h = I`` given as a matrix, the same comes out as with the identity that is left out."""
-    from lorasuite.transforms import LayerPair
+    from lorasuite.transforms import LayerPair, LayerTransform
 
     g = torch.Generator().manual_seed(0)
     dims = Dimensions(50, 16, 24, 1, 4, 2, 4)
@@ -402,8 +402,10 @@ def test_the_identity_stands_for_a_matrix_of_equal_sizes() -> None:
         "down": torch.linalg.pinv(rand["down"].double() @ rand["down"].double().T),
     }
     eye = torch.eye(16, dtype=torch.float64)
+    chosen = transform("lorasuite")
+    assert isinstance(chosen, LayerTransform)
     results = [
-        transform("lorasuite").layer(
+        chosen.move(
             LayerPair(rand, other, dims, dims, {0: 2, 1: 1, 3: 0}, W, factors),  # type: ignore[arg-type]
             updates,  # type: ignore[arg-type]
         )

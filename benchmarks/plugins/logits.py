@@ -1,8 +1,8 @@
 """The new base's last block fitted so that it says what the old base + adapter says.
 
-METHOD section 8's *proxy*, with one change that pays: the target is the old base + adapter's own logits over the shared
-tokens, not the new base's plus the adapter's change of the old ones. As in :mod:`lorasuite.transforms.sequential`,
-targets are absolute: on a new task the bare bases' own logits are noise.
+The *proxy* of docs/transfer.md with another target: the old base + adapter's own logits over the shared tokens, not the
+new base's plus the adapter's change of the old ones. As in :mod:`lorasuite.transforms.sequential`, targets are
+absolute: on a new task the bare bases' own logits are noise.
 
 Closed form. The change of the head's input that gives the wanted logits is a least-squares solution; undoing the final
 norm, with its scale at each position held fixed, makes it a change of the last hidden state; and the last block's
@@ -22,22 +22,24 @@ import torch
 from torch import Tensor
 
 from lorasuite.adapters import LowRank
-from lorasuite.bases import Batch, Role, Side, Stream, Watch, common_tokens, linear_modules, put_weights, text_batches
+from lorasuite.bases import (
+    Batch,
+    Role,
+    Side,
+    Stream,
+    Watch,
+    common_tokens,
+    linear_modules,
+    put_weights,
+    text_batches,
+    unpaired,
+)
 from lorasuite.correspondence import RIDGE, StateMap, reduced_rank
-from lorasuite.errors import DataError, Problem
 from lorasuite.progress import Progress
-from lorasuite.transforms._protocol import register
-from lorasuite.transforms.sequential import Fitted, Sequential
+from lorasuite.transforms import FittedUpdates, Input, ModelTransform
 
 #: Positions whose logits are looked at at once.
 CHUNK = 1024
-
-
-@register
-class Logits(Sequential):
-    """Fits the last block by :func:`fit`; like its parent it looks at whole models."""
-
-    name = "logits"
 
 
 @dataclass(frozen=True)
@@ -71,62 +73,70 @@ class _Norm:
         return change / gain * self._size(states, self.centre)
 
 
-def fit(
-    old: Side,
-    new: Side,
-    adapted: Callable[[], contextlib.AbstractContextManager[Any]],
-    roles: Sequence[Role],
-    *,
-    states: StateMap | None,
-    texts: Sequence[str],
-    rank: int,
-    cutoff: int = 256,
-    progress: Progress | None = None,
-) -> Fitted:
-    """Fit the last block's output projections, whatever the adapter updates.
+class Logits(ModelTransform):
+    """The last block's output projections, fitted so that the head gives the old base + adapter's logits."""
 
-    The arguments are those of :func:`lorasuite.transforms.sequential.fit`; ``roles`` and ``states`` are
-    not looked at. Memory: four vectors of the hidden size a position of the texts. Time: three passes of the new base
-    over them, two more of its last block, and one of the old base.
+    name = "logits"
+    inputs: frozenset[Input] = frozenset()
+    reads_texts = True
+    starts_finetune = False  # low in loss untrained, not measured as a start
 
-    Raises:
-        DataError: if no two positions of the two tokenizations pair.
-    """
-    batches = text_batches(texts, old, new, cutoff)
-    if not batches:
-        raise DataError(Problem("texts", "no position of the two tokenizations pairs", "Give texts of several words."))
-    wanted, before = _targets(old, new, adapted, batches)
-    layer = new.dims.layers - 1
-    modules = linear_modules(new, layer)
-    names = [name for role in ("o", "down") for name, (m, _) in modules.items() if m.roles[0] == role]
-    stream = Stream(new, [batch.new for batch in batches])
-    while stream.layer < layer:
-        stream.advance()
-    result = Fitted({}, {}, {})
-    original: dict[str, Tensor] = {}
-    try:
-        for done, name in enumerate(names, 1):
-            module, linear = modules[name]
-            path = new.architecture.path(layer, module)
-            watch = Watch(new)
-            watch.block(layer)
-            watch.module(layer, module, linear)
-            sums: list[Tensor] = []
-            with watch.on():
-                for number, (batch, target, start) in enumerate(zip(batches, wanted, before, strict=True)):
-                    at = stream.read(watch, number, batch.new_rows)
-                    x, gap = at[layer, name, "in"], target - (at[layer, "block", "out"] - start)
-                    parts = (x.T @ x, x.T @ gap, (gap * gap).sum())
-                    sums = [a + b for a, b in zip(sums, parts, strict=True)] if sums else [*parts]
-            update, left = reduced_rank(*sums, rank=rank)
-            original[path] = linear.weight.detach().clone()
-            _add(linear, update, module.transposed)
-            result.updates[path], result.residual[path] = update, left
-            if progress is not None:
-                progress(done, len(names))
-    finally:
-        put_weights(new, original)
-    return result
+    def fit(
+        self,
+        old: Side,
+        new: Side,
+        adapted: Callable[[], contextlib.AbstractContextManager[Any]],
+        roles: Sequence[Role],
+        *,
+        states: StateMap | None,
+        texts: Sequence[str],
+        rank: int,
+        cutoff: int = 256,
+        progress: Progress | None = None,
+    ) -> FittedUpdates:
+        """Fit the last block's output projections, whatever the adapter updates; ``roles`` and ``states`` are unused.
+
+        Memory: four vectors of the hidden size a position of the texts. Time: three passes of the new base over them,
+        two more of its last block, and one of the old base.
+
+        Raises:
+            DataError: if no two positions of the two tokenizations pair.
+        """
+        batches = text_batches(texts, old, new, cutoff)
+        if not batches:
+            raise unpaired("texts")
+        wanted, before = _targets(old, new, adapted, batches)
+        layer = new.dims.layers - 1
+        modules = linear_modules(new, layer)
+        names = [name for role in ("o", "down") for name, (m, _) in modules.items() if m.roles[0] == role]
+        stream = Stream(new, [batch.new for batch in batches])
+        while stream.layer < layer:
+            stream.advance()
+        result = FittedUpdates()
+        original: dict[str, Tensor] = {}
+        try:
+            for done, name in enumerate(names, 1):
+                module, linear = modules[name]
+                path = new.architecture.path(layer, module)
+                watch = Watch(new)
+                watch.block(layer)
+                watch.module(layer, module, linear)
+                sums: list[Tensor] = []
+                with watch.on():
+                    for number, (batch, target, start) in enumerate(zip(batches, wanted, before, strict=True)):
+                        at = stream.read(watch, number, batch.new_rows)
+                        x, gap = at[layer, name, "in"], target - (at[layer, "block", "out"] - start)
+                        parts = (x.T @ x, x.T @ gap, (gap * gap).sum())
+                        sums = [a + b for a, b in zip(sums, parts, strict=True)] if sums else [*parts]
+                update, left = reduced_rank(*sums, rank=rank)
+                original[path] = linear.weight.detach().clone()
+                _add(linear, update, module.transposed)
+                result.updates[path], result.residual[path] = update, left
+                if progress is not None:
+                    progress(done, len(names))
+        finally:
+            put_weights(new, original)
+        return result
 
 
 def _add(linear: Any, update: LowRank, transposed: bool) -> None:

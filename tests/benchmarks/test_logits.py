@@ -8,14 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.plugins import Logits
+from benchmarks.plugins.logits import _Norm
 from lorasuite import zoo
 from lorasuite.adapters import Adapter, attached
 from lorasuite.bases import Side
 from lorasuite.data import Row
-from lorasuite.errors import ConfigError, DataError
+from lorasuite.errors import DataError
 from lorasuite.training import validation_loss
-from lorasuite.transforms import logits, transform
-from lorasuite.transforms.logits import _Norm
+from lorasuite.transforms import FittedUpdates
 from tests import models
 from tests.unit.transforms.test_sequential import side, with_updates
 
@@ -42,10 +43,10 @@ def test_the_final_norm_is_found_from_what_it_does(centre: bool) -> None:
     torch.testing.assert_close(found.undo(norm(states + change) - norm(states), states), change, atol=1e-7, rtol=1e-2)
 
 
-def fit(old: Side, new: Side, adapter: Path, rank: int, texts: list[str]) -> logits.Fitted:
+def fit(old: Side, new: Side, adapter: Path, rank: int, texts: list[str]) -> FittedUpdates:
     roles = Adapter.open(adapter).roles(old.architecture)
     context = partial(attached, old.model, adapter)
-    return logits.fit(old, new, context, roles, states=None, texts=texts, rank=rank)
+    return Logits().fit(old, new, context, roles, states=None, texts=texts, rank=rank)
 
 
 def test_moves_what_answers_look_like_without_labels_or_gradients() -> None:
@@ -84,9 +85,3 @@ def test_texts_that_do_not_pair(tmp_path: Path) -> None:
     adapter = models.build_adapter(tmp_path / "a", tmp_path / "old")
     with pytest.raises(DataError, match="no position"):
         fit(old, old, adapter, 3, [""])
-
-
-def test_is_no_layer_by_layer_transform() -> None:
-    assert transform("logits").joint and not transform("logits").control
-    with pytest.raises(ConfigError, match="logits fits whole models"):
-        transform("logits").layer(None, {})  # type: ignore[arg-type]

@@ -13,30 +13,23 @@ import torch
 from torch import Tensor
 
 from lorasuite.adapters import LowRank
-from lorasuite.bases import Dimensions, Role
-from lorasuite.transforms._protocol import LayerPair, register
+from lorasuite.bases import Role
+from lorasuite.transforms import Input, LayerPair, LayerTransform
 from lorasuite.transforms.procrustes import Procrustes
 
 
-@register
-class Random:
+class Random(LayerTransform):
     """A random update of the old one's rank and norm: says what a change of this size does by itself.
 
     Drawn from the old factors' bytes: the same adapter gives the same updates, each module another one.
     """
 
     name = "random"
-    aligned = False
-    joint = False
+    inputs = frozenset({Input.LAYER_MAPPING})
     control = True
 
-    def fits(self, old: Dimensions, new: Dimensions, updated: tuple[Role, ...]) -> bool:
-        return True
-
-    def roles(self, updated: tuple[Role, ...]) -> tuple[Role, ...]:
-        return ()
-
-    def layer(self, pair: LayerPair, updates: Mapping[Role, LowRank]) -> dict[Role, LowRank]:
+    def move(self, pair: LayerPair, updates: Mapping[Role, LowRank]) -> dict[Role, LowRank]:
+        """A normal draw of each update's rank, scaled to its norm."""
         moved = {}
         inputs: dict[int, Tensor] = {}  # projections of one fused module share A, here too
         for role, update in updates.items():
@@ -54,7 +47,6 @@ def _normal(shape: tuple[int, int], seed: Tensor) -> Tensor:
     return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
-@register
 class TargetMean(Procrustes):
     """Only the mean of what the update adds on the calibration texts, as a function of the mean input.
 
@@ -65,7 +57,8 @@ class TargetMean(Procrustes):
     name = "target-mean"
     control = True
 
-    def layer(self, pair: LayerPair, updates: Mapping[Role, LowRank]) -> dict[Role, LowRank]:
+    def move(self, pair: LayerPair, updates: Mapping[Role, LowRank]) -> dict[Role, LowRank]:
+        """One direction a role: the mapped mean change, read by the mean new input."""
         moved = {}
         inputs: dict[int, tuple[Tensor, Tensor]] = {}
         for role, update in updates.items():
