@@ -19,7 +19,7 @@ from flows.prepare_pair import timings
 from lorasuite.bases import Checkpoint, resolve
 from lorasuite.data import Row, read_rows
 from lorasuite.errors import ConfigError, LoRASuiteError, OutputError, PreflightError, Problem
-from lorasuite.evaluation import EvaluationSettings, check_tasks, shared_load
+from lorasuite.evaluation import EvaluationSettings, check_tasks
 from lorasuite.planning import torch_device
 from lorasuite.reporting import copy_samples
 from tasks.fingerprints import fingerprint_any_adapter, fingerprint_bases
@@ -72,7 +72,7 @@ def evaluate_adapters(
     measured = Measured(Context(where, prints, refreshed), options, rows, tasks, eval_dir, include_path)
     model: dict[str, str | Ref] = {"model": "model", "tokenizer": "tokenizer"}
     named = {}
-    with Recorder() as recorder, shared_load():
+    with Recorder() as recorder:
         measured.measure(BARE, model)
         for adapter in adapters:
             folder = resolve(adapter)

@@ -24,7 +24,7 @@ from lorasuite import ALGORITHM_VERSION
 from lorasuite.adapters import Adapter, fresh_lora, split_sources
 from lorasuite.bases import Checkpoint, resolve
 from lorasuite.data import MIN_OWN_HOLDOUT_ROWS
-from lorasuite.evaluation import BOTH, judge, shared_load
+from lorasuite.evaluation import BOTH, judge
 from lorasuite.evaluation import check as check_serving
 from lorasuite.planning import AUTO, MigrationConfig, Plan, build, check
 from lorasuite.reporting import publish
@@ -216,9 +216,8 @@ class _Arms:
             arms["migrated"] = self.transformed
         if self.training.rows:
             final = arms["migrated+lft"] = self._tuned(candidates, arms)
-        with shared_load():
-            for arm, adapter in arms.items():
-                self._measure(arm, adapter)
+        for arm, adapter in arms.items():
+            self._measure(arm, adapter)
         published = "migrated+lft" if "migrated+lft" in arms else "migrated"
         self.comparisons = self.measured.comparisons([(arm, published) for arm in COMPARED])
         return final

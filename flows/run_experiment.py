@@ -27,7 +27,7 @@ from lorasuite.adapters import Adapter, untrained
 from lorasuite.bases import Checkpoint, Role, load_tokenizer, resolve
 from lorasuite.data import HELD_OUT, Row, calibration_texts, read_rows
 from lorasuite.errors import AdapterError, LoRASuiteError, NumericalError, OutputError, PreflightError, Problem
-from lorasuite.evaluation import TASK_METRICS, check_tasks, shared_load
+from lorasuite.evaluation import TASK_METRICS, check_tasks
 from lorasuite.evaluation.eval_tasks import expand
 from lorasuite.planning import Cell, Experiment, ExperimentTask, inspect, read_experiment, torch_device
 from lorasuite.reporting import RESULTS, Measurement, Score, kept, read_results, write_results
@@ -160,13 +160,12 @@ class Lab:
             inputs["eval_data"] = task.eval_print
             return [self.steps.run(evaluation, inputs, options.model_dump(mode="json"), cell.arm, **paths)]
         values = options.model_dump(mode="json", include=TASK_SETTINGS) | {"lm_eval": version("lm_eval")}
-        with shared_load():
-            return [
-                self.steps.run(
-                    task_evaluation, {**inputs, "task": found}, {**values, "task": name}, f"{cell.arm}, {name}", **paths
-                )
-                for name, found in task.task_prints.items()
-            ]
+        return [
+            self.steps.run(
+                task_evaluation, {**inputs, "task": found}, {**values, "task": name}, f"{cell.arm}, {name}", **paths
+            )
+            for name, found in task.task_prints.items()
+        ]
 
     def adapter(self, cell: Cell) -> tuple[Ref | str | None, dict[str, Path]]:
         """What an arm puts on its base: an artifact, or the fingerprint of a ready adapter and its place."""

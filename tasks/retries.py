@@ -11,6 +11,7 @@ import httpx
 import torch
 
 from artifacts import ArtifactError
+from lorasuite.bases import release_models
 from lorasuite.errors import LoRASuiteError
 
 #: Seconds before each further attempt.
@@ -65,6 +66,7 @@ def note_out_of_memory(key: str, error: BaseException) -> None:
         _halvings[key] = _halvings.get(key, 0) + 1
     # the frames of a traceback keep their tensors alive, and Prefect keeps the traceback
     traceback.clear_frames(error.__traceback__)
+    release_models()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 

@@ -139,6 +139,7 @@ def restored(model: PreTrainedModel, *, checkpointing: bool = False) -> Iterator
         if checkpointing:
             # Named activation checkpointing since transformers 5.2x, gradient checkpointing before.
             getattr(model, "activation_checkpointing_disable", model.gradient_checkpointing_disable)()
+            model.disable_input_require_grads()  # a hook on the embeddings, which checkpointing needs
         if use_cache is not None:
             model.config.use_cache = use_cache
         model.train(training)

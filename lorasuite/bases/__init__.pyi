@@ -9,6 +9,7 @@ from ._architecture import (
     architectures,
     load,
 )
+from ._cache import ModelCache, loaded_model, model_cache, release_models
 from ._checkpoint import Checkpoint
 from ._digests import check_finite, digest_json, file_digest, fingerprint_model, fingerprint_tokenizer
 from ._files import METER, Weights, read_json, resolve
@@ -27,6 +28,7 @@ __all__ = [
     "Checkpoint",
     "CommonTokens",
     "Dimensions",
+    "ModelCache",
     "Module",
     "Role",
     "Side",
@@ -47,11 +49,14 @@ __all__ = [
     "load",
     "load_model",
     "load_tokenizer",
+    "loaded_model",
+    "model_cache",
     "module_order",
     "paired_positions",
     "propose",
     "put_weights",
     "read_json",
+    "release_models",
     "resolve",
     "surface",
     "text_batches",

@@ -1,7 +1,6 @@
 from ._answers import extract, extract_choice, extract_letter, extract_number, matches
 from ._comparison import compare, compare_arms, mcnemar, metrics, read_samples, sample_id
 from ._gate import BOTH, TASK_METRICS, Gate, fails, judge
-from ._harness import shared_load
 from ._held_out import evaluate
 from ._results import EvaluationSettings
 from ._serving import LLAMA_CPP_ARCHITECTURES, TEXT, VLLM_ARCHITECTURES, check, compare_merged
@@ -35,6 +34,5 @@ __all__ = [
     "metrics",
     "read_samples",
     "sample_id",
-    "shared_load",
     "write_task_samples",
 ]

@@ -12,8 +12,6 @@ import copy
 import logging
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from contextvars import ContextVar
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,46 +67,6 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, suffi
     return sorted(ends)
 
 
-@dataclass
-class _Kept:
-    """The base loaded last, and of what it was loaded."""
-
-    key: tuple[str, str, bool] | None = None
-    model: Any = None
-
-
-_kept: ContextVar[_Kept | None] = ContextVar("kept", default=None)
-
-
-@contextlib.contextmanager
-def shared_load() -> Iterator[None]:
-    """Inside, evaluations of the same base one after another, each a call of its own, load it once.
-
-    Only the last base is kept, and nothing is loaded before it is needed.
-    """
-    if _kept.get() is not None:  # an outer one keeps it
-        yield
-        return
-    token = _kept.set(_Kept())
-    try:
-        yield
-    finally:
-        _kept.reset(token)
-
-
-def _loaded(base: str, device: str, trust_remote_code: bool) -> Any:
-    from lorasuite.bases import load_model
-
-    key, kept = (base, device, trust_remote_code), _kept.get()
-    if kept is None:
-        return load_model(base, device, trust_remote_code=trust_remote_code)
-    if kept.key != key:
-        kept.key = kept.model = None  # the other base goes before this one comes
-        kept.model = load_model(base, device, trust_remote_code=trust_remote_code)
-        kept.key = key
-    return kept.model
-
-
 @contextlib.contextmanager
 def base_model(
     base: str | PreTrainedModel,
@@ -116,17 +74,19 @@ def base_model(
     device: str | torch.device,
     trust_remote_code: bool,
 ) -> Iterator[PreTrainedModel]:
-    """The base model on the device; a caller's model is given back as it came."""
+    """The base model on the device, kept in the process's cache; a caller's model is given back as it came."""
     import torch
 
     from lorasuite.adapters import restored
+    from lorasuite.bases import loaded_model
 
     if not adapters:
         raise ConfigError([Problem("adapters", "there are none", "Name at least one, or None for the bare base")])
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise ConfigError([Problem(f"device {device}", "is not available", "Use device cpu")])
     if isinstance(base, str):
-        yield _loaded(base, str(device), trust_remote_code)
+        with loaded_model(base, device, trust_remote_code=trust_remote_code) as model:
+            yield model
         return
     with restored(base):
         yield base.to(device).eval()

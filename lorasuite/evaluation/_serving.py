@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from lorasuite.adapters import CONFIG, WEIGHTS, Tensors
-from lorasuite.bases import load_model, load_tokenizer, read_json
+from lorasuite.bases import load_tokenizer, loaded_model, read_json
 from lorasuite.errors import AdapterError
 
 if TYPE_CHECKING:
@@ -212,13 +212,20 @@ def compare_merged(
     Raises:
         CheckpointError: if the base cannot be loaded.
     """
+    tokenizer = load_tokenizer(base, trust_remote_code)
+    # not kept: merging changes the weights
+    with loaded_model(base, device, trust_remote_code=trust_remote_code, keep=False) as model:
+        return _compared(model, tokenizer, adapter, device)
+
+
+def _compared(model: Any, tokenizer: Any, adapter: Path, device: str) -> dict[str, Served]:
+    """What :func:`compare_merged` says of a loaded base, whose weights are merged with the adapter's."""
     import torch
 
     from lorasuite.adapters import attach_adapter
 
-    model = load_model(base, device, trust_remote_code=trust_remote_code)
     names, kind = set(model.state_dict()), type(model)
-    tokens = load_tokenizer(base, trust_remote_code)(TEXT)["input_ids"][:64]
+    tokens = tokenizer(TEXT)["input_ids"][:64]
     if len(tokens) < 2:  # a tokenizer that knows none of these words
         tokens = list(range(1, min(17, model.get_input_embeddings().num_embeddings)))
     ids = torch.tensor([tokens], device=device)

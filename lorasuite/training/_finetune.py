@@ -56,8 +56,9 @@ def finetune(
     The tuned PEFT adapter is written to ``output``, which appears only once it is whole. ``work_dir`` holds the
     checkpoints of a run in progress: called again with the same arguments after an interruption, the run goes on from
     its last complete checkpoint and ends in the same tensors (bit for bit on the CPU) as an undisturbed one;
-    checkpoints of any other run found there are removed. The base's weights never change. A model passed as ``base``
-    is moved to ``device`` and otherwise given back as it came. With ``soft_labels`` and ``settings.distillation`` the
+    checkpoints of any other run found there are removed. The base's weights never change. A ``base`` given by its
+    directory is loaded through the process's cache of models; a model passed as ``base`` is moved to ``device`` and
+    otherwise given back as it came. With ``soft_labels`` and ``settings.distillation`` the
     loss of the rows they know is :func:`lorasuite.distillation.distilled_loss`; ``validation_loss`` never is.
     ``stop_after`` ends the run after so many epochs, on the schedule of the whole run; 0 writes the start itself.
     With ``validation_rows`` their loss is taken before the first step and after every epoch.
@@ -76,7 +77,7 @@ def finetune(
     import torch
     from transformers import set_seed
 
-    from lorasuite.bases import load_model
+    from lorasuite.bases import loaded_model
 
     plan = _plan(settings, device)
     if (adapter is None) == (lora is None):
@@ -88,15 +89,16 @@ def finetune(
         raise OutputError([Problem(str(output), "exists already", "Choose another directory, or remove it")])
     encoded = encode_rows(rows, tokenizer, settings.cutoff)
 
-    given = not isinstance(base, str)
-    dtype = torch.bfloat16 if plan.bf16 else torch.float32
-    if isinstance(base, str):
-        model = load_model(base, str(plan.device), dtype, trust_remote_code)
-    else:
-        model = base.to(plan.device)
-    if plan.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(plan.device)
-    with restored(model, checkpointing=settings.gradient_checkpointing) if given else contextlib.nullcontext():
+    with contextlib.ExitStack() as stack:
+        if isinstance(base, str):
+            dtype = torch.bfloat16 if plan.bf16 else torch.float32
+            kept = loaded_model(base, plan.device, dtype=dtype, trust_remote_code=trust_remote_code)
+            model = stack.enter_context(kept)
+        else:
+            model = base.to(plan.device)
+        if plan.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(plan.device)
+        stack.enter_context(restored(model, checkpointing=settings.gradient_checkpointing))
         # Seeded here too: a fresh LoRA's A is drawn before the Trainer seeds.
         set_seed(settings.seed)
         wrapped = _wrap(model, adapter, lora, plan)

@@ -20,8 +20,7 @@ from artifacts import Store
 from flows.command_line import app
 from flows.migrate_adapter import migrate_adapter
 from lorasuite.adapters import Adapter, check_loads
-from lorasuite.bases import Checkpoint
-from lorasuite.bases import _loading as checkpoint
+from lorasuite.bases import Checkpoint, _cache, load_model, release_models
 from lorasuite.errors import ConfigError, PreflightError
 from tests import models
 
@@ -420,8 +419,8 @@ class TestCommandLine:
         self, home: Path, settings: Settings, data: dict[str, Path], adapters: Any, tmp_path: Path, monkeypatch: Any
     ) -> None:
         loads = []
-        load = checkpoint.load_model
-        monkeypatch.setattr(checkpoint, "load_model", lambda *a, **k: loads.append(a) or load(*a, **k))
+        release_models()
+        monkeypatch.setattr(_cache, "load_model", lambda *a, **k: loads.append(a) or load_model(*a, **k))
         arguments = [
             "evaluate", "--base", settings()["old_base"], "--adapter", adapters[0], "--adapter", adapters[1],
             "--eval-data", data["test"], "--max-new-tokens", "4", "--tasks", "lorasuite_boolq,lorasuite_addsub",

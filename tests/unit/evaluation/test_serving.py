@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lorasuite.adapters import CONFIG, WEIGHTS
-from lorasuite.bases import load_model, load_tokenizer
+from lorasuite.bases import load_model, load_tokenizer, release_models
 from lorasuite.evaluation import LLAMA_CPP_ARCHITECTURES, TEXT, VLLM_ARCHITECTURES, check, compare_merged
 from tests import models
 
@@ -155,7 +155,8 @@ def test_a_model_that_computes_otherwise_when_merged(base: Base, lora: Base, mon
             layer.mlp.down_proj.register_forward_hook(lambda _m, _i, output: output * 0.5)
         return model
 
-    monkeypatch.setattr("lorasuite.evaluation._serving.load_model", scaled)
+    release_models()
+    monkeypatch.setattr("lorasuite.bases._cache.load_model", scaled)
     model = base("llama")
     found = compare_merged(model, lora(model))["transformers"]
     assert not found.ok and "differ by more than" in found.problems[0]
