@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lorasuite.data import IGNORED, Row, encode_rows
 from lorasuite.errors import DataError
+from lorasuite.training._loss import read_batches
 
 #: Outcomes kept of each distribution.
 TOP = 32
@@ -44,7 +45,7 @@ class SoftLabels:
     temperature: float
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything, to be stored."""
+        """Everything by name, to be stored."""
         names = ("tokens", "lengths", "outcomes", "log_probs", "vocabulary")
         return {name: getattr(self, name) for name in names} | {"temperature": torch.tensor(self.temperature)}
 
@@ -67,7 +68,9 @@ class SoftLabels:
         return tuple(input_ids) in self._places
 
     def batch(self, examples: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, Tensor]:
-        """The soft labels of encoded examples, padded on the right, by the names above."""
+        """The soft labels of encoded examples, padded on the right: :data:`OUTCOMES` ``(batch, tokens, k)`` int64,
+        :data:`LOG_PROBS` of the same shape in float32, and :data:`KNOWN` ``(batch, tokens)`` bool.
+        """
         width = max(len(example["input_ids"]) for example in examples)
         shape = (len(examples), width, self.outcomes.shape[1])
         outcomes = torch.zeros(shape, dtype=torch.int64)
@@ -83,7 +86,7 @@ class SoftLabels:
         return {OUTCOMES: outcomes, LOG_PROBS: log_probs, KNOWN: known}
 
     def digest(self) -> str:
-        """Hash of everything."""
+        """SHA-256 of everything."""
         found = hashlib.sha256()
         for name, tensor in self.tensors().items():
             found.update(name.encode() + tensor.contiguous().numpy().tobytes())
@@ -101,21 +104,22 @@ def soft_labels(
     temperature: float = 1.0,
     batch_size: int = 16,
 ) -> SoftLabels:
-    """What the teacher expects at every token of the rows.
+    """The teacher's distribution over the next token, at every token of the rows.
 
     Args:
         model: the teacher, on its device.
         tokenizer: its own.
+        rows: those that are trained on.
         common: paired ids, old and new, of the tokens that both vocabularies hold (``CommonTokens``). Rows with any
             other token are left out.
-        cutoff: as in fine-tuning.
+        cutoff: tokens kept of a row, as in fine-tuning.
+        top: most outcomes kept of a distribution.
+        batch_size: rows read at once.
         temperature: of the softmax, for teacher and student alike.
 
     Raises:
         DataError: without usable rows.
     """
-    from lorasuite.training._loss import read_batches
-
     old, new = common
     # ids beyond the tokenizer are padding of the embeddings
     real = old < len(tokenizer)
@@ -149,13 +153,17 @@ def soft_labels(
 def distilled_loss(
     logits: Tensor, labels: Tensor, batch: Mapping[str, Tensor], vocabulary: Tensor, temperature: float, weight: float
 ) -> Tensor:
-    """Summed over label tokens: ``(1 − w)·cross-entropy + w·T²·KL(teacher ‖ student)``, in float32 (Hinton et al.,
-    arXiv 1503.02531). Tokens without soft labels have the cross-entropy alone.
+    """Summed over label tokens: ``(1 - w)·cross-entropy + w·T²·KL(teacher ‖ student)``, in nats and float32.
+
+    The loss of Hinton et al. (arXiv 1503.02531). Tokens without soft labels have the cross-entropy alone.
 
     Args:
         logits: ``(batch, tokens, V)``.
         labels: ``(batch, tokens)``, as for the cross-entropy.
         batch: from :meth:`SoftLabels.batch`.
+        vocabulary: ``(shared,)`` int64, the ids that distributions are over.
+        temperature: ``T``.
+        weight: ``w``, from 0 to 1.
     """
     targets = labels[:, 1:]
     counted = targets != IGNORED

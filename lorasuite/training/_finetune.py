@@ -1,34 +1,32 @@
-"""Lightweight fine-tuning (LFT): a few steps on a migrated adapter, or a fresh LoRA as the control.
+"""The light fine-tune of the paper (LoRASuite, arXiv 2505.13515): a few steps on a migrated adapter, or a new LoRA.
 
-Defaults are LoRASuite's (arXiv 2505.13515): AdamW, linear decay without warm-up, learning rate 1e-3, batches of 16,
-3 epochs, 256 tokens. The training loop is ``transformers.Trainer``; this module adds what a pipeline stage needs around
-it: checkpoints that are only trusted when complete, the same result after an interruption, a loss curve, and errors
-instead of silent no-ops.
-
-Importing this module loads neither torch nor transformers.
+The training loop is ``transformers.Trainer``; this adds what a pipeline stage needs around it: checkpoints that are
+only trusted when complete, the same result after an interruption, a loss curve, and errors where nothing would be
+trained. Importing this module does not load transformers.
 """
 
 from __future__ import annotations
 
 import contextlib
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorasuite.adapters import restored, save_adapter
+import torch
+
+from lorasuite.adapters import attach_adapter, restored, save_adapter, unwrap
+from lorasuite.bases import loaded_model
 from lorasuite.data import Row, encode_rows
 from lorasuite.errors import AdapterError, ConfigError, NumericalError, OutputError, Problem
 from lorasuite.progress import TrainingProgress
+from lorasuite.training._checkpoints import claim_work_dir, clear_work_dir
+from lorasuite.training._device import DevicePlan, peak_memory, plan_device
 from lorasuite.training._loss import validation_loss
-from lorasuite.training._resume import _clear_work_dir, _prepare_work_dir
 from lorasuite.training._settings import FinetuneResult, FinetuneSettings, Loss, Validation
-from lorasuite.training._trainer import _plan, _trainer, _wrap
 
 if TYPE_CHECKING:
-    import torch
-    from peft import LoraConfig
+    from peft import LoraConfig, PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from lorasuite.training._distillation import SoftLabels
@@ -51,20 +49,32 @@ def finetune(
     soft_labels: SoftLabels | None = None,
     stop_after: int | None = None,
 ) -> FinetuneResult:
-    """Fine-tune an existing adapter (``adapter``) or a freshly initialised one (``lora``: the scratch control).
+    """Fine-tune an existing adapter (``adapter``) or a freshly initialised one (``lora``).
 
-    The tuned PEFT adapter is written to ``output``, which appears only once it is whole. ``work_dir`` holds the
-    checkpoints of a run in progress: called again with the same arguments after an interruption, the run goes on from
-    its last complete checkpoint and ends in the same tensors (bit for bit on the CPU) as an undisturbed one;
-    checkpoints of any other run found there are removed. The base's weights never change. A ``base`` given by its
-    directory is loaded through the process's cache of models; a model passed as ``base`` is moved to ``device`` and
-    otherwise given back as it came. With ``soft_labels`` and ``settings.distillation`` the
-    loss of the rows they know is :func:`lorasuite.distillation.distilled_loss`; ``validation_loss`` never is.
-    ``stop_after`` ends the run after so many epochs, on the schedule of the whole run; 0 writes the start itself.
-    With ``validation_rows`` their loss is taken before the first step and after every epoch.
+    Called again with the same arguments after an interruption, the run goes on from its last complete checkpoint and
+    ends in the same tensors (bit for bit on the CPU) as an undisturbed one; checkpoints of any other run found in
+    ``work_dir`` are removed. The base's weights never change.
 
-    Determinism: same seed, inputs and machine give the same tensors on the CPU. With ``micro_batch_size`` the loss is
+    The same seed, inputs and machine give the same tensors on the CPU. With ``micro_batch_size`` the loss is
     normalised by the label tokens of the whole batch, so accumulation changes it by rounding only.
+
+    Args:
+        base: a model, which is moved to ``device`` and otherwise given back as it came, or a directory, loaded through
+            the cache of models of this process.
+        tokenizer: the base's.
+        rows: to train on.
+        settings: of the run.
+        adapter: PEFT directory to start from.
+        lora: of a new adapter; give one of the two.
+        output: where the tuned PEFT adapter is written; it appears only once it is whole.
+        work_dir: of the checkpoints of a run in progress.
+        device: ``cpu`` or ``cuda``.
+        validation_rows: their loss is taken before the first step and after every epoch.
+        progress: called after each optimizer step.
+        trust_remote_code: whether code of the base's own may run.
+        soft_labels: with ``settings.distillation`` the loss of the rows they know is :func:`distilled_loss`;
+            ``validation_loss`` never is.
+        stop_after: ends the run after so many epochs, on the schedule of the whole run; 0 writes the start itself.
 
     Raises:
         ConfigError: not exactly one of ``adapter`` and ``lora``, or a device or precision that is not there.
@@ -74,12 +84,11 @@ def finetune(
         CheckpointError: the base cannot be loaded.
         NumericalError: a loss is NaN or infinite; names the step.
     """
-    import torch
     from transformers import set_seed
 
-    from lorasuite.bases import loaded_model
+    from lorasuite.training._trainer import build_trainer
 
-    plan = _plan(settings, device)
+    plan = plan_device(settings, device)
     if (adapter is None) == (lora is None):
         raise ConfigError(
             [Problem("finetune", "needs exactly one of adapter and lora", "Give a starting point or a LoraConfig")]
@@ -88,6 +97,8 @@ def finetune(
     if output.exists():
         raise OutputError([Problem(str(output), "exists already", "Choose another directory, or remove it")])
     encoded = encode_rows(rows, tokenizer, settings.cutoff)
+    if not settings.distillation:
+        soft_labels = None
 
     with contextlib.ExitStack() as stack:
         if isinstance(base, str):
@@ -107,9 +118,7 @@ def finetune(
             raise AdapterError(
                 [Problem(str(adapter or "lora"), "leaves no parameter to train", "Check its target modules")]
             )
-        if not settings.distillation:
-            soft_labels = None
-        start = _prepare_work_dir(work_dir, settings, encoded.examples, wrapped, soft_labels, stop_after)
+        checkpoint = claim_work_dir(work_dir, settings, encoded.examples, wrapped, soft_labels, stop_after)
         started = time.perf_counter()
         curve: list[Validation] = []
 
@@ -122,12 +131,12 @@ def finetune(
             validate(epoch)
             return stop_after is not None and epoch >= stop_after
 
-        if start is None:
+        if checkpoint is None:
             validate(0)
 
-        trainer = _trainer(wrapped, encoded.examples, settings, plan, work_dir, progress, soft_labels, after_epoch)
+        trainer = build_trainer(wrapped, encoded.examples, settings, plan, work_dir, progress, soft_labels, after_epoch)
         if stop_after != 0:
-            trainer.train(resume_from_checkpoint=str(start) if start else None)
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         seconds = time.perf_counter() - started
         losses = [
             Loss(step=entry["step"], loss=entry["loss"], learning_rate=entry["learning_rate"])
@@ -147,29 +156,29 @@ def finetune(
             validation_loss=curve[-1]["loss"] if curve else None,
             validation=curve,
             seconds=seconds,
-            peak_memory_bytes=_peak_memory(plan.device),
+            peak_memory_bytes=peak_memory(plan.device),
             samples=len(encoded.examples),
             dropped=len(encoded.cut_off),
             distilled=sum(e["input_ids"] in soft_labels for e in encoded.examples) if soft_labels else 0,
             trainable_parameters=trainable,
             precision="bf16" if plan.bf16 else "fp32",
-            resumed_from=int(start.name.rpartition("-")[2]) if start else None,
+            resumed_from=int(checkpoint.name.rpartition("-")[2]) if checkpoint else None,
         )
         save_adapter(wrapped, output)
     # Only now: until the output is in place the last checkpoint is the run's only trace.
-    _clear_work_dir(work_dir)
+    clear_work_dir(work_dir)
     return result
 
 
-def _peak_memory(device: torch.device) -> int:
-    """Peak bytes: allocated on the GPU since the run began, or resident in this process since it started."""
-    import torch
+def _wrap(model: PreTrainedModel, adapter: Path | None, lora: LoraConfig | None, plan: DevicePlan) -> PeftModel:
+    """The model with its trainable adapter, the base frozen."""
+    from peft import get_peft_model
 
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
+    if adapter is not None:
+        return attach_adapter(model, Path(adapter), device=plan.device, trainable=True)
     try:
-        import resource
-    except ImportError:  # not on Windows
-        return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return int(peak if sys.platform == "darwin" else peak * 1024)
+        return get_peft_model(model, lora)
+    except (ValueError, KeyError) as error:
+        unwrap(model)
+        remedy = "Check its target modules against the base model's"
+        raise AdapterError([Problem("lora", f"does not fit the base model ({error})", remedy)]) from error

@@ -6,11 +6,12 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+import torch
+
 from lorasuite.data import IGNORED, Row, encode_rows
 from lorasuite.errors import NumericalError, Problem
 
 if TYPE_CHECKING:
-    import torch
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -30,10 +31,9 @@ def validation_loss(
         DataError: no usable rows.
         NumericalError: the loss is NaN or infinite.
     """
-
     total, count = 0.0, 0
     for _, labels, logits in read_batches(model, encode_rows(rows, tokenizer, cutoff).examples, batch_size):
-        total += float(_summed_loss(logits, labels))
+        total += float(summed_loss(logits, labels))
         count += int((labels[:, 1:] != IGNORED).sum())
     loss = total / count
     if not math.isfinite(loss):
@@ -46,12 +46,14 @@ def validation_loss(
 def read_batches(
     model: PreTrainedModel | PeftModel, examples: Sequence[dict[str, list[int]]], batch_size: int
 ) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor]]:
-    """What a model in evaluation mode makes of examples, without gradients: each batch's numbers of its examples, its
-    labels ``(batch, tokens)`` and logits ``(batch, tokens, V)``. Longest first: least padding, and memory runs out at
-    once or not at all.
-    """
-    import torch
+    """What a model in evaluation mode makes of encoded examples, without gradients.
 
+    The longest come first: that pads least, and memory runs out at once or not at all.
+
+    Yields:
+        of each batch the positions of its examples, its labels ``(batch, tokens)`` and its logits
+        ``(batch, tokens, V)``.
+    """
     device = next(model.parameters()).device
     order = sorted(range(len(examples)), key=lambda n: len(examples[n]["input_ids"]), reverse=True)
     training = model.training
@@ -73,8 +75,6 @@ def collate(examples: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]
 
     Padding is token 0, masked in attention and labels: it needs no pad token and can never be seen.
     """
-    import torch
-
     width = max(len(example["input_ids"]) for example in examples)
     fill = {"input_ids": 0, "attention_mask": 0, "labels": IGNORED}
     return {
@@ -83,12 +83,13 @@ def collate(examples: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]
     }
 
 
-def _summed_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Summed next-token cross-entropy in nats, in float32; ``logits (batch, tokens, V)``, ``labels (batch,
-    tokens)``.
-    """
-    import torch
+def summed_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Summed next-token cross-entropy in nats, in float32.
 
+    Args:
+        logits: ``(batch, tokens, V)``.
+        labels: ``(batch, tokens)`` int64; those that are :data:`IGNORED` do not count.
+    """
     loss: torch.Tensor = torch.nn.functional.cross_entropy(
         logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum"
     )

@@ -15,8 +15,6 @@ from lorasuite.errors import NumericalError, Problem
 from lorasuite.training._finetune import finetune
 from lorasuite.training._settings import FinetuneResult, FinetuneSettings
 
-#: Rows from which on the fifth of them that is held out tells learning rates apart.
-MIN_SWEEP_ROWS = 10
 #: Factor between neighbouring learning rates of a search, and its bounds.
 RATE_FACTOR, LOWEST_RATE, HIGHEST_RATE = 3.0, 1e-5, 1e-1
 #: Fewest optimizer steps of a short fine-tune, if the whole one has as many: fewer do not tell starts apart.

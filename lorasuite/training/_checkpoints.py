@@ -26,16 +26,24 @@ _COMPLETE = "complete.json"
 _RUN = "run.json"
 
 
-def _prepare_work_dir(
+def claim_work_dir(
     work_dir: Path,
     settings: FinetuneSettings,
     examples: list[dict[str, list[int]]],
     wrapped: PeftModel,
-    soft: SoftLabels | None,
-    stop: int | None,
+    soft_labels: SoftLabels | None,
+    stop_after: int | None,
 ) -> Path | None:
-    """Claim ``work_dir`` for this run; its last complete checkpoint, or None to start from the beginning."""
-    run = {"key": _run_key(settings, examples, wrapped), "soft_labels": soft.digest() if soft else None, "stop": stop}
+    """Claim a work directory for one run, and remove what is there of any other.
+
+    Returns:
+        the run's last complete checkpoint, or None to start from the beginning.
+    """
+    run = {
+        "key": _run_key(settings, examples, wrapped),
+        "soft_labels": soft_labels.digest() if soft_labels else None,
+        "stop": stop_after,
+    }
     record = work_dir / _RUN
     try:
         same = json.loads(record.read_text(encoding="utf-8")) == run
@@ -61,7 +69,7 @@ def _prepare_work_dir(
     return complete[step]
 
 
-def _clear_work_dir(work_dir: Path) -> None:
+def clear_work_dir(work_dir: Path) -> None:
     """Remove what this module put into a work directory, and the directory where nothing else is in it."""
     for checkpoint in work_dir.glob("checkpoint-*"):
         shutil.rmtree(checkpoint, ignore_errors=True)
@@ -91,7 +99,7 @@ def _run_key(settings: FinetuneSettings, examples: list[dict[str, list[int]]], w
     return digest.hexdigest()
 
 
-def _mark_complete(checkpoint: Path) -> None:
+def mark_complete(checkpoint: Path) -> None:
     """Put every file of a checkpoint on disk, then the mark with their sizes."""
     sizes = {}
     for file in sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != _COMPLETE):

@@ -1,0 +1,63 @@
+"""What fine-tuning settings mean on a device: precision and batches; and the memory a run took there."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+
+import torch
+
+from lorasuite.errors import ConfigError, Problem
+from lorasuite.training._settings import FinetuneSettings
+
+
+@dataclass(frozen=True)
+class DevicePlan:
+    """How a run uses its device."""
+
+    device: torch.device
+    bf16: bool
+    """Whether the forward pass is computed in bfloat16."""
+    micro_batch: int
+    """Rows per forward pass."""
+    accumulation: int
+    """Forward passes per optimizer step."""
+
+
+def plan_device(settings: FinetuneSettings, device: str | torch.device) -> DevicePlan:
+    """Check the device, and fix precision and batches.
+
+    Raises:
+        ConfigError: a device or precision that is not there.
+    """
+    device = torch.device(device)
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError([Problem(f"device {device}", "is not supported for training", "Use cpu or cuda")])
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError([Problem(f"device {device}", "is not available", "Use device cpu")])
+    if device.index not in (None, 0):
+        # The Trainer always takes the first visible GPU; moving the model elsewhere would fail half-way.
+        remedy = f"Set CUDA_VISIBLE_DEVICES={device.index} and use device cuda"
+        raise ConfigError([Problem(f"device {device}", "cannot be chosen by its index", remedy)])
+    bf16_there = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    if settings.precision == "bf16" and not bf16_there:
+        raise ConfigError([Problem("precision bf16", f"is not available on {device}", "Use precision auto or fp32")])
+    micro = settings.micro_batch_size or settings.batch_size
+    return DevicePlan(
+        device=device,
+        bf16=bf16_there and settings.precision != "fp32",
+        micro_batch=micro,
+        accumulation=settings.batch_size // micro,
+    )
+
+
+def peak_memory(device: torch.device) -> int:
+    """Peak bytes: allocated on the GPU since the run began, or resident in this process since it started."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak if sys.platform == "darwin" else peak * 1024)
