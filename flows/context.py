@@ -18,7 +18,7 @@ from artifacts import Artifact, Store, default_home
 from lorasuite.adapters import materialise
 from lorasuite.bases import Checkpoint, resolve
 from lorasuite.errors import ConfigError, Problem, did_you_mean
-from lorasuite.planning import MigrationConfig, torch_device
+from lorasuite.planning import MigrationConfig, RowCounts, plan_rows, torch_device
 from tasks.adapter_stages import (
     evaluation,
     finetune,
@@ -172,7 +172,7 @@ def fit_settings(settings: MigrationConfig, lora: Mapping[str, Any], method: str
         "rank": lora["rank"],
         "output_type": lora.get("output_type", "lora"),
         "cutoff": settings.pair.calibration_cutoff,
-        "samples": settings.samples,
+        "samples": plan_rows(settings, RowCounts()).requested_rows,
         "seed": settings.seed,
     }
 

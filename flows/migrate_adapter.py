@@ -23,12 +23,11 @@ from flows.teach import NEW, training
 from lorasuite import ALGORITHM_VERSION
 from lorasuite.adapters import Adapter, fresh_lora, split_sources
 from lorasuite.bases import Checkpoint, resolve
-from lorasuite.data import MIN_OWN_HOLDOUT_ROWS
 from lorasuite.evaluation import BOTH, judge
 from lorasuite.evaluation import check as check_serving
 from lorasuite.planning import AUTO, MigrationConfig, Plan, build, check
 from lorasuite.reporting import publish
-from lorasuite.training import MIN_SWEEP_ROWS, NOTHING, loss_order
+from lorasuite.training import NOTHING, loss_order
 from lorasuite.transforms import LAYER_INPUTS, Input, ModelTransform, names, transform
 from tasks.adapter_stages import adapter_folder, finetune, screening, selection, sequential_fit, serving
 from tasks.adapter_stages import transform as transform_stage
@@ -80,7 +79,7 @@ def migrate_adapter(config: dict[str, Any], refresh: tuple[str, ...] = ()) -> di
         methods = [settings.method]
         if settings.method == AUTO:
             plain = adapter.plain(old.architecture)
-            tuned = bool(settings.samples or settings.written)
+            tuned = plan.rows.fine_tunes
             methods = [
                 name
                 for name, it in ((name, transform(name)) for name in names())
@@ -199,7 +198,7 @@ class _Arms:
         #: Held-out loss of each candidate after a short fine-tune, where there were more than are swept.
         self.screened: dict[str, float | None] = {}
         #: Learning rates of the fine-tunes, and whether short ones tell them apart.
-        self.rates, self.briefly = list(settings.learning_rates), False
+        self.rates, self.briefly = list(plan.rows.rates), plan.rows.searches_rates
         self.control: Artifact | None = None
 
     def run(self) -> Ref:
@@ -228,39 +227,33 @@ class _Arms:
         Args:
             candidates: the transforms' adapters; arms: to which those of the controls are added.
         """
-        context, settings, training = self.context, self.settings, self.training
-        rows = len(self.plan.train) + (settings.written if training.written else 0)
-        if settings.rates_searched and rows >= MIN_SWEEP_ROWS:
-            self.rates, self.briefly = list(settings.rates_searched), True
-        swept = len(self.rates) > 1
+        context, training = self.context, self.training
+        planned = training.plan
+        self.rates, self.briefly = list(planned.rates), planned.searches_rates
         # What does best untrained is not always the best start: those that do best in a short fine-tune are swept,
         # and a fresh LoRA, all chosen by the same rows. The best of them is the one that is published. Without a
         # whole sweep, the chosen one and a fresh LoRA are enough.
-        compared = settings.method == AUTO and swept
-        measured = settings.controls and (self.plan.evaluation or settings.eval_tasks)
         self.start = FRESH if self.method == NOTHING else self.method
         begun: dict[str, Ref] = {}
-        if measured or compared or self.start == FRESH:
+        if planned.trains_control or self.start == FRESH:
             begun[FRESH] = self._finetune("scratch")
-        if measured or compared:
+        if planned.trains_control:
             self.control, arms["scratch"] = context.open(begun[FRESH]), begun[FRESH]
-        if compared:
+        if planned.compares_starts:
             tried = self._chosen() if self.briefly else self._screened(candidates)
             begun |= {method: self._finetune(method, ref) for method, ref in tried.items()}
         elif self.start != FRESH:
             begun[self.start] = self._finetune("migrated")
-        if training.written and training.own:
-            judged = compared and len(self.plan.train) >= MIN_OWN_HOLDOUT_ROWS
-            if judged or measured:
-                alone = self._finetune("alone")
-            if judged:
+        if planned.trains_own_alone:
+            alone = self._finetune("alone")
+            if planned.own_alone_competes:
                 begun[ALONE] = alone
-            if measured:
+            if planned.measures_controls:
                 arms["scratch-own"] = alone
-        if swept:
+        if planned.sweeps:
             losses = {start: best_validation(context.open(ref).info) for start, ref in begun.items()}
             self.starts = {start: loss if math.isfinite(loss) else None for start, loss in losses.items()}
-            if compared:
+            if planned.compares_starts:
                 self.start = min(losses, key=lambda start: losses[start])
         self.tuned = context.open(begun[self.start])
         return begun[self.start]
@@ -299,7 +292,7 @@ class _Arms:
         inputs |= {**NEW, **self.training.looked_at}
         values = {
             "methods": list(candidates),
-            "samples": settings.samples,
+            "samples": self.plan.rows.requested_rows,
             "seed": settings.seed,
             "cutoff": settings.finetune.cutoff,
         }
@@ -322,7 +315,7 @@ class _Arms:
             rates = sorted(settings.learning_rates)
             values = {
                 "methods": list(tried),
-                "samples": settings.samples,
+                "samples": self.plan.rows.requested_rows,
                 "seed": settings.seed,
                 "finetune": settings.finetune.model_dump(mode="json"),
                 "learning_rate": rates[len(rates) // 2],
@@ -352,7 +345,7 @@ class _Arms:
         values = {
             # A fresh LoRA depends on nothing of the adapter but its size and modules.
             "fresh": self._fresh() if fresh else None,
-            "samples": settings.samples,
+            "samples": self.plan.rows.requested_rows,
             "seed": settings.seed,
             "finetune": settings.finetune.model_dump(mode="json"),
             "learning_rates": self.rates,

@@ -29,7 +29,16 @@ from lorasuite.data import HELD_OUT, Row, calibration_texts, read_rows
 from lorasuite.errors import AdapterError, LoRASuiteError, NumericalError, OutputError, PreflightError, Problem
 from lorasuite.evaluation import TASK_METRICS, check_tasks
 from lorasuite.evaluation.eval_tasks import expand
-from lorasuite.planning import Cell, Experiment, ExperimentTask, inspect, read_experiment, torch_device
+from lorasuite.planning import (
+    Cell,
+    Experiment,
+    ExperimentTask,
+    RowCounts,
+    inspect,
+    plan_rows,
+    read_experiment,
+    torch_device,
+)
 from lorasuite.reporting import RESULTS, Measurement, Score, kept, read_results, write_results
 from lorasuite.training import FinetuneSettings
 from lorasuite.transforms import LAYER_INPUTS, Input, ModelTransform, transform
@@ -206,7 +215,8 @@ class Lab:
     def tuned(self, cell: Cell, start: Ref | None) -> Ref:
         """A few steps on a few rows, from a migrated adapter or, as the control, from a fresh one."""
         settings = cell.settings.migration
-        rows = min(settings.samples, self.task(cell.task).rows)
+        planned = plan_rows(settings, RowCounts(own=self.task(cell.task).rows))
+        rows = planned.own_rows
         if len(settings.learning_rates) > 1:
             rows -= max(1, round(HELD_OUT * rows))  # the shorter run of a sweep: AdaLoRA must be done pruning in it
         fresh = self._untrained(cell, "new", rows, settings.finetune) if start is None else None
@@ -214,7 +224,7 @@ class Lab:
             cell,
             "new",
             fresh,
-            samples=settings.samples,
+            samples=planned.requested_rows,
             seed=settings.seed,
             tuning=settings.finetune,
             rates=settings.learning_rates,
@@ -227,11 +237,12 @@ class Lab:
         settings, task = cell.settings.migration, self.task(cell.task)
         source, paths = self._source(cell)
         steps = self._with(**paths, prompts=Path(str(task.config.train_data)))
-        written = teacher_rows(steps, settings, task.train, source)
+        planned = plan_rows(settings, RowCounts())
+        written = teacher_rows(steps, settings, task.train, planned.teacher_rows, source)
         return self._finetune(
             cell,
             "new",
-            self._untrained(cell, "new", settings.written, settings.finetune),
+            self._untrained(cell, "new", planned.synthetic_train_rows, settings.finetune),
             samples=0,
             seed=settings.seed,
             tuning=settings.finetune,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from prefect.logging.loggers import get_run_logger
@@ -12,7 +12,7 @@ from flows.context import Context, fetch, migration_context
 from flows.prepare_pair import pair_name
 from lorasuite.data import Row, unanswered
 from lorasuite.errors import DataError
-from lorasuite.planning import MigrationConfig, Plan, check
+from lorasuite.planning import MigrationConfig, Plan, RowCounts, RowPlan, check, plan_rows
 from tasks.adapter_stages import shared_old_base, soft_labelling, teacher_worth, teaching
 from tasks.fingerprints import fingerprint_data
 from tasks.stage import Ref
@@ -31,6 +31,8 @@ class Training:
     soft: dict[str, str | Ref]
     #: What ``migration.json`` says of the teacher.
     teacher: dict[str, Any] | None
+    #: What is done with the rows, now that the teacher's were judged.
+    plan: RowPlan
     #: The teacher's rows that are only looked at, by ``auto`` and the sequential fit, where few or none are trained on.
     seen: dict[str, str | Ref] = field(default_factory=dict)
 
@@ -57,28 +59,31 @@ class Training:
 
 def training(context: Context, settings: MigrationConfig, plan: Plan, vocabulary: Ref) -> Training:
     """Gather the training rows; the teacher's only if it is worth copying."""
-    rows: dict[str, str | Ref] = {"train_data": fingerprint_data(plan.train)} if settings.samples else {}
-    if not settings.rows_written:
-        return Training(rows, {}, None)
-    drawn = {"samples": settings.samples, "seed": settings.seed}
+    wanted = plan.rows
+    rows: dict[str, str | Ref] = {"train_data": fingerprint_data(plan.train)} if wanted.requested_rows else {}
+    if not wanted.teacher_rows:
+        return Training(rows, {}, None, wanted)
+    unused = plan_rows(settings, replace(plan.counts, teacher_usable=False))
+    drawn = {"samples": wanted.requested_rows, "seed": settings.seed}
+    count = wanted.synthetic_train_rows
     try:
-        written = teacher_rows(context, settings, plan.prompts)
+        written = teacher_rows(context, settings, plan.prompts, wanted.teacher_rows)
     except DataError as error:
         if settings.teacher_samples is not None or not rows:
             raise
         # nobody asked for these rows, and there are others
         get_run_logger().warning("the teacher's rows are not used: %s", error)
-        reason = {"worth": False, "reason": str(error), "samples": settings.written, "distilled": False}
-        return Training(rows, {}, reason)
-    if not rows and not settings.written:
-        return Training({}, {}, None, {"teacher": written})
+        reason = {"worth": False, "reason": str(error), "samples": count, "distilled": False}
+        return Training(rows, {}, reason, unused)
+    if not rows and not count:
+        return Training({}, {}, None, wanted, {"teacher": written})
     worth = context.open(context.run(teacher_worth, {**NEW, **TEACHER, **rows, "teacher": written}, drawn)).info
-    teacher = {**context.open(written).info, **worth, "samples": settings.written, "distilled": False}
+    teacher = {**context.open(written).info, **worth, "samples": count, "distilled": False}
     if not worth["worth"]:
         get_run_logger().warning("the teacher's rows are not used: %s", worth["reason"])
-        return Training(rows, {}, teacher, {} if rows else {"teacher": written})
-    if not settings.written:
-        return Training(rows, {}, teacher, {"teacher": written})
+        return Training(rows, {}, teacher, unused, {"teacher": written} if unused.selection_rows else {})
+    if not count:
+        return Training(rows, {}, teacher, wanted, {"teacher": written})
     rows["teacher"] = written
     soft: dict[str, str | Ref] = {}
     tuning = settings.finetune
@@ -86,23 +91,22 @@ def training(context: Context, settings: MigrationConfig, plan: Plan, vocabulary
         values = {**drawn, "cutoff": tuning.cutoff, "temperature": tuning.distillation_temperature}
         soft["soft_labels"] = context.run(soft_labelling, {**TEACHER, **rows, "vocabulary": vocabulary}, values)
         teacher["distilled"] = context.open(soft["soft_labels"]).info
-    return Training(rows, soft, teacher)
+    return Training(rows, soft, teacher, wanted)
 
 
 def teacher_rows(
-    context: Context, settings: MigrationConfig, prompts: Sequence[Row] | None, adapter: str | Ref = "adapter"
+    context: Context,
+    settings: MigrationConfig,
+    prompts: Sequence[Row] | None,
+    count: int,
+    adapter: str | Ref = "adapter",
 ) -> Ref:
-    """The rows that the old base with the adapter writes: found, or written now."""
+    """``count`` rows that the old base with the adapter writes: found, or written now."""
     inputs: dict[str, str | Ref] = {**TEACHER, "adapter": adapter}
-    count = settings.rows_written
     if prompts is not None:
         # Without their answers: those are not read, so they must not make another key.
         asked = [unanswered(row, settings.teacher.text_prefix) for row in prompts]
         inputs["prompts"] = fingerprint_data(asked)
-        imitated = settings.teacher.imitate or settings.teacher.suffix
-        text = settings.written and any(row.kind == "text" for row in asked)
-        if not (settings.teacher_samples or imitated or text) and (settings.samples or settings.written):
-            count = min(count, len(set(asked)))  # where nobody asked for more, one answer a prompt
     values = {
         "samples": count,
         "seed": settings.seed,
@@ -119,12 +123,14 @@ def write_ahead(configs: Iterable[MigrationConfig], refreshed: frozenset[str]) -
     """
     if teaching.name in refreshed:  # each migration writes them again
         return
-    asking = sorted((config for config in configs if config.rows_written), key=lambda config: config.old_base)
+    writing = (config for config in configs if plan_rows(config, RowCounts()).teacher_rows)
+    asking = sorted(writing, key=lambda config: config.old_base)
     with shared_old_base():
         for config in asking:
             try:
                 fetch(config.old_base, config.new_base, config.adapter)
                 pair = pair_name(config.old_base, config.new_base)
-                teacher_rows(migration_context(config, pair), config, check(config).prompts)
+                context, plan = migration_context(config, pair), check(config)
+                teacher_rows(context, config, plan.prompts, plan.rows.teacher_rows)
             except Exception as error:
                 get_run_logger().warning("the teacher's rows of %s: %s", config.adapter, error)

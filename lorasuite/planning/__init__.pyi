@@ -1,9 +1,11 @@
-from ._config import AUTO, LFT_SAMPLES, MigrationConfig, PairSettings, Strict, build, read_config, torch_device
+from ._config import AUTO, MigrationConfig, PairSettings, Strict, build, read_config, torch_device
 from ._estimate import Throughput, active, estimate, measure
 from ._experiment import ARMS, Arm, Cell, Experiment, ExperimentTable, ExperimentTask, read_experiment
 from ._fleet import chosen, fleet_output, read_fleet
 from ._inspection import inspect
+from ._policy import RowCounts, RowPlan, plan_rows
 from ._preflight import Plan, check
+from ._thresholds import LFT_SAMPLES
 
 __all__ = [
     "ARMS",
@@ -17,6 +19,8 @@ __all__ = [
     "MigrationConfig",
     "PairSettings",
     "Plan",
+    "RowCounts",
+    "RowPlan",
     "Strict",
     "Throughput",
     "active",
@@ -27,6 +31,7 @@ __all__ = [
     "fleet_output",
     "inspect",
     "measure",
+    "plan_rows",
     "read_config",
     "read_experiment",
     "read_fleet",

@@ -13,20 +13,13 @@ from lorasuite.adapters import OutputType
 from lorasuite.correspondence import Metric, Pooling, Strategy, When
 from lorasuite.errors import ConfigError, Problem, did_you_mean
 from lorasuite.evaluation import EvaluationSettings, Gate
+from lorasuite.planning._thresholds import DEFAULT_SYNTHETIC_ROWS, LFT_SAMPLES, SELECTION_ROWS
 from lorasuite.teacher import TeacherSettings
 from lorasuite.training import FinetuneSettings
 from lorasuite.transforms import Unmapped
 
 #: ``--method auto`` measures every transform and takes the best, or none.
 AUTO = "auto"
-#: Rows that the teacher writes to be read and chosen by, not trained on.
-LOOKED_AT = 320
-#: Rows that it writes to train on where nobody says how many (docs/transfer.md: nothing does better with few labels).
-WRITTEN = 300
-#: Learning rates that ``auto`` tries first where none is named, in units of ``finetune.learning_rate``.
-SEARCHED = (0.3, 1, 3)
-#: Training rows of the light fine-tune (METHOD section 6).
-LFT_SAMPLES = 100
 
 
 class Strict(BaseModel):
@@ -67,7 +60,8 @@ class MigrationConfig(Strict):
         None,
         ge=0,
         description="rows for LFT that the old base with the adapter writes, without labels, beside the above; if "
-        f"unset {WRITTEN} with auto where it is told prompts and training rows are fewer than {LOOKED_AT}, else 0",
+        f"unset {DEFAULT_SYNTHETIC_ROWS} with auto where it is told prompts and training rows are fewer than "
+        f"{SELECTION_ROWS}, else 0",
     )
     prompts: str | None = Field(
         None,
@@ -149,21 +143,6 @@ class MigrationConfig(Strict):
         return value
 
     @property
-    def samples(self) -> int:
-        """Training rows asked for."""
-        if self.finetune_samples is None:
-            return LFT_SAMPLES if self.train_data else 0
-        return self.finetune_samples
-
-    @property
-    def rates_searched(self) -> tuple[float, ...]:
-        """Learning rates that ``auto`` tells apart by short fine-tunes where none is named."""
-        rate = self.finetune.learning_rate
-        return (
-            tuple(float(f"{rate * k:.0e}") for k in SEARCHED) if self.method == AUTO and not self.learning_rates else ()
-        )
-
-    @property
     def task_folders(self) -> tuple[Path | None, Path | None]:
         """Where tasks find rows and task files: ``eval_dir`` and ``include_path``."""
         return (
@@ -176,33 +155,6 @@ class MigrationConfig(Strict):
         """Where the teacher's prompts come from."""
         framed = self.teacher.suffix  # then the old base writes the prompts
         return self.prompts or self.train_data or (None if framed else self.calibration)
-
-    @property
-    def told_prompts(self) -> bool:
-        """Whether somebody says what the adapter is for, beside the training rows: prompts, or how to make some."""
-        return bool(self.prompts or self.teacher.imitate or self.teacher.suffix)
-
-    @property
-    def few(self) -> bool:
-        """Whether training rows are few, and there are prompts for more."""
-        return self.told_prompts and self.samples < LOOKED_AT
-
-    @property
-    def written(self) -> int:
-        """Rows of the teacher's to train on: those asked for, or what ``auto`` asks for by itself."""
-        if self.teacher_samples is not None:
-            return self.teacher_samples
-        return WRITTEN if self.method == AUTO and self.few else 0
-
-    @property
-    def rows_written(self) -> int:
-        """Rows the teacher writes: to train on, or else what candidates are fitted to and told apart by.
-
-        The latter where there are no rows to train on, or few and prompts for more.
-        """
-        chooses = self.method == AUTO or isinstance(transforms.transform(self.method), transforms.ModelTransform)
-        looks = chooses and (not self.samples or self.few)
-        return self.written or (LOOKED_AT if looks else 0)
 
     @property
     def calibration_data(self) -> str | None:

@@ -18,7 +18,8 @@ import torch
 
 from lorasuite.adapters import Adapter, weight_shape
 from lorasuite.bases import ATTENTION, Checkpoint
-from lorasuite.planning._config import LFT_SAMPLES, PairSettings, torch_device
+from lorasuite.planning._config import PairSettings, torch_device
+from lorasuite.planning._thresholds import LFT_SAMPLES
 from lorasuite.training import FinetuneSettings
 
 #: Bytes of a base's file that are read to time it.

@@ -19,8 +19,10 @@ from pydantic import Field
 from lorasuite import zoo
 from lorasuite.bases import ATTENTION, Role
 from lorasuite.errors import ConfigError, Problem, did_you_mean
-from lorasuite.planning._config import AUTO, LFT_SAMPLES, MigrationConfig, Strict, build, read_config
-from lorasuite.training import MIN_SWEEP_ROWS, FinetuneSettings
+from lorasuite.planning._config import AUTO, MigrationConfig, Strict, build, read_config
+from lorasuite.planning._policy import RowCounts, plan_rows, too_few_to_sweep
+from lorasuite.planning._thresholds import LFT_SAMPLES, MIN_SWEEP_ROWS
+from lorasuite.training import FinetuneSettings
 from lorasuite.transforms import ModelTransform, names, transform
 
 Arm = Literal["old", "old+adapter", "new", "migrated", "scratch", "migrated+lft", "retrained", "refreshed"]
@@ -319,19 +321,16 @@ def _training_problems(settings: CellSettings, table: ExperimentTable, where: st
     fits_models = isinstance(transform(migration.method), ModelTransform) and {"migrated", "migrated+lft"} & set(
         table.arms
     )
-    counts = {}
+    counts, planned = {}, plan_rows(migration, RowCounts())
     if {"scratch", "migrated+lft"} & set(table.arms) or fits_models:
-        counts["finetune_samples"] = migration.samples
+        counts["finetune_samples"] = planned.requested_rows
     if "refreshed" in table.arms:
-        counts["teacher_samples"] = migration.written
+        counts["teacher_samples"] = planned.synthetic_train_rows
     for name, rows in counts.items():
         if not rows:
             yield Problem(f"{where}: {name}", "is 0, and there are arms that read them", "Leave out those arms.")
         elif len(migration.learning_rates) > 1 and rows < MIN_SWEEP_ROWS:
-            what = f"a sweep holds out a fifth of the training rows, and there are only {rows}"
-            yield Problem(
-                f"{where}: learning_rates", what, f"Give one learning rate, or at least {MIN_SWEEP_ROWS} rows."
-            )
+            yield too_few_to_sweep(rows, f"{where}: learning_rates")
     if fits_models and kind == "dora":
         what = f"{migration.method} moves updates of blocks only, and a DoRA has magnitudes"
         yield Problem(f"{where}: method", what, "Name another one, or another lora.kind.")

@@ -15,12 +15,10 @@ from lorasuite.errors import LoRASuiteError, Problem
 from lorasuite.evaluation import check_tasks
 from lorasuite.planning._config import AUTO, MigrationConfig, torch_device
 from lorasuite.planning._inspection import FLOAT, Inspection, _attempt, inspect
+from lorasuite.planning._policy import RowCounts, RowPlan, plan_rows, too_few_to_sweep
+from lorasuite.planning._thresholds import MIN_SWEEP_ROWS
 from lorasuite.teacher import prompt_frame
-from lorasuite.training import MIN_SWEEP_ROWS
 from lorasuite.transforms import transform
-
-#: Training rows below which the teacher's were measured to help everywhere (docs/transfer.md).
-FEW = 100
 
 
 @dataclass
@@ -31,6 +29,9 @@ class Plan:
     texts: list[str]
     train: list[Row]
     evaluation: list[Row]
+    #: What is done with the rows, and the counts that decide it.
+    rows: RowPlan
+    counts: RowCounts
     #: What the teacher answers; None: it writes from nothing, or there is none.
     prompts: list[Row] | None = None
 
@@ -52,16 +53,20 @@ def check(config: MigrationConfig) -> Plan:
     )
     _attempt(result, lambda: torch_device(config.device))
     texts = _calibration(result, config)
-    train = _training_rows(result, config)
+    wanted = plan_rows(config, RowCounts())
+    train = _training_rows(result, config, wanted)
     held_out = _held_out_rows(result, config)
-    prompts = _teacher(result, config) if config.rows_written else None
+    prompts = _teacher(result, config, wanted) if wanted.teacher_rows else None
+    counts = RowCounts.of(train, prompts, held_out, config.teacher.text_prefix)
+    rows = plan_rows(config, counts)
+    result.notices += rows.notices
     if config.include_path is not None and not Path(config.include_path).is_dir():
         result.problems.append(Problem(config.include_path, "is not a directory", "Give one with lm-eval task files."))
     elif config.eval_tasks:
         _attempt(result, lambda: check_tasks(config.eval_tasks, *config.task_folders))
     _output(result, Path(config.output))
     result.raise_problems()
-    return Plan(result, texts, train, held_out, prompts)
+    return Plan(result, texts, train, held_out, rows, counts, prompts)
 
 
 def _calibration(result: Inspection, config: MigrationConfig) -> list[str]:
@@ -94,45 +99,32 @@ def _calibration(result: Inspection, config: MigrationConfig) -> list[str]:
     return texts[: config.pair.calibration_samples]
 
 
-def _training_rows(result: Inspection, config: MigrationConfig) -> list[Row]:
-    source = config.train_data
+def _training_rows(result: Inspection, config: MigrationConfig, wanted: RowPlan) -> list[Row]:
+    source, samples = config.train_data, wanted.requested_rows
     if source is None:
-        if config.samples:
+        if samples:
             result.problems.append(
                 Problem(
                     "finetune_samples",
-                    f"is {config.samples}, and there is no training data",
+                    f"is {samples}, and there is no training data",
                     "Give --train-data, or --finetune-samples 0.",
                 )
             )
         return []
-    if not config.samples:
+    if not samples:
         return []
-    rows: list[Row] = draw(_attempt(result, lambda: read_rows(source)) or [], config.samples, config.seed)
+    rows: list[Row] = draw(_attempt(result, lambda: read_rows(source)) or [], samples, config.seed)
     if not rows:
         return []
-    if len(rows) < config.samples:
-        result.notices.append(f"only {len(rows)} training rows for {config.samples} samples: all are used")
-    if len(rows) < FEW and config.method == AUTO and config.teacher_samples is None and not config.written:
-        result.notices.append(
-            f"{len(rows)} training rows are few: with --prompts or --teacher-imitate the old base with its adapter "
-            "writes more"
-        )
-    if len(config.learning_rates) > 1 and len(rows) + config.written < MIN_SWEEP_ROWS:
-        result.problems.append(
-            Problem(
-                "learning_rates",
-                f"a sweep holds out a fifth of the training rows, and there are only {len(rows)}",
-                f"Give one learning rate, or at least {MIN_SWEEP_ROWS} rows.",
-            )
-        )
+    if len(config.learning_rates) > 1 and len(rows) + wanted.synthetic_train_rows < MIN_SWEEP_ROWS:
+        result.problems.append(too_few_to_sweep(len(rows), "learning_rates"))
     tokenizer = result.new_tokenizer
     if tokenizer is not None:
         _attempt(result, lambda: encode_rows(rows, tokenizer, config.finetune.cutoff))
     return rows
 
 
-def _teacher(result: Inspection, config: MigrationConfig) -> list[Row] | None:
+def _teacher(result: Inspection, config: MigrationConfig, wanted: RowPlan) -> list[Row] | None:
     """What the old base with the adapter is to answer; None where nobody says."""
     with contextlib.suppress(LoRASuiteError):  # what cannot be read has been noted
         old = Checkpoint(config.old_base)
@@ -144,17 +136,8 @@ def _teacher(result: Inspection, config: MigrationConfig) -> list[Row] | None:
                 config.old_base, "its tokenizer has no EOS token", "The teacher's rows need one to end with: set it."
             )
         )
-    if config.teacher_samples is None and config.written:
-        result.notices.append(
-            f"the old base with its adapter writes up to {config.written} rows, on which the new base is fine-tuned: "
-            "--teacher-samples 0 keeps it from that"
-        )
     source = config.prompt_data
     if source is None:
-        if not config.teacher.suffix:
-            result.notices.append(
-                "no prompts for the teacher: it writes from nothing, which suits adapters of running text"
-            )
         return None
     rows: list[Row] = _attempt(result, lambda: read_prompts(source)) or []
     words = config.teacher.text_prefix
@@ -168,12 +151,9 @@ def _teacher(result: Inspection, config: MigrationConfig) -> list[Row] | None:
             what = f"prompt {number} is a conversation, and the old base's tokenizer has no chat template"
             result.problems.append(Problem(source, what, "Use rows of prompt and completion."))
             break
-    fewer = len(distinct) < config.rows_written
+    fewer = len(distinct) < wanted.teacher_rows
     if rows and fewer and config.teacher.imitate and not config.teacher.suffix:
         _attempt(result, lambda: prompt_frame(distinct))
-    elif rows and config.teacher.temperature == 0 and len(distinct) < config.written:
-        found = f"{len(distinct)} different prompts for {config.written} teacher samples"
-        result.notices.append(f"{found}: greedy, there is one answer each")
     return rows or None
 
 

@@ -2,11 +2,10 @@ from ._distillation import SoftLabels, distilled_loss, soft_labels
 from ._finetune import finetune
 from ._loss import collate, read_batches, validation_loss
 from ._selection import NOTHING, Candidate, choose, write_scaled
-from ._settings import MIN_SWEEP_ROWS, FinetuneResult, FinetuneSettings
+from ._settings import FinetuneResult, FinetuneSettings
 from ._sweep import TriedRate, finetune_swept, loss_order, screen
 
 __all__ = [
-    "MIN_SWEEP_ROWS",
     "NOTHING",
     "Candidate",
     "FinetuneResult",

@@ -171,7 +171,7 @@ def test_the_example_of_the_manual_is_a_valid_file(tmp_path: Path) -> None:
     text = (ROOT / "docs/experiments.md").read_text()
     (tmp_path / "mine.yaml").write_text(text.split("```yaml\n")[1].split("```")[0])
     experiment = read_experiment(tmp_path / "mine.yaml")
-    assert {cell.settings.migration.samples for cell in experiment.cells} == {100, 400}
+    assert {cell.settings.migration.finetune_samples for cell in experiment.cells} == {100, 400}
 
 
 def measured(arm: str, value: float, seed: int = 0, **fields: Any) -> Measurement:

@@ -14,7 +14,6 @@ from peft import get_peft_model
 from lorasuite.adapters import attached, save_adapter
 from lorasuite.data import Message, Row, encode, read_prompts, read_rows, rows_to_jsonl, unanswered
 from lorasuite.errors import DataError
-from lorasuite.planning import MigrationConfig
 from lorasuite.teacher import (
     TeacherSettings,
     TextLoss,
@@ -35,29 +34,6 @@ LOOSE = {"min_kept": 0.0, "truncated": "keep", "max_new_tokens": 6}
 
 def settings(**changes: Any) -> TeacherSettings:
     return TeacherSettings.model_validate({**LOOSE, **changes})
-
-
-@pytest.mark.parametrize(
-    ("given", "trained_on", "written"),
-    [
-        ({}, 0, 320),  # nothing to train on: candidates are told apart by the teacher's rows
-        ({"method": "procrustes"}, 0, 0),
-        ({"prompts": "p"}, 300, 300),
-        ({"prompts": "p", "method": "procrustes"}, 0, 0),
-        ({"prompts": "p", "teacher_samples": 0}, 0, 320),
-        ({"prompts": "p", "teacher_samples": 50}, 50, 50),
-        ({"train_data": "t"}, 0, 0),
-        ({"train_data": "t", "prompts": "p"}, 300, 300),
-        ({"train_data": "t", "prompts": "p", "teacher_samples": 0}, 0, 320),
-        ({"train_data": "t", "prompts": "p", "finetune_samples": 320}, 0, 0),
-        ({"train_data": "t", "teacher": {"imitate": True}}, 300, 300),
-        ({"teacher": {"prefix": "mirror :", "suffix": " ="}}, 300, 300),
-    ],
-)
-def test_how_many_rows_are_written(given: dict[str, Any], trained_on: int, written: int) -> None:
-    names = dict.fromkeys(("adapter", "old_base", "new_base", "output"), "x")
-    config = MigrationConfig(**names, **given)
-    assert (config.written, config.rows_written) == (trained_on, written)
 
 
 def adapter_of(path: Path) -> Path:

@@ -1,0 +1,190 @@
+"""How many rows a migration draws, has written and holds out, and what it does with them: a function of its settings
+and of how many rows there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from lorasuite.data import MIN_OWN_HOLDOUT_ROWS, Row, unanswered
+from lorasuite.errors import Problem
+from lorasuite.planning._config import AUTO, MigrationConfig
+from lorasuite.planning._thresholds import (
+    DEFAULT_SYNTHETIC_ROWS,
+    FEW_OWN_ROWS,
+    LFT_SAMPLES,
+    MIN_SWEEP_ROWS,
+    SEARCHED_RATES,
+    SELECTION_ROWS,
+)
+from lorasuite.transforms import ModelTransform, transform
+
+
+@dataclass(frozen=True)
+class RowCounts:
+    """What is known of a migration's data. The defaults: nothing has been read, and the teacher can be used."""
+
+    #: The user's training rows there are; None where they have not been read.
+    own: int | None = None
+    #: Different prompts for the teacher; None where there are none, or they have not been read.
+    prompts: int | None = None
+    #: Whether a prompt is the beginning of running text, which has no one answer.
+    running_text: bool = False
+    #: Held-out rows for the evaluation.
+    evaluation: int = 0
+    #: Whether the teacher could write, and its rows are worth training on: known after they were written and judged.
+    teacher_usable: bool = True
+
+    @classmethod
+    def of(
+        cls, own: Sequence[Row], prompts: Sequence[Row] | None, evaluation: Sequence[Row], text_prefix: int
+    ) -> RowCounts:
+        """Of rows that were read.
+
+        Args:
+            text_prefix: words of running text that are a prompt.
+        """
+        asked = [unanswered(row, text_prefix) for row in prompts or ()]
+        running = any(row.kind == "text" for row in asked)
+        return cls(len(own), None if prompts is None else len(set(asked)), running, len(evaluation))
+
+
+@dataclass(frozen=True)
+class RowPlan:
+    """What :func:`plan_rows` decides. Numbers of rows are upper bounds: a filter may drop rows that are written."""
+
+    #: The user's training rows that are asked for, and those of them that there are, as far as is known.
+    requested_rows: int
+    own_rows: int
+    #: Rows the teacher writes to train on, and those it writes only to be read and chosen by.
+    synthetic_train_rows: int
+    selection_rows: int
+    #: Rows the teacher is asked to write in all; fewer than the above where it gives one answer a prompt.
+    teacher_rows: int
+    #: Whether somebody says what the adapter is for beside the training rows: by prompts, or how to make some.
+    has_prompt_source: bool
+    #: Whether training rows are few, and there is a source of prompts for more.
+    few_labels: bool
+    #: Learning rates of the fine-tunes; several are compared on held-out rows, none is ``finetune.learning_rate``.
+    rates: tuple[float, ...]
+    #: Whether short fine-tunes tell the rates apart, and others are tried while the lowest or highest does best.
+    searches_rates: bool
+    #: Whether fine-tunes from several starts, a fresh LoRA among them, compete for being published.
+    compares_starts: bool
+    #: Whether controls are asked for and there is something to measure them by.
+    measures_controls: bool
+    #: Whether the user's rows are enough to be the only ones held out.
+    own_rows_decide: bool
+    #: What the user is to know of these decisions.
+    notices: tuple[str, ...] = ()
+
+    @property
+    def fine_tunes(self) -> bool:
+        """Whether there are rows to train on."""
+        return bool(self.own_rows or self.synthetic_train_rows)
+
+    @property
+    def sweeps(self) -> bool:
+        """Whether there is more than one learning rate to choose from."""
+        return len(self.rates) > 1
+
+    @property
+    def trains_control(self) -> bool:
+        """Whether a fresh LoRA is fine-tuned on the same rows, to compare with."""
+        return self.measures_controls or self.compares_starts
+
+    @property
+    def own_alone_competes(self) -> bool:
+        """Whether a fresh LoRA trained on the user's rows alone may be published: where they alone decide."""
+        return bool(self.synthetic_train_rows and self.own_rows and self.compares_starts and self.own_rows_decide)
+
+    @property
+    def trains_own_alone(self) -> bool:
+        """Whether a fresh LoRA is trained on the user's rows alone, where the teacher wrote others beside them."""
+        return self.own_alone_competes or bool(self.synthetic_train_rows and self.own_rows and self.measures_controls)
+
+
+def plan_rows(settings: MigrationConfig, counts: RowCounts) -> RowPlan:
+    """Decide what is done with rows; the same arguments always give the same plan, and nothing is read.
+
+    Whether labels are few is decided by the rows asked for, not by those there are, so that what the teacher is asked
+    for is known before any file is read.
+    """
+    auto, told = settings.method == AUTO, settings.teacher
+    requested = settings.finetune_samples
+    if requested is None:
+        requested = LFT_SAMPLES if settings.train_data else 0
+    own = requested if counts.own is None else min(requested, counts.own)
+    has_prompt_source = bool(settings.prompts or told.imitate or told.suffix)
+    few = has_prompt_source and requested < SELECTION_ROWS
+
+    synthetic = settings.teacher_samples
+    if synthetic is None:
+        synthetic = DEFAULT_SYNTHETIC_ROWS if auto and few else 0
+    # Candidates are fitted and told apart by rows; the teacher writes some where the user has none or few.
+    reads_rows = auto or isinstance(transform(settings.method), ModelTransform)
+    selection = SELECTION_ROWS if not synthetic and reads_rows and (not requested or few) else 0
+    wanted = synthetic or selection
+    several_answers = settings.teacher_samples or told.imitate or told.suffix or (synthetic and counts.running_text)
+    one_answer = (requested or synthetic) and counts.prompts is not None and not several_answers
+    teacher_rows = min(wanted, counts.prompts) if one_answer and counts.prompts is not None else wanted
+    notices = tuple(_notices(settings, counts, requested, synthetic, wanted))
+    if not counts.teacher_usable:
+        # Rows that are not worth training on can still tell candidates apart, where there are no others.
+        synthetic, selection = 0, 0 if requested else wanted
+
+    rate = settings.finetune.learning_rate
+    searches = auto and not settings.learning_rates and own + synthetic >= MIN_SWEEP_ROWS
+    searched = tuple(float(f"{rate * factor:.0e}") for factor in SEARCHED_RATES)
+    rates = searched if searches else settings.learning_rates
+    return RowPlan(
+        requested_rows=requested,
+        own_rows=own,
+        synthetic_train_rows=synthetic,
+        selection_rows=selection,
+        teacher_rows=teacher_rows,
+        has_prompt_source=has_prompt_source,
+        few_labels=few,
+        rates=rates,
+        searches_rates=searches,
+        compares_starts=auto and len(rates) > 1,
+        measures_controls=settings.controls and bool(counts.evaluation or settings.eval_tasks),
+        own_rows_decide=own >= MIN_OWN_HOLDOUT_ROWS,
+        notices=notices,
+    )
+
+
+def _notices(
+    settings: MigrationConfig, counts: RowCounts, requested: int, synthetic: int, wanted: int
+) -> Iterator[str]:
+    asked = settings.teacher_samples is not None
+    if counts.own and requested:
+        own = min(requested, counts.own)
+        if own < requested:
+            yield f"only {own} training rows for {requested} samples: all are used"
+        if own < FEW_OWN_ROWS and settings.method == AUTO and not asked and not synthetic:
+            yield (
+                f"{own} training rows are few: with --prompts or --teacher-imitate the old base with its adapter "
+                "writes more"
+            )
+    if not wanted:
+        return
+    if synthetic and not asked:
+        yield (
+            f"the old base with its adapter writes up to {synthetic} rows, on which the new base is fine-tuned: "
+            "--teacher-samples 0 keeps it from that"
+        )
+    if settings.prompt_data is None:
+        if not settings.teacher.suffix:
+            yield "no prompts for the teacher: it writes from nothing, which suits adapters of running text"
+        return
+    makes_prompts = settings.teacher.imitate and not settings.teacher.suffix
+    if counts.prompts and settings.teacher.temperature == 0 and not makes_prompts and counts.prompts < synthetic:
+        yield (f"{counts.prompts} different prompts for {synthetic} teacher samples: greedy, there is one answer each")
+
+
+def too_few_to_sweep(rows: int, where: str) -> Problem:
+    """What is said where learning rates are to be compared on fewer than ``MIN_SWEEP_ROWS`` rows."""
+    what = f"a sweep holds out a fifth of the training rows, and there are only {rows}"
+    return Problem(where, what, f"Give one learning rate, or at least {MIN_SWEEP_ROWS} rows.")

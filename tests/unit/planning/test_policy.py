@@ -1,0 +1,240 @@
+"""What is done with rows, as a table: settings and counts in, a plan out."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from lorasuite.data import Row
+from lorasuite.planning import MigrationConfig, RowCounts, RowPlan, plan_rows
+
+NAMES = dict.fromkeys(("adapter", "old_base", "new_base", "output"), "x")
+#: Rates tried first around the default 1e-3 of a fine-tune.
+SEARCHED = (3e-4, 1e-3, 3e-3)
+#: What most cases have in common: no source of prompts, no evaluation, no teacher.
+NOTHING = RowPlan(
+    requested_rows=0,
+    own_rows=0,
+    synthetic_train_rows=0,
+    selection_rows=0,
+    teacher_rows=0,
+    has_prompt_source=False,
+    few_labels=False,
+    rates=(),
+    searches_rates=False,
+    compares_starts=False,
+    measures_controls=False,
+    own_rows_decide=False,
+)
+SWEPT = {"rates": SEARCHED, "searches_rates": True, "compares_starts": True}
+FEW = {"has_prompt_source": True, "few_labels": True}
+IMITATE = {"imitate": True}
+FRAMED = {"prefix": "mirror :", "suffix": " ="}
+
+
+def settings(**given: Any) -> MigrationConfig:
+    return MigrationConfig(**NAMES, **{"finetune": {"learning_rate": 1e-3}, **given})
+
+
+@pytest.mark.parametrize(
+    ("given", "counts", "expected"),
+    [
+        # No data at all: auto tells candidates apart by what the teacher writes; another method needs nothing.
+        ({}, {}, {"selection_rows": 320, "teacher_rows": 320}),
+        ({}, {"prompts": 40}, {"selection_rows": 320, "teacher_rows": 320}),
+        ({"method": "procrustes"}, {}, {}),
+        ({"method": "sequential"}, {}, {"selection_rows": 320, "teacher_rows": 320}),
+        # Prompts and no rows: the teacher writes rows to train on, one answer a prompt unless it is running text.
+        ({"prompts": "p"}, {}, {**FEW, **SWEPT, "synthetic_train_rows": 300, "teacher_rows": 300}),
+        ({"prompts": "p"}, {"prompts": 40}, {**FEW, **SWEPT, "synthetic_train_rows": 300, "teacher_rows": 40}),
+        (
+            {"prompts": "p"},
+            {"prompts": 40, "running_text": True},
+            {**FEW, **SWEPT, "synthetic_train_rows": 300, "teacher_rows": 300},
+        ),
+        ({"prompts": "p", "method": "procrustes"}, {"prompts": 40}, FEW),
+        (
+            {"prompts": "p", "method": "sequential"},
+            {"prompts": 40},
+            {**FEW, "selection_rows": 320, "teacher_rows": 320},
+        ),
+        # Asked for by number: so many are written, or none to train on.
+        ({"prompts": "p", "teacher_samples": 0}, {}, {**FEW, "selection_rows": 320, "teacher_rows": 320}),
+        (
+            {"prompts": "p", "teacher_samples": 50},
+            {"prompts": 40},
+            {**FEW, **SWEPT, "synthetic_train_rows": 50, "teacher_rows": 50},
+        ),
+        ({"prompts": "p", "teacher_samples": 9}, {}, {**FEW, "synthetic_train_rows": 9, "teacher_rows": 9}),
+        (
+            {"method": "procrustes", "teacher_samples": 50},
+            {},
+            {"synthetic_train_rows": 50, "teacher_rows": 50},
+        ),
+        # Told how prompts are made: as many as are wanted.
+        ({"teacher": FRAMED}, {}, {**FEW, **SWEPT, "synthetic_train_rows": 300, "teacher_rows": 300}),
+        ({"teacher": IMITATE}, {"prompts": 40}, {**FEW, **SWEPT, "synthetic_train_rows": 300, "teacher_rows": 300}),
+        # Training rows: 100 unless said otherwise, as many as there are; nobody has the teacher write.
+        ({"train_data": "t"}, {}, {**SWEPT, "requested_rows": 100, "own_rows": 100, "own_rows_decide": True}),
+        ({"train_data": "t"}, {"own": 30}, {**SWEPT, "requested_rows": 100, "own_rows": 30}),
+        ({"train_data": "t"}, {"own": 49}, {**SWEPT, "requested_rows": 100, "own_rows": 49}),
+        ({"train_data": "t"}, {"own": 50}, {**SWEPT, "requested_rows": 100, "own_rows": 50, "own_rows_decide": True}),
+        ({"train_data": "t"}, {"own": 10}, {**SWEPT, "requested_rows": 100, "own_rows": 10}),
+        ({"train_data": "t"}, {"own": 9}, {"requested_rows": 100, "own_rows": 9}),
+        ({"train_data": "t", "finetune_samples": 0}, {"own": 0}, {"selection_rows": 320, "teacher_rows": 320}),
+        ({"train_data": "t", "method": "procrustes"}, {"own": 30}, {"requested_rows": 100, "own_rows": 30}),
+        ({"train_data": "t", "method": "sequential"}, {"own": 30}, {"requested_rows": 100, "own_rows": 30}),
+        # Few of them, and prompts for more.
+        (
+            {"train_data": "t", "prompts": "p"},
+            {"own": 9, "prompts": 40},
+            {**FEW, **SWEPT, "requested_rows": 100, "own_rows": 9, "synthetic_train_rows": 300, "teacher_rows": 40},
+        ),
+        (
+            {"train_data": "t", "teacher": IMITATE},
+            {"own": 60, "prompts": 60},
+            {**FEW, **SWEPT, "requested_rows": 100, "own_rows": 60, "own_rows_decide": True}
+            | {"synthetic_train_rows": 300, "teacher_rows": 300},
+        ),
+        (
+            {"train_data": "t", "prompts": "p", "teacher_samples": 0},
+            {"own": 9, "prompts": 40},
+            {**FEW, "requested_rows": 100, "own_rows": 9, "selection_rows": 320, "teacher_rows": 40},
+        ),
+        (
+            {"train_data": "t", "prompts": "p", "method": "sequential"},
+            {"own": 9, "prompts": 400},
+            {**FEW, "requested_rows": 100, "own_rows": 9, "selection_rows": 320, "teacher_rows": 320},
+        ),
+        (
+            {"train_data": "t", "prompts": "p", "method": "procrustes"},
+            {"own": 9, "prompts": 40},
+            {**FEW, "requested_rows": 100, "own_rows": 9},
+        ),
+        # 320 rows are not few; what was asked for decides, not what there is.
+        (
+            {"train_data": "t", "prompts": "p", "finetune_samples": 319},
+            {"own": 319, "prompts": 400},
+            {**FEW, **SWEPT, "requested_rows": 319, "own_rows": 319, "own_rows_decide": True}
+            | {"synthetic_train_rows": 300, "teacher_rows": 300},
+        ),
+        (
+            {"train_data": "t", "prompts": "p", "finetune_samples": 320},
+            {"own": 30, "prompts": 40},
+            {**SWEPT, "has_prompt_source": True, "requested_rows": 320, "own_rows": 30},
+        ),
+        # Learning rates that are named are not searched; one of them is no sweep, and starts are compared in none.
+        (
+            {"train_data": "t", "learning_rates": (1e-2, 1e-3)},
+            {"own": 30},
+            {"requested_rows": 100, "own_rows": 30, "rates": (1e-2, 1e-3), "compares_starts": True},
+        ),
+        (
+            {"train_data": "t", "learning_rates": (1e-2,)},
+            {"own": 30},
+            {"requested_rows": 100, "own_rows": 30, "rates": (1e-2,)},
+        ),
+        (
+            {"train_data": "t", "learning_rates": (1e-2, 1e-3), "method": "procrustes"},
+            {"own": 30},
+            {"requested_rows": 100, "own_rows": 30, "rates": (1e-2, 1e-3)},
+        ),
+        # Controls need something to be measured by.
+        (
+            {"train_data": "t", "method": "procrustes"},
+            {"own": 30, "evaluation": 5},
+            {"requested_rows": 100, "own_rows": 30, "measures_controls": True},
+        ),
+        (
+            {"train_data": "t", "method": "procrustes", "eval_tasks": ("boolq",)},
+            {"own": 30},
+            {"requested_rows": 100, "own_rows": 30, "measures_controls": True},
+        ),
+        (
+            {"train_data": "t", "method": "procrustes", "controls": False},
+            {"own": 30, "evaluation": 5},
+            {"requested_rows": 100, "own_rows": 30},
+        ),
+        # A teacher that is of no use: the user's rows alone, or its rows only to choose by where there are no others.
+        (
+            {"train_data": "t", "prompts": "p"},
+            {"own": 9, "prompts": 40, "teacher_usable": False},
+            {**FEW, "requested_rows": 100, "own_rows": 9, "teacher_rows": 40},
+        ),
+        (
+            {"prompts": "p"},
+            {"prompts": 40, "teacher_usable": False},
+            {**FEW, "selection_rows": 300, "teacher_rows": 40},
+        ),
+        (
+            {"train_data": "t", "prompts": "p", "teacher_samples": 0},
+            {"own": 30, "prompts": 40, "teacher_usable": False},
+            {**FEW, **SWEPT, "requested_rows": 100, "own_rows": 30, "teacher_rows": 40},
+        ),
+    ],
+)
+def test_plan(given: dict[str, Any], counts: dict[str, Any], expected: dict[str, Any]) -> None:
+    found = plan_rows(settings(**given), RowCounts(**counts))
+    assert replace(found, notices=()) == replace(NOTHING, **expected)
+
+
+@pytest.mark.parametrize(
+    ("given", "counts", "trains", "control", "alone", "competes"),
+    [
+        ({}, {}, False, False, False, False),
+        ({"train_data": "t"}, {"own": 60}, True, True, False, False),
+        ({"train_data": "t", "method": "procrustes"}, {"own": 60}, True, False, False, False),
+        ({"train_data": "t", "method": "procrustes"}, {"own": 60, "evaluation": 5}, True, True, False, False),
+        # Rows of both kinds: what the user's alone come to is measured, and published if they are enough to say so.
+        ({"train_data": "t", "prompts": "p"}, {"own": 60}, True, True, True, True),
+        ({"train_data": "t", "prompts": "p"}, {"own": 49}, True, True, False, False),
+        ({"train_data": "t", "prompts": "p"}, {"own": 49, "evaluation": 5}, True, True, True, False),
+        ({"train_data": "t", "prompts": "p", "learning_rates": (1e-3,)}, {"own": 60}, True, False, False, False),
+        ({"train_data": "t", "prompts": "p"}, {"own": 60, "teacher_usable": False}, True, True, False, False),
+        ({"prompts": "p"}, {"evaluation": 5}, True, True, False, False),
+        ({"prompts": "p"}, {"evaluation": 5, "teacher_usable": False}, False, True, False, False),
+    ],
+)
+def test_fine_tunes(
+    given: dict[str, Any], counts: dict[str, Any], trains: bool, control: bool, alone: bool, competes: bool
+) -> None:
+    found = plan_rows(settings(**given), RowCounts(**counts))
+    assert (found.fine_tunes, found.trains_control, found.trains_own_alone, found.own_alone_competes) == (
+        trains,
+        control,
+        alone,
+        competes,
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "counts", "said"),
+    [
+        ({"train_data": "t"}, {"own": 100}, []),
+        ({"train_data": "t"}, {"own": 99}, ["only 99 training rows for 100", "99 training rows are few"]),
+        ({"train_data": "t", "teacher_samples": 0}, {"own": 99}, ["only 99 training rows for 100"]),
+        ({"train_data": "t", "method": "procrustes"}, {"own": 99}, ["only 99 training rows for 100"]),
+        ({"train_data": "t", "finetune_samples": 50}, {"own": 60}, ["50 training rows are few"]),
+        ({"prompts": "p"}, {"prompts": 40}, ["writes up to 300 rows"]),
+        ({"prompts": "p", "teacher_samples": 50}, {"prompts": 40}, []),
+        ({"teacher_samples": 50}, {}, ["no prompts for the teacher"]),
+        ({"teacher_samples": 50, "teacher": FRAMED}, {}, []),
+        ({"prompts": "p", "teacher_samples": 50, "teacher": {"temperature": 0}}, {"prompts": 40}, ["one answer each"]),
+        ({"prompts": "p", "teacher_samples": 50, "teacher": {"temperature": 0}}, {"prompts": 50}, []),
+        ({"prompts": "p", "teacher_samples": 50, "teacher": {"temperature": 0, **IMITATE}}, {"prompts": 40}, []),
+        ({"method": "procrustes"}, {}, []),
+    ],
+)
+def test_notices(given: dict[str, Any], counts: dict[str, Any], said: list[str]) -> None:
+    found = plan_rows(settings(**given), RowCounts(**counts)).notices
+    assert len(found) == len(said) and all(part in notice for part, notice in zip(said, found, strict=True)), found
+
+
+def test_counts_of_rows() -> None:
+    prompt = [Row(kind="completion", prompt=f"say {n % 2}", completion=" it") for n in range(5)]
+    text = Row(kind="text", text="a b c d e f g h i j k l m n o p q r s t u v w x y z")
+    assert RowCounts.of(prompt, None, [], 16) == RowCounts(own=5)
+    assert RowCounts.of([], prompt, prompt, 16) == RowCounts(own=0, prompts=2, evaluation=5)
+    assert RowCounts.of([], [text, *prompt], [], 16) == RowCounts(own=0, prompts=3, running_text=True)
