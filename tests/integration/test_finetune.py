@@ -19,7 +19,7 @@ from lorasuite.data import IGNORED, MIN_OWN_HOLDOUT_ROWS, Row, encode, split_row
 from lorasuite.errors import AdapterError, ConfigError, DataError, NumericalError, OutputError
 from lorasuite.training import FinetuneResult, FinetuneSettings, collate, finetune, finetune_swept, validation_loss
 from lorasuite.training import _sweep as sweep
-from lorasuite.transforms import transform_named
+from lorasuite.transforms import transform
 from tasks import adapter_stages
 from tasks.stage import Where
 from tests.flows.small import Small
@@ -405,7 +405,7 @@ def test_a_sweep_chooses_by_rows_that_no_transform_was_fitted_on(tmp_path, monke
         chosen_by.extend(validation_rows)
         raise Enough
 
-    monkeypatch.setattr(type(transform_named("sequential")), "fit", fit)
+    monkeypatch.setattr(type(transform("sequential")), "fit", fit)
     monkeypatch.setattr(sweep, "finetune", tuning)
     drawn = {"samples": 8, "seed": 0}
     with pytest.raises(Enough):
