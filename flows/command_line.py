@@ -62,9 +62,9 @@ Refresh = Annotated[list[str] | None, typer.Option("--refresh", help="stage to c
 
 err = Console(stderr=True)
 PAIR_FLAGS = (
-    "old_base", "new_base", "calibration", "method", "device", "trust_remote_code", "calibration_samples",
-    "calibration_cutoff", "pooling", "similarity", "cka_batch", "layer_strategy", "max_offset", "head_matching",
-    "transfer_matrix",
+    "old_base", "new_base", "calibration", "method", "device", "trust_remote_code", "architectures",
+    "calibration_samples", "calibration_cutoff", "pooling", "similarity", "cka_batch", "layer_strategy", "max_offset",
+    "head_matching", "transfer_matrix",
 )  # fmt: skip
 
 
@@ -114,13 +114,23 @@ def inspect(
     allow_pickle: Annotated[
         bool, typer.Option(help="read adapter_model.bin, a pickle file, with weights_only")
     ] = False,
+    architectures: Annotated[str | None, typer.Option(help="directory of architecture files of your own")] = None,
     as_json: Json = False,
 ) -> None:
     """Compare two bases and say what of an adapter would move, with every problem at once."""
     from lorasuite import planning
 
     with _errors(as_json):
-        found = planning.inspect(old_base, new_base, adapter, method, trust_remote_code, allow_pickle, timed=True)
+        found = planning.inspect(
+            old_base,
+            new_base,
+            adapter,
+            method,
+            trust_remote_code,
+            allow_pickle,
+            timed=True,
+            architectures=architectures,
+        )
         if as_json:
             _print_json(found.to_dict())
         else:
@@ -148,6 +158,7 @@ def prepare(values: dict[str, Any], config: ConfigFile = None, refresh: Refresh 
             device=settings.device,
             refresh=tuple(refresh or ()),
             trust_remote_code=settings.trust_remote_code,
+            architectures=settings.architectures,
         )
         if as_json:
             _print_json(result)

@@ -218,10 +218,12 @@ def prepare_pair(
     refresh: tuple[str, ...] = (),
     trust_remote_code: bool = False,
     roles: Sequence[Role] | None = None,
+    architectures: str | None = None,
 ) -> dict[str, Any]:
     """Compute, or find, every artifact of a pair of bases.
 
     Args:
+        architectures: a directory of architecture files beside this package's.
         roles: the projections that the adapters to come have updates of; all of the architecture's if None.
 
     Returns:
@@ -231,7 +233,7 @@ def prepare_pair(
     chosen = PairSettings.model_validate(settings or {})
     tag_run(pair=pair_name(old_base, new_base))
     fetch(old_base, new_base)
-    inspect(old_base, new_base, trust_remote_code=trust_remote_code).raise_problems()
+    inspect(old_base, new_base, trust_remote_code=trust_remote_code, architectures=architectures).raise_problems()
     home = default_home()
     paths = {"old_base": resolve(old_base), "new_base": resolve(new_base)}
     prints = fingerprint_bases(home, paths["old_base"], paths["new_base"])

@@ -560,7 +560,12 @@ def _check(experiment: Experiment, cells: list[Cell], lab: Lab) -> None:
         PreflightError: with every problem.
     """
     pair, first = experiment.config.pair, cells[0].settings.migration
-    problems = inspect(str(pair.old_base), str(pair.new_base), trust_remote_code=first.trust_remote_code).problems
+    problems = inspect(
+        str(pair.old_base),
+        str(pair.new_base),
+        trust_remote_code=first.trust_remote_code,
+        architectures=first.architectures,
+    ).problems
     for name in dict.fromkeys(cell.task for cell in cells):
         try:
             task = lab.task(name)

@@ -1,14 +1,5 @@
-from ._architecture import (
-    ATTENTION,
-    ROLES,
-    Architecture,
-    Dimensions,
-    Module,
-    Role,
-    architecture_for,
-    architectures,
-    load,
-)
+from ._architecture import ATTENTION, ROLES, Architecture, Dimensions, Module, Role
+from ._architecture_files import add_architectures, architecture_for, architectures, load
 from ._cache import ModelCache, loaded_model, model_cache, release_models
 from ._checkpoint import Checkpoint
 from ._digests import check_finite, digest_json, file_digest, fingerprint_model, fingerprint_tokenizer
@@ -35,6 +26,7 @@ __all__ = [
     "Stream",
     "Watch",
     "Weights",
+    "add_architectures",
     "architecture_for",
     "architectures",
     "auto_class",

@@ -1,35 +1,25 @@
-"""What lorasuite knows of each model family, as validated data: one YAML file a family in this directory.
+"""What is known of one model family: its dimensions, its modules and how several projections share a weight.
 
-Adding an architecture is adding a file, here or in the directory that ``LORASUITE_ARCHITECTURES`` names. Its fields
-are those of :class:`Architecture`; an unknown field is an error. ``docs/architectures.md`` explains them.
+``docs/architectures.md`` explains the fields of :class:`Architecture`, which are those of its YAML file.
 """
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
-from functools import cache
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from torch import Tensor
 
-from lorasuite.errors import ArchitectureError, Problem, did_you_mean
+from lorasuite.errors import ArchitectureError, Problem
 
 #: What a projection does in a transformer block, whatever a family calls it.
 Role = Literal["q", "k", "v", "o", "gate", "up", "down"]
 ROLES: tuple[Role, ...] = get_args(Role)
 ATTENTION: tuple[Role, ...] = ("q", "k", "v", "o")
-
-HERE = Path(__file__).parent / "architectures"
-
-#: libyaml's reader where PyYAML was built with it: ten times faster, and every command reads all the files.
-_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 #: How several roles share one weight, along its output axis:
 #: ``plain`` one role; ``interleaved`` head by head (q₀ k₀ v₀ q₁ k₁ v₁ …); ``stacked`` role after role.
@@ -38,7 +28,7 @@ Layout = Literal["plain", "interleaved", "stacked"]
 
 @dataclass(frozen=True)
 class Dimensions:
-    """The numbers of METHOD's six explicit upgrade factors, and the head size."""
+    """The numbers by which two bases differ (the paper's upgrade factors, section 2.1), and the head size."""
 
     vocab_size: int
     hidden_size: int
@@ -284,92 +274,3 @@ def _number(sources: Sources, settings: Mapping[str, Any]) -> float | None:
         if isinstance(value, int | float) and not isinstance(value, bool) and value > 0:
             return value if isinstance(source, str) else source.times * float(value) ** source.power
     return None
-
-
-@cache
-def architectures() -> dict[str, Architecture]:
-    """Every known family by model type: the YAML files beside this module and in ``LORASUITE_ARCHITECTURES``.
-
-    Raises:
-        ArchitectureError: naming each file and field that is not valid.
-    """
-    found: dict[str, Architecture] = {}
-    problems: list[Problem] = []
-    extra = os.environ.get("LORASUITE_ARCHITECTURES")
-    folders = [HERE, *([Path(extra)] if extra else [])]
-    for path in [file for folder in folders for file in sorted(folder.glob("*.yaml"))]:
-        try:
-            architecture = load(path)
-        except ArchitectureError as error:
-            problems.extend(error.problems)
-            continue
-        for model_type in architecture.model_types:
-            if model_type in found:
-                problems.append(
-                    Problem(
-                        path.name,
-                        f"model type {model_type!r} is already described by {found[model_type].family}.yaml",
-                        "Keep it in one file.",
-                    )
-                )
-            found[model_type] = architecture
-    if problems:
-        raise ArchitectureError(problems)
-    return found
-
-
-def load(path: Path) -> Architecture:
-    """Read and validate one architecture file. ``like: NAME`` takes every field it does not give from NAME.yaml.
-
-    Raises:
-        ArchitectureError: with one problem for each invalid field.
-    """
-    try:
-        return Architecture.model_validate(_read(path))
-    except (OSError, yaml.YAMLError) as error:
-        problem = Problem(path.name, f"cannot be read ({error})", "See docs/architectures.md.")
-        raise ArchitectureError(problem) from None
-    except ValidationError as error:
-        raise ArchitectureError(
-            [
-                Problem(
-                    path.name,
-                    f"{'.'.join(map(str, item['loc'])) or 'file'}: {item['msg']}",
-                    "See docs/architectures.md.",
-                )
-                for item in error.errors()
-            ]
-        ) from None
-
-
-def _read(path: Path) -> Any:
-    values = yaml.load(path.read_text(encoding="utf-8"), _LOADER)
-    if isinstance(values, dict) and "like" in values:
-        return {**_read(HERE / f"{values.pop('like')}.yaml"), **values}
-    return values
-
-
-def architecture_for(config: Mapping[str, Any], where: str = "config.json") -> Architecture:
-    """The family of a model's config, by its ``model_type``.
-
-    Raises:
-        ArchitectureError: for an unknown model type, with the nearest known ones.
-    """
-    model_type = str(config.get("model_type") or _declared(config))
-    known = architectures()
-    if model_type in known:
-        return known[model_type]
-    raise ArchitectureError(
-        Problem(
-            where,
-            f"unknown architecture model_type={model_type!r}",
-            f"{did_you_mean(model_type, sorted(known))} A new family is one YAML file, of which `lorasuite inspect` "
-            "proposes a draft (docs/architectures.md).",
-        )
-    )
-
-
-def _declared(config: Mapping[str, Any]) -> str:
-    """The family that a model with code of its own names its config module after, as MiniCPM's does: no model_type."""
-    match = re.search(r"configuration_(\w+)\.", str((config.get("auto_map") or {}).get("AutoConfig", "")))
-    return match[1] if match else ""

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from lorasuite.bases._architecture import ROLES, Architecture, Dimensions, Module, Role, architecture_for
+from lorasuite.bases._architecture import ROLES, Architecture, Dimensions, Module, Role
+from lorasuite.bases._architecture_files import architecture_for
 from lorasuite.bases._files import DAMAGED, METER, Weights, _finite, _open
 from lorasuite.errors import CheckpointError, Problem
 

@@ -104,6 +104,7 @@ class MigrationConfig(Strict):
     device: str = Field("auto", description="cpu, cuda, cuda:N, or auto")
     trust_remote_code: bool = Field(False, description="let model repositories run their own code")
     allow_pickle: bool = Field(False, description="read adapter_model.bin, a pickle file, with weights_only")
+    architectures: str | None = Field(None, description="directory of architecture files of your own")
     pair: PairSettings = PairSettings()
     finetune: FinetuneSettings = FinetuneSettings()
     teacher: TeacherSettings = TeacherSettings()

@@ -15,7 +15,7 @@ from lorasuite.planning._config import MigrationConfig, Strict, build, read_conf
 #: Settings that name a model or adapter: a directory beside the fleet file, or a Hub id.
 MODELS = ("adapter", "old_base", "new_base")
 #: Settings that name data: always files, relative to the fleet file.
-DATA = ("calibration", "train_data", "prompts", "eval_data", "eval_dir", "include_path")
+DATA = ("calibration", "train_data", "prompts", "eval_data", "eval_dir", "include_path", "architectures")
 
 
 class FleetPair(Strict):

@@ -9,8 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from lorasuite import bases
 from lorasuite.adapters import Adapter, OutputType, not_in_adalora, open_adapters, weight_shape
-from lorasuite.bases import ROLES, Checkpoint, Role, Weights, architectures, common_tokens, load_tokenizer, propose
+from lorasuite.bases import ROLES, Checkpoint, Role, Weights, add_architectures, common_tokens, load_tokenizer, propose
 from lorasuite.errors import LoRASuiteError, PreflightError, Problem
 from lorasuite.planning._config import AUTO
 from lorasuite.planning._estimate import estimate, measure
@@ -62,13 +63,18 @@ def inspect(
     allow_pickle: bool = False,
     output_type: OutputType = "lora",
     timed: bool = False,
+    architectures: str | None = None,
 ) -> Inspection:
     """Compare two bases, and say what of an adapter would move. Headers and configs only: no weight is read.
 
     Args:
         timed: also estimate the time, which takes a second to measure this machine.
+        architectures: a directory of architecture files, known from here on as by
+            :func:`lorasuite.bases.add_architectures`.
     """
     result = Inspection(old_base, new_base)
+    if architectures is not None:
+        _attempt(result, lambda: add_architectures(architectures))
     old = _attempt(result, lambda: Checkpoint(old_base))
     new = _attempt(result, lambda: Checkpoint(new_base))
     for side, source, checkpoint in (("old_base", old_base, old), ("new_base", new_base, new)):
@@ -118,7 +124,7 @@ def _propose(result: Inspection, side: str, source: str) -> None:
     """A draft of an architecture file, if what stopped the base from being read is that there is none."""
     with contextlib.suppress(LoRASuiteError):  # noted already
         weights = Weights(source)
-        if weights.config.get("model_type") not in architectures():
+        if weights.config.get("model_type") not in bases.architectures():
             draft = propose(weights.config, weights.shapes())
             result.proposal[side] = {"yaml": draft.text, "questions": draft.questions}
 

@@ -50,6 +50,7 @@ def check(config: MigrationConfig) -> Plan:
         config.trust_remote_code,
         config.allow_pickle,
         config.output_type,
+        architectures=config.architectures,
     )
     _attempt(result, lambda: torch_device(config.device))
     texts = _calibration(result, config)

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorasuite.bases import Checkpoint, Dimensions, Module, architecture_for, architectures, load
-from lorasuite.bases._architecture import HERE
+from lorasuite.bases._architecture_files import BUILT_IN
 from lorasuite.errors import ArchitectureError, LoRASuiteError
 from tests import models
 
@@ -171,7 +171,7 @@ def test_heads_that_do_not_divide_are_refused() -> None:
         architecture_for(config).dimensions(config)
 
 
-VALID = yaml.safe_load((HERE / "llama.yaml").read_text())
+VALID = yaml.safe_load((BUILT_IN / "llama.yaml").read_text())
 VALID["modules"] = [
     {"name": "qkv", "roles": ["q", "k", "v"], "layout": "stacked"},
     {"name": "o", "roles": ["o"]},

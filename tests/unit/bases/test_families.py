@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lorasuite.adapters import Adapter, check_loads, fresh_config, fresh_lora, write_adapter
 from lorasuite.bases import ATTENTION, Architecture, Checkpoint, Module, Role, architectures, load, load_model
-from lorasuite.bases._architecture import HERE
+from lorasuite.bases._architecture_files import BUILT_IN
 from lorasuite.errors import AdapterError, CheckpointError
 from lorasuite.evaluation import _serving as serving
 from lorasuite.planning import inspect
@@ -416,7 +416,7 @@ def test_the_page_on_architectures_is_in_step() -> None:
         for name in schema.model_fields:
             assert f"\n| `{name}` |" in page, name
     rows = {line.split("|")[1].strip(" `"): line.split("|")[2] for line in page.splitlines() if line.startswith("| `")}
-    for file in HERE.glob("*.yaml"):
+    for file in BUILT_IN.glob("*.yaml"):
         listed = {name.strip(" `") for name in rows[file.stem].split(",")}
         assert listed == set(load(file).model_types), file.stem
-    assert {family.family for family in architectures().values()} == {file.stem for file in HERE.glob("*.yaml")}
+    assert {family.family for family in architectures().values()} == {file.stem for file in BUILT_IN.glob("*.yaml")}

@@ -13,7 +13,15 @@ import yaml
 from typer.testing import CliRunner
 
 from flows.command_line import app
-from lorasuite.bases import Architecture, Checkpoint, Weights, architectures, load, propose
+from lorasuite.bases import (
+    Architecture,
+    Checkpoint,
+    Weights,
+    _architecture_files,
+    architectures,
+    load,
+    propose,
+)
 from lorasuite.planning import inspect
 from tests import models
 
@@ -73,7 +81,9 @@ def unknown(base: Callable[..., Path], tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def fresh() -> Iterator[None]:
+def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Directories of architecture files that the test adds are forgotten afterwards."""
+    monkeypatch.setattr(_architecture_files, "_added", [])
     architectures.cache_clear()
     yield
     architectures.cache_clear()
