@@ -1,5 +1,5 @@
 from ._drawing import HELD_OUT, MIN_OWN_HOLDOUT_ROWS, RowSplit, draw, split_rows
-from ._encoding import IGNORED, encode, encode_pair, encode_rows, prompt_ids
+from ._encoding import IGNORED, encode, encode_pair, encode_rows, end_tokens, prompt_ids
 from ._reading import calibration_texts, read_prompts, read_rows, rows_to_jsonl
 from ._rows import (
     CONTEXT_TEMPLATE,
@@ -29,6 +29,7 @@ __all__ = [
     "encode",
     "encode_pair",
     "encode_rows",
+    "end_tokens",
     "fingerprint_rows",
     "prompt_ids",
     "read_prompts",

@@ -11,7 +11,8 @@ from lorasuite.data._rows import UNFINISHED, Row
 from lorasuite.errors import DataError, Problem
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -144,6 +145,30 @@ def encode(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, cutoff: int 
         DataError: as :func:`encode_rows`.
     """
     return encode_rows(rows, tokenizer, cutoff).examples
+
+
+def end_tokens(
+    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, suffixes: Sequence[str] = ()
+) -> list[int]:
+    """Ids that end an answer, the tokenizer's EOS first.
+
+    They are that, the EOS of the model's generation settings, and the special token that a chat template ends turns
+    with.
+
+    Args:
+        model: one that generates.
+        tokenizer: the model's, with an EOS token.
+        suffixes: what follows the answers in conversations (:meth:`Row.target`).
+    """
+    ends = [int(tokenizer.eos_token_id)]
+    configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    if configured is not None:
+        ends += [int(token) for token in (configured if isinstance(configured, list) else [configured])]
+    for text in suffixes:
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"] if text.strip() else []
+        if ids and ids[0] in tokenizer.all_special_ids:
+            ends.append(int(ids[0]))
+    return list(dict.fromkeys(ends))
 
 
 def _starts_with_bos(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:

@@ -11,7 +11,7 @@ import contextlib
 import copy
 import logging
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,21 +50,6 @@ def context_length(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
     probe = HFLM.__new__(HFLM)  # its rule is a property of model and tokenizer only
     probe._model, probe.tokenizer, probe._max_length = model, tokenizer, None
     return int(probe.max_length)
-
-
-def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, suffixes: Sequence[str] = ()) -> list[int]:
-    """Ids that end an answer: the tokenizer's EOS, the model's, and a special token the chat template ends turns
-    with, ``suffixes`` being what follows the answers in it.
-    """
-    ends = {int(tokenizer.eos_token_id)}
-    configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    if configured is not None:
-        ends.update(int(token) for token in (configured if isinstance(configured, list) else [configured]))
-    for text in suffixes:
-        suffix = tokenizer(text, add_special_tokens=False)["input_ids"] if text.strip() else []
-        if suffix and suffix[0] in tokenizer.all_special_ids:
-            ends.add(int(suffix[0]))
-    return sorted(ends)
 
 
 @contextlib.contextmanager

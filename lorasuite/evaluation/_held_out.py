@@ -21,14 +21,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from lorasuite.data import CONTEXT_TEMPLATE, INSTRUCTION_TEMPLATE, Row, encode_pair, fingerprint_rows, prompt_ids
+from lorasuite.data import (
+    CONTEXT_TEMPLATE,
+    INSTRUCTION_TEMPLATE,
+    Row,
+    encode_pair,
+    end_tokens,
+    fingerprint_rows,
+    prompt_ids,
+)
 from lorasuite.errors import DataError, NumericalError, Problem
 from lorasuite.evaluation._harness import (
     RequestCounter,
     adapted,
     base_model,
     context_length,
-    end_tokens,
     evaluation_tokenizer,
     lm_class,
     quiet,
@@ -220,7 +227,7 @@ def _generation_plan(
             "do_sample": False,
             "temperature": 0.0,
             # Given explicitly: lm-eval's own EOS check reads text from which special tokens have been removed.
-            "eos_token_id": end_tokens(model, tokenizer, [document.suffix for document in members]),
+            "eos_token_id": sorted(end_tokens(model, tokenizer, [document.suffix for document in members])),
         }
     return plan
 

@@ -19,14 +19,13 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from lorasuite.data import prompt_ids
+from lorasuite.data import end_tokens, prompt_ids
 from lorasuite.errors import ConfigError, DataError, LoRASuiteError, NumericalError, Problem, did_you_mean
 from lorasuite.evaluation._harness import (
     RequestCounter,
     adapted,
     base_model,
     context_length,
-    end_tokens,
     evaluation_tokenizer,
     lm_class,
     quiet,
@@ -266,7 +265,7 @@ def _fit(task: Any, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     settings = copy.deepcopy(dict(task.get_config("generation_kwargs") or {}))
     length = settings.get("max_gen_toks", 256)
     settings["max_gen_toks"] = min(length, max(1, context // 2))
-    settings.setdefault("eos_token_id", end_tokens(model, tokenizer))
+    settings.setdefault("eos_token_id", sorted(end_tokens(model, tokenizer)))
     task.set_config(key="generation_kwargs", value=settings)
     return copy.deepcopy(settings)
 

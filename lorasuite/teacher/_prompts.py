@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING
 
 from lorasuite.data import Row, unanswered
 from lorasuite.errors import DataError, Problem
-from lorasuite.teacher._generation import _Writer
-from lorasuite.teacher._settings import ATTEMPTS, IMITATED, TeacherSettings
+from lorasuite.teacher._generation import AnswerGenerator
+from lorasuite.teacher._settings import ATTEMPTS_PER_ROW, TeacherSettings
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+#: Sampling temperature of prompts that the old base writes.
+PROMPT_TEMPERATURE = 1.0
 
 
 def frame(prompts: Sequence[str]) -> tuple[str, str]:
@@ -34,7 +37,7 @@ def frame(prompts: Sequence[str]) -> tuple[str, str]:
 
 
 def prompt_frame(prompts: Iterable[Row]) -> tuple[str, str]:
-    """The :func:`frame` of prompts that can be imitated.
+    """The :func:`frame` of prompts that can be imitated: completion and instruction rows.
 
     Raises:
         DataError: if they have none.
@@ -46,19 +49,17 @@ def prompt_frame(prompts: Iterable[Row]) -> tuple[str, str]:
     return begin, end
 
 
-def _texts(prompts: Iterable[Row]) -> list[str]:
-    return [row.prompt_and_completion()[0] for row in prompts if row.kind in ("completion", "instruction")]
+def distinct_prompts(rows: Sequence[Row], words: int) -> list[Row]:
+    """The prompts of rows without their answers, each once.
+
+    Args:
+        rows: of any kind.
+        words: how many of a text row's words are its prompt.
+    """
+    return list(dict.fromkeys(unanswered(row, words) for row in rows))
 
 
-def _alike(lists: Sequence[Sequence[str]], longest: int) -> int:
-    """How many first elements all lists share, at most ``longest``."""
-    count = 0
-    while count < longest and len({words[count] for words in lists}) == 1:
-        count += 1
-    return count
-
-
-def imitated(
+def imitate(
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     given: Sequence[Row],
@@ -72,6 +73,14 @@ def imitated(
     In the way of Magpie (arXiv 2406.08464), which lets a chat model go on from its template. The adapter is off: it was
     trained to answer prompts, not to write them. Conversations and running text are not imitated.
 
+    Args:
+        model: the old base, with or without an adapter.
+        tokenizer: the old base's.
+        given: prompts, for their frame where the settings name none.
+        count: how many new ones.
+        settings: of the teacher.
+        seed: of the sampling.
+
     Returns:
         at most ``count`` completion rows, each prompt once, none of the given ones among them; fewer where the base
         does not reach the end, or repeats itself.
@@ -82,28 +91,37 @@ def imitated(
     if count <= 0:
         return []
     begin, end = (settings.prefix, settings.suffix) if settings.suffix else prompt_frame(given)
-    writer = _Writer(model, tokenizer, settings, IMITATED, f"{seed} prompts")
+    generator = AnswerGenerator(model, tokenizer, settings, PROMPT_TEMPERATURE, f"{seed} prompts")
     known, found = set(_texts(given)), list[Row]()
+    limit, at_once = ATTEMPTS_PER_ROW * count, max(count, settings.batch_size)
     off = model.disable_adapter() if hasattr(model, "disable_adapter") else contextlib.nullcontext()
     with off:
-        for start in range(0, ATTEMPTS * count, max(count, settings.batch_size)):
+        for start in range(0, limit, at_once):
             if len(found) >= count:
                 break
-            numbers = range(start, start + max(count, settings.batch_size))
-            attempts = [writer.attempt(n, Row(kind="text", text=begin)) for n in numbers]
-            written = {w.attempt.number: w.answer for batch in writer.write(attempts) for w in batch}
-            for number in sorted(written):
-                middle, stop, _ = written[number].partition(end)
+            beginnings = [generator.prompt(n, Row(kind="text", text=begin)) for n in range(start, start + at_once)]
+            answers = {
+                answer.prompt.number: answer.text for batch in generator.generate(beginnings) for answer in batch
+            }
+            for number in sorted(answers):
+                middle, stop, _ = answers[number].partition(end)
                 text = begin + middle + end
                 if stop and middle.strip() and text not in known:
                     known.add(text)
                     found.append(Row(kind="completion", prompt=text))
     if not found:
-        what = f"of {ATTEMPTS * count} prompts the old base began, none came to {end.strip()!r}"
+        what = f"of {limit} prompts the old base began, none came to {end.strip()!r}"
         raise DataError([Problem("teacher.imitate", what, "Give more prompts (--prompts) instead")])
     return found[:count]
 
 
-def _distinct(prompts: Sequence[Row], words: int) -> list[Row]:
-    """The prompts without their answers, each once."""
-    return list(dict.fromkeys(unanswered(row, words) for row in prompts))
+def _texts(prompts: Iterable[Row]) -> list[str]:
+    return [row.prompt_and_completion()[0] for row in prompts if row.kind in ("completion", "instruction")]
+
+
+def _alike(lists: Sequence[Sequence[str]], longest: int) -> int:
+    """How many first elements all lists share, at most ``longest``."""
+    count = 0
+    while count < longest and len({words[count] for words in lists}) == 1:
+        count += 1
+    return count

@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-if TYPE_CHECKING:
-    pass
-
-#: Why a written row is left out, in the order the reasons are looked for.
-Reason = Literal["empty", "truncated", "repetition", "duplicate", "near_duplicate", "unsure"]
-
 #: Words an n-gram has, where near-duplicates and repetition are looked for.
 NGRAM = 4
-#: An answer of fewer words is never called repetitive or a near-duplicate: short answers are alike by nature.
-SHORTEST = 12
 #: Sampling temperature where one answer a prompt is not enough, or the teacher writes running text.
-SAMPLED = 0.9
-#: Sampling temperature of prompts that the old base writes.
-IMITATED = 1.0
+SAMPLING_TEMPERATURE = 0.9
 #: Attempts for each row asked for, at most.
-ATTEMPTS = 3
+ATTEMPTS_PER_ROW = 3
 
 
 class TeacherSettings(BaseModel):
@@ -33,7 +23,7 @@ class TeacherSettings(BaseModel):
         None,
         ge=0,
         description=f"of the teacher's tokens; 0 is greedy; unset: greedy where there is a prompt for each row, else "
-        f"{SAMPLED}",
+        f"{SAMPLING_TEMPERATURE}",
     )
     top_p: float = Field(1.0, gt=0, le=1, description="sample from the likeliest tokens of this total probability")
     max_new_tokens: int = Field(256, ge=1, description="tokens of an answer at most")

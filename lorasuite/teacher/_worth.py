@@ -6,29 +6,36 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from lorasuite.data import IGNORED, UNFINISHED, Row, encode_pair, prompt_ids
 from lorasuite.errors import DataError, Problem
 from lorasuite.teacher._generation import context_length
+from lorasuite.training import read_batches
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+#: Least share of the old base's loss on the teacher's text that an adapter must take away to count as changing it; at
+#: least so many bits per byte (a greedy text's loss is near zero with and without it).
+MIN_CHANGE = 0.01
+
+
 class TextLoss(BaseModel):
-    """What a model makes of rows: summed loss of their answers in nats, over their UTF-8 bytes."""
+    """The loss of a model on the answers of some rows."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    nats: float
-    bytes: int
+    nats: float = Field(description="summed over the answers' tokens")
+    bytes: int = Field(description="UTF-8 bytes of the answers")
     rows: int
 
     @property
     def bits_per_byte(self) -> float:
-        """Comparable between tokenizers."""
+        """The loss over the answers' bytes, in bits; comparable between tokenizers, as a loss per token is not."""
         return self.nats / math.log(2) / self.bytes
 
 
@@ -39,14 +46,22 @@ def text_losses(
     *,
     batch_size: int = 16,
 ) -> list[TextLoss | None]:
-    """The loss of each row's answer (of a text row, all of it), its end included; None where it is too long to read.
+    """The loss of each row's answer (of a text row, all of it), its end token included.
 
     Answers are scored given their prompts, so that models with different tokenizers are asked the same.
+
+    Args:
+        model: on its device.
+        tokenizer: the model's.
+        rows: with their answers.
+        batch_size: rows read at once.
+
+    Returns:
+        one a row; None where the row is longer than the model's context.
+
+    Raises:
+        DataError: a conversation, and the tokenizer has no chat template.
     """
-    import torch
-
-    from lorasuite.training import read_batches
-
     context = context_length(model)
     found: list[TextLoss | None] = [None] * len(rows)
     examples: list[tuple[int, dict[str, list[int]], int]] = []
@@ -95,24 +110,21 @@ class Worth(BaseModel):
     )
 
 
-#: What an adapter must take away of the old base's loss on the teacher's own text to count as one: this share, and
-#: so many bits per byte (a greedy text's loss is near zero with and without it).
-LEAST_CHANGE = 0.01
-
-
 def judge_teacher(
     old: Sequence[TextLoss | None], teacher: Sequence[TextLoss | None], new: Sequence[TextLoss | None], labelled: bool
 ) -> Worth:
-    """Whether the teacher beats the bare new base.
+    """Whether the teacher is worth copying.
 
-    On the user's rows (``labelled``) that is asked directly. On rows the teacher wrote it cannot lose, as nothing
-    predicts a model's text better than the model, so there the question is whether there is anything to copy: the
-    adapter must change what the old base says, and the new base must not be saying it already. Whether it is *right*
-    nobody knows without labels.
+    On the user's rows it is where its loss is less than the bare new base's. On rows the teacher wrote that comparison
+    says nothing, as no model predicts a text better than the one that wrote it; there the adapter must change the old
+    base's loss, and the new base must not predict the text as well already. Whether the teacher's answers are right is
+    not known without labels.
 
     Args:
-        old, teacher, new: losses of the bare old base, of it with its adapter, and of the bare new base, on the same
-            rows.
+        old: losses of the bare old base.
+        teacher: of the old base with its adapter, on the same rows.
+        new: of the bare new base.
+        labelled: whether the rows are the user's.
 
     Raises:
         DataError: if no row can be read whole by every model.
@@ -129,7 +141,7 @@ def judge_teacher(
     if labelled:
         worth = bits["teacher"] < bits["new"]
         reason = f"the teacher {'beats' if worth else 'does not beat'} the bare new base: {shown}"
-    elif bits["old"] - bits["teacher"] < LEAST_CHANGE * max(bits["old"], 1.0):
+    elif bits["old"] - bits["teacher"] < MIN_CHANGE * max(bits["old"], 1.0):
         worth = False
         reason = f"the adapter hardly changes the old base: {bits['old']:.3f} bits per byte without it, {shown}"
     else:

@@ -1,6 +1,6 @@
 """Label-free refresh: the old base with its adapter writes the rows that the new base is fine-tuned on.
 
-In the spirit of Trans-LoRA (arXiv 2405.17258) and TiTok (arXiv 2510.04682): prompts are given or sampled by the teacher
+After Trans-LoRA (arXiv 2405.17258) and TiTok (arXiv 2510.04682): prompts are given or sampled by the teacher
 itself, answers are the teacher's, and what is empty, cut off, repeated or degenerate is left out and counted. Of rows
 given as prompts the answer is removed before anything else looks at them (:func:`lorasuite.data.unanswered`), so no
 label can reach the result.
@@ -9,7 +9,7 @@ Every attempt draws its random numbers from its own seed, one number a token (in
 does not depend on the batch it is written in beyond the rounding of its logits, and on a CPU the same call gives the
 same rows.
 
-Importing this module loads neither torch nor transformers.
+Importing this module does not load transformers.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from typing import TYPE_CHECKING, Any
 from lorasuite.data import Row
 from lorasuite.errors import DataError, Problem
 from lorasuite.progress import Progress
-from lorasuite.teacher._filters import _Sieve
-from lorasuite.teacher._generation import _answered, _Writer, _Written
-from lorasuite.teacher._prompts import _distinct, imitated
-from lorasuite.teacher._settings import ATTEMPTS, SAMPLED, TeacherSettings
+from lorasuite.teacher._filters import SyntheticRowFilter
+from lorasuite.teacher._generation import Answer, AnswerGenerator
+from lorasuite.teacher._prompts import distinct_prompts, imitate
+from lorasuite.teacher._settings import ATTEMPTS_PER_ROW, SAMPLING_TEMPERATURE, TeacherSettings
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -80,8 +80,8 @@ def write_rows(
 ) -> TeacherRows:
     """Let the teacher write ``samples`` rows in the shape of the prompts, or text rows where there are none.
 
-    The adapter stays unmerged: wrap a loaded base with :func:`lorasuite.finetune.attach_adapter`, call this, and
-    detach it, for one adapter after the other.
+    The adapter stays unmerged: attach it to a loaded base (:func:`lorasuite.adapters.attached`), call this, and detach
+    it, for one adapter after the other.
 
     Args:
         model: the old base with its adapter, on its device.
@@ -89,6 +89,9 @@ def write_rows(
         prompts: rows whose prompts are answered; their own answers are never looked at. Of a text row the first
             ``settings.text_prefix`` words are the prompt. With fewer prompts than rows, several answers of each are
             sampled; greedy, one answer of each is all there is. None: the teacher writes from ``settings.prefix`` on.
+        samples: rows asked for.
+        settings: of the teacher.
+        seed: of the order of prompts and of the sampling.
         progress: called after each batch.
 
     Returns:
@@ -100,58 +103,60 @@ def write_rows(
     """
     if samples < 1:
         raise DataError([Problem("teacher_samples", f"is {samples}", "Ask for at least one row")])
-    given = _distinct(prompts, settings.text_prefix) if prompts else []
+    given = distinct_prompts(prompts, settings.text_prefix) if prompts else []
     own = len(given)
     if settings.suffix or settings.imitate:
-        given += imitated(model, tokenizer, given, samples - own, settings, seed=seed)
+        given += imitate(model, tokenizer, given, samples - own, settings, seed=seed)
     temperature = settings.temperature
     if temperature is None:
         plain = len(given) >= samples and not any(row.kind == "text" for row in given)
-        temperature = 0.0 if plain else SAMPLED
+        temperature = 0.0 if plain else SAMPLING_TEMPERATURE
     order = list(given)
     random.Random(seed).shuffle(order)
     sources = order or [Row(kind="text", text=settings.prefix)]
-    writer = _Writer(model, tokenizer, settings, temperature, seed)
+    generator = AnswerGenerator(model, tokenizer, settings, temperature, seed)
     wanted = samples if not settings.filter else math.ceil(samples / (1 - settings.drop_unsure))
-    limit = ATTEMPTS * wanted if temperature else min(len(sources), ATTEMPTS * wanted)
-    sieve = _Sieve(settings)
-    kept: list[_Written] = []
+    limit = ATTEMPTS_PER_ROW * wanted
+    if not temperature:  # a prompt's second answer would be its first
+        limit = min(len(sources), limit)
+    filters = SyntheticRowFilter(settings)
+    kept: list[Answer] = []
     dropped: Counter[str] = Counter()
     tried = tokens = 0
     while tried < limit and len(kept) < wanted:
         # As many as should give what is missing, by the share kept so far.
         share = max(len(kept), 1) / tried if tried else 1.0
         count = min(limit - tried, math.ceil((wanted - len(kept)) / share))
-        attempts = [writer.attempt(n, sources[n % len(sources)]) for n in range(tried, tried + count)]
-        found: dict[int, _Written] = {}
-        for batch in writer.write(attempts):
-            found |= {written.attempt.number: written for written in batch}
+        asked = [generator.prompt(n, sources[n % len(sources)]) for n in range(tried, tried + count)]
+        answers: dict[int, Answer] = {}
+        for batch in generator.generate(asked):
+            answers |= {answer.prompt.number: answer for answer in batch}
             if progress is not None:
-                progress(min(len(kept) + len(found), samples), samples)
-        for number in sorted(found):
-            written = found[number]
-            tokens += written.tokens
-            reason = sieve.reason(written) if len(kept) < wanted else None
-            if reason is not None:
+                progress(min(len(kept) + len(answers), samples), samples)
+        for number in sorted(answers):
+            answer = answers[number]
+            tokens += answer.tokens
+            if len(kept) >= wanted:
+                continue
+            reason = filters.reason(answer)
+            if reason is None:
+                kept.append(answer)
+            else:
                 dropped[reason] += 1
-            elif len(kept) < wanted:
-                kept.append(written)
         tried += count
     if settings.filter and settings.drop_unsure and kept:
-        surplus = min(len(kept) - 1, round(settings.drop_unsure * len(kept)))
-        unsure = {w.attempt.number for w in sorted(kept, key=lambda w: w.log_prob)[:surplus]}
-        dropped["unsure"] = len(unsure)
-        kept = [w for w in kept if w.attempt.number not in unsure]
+        sure = _without_unsure(kept, settings.drop_unsure)
+        dropped["unsure"] = len(kept) - len(sure)
+        kept = sure
     if len(kept) < max(1, math.ceil(settings.min_kept * min(tried, samples))):
         counts = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in dropped.most_common())
+        what = f"of {tried} rows it wrote only {len(kept)} can be used ({counts})"
         remedy = "Give other prompts or more of them, raise the temperature or max_new_tokens, or loosen the filters"
-        raise DataError(
-            [Problem("teacher", f"of {tried} rows it wrote only {len(kept)} can be used ({counts})", remedy)]
-        )
+        raise DataError([Problem("teacher", what, remedy)])
     kept = kept[:samples]
     return TeacherRows(
-        rows=[_answered(w.attempt, w.answer, w.ended) for w in kept],
-        log_probs=[w.log_prob for w in kept],
+        rows=[answer.row() for answer in kept],
+        log_probs=[answer.log_prob for answer in kept],
         written=tried,
         dropped=dict(dropped),
         tokens=tokens,
@@ -159,3 +164,10 @@ def write_rows(
         prompts=own,
         imitated=len(given) - own,
     )
+
+
+def _without_unsure(answers: Sequence[Answer], share: float) -> list[Answer]:
+    """The answers but for this share with the least mean log-probability; at least one."""
+    surplus = min(len(answers) - 1, round(share * len(answers)))
+    unsure = {answer.prompt.number for answer in sorted(answers, key=lambda answer: answer.log_prob)[:surplus]}
+    return [answer for answer in answers if answer.prompt.number not in unsure]

@@ -141,10 +141,10 @@ class Script:
     def __init__(self, *answers: tuple[str, float, bool]) -> None:
         self.answers = answers
 
-    def __call__(self, writer: Any, attempts: Any) -> Any:
+    def __call__(self, prompts: Any) -> Any:
         yield [
-            module._Written(a, *self.answers[a.number % len(self.answers)][:2], 5, self.answers[a.number][2])
-            for a in attempts
+            module.Answer(p, *self.answers[p.number % len(self.answers)][:2], 5, self.answers[p.number][2])
+            for p in prompts
         ]
 
 
@@ -168,9 +168,9 @@ LOOP = " ".join(["a b c d"] * 6)
 def test_filters(
     monkeypatch: pytest.MonkeyPatch, answers: list[tuple[str, float, bool]], kind: str, reasons: dict[str, int]
 ) -> None:
-    monkeypatch.setattr(module._Writer, "write", lambda writer, attempts: Script(*answers)(writer, attempts))
-    monkeypatch.setattr(_writing, "ATTEMPTS", 1)
-    monkeypatch.setattr(_prompts, "ATTEMPTS", 1)
+    monkeypatch.setattr(module.AnswerGenerator, "generate", lambda _, prompts: Script(*answers)(prompts))
+    monkeypatch.setattr(_writing, "ATTEMPTS_PER_ROW", 1)
+    monkeypatch.setattr(_prompts, "ATTEMPTS_PER_ROW", 1)
     prompts = {
         "completion": [Row(kind="completion", prompt="say")],
         "text": [Row(kind="text", text="say")],
@@ -185,7 +185,7 @@ def test_filters(
 
 def test_the_least_sure_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     answers = [(f"answer {n}", -float(n % 4), True) for n in range(8)]
-    monkeypatch.setattr(module._Writer, "write", lambda writer, attempts: Script(*answers)(writer, attempts))
+    monkeypatch.setattr(module.AnswerGenerator, "generate", lambda _, prompts: Script(*answers)(prompts))
     prompts = [Row(kind="completion", prompt=f"say {n}") for n in range(8)]
     found = write_rows(tiny_model(), tiny_tokenizer(), prompts, 6, TeacherSettings(drop_unsure=0.25))
     assert found.dropped == {"unsure": 2} and min(found.log_probs) == -2 and len(found.rows) == 6
@@ -259,20 +259,20 @@ def test_the_frame_of_prompts(prompts: list[str], found: tuple[str, str]) -> Non
 def test_the_base_writes_prompts_between_beginning_and_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """New prompts have the given ones' frame, are new, and are the base's own: its adapter is off, then on again."""
     states = []
-    generate = module._Writer._batch
+    generate = module.AnswerGenerator._batch
 
-    def watched(self: Any, attempts: Any, chat: bool) -> Any:
+    def watched(self: Any, prompts: Any, chat: bool) -> Any:
         layers = [m for m in self.model.modules() if hasattr(m, "disable_adapters")]
-        states.append((attempts[0].row.kind, all(m.disable_adapters for m in layers)))
-        written = generate(self, attempts, chat)
-        if attempts[0].row.kind != "text":
+        states.append((prompts[0].row.kind, all(m.disable_adapters for m in layers)))
+        written = generate(self, prompts, chat)
+        if prompts[0].row.kind != "text":
             return written
         # the tiny model knows no words: every third prompt comes to its end, every sixth is one that was given
-        middle = [" two" if n % 6 == 0 else f" w{n}" for n in (w.attempt.number for w in written)]
-        ends = [" now : rest" if w.attempt.number % 3 == 0 else "" for w in written]
-        return [replace(w, answer=m + e) for w, m, e in zip(written, middle, ends, strict=True)]
+        middle = [" two" if n % 6 == 0 else f" w{n}" for n in (w.prompt.number for w in written)]
+        ends = [" now : rest" if w.prompt.number % 3 == 0 else "" for w in written]
+        return [replace(w, text=m + e) for w, m, e in zip(written, middle, ends, strict=True)]
 
-    monkeypatch.setattr(module._Writer, "_batch", watched)
+    monkeypatch.setattr(module.AnswerGenerator, "_batch", watched)
     with attached(tiny_model(), adapter_of(tmp_path / "adapter")) as wrapped:
         found = write_rows(wrapped, tiny_tokenizer(), FRAMED, 8, settings(imitate=True, temperature=0.0))
     assert found.prompts == 3 and found.imitated == 5 and len(found.rows) == 8
