@@ -7,26 +7,22 @@ to standard error.
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
-from artifacts import ArtifactError, Store
+from flows.cli_output import Json, errors, print_json
 from flows.options import with_settings
-from lorasuite.errors import LoRASuiteError, NumericalError
+from flows.store_commands import store_app
+from lorasuite import reporting
 from lorasuite.evaluation import EvaluationSettings
 from lorasuite.planning import MigrationConfig, build, read_config
-from lorasuite.reporting import PushError
 
 app = typer.Typer(
     name="lorasuite",
@@ -34,7 +30,6 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-store_app = typer.Typer(help="List, check and clean up the artifact store.", no_args_is_help=True)
 app.add_typer(store_app, name="artifacts")
 
 
@@ -45,7 +40,6 @@ class Limit(StrEnum):
     RETRAIN = "retrain"
 
 
-Json = Annotated[bool, typer.Option("--json", help="print one JSON object and nothing else")]
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML file of settings; flags override it")]
 FailOn = Annotated[
     Limit | None,
@@ -60,30 +54,11 @@ PushTo = Annotated[
 Private = Annotated[bool, typer.Option("--private/--public", help="of a Hub repository that is created")]
 Refresh = Annotated[list[str] | None, typer.Option("--refresh", help="stage to compute again (repeatable)")]
 
-err = Console(stderr=True)
 PAIR_FLAGS = (
     "old_base", "new_base", "calibration", "method", "device", "trust_remote_code", "architectures",
     "calibration_samples", "calibration_cutoff", "pooling", "similarity", "cka_batch", "layer_strategy", "max_offset",
     "head_matching", "transfer_matrix",
 )  # fmt: skip
-
-
-@contextlib.contextmanager
-def _errors(as_json: bool) -> Iterator[None]:
-    """Turn errors raised on purpose into a message and an exit code; others keep their traceback."""
-    try:
-        yield
-    except (LoRASuiteError, ArtifactError) as error:
-        problems = [problem.to_dict() for problem in getattr(error, "problems", [])]
-        if as_json:
-            _print_json({"error": type(error).__name__, "message": str(error), "problems": problems})
-        err.print(f"[bold red]{type(error).__name__}[/]", highlight=False)
-        err.print(str(error), style="red", markup=False, highlight=False)
-        raise typer.Exit(1 if isinstance(error, (NumericalError, PushError)) else 2) from None
-
-
-def _print_json(value: Any) -> None:
-    sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
 
 
 def _merge(config: Path | None, values: dict[str, Any]) -> dict[str, Any]:
@@ -120,7 +95,7 @@ def inspect(
     """Compare two bases and say what of an adapter would move, with every problem at once."""
     from lorasuite import planning
 
-    with _errors(as_json):
+    with errors(as_json):
         found = planning.inspect(
             old_base,
             new_base,
@@ -132,9 +107,9 @@ def inspect(
             architectures=architectures,
         )
         if as_json:
-            _print_json(found.to_dict())
+            print_json(found.to_dict())
         else:
-            _show_inspection(found.to_dict())
+            reporting.show_inspection(found.to_dict())
     if found.problems:
         raise typer.Exit(2)
 
@@ -143,7 +118,7 @@ def inspect(
 @with_settings(MigrationConfig, PAIR_FLAGS)
 def prepare(values: dict[str, Any], config: ConfigFile = None, refresh: Refresh = None, as_json: Json = False) -> None:
     """Compute, or find, everything about a pair of bases that every adapter shares."""
-    with _errors(as_json):
+    with errors(as_json):
         merged = _merge(config, values)
         # Validated as a migration's settings, which name the two bases in the same way.
         settings = build(MigrationConfig, {"adapter": "none", "output": "none", **merged})
@@ -161,10 +136,11 @@ def prepare(values: dict[str, Any], config: ConfigFile = None, refresh: Refresh 
             architectures=settings.architectures,
         )
         if as_json:
-            _print_json(result)
+            print_json(result)
         else:
-            _show_pair(result)
-            _show_timings(result["timings"])
+            pair = {name: result[name] for name in reporting.PairRecord.model_fields}
+            reporting.show_pair(reporting.PairRecord.model_validate(pair))
+            reporting.show_timings([reporting.StageRun.model_validate(run) for run in result["timings"]])
 
 
 @app.command()
@@ -179,22 +155,20 @@ def migrate(
     as_json: Json = False,
 ) -> None:
     """Move one adapter to a new base, and measure it."""
-    with _errors(as_json):
+    with errors(as_json):
         settings = build(MigrationConfig, _merge(config, values))
         from flows.migrate_adapter import migrate_adapter
         from lorasuite.planning import check
 
         check(settings)  # before a flow run exists: bad input should cost nothing
         if push_to_hub is not None:
-            from lorasuite.reporting import check_target, push
-
-            check_target(push_to_hub, settings.new_base)
+            reporting.check_target(push_to_hub, settings.new_base)
         result = migrate_adapter(settings.model_dump(mode="json"), refresh=tuple(refresh or ()))
         refused = _refused([result["verdict"]["verdict"]], fail_on)
         if push_to_hub is not None and not refused:
-            result["pushed"] = push(Path(result["output"]), push_to_hub, private=private)
+            result["pushed"] = reporting.push(Path(result["output"]), push_to_hub, private=private)
         if as_json:
-            _print_json(result)
+            print_json(result)
         else:
             _show_migration(result)
     if refused:
@@ -215,14 +189,10 @@ def push(
     as_json: Json = False,
 ) -> None:
     """Upload the adapter and the card of a finished migration to the Hub, as one commit."""
-    from lorasuite.bases import read_json
-    from lorasuite.reporting import RECORD, check_target
-    from lorasuite.reporting import push as upload
-
-    with _errors(as_json):
-        check_target(repo, read_json(folder / RECORD)["new_base"]["id"])
-        url = upload(folder, repo, private=private)
-        _print_json({"pushed": url}) if as_json else Console().print(url)
+    with errors(as_json):
+        reporting.check_target(repo, reporting.MigrationRecord.read(folder / reporting.RECORD).new_base.id)
+        url = reporting.push(folder, repo, private=private)
+        print_json({"pushed": url}) if as_json else Console().print(url)
 
 
 @app.command()
@@ -237,7 +207,7 @@ def fleet(
     as_json: Json = False,
 ) -> None:
     """Migrate what is missing of a fleet of adapters, and print a verdict on each."""
-    with _errors(as_json):
+    with errors(as_json):
         from lorasuite.planning import chosen, read_fleet
 
         # before a flow run exists: a mistake in the file should cost nothing
@@ -250,7 +220,7 @@ def fleet(
             )
         except FleetIncomplete as error:
             result = error.result
-        _print_json(result) if as_json else _show_fleet(result)
+        print_json(result) if as_json else reporting.show_fleet(result)
     if result["verdicts"].get("failed") or _refused(list(result["verdicts"]), fail_on):
         raise typer.Exit(1)
 
@@ -265,7 +235,7 @@ def experiment(
     as_json: Json = False,
 ) -> None:
     """Run what is missing of an experiment's tables, and write them beside the paper's numbers, with figures."""
-    with _errors(as_json):
+    with errors(as_json):
         from flows.run_experiment import plan, run_experiment
         from lorasuite.planning import read_experiment
 
@@ -277,12 +247,12 @@ def experiment(
             rows = [{**cell.identity(), "state": cell.state()} for cell in cells]
             counts = Counter(cell.state() for cell in cells)
             if as_json:
-                _print_json({"experiment": checked.config.name, "pair": checked.pair_name, "cells": rows, **counts})
+                print_json({"experiment": checked.config.name, "pair": checked.pair_name, "cells": rows, **counts})
             else:
-                _show_cells(rows, counts)
+                reporting.show_cells(rows, counts)
             return
         result = run_experiment(str(file.absolute()), str(output), names, stages)
-        _print_json(result) if as_json else _show_experiment(result)
+        print_json(result) if as_json else reporting.show_experiment(result)
     if result["failed"]:
         raise typer.Exit(1)
 
@@ -294,13 +264,13 @@ def up(
     as_json: Json = False,
 ) -> None:
     """Start server, work pool, a worker for each GPU (or one for the CPU) and all deployments; Ctrl-C stops them."""
-    with _errors(as_json):
+    with errors(as_json):
         from flows.host import running, stay
 
         with running(host, port) as started:
             workers = [name for name in started.processes if name != "server"]
             if as_json:
-                _print_json({"dashboard": started.dashboard, "api": started.api, "workers": workers})
+                print_json({"dashboard": started.dashboard, "api": started.api, "workers": workers})
             else:
                 Console().print(f"dashboard  {started.dashboard}\napi        {started.api}", highlight=False)
                 Console().print(f"in other terminals: export PREFECT_API_URL={started.api}", highlight=False)
@@ -335,7 +305,7 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Evaluate a base, bare and with adapters, on held-out rows or lm-eval tasks, in one model load; compare them."""
-    with _errors(as_json):
+    with errors(as_json):
         given = {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "limit": limit}
         options = build(EvaluationSettings, {name: value for name, value in given.items() if value is not None})
         names = tuple(t.strip() for t in (tasks or "").split(",") if t.strip())
@@ -357,13 +327,9 @@ def evaluate(
             trust_remote_code,
         )
         if as_json:
-            _print_json(results)
+            print_json(results)
         else:
-            _show_evaluation(results["results"])
-            _show_tasks(results["tasks"])
-            _show_comparisons(results["comparisons"])
-            if output is not None:
-                Console().print(f"\nwritten to {output}", highlight=False)
+            reporting.show_evaluation(results)
 
 
 @app.command()
@@ -372,11 +338,9 @@ def report(
     as_json: Json = False,
 ) -> None:
     """Build, or build again, the HTML report of a migration or of a fleet."""
-    from lorasuite.reporting import write_report
-
-    with _errors(as_json):
-        path = write_report(folder)
-        _print_json({"report": str(path)}) if as_json else Console().print(str(path))
+    with errors(as_json):
+        path = reporting.write_report(folder)
+        print_json({"report": str(path)}) if as_json else Console().print(str(path))
 
 
 @app.command()
@@ -389,276 +353,20 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """Migrate a real, tiny adapter between two real, tiny bases: no network, under three minutes."""
-    with _errors(as_json):
+    with errors(as_json):
         from flows.demo import run_demo
 
         result = run_demo(output, pair, task, samples, written)
         if as_json:
-            _print_json(result)
+            print_json(result)
         else:
             _show_migration(result)
 
 
-@store_app.command("ls")
-def artifacts_ls(as_json: Json = False) -> None:
-    """Every artifact: stage, key, size, when it was made."""
-    with _errors(as_json):
-        rows = [
-            {
-                "stage": entry.manifest.stage if entry.manifest else None,
-                "key": entry.key,
-                "size": entry.size,
-                "last_used": entry.last_used.isoformat(timespec="seconds"),
-                "problem": entry.problem,
-            }
-            for entry in Store().ls()
-        ]
-        if as_json:
-            _print_json({"artifacts": rows})
-            return
-        table = Table("stage", "key", "MiB", "last used", "state")
-        for row in rows:
-            size = f"{row['size'] / 2**20:.2f}"
-            table.add_row(row["stage"] or "?", row["key"][:16], size, row["last_used"], row["problem"] or "ok")
-        Console().print(table)
-
-
-@store_app.command("show")
-def artifacts_show(key: Annotated[str, typer.Argument(help="key, or its beginning")], as_json: Json = False) -> None:
-    """One artifact's manifest."""
-    with _errors(as_json):
-        manifest = json.loads(Store().manifest(_full_key(key)).to_json())
-        _print_json(manifest) if as_json else Console().print_json(data=manifest)
-
-
-@store_app.command("verify")
-def artifacts_verify(
-    key: Annotated[str | None, typer.Argument(help="key, or its beginning; all if left out")] = None,
-    as_json: Json = False,
-) -> None:
-    """Read every byte and compare it with the manifest."""
-    store = Store()
-    with _errors(as_json):
-        keys = [_full_key(key)] if key else [entry.key for entry in store.ls()]
-        damaged = {}
-        for found in keys:
-            try:
-                store.verify(found)
-            except ArtifactError as error:
-                damaged[found] = str(error)
-        if as_json:
-            _print_json({"checked": len(keys), "damaged": damaged})
-        else:
-            Console().print(f"{len(keys)} checked, {len(damaged)} damaged")
-            for what in damaged.values():
-                Console().print(what, style="red", markup=False)
-    if damaged:
-        raise typer.Exit(1)
-
-
-@store_app.command("gc")
-def artifacts_gc(
-    keep_days: Annotated[float, typer.Option(help="days an unused artifact is kept")] = 30,
-    delete: Annotated[bool, typer.Option("--delete", help="remove them; without it they are only listed")] = False,
-    as_json: Json = False,
-) -> None:
-    """List, and with --delete remove, artifacts not used for long and leftovers of killed runs."""
-    with _errors(as_json):
-        found = Store().gc(keep_days=keep_days, dry_run=not delete)
-        names = [str(removal.path) for removal in found.removals]
-        if as_json:
-            _print_json({"removed" if delete else "would_remove": names, "bytes": found.size})
-        else:
-            Console().print(
-                f"{'removed' if delete else 'would remove'} {len(names)} items, {found.size / 2**20:.1f} MiB"
-            )
-
-
-def _full_key(beginning: str) -> str:
-    keys = [entry.key for entry in Store().ls() if entry.key.startswith(beginning)]
-    if len(keys) != 1:
-        from lorasuite.errors import ConfigError, Problem
-
-        what = "no artifact's key begins so" if not keys else f"{len(keys)} artifacts' keys begin so"
-        raise ConfigError(Problem(beginning, what, "See `lorasuite artifacts ls`."))
-    return keys[0]
-
-
-def _show_inspection(found: dict[str, Any]) -> None:
-    console = Console()
-    table = Table("", "old", "new", "", title=f"{found['old_base']} → {found['new_base']}")
-    for row in found["factors"]:
-        table.add_row(row["name"], str(row["old"]), str(row["new"]), "changed" if row["changed"] else "")
-    if found["factors"]:
-        console.print(table)
-    words = found["vocabulary"]
-    if words:
-        text = f"{words['common']} common tokens, {words['renumbered']} under another id"
-        examples = ", ".join(f"{e['token']!r} {e['old']}→{e['new']}" for e in words["examples"])
-        console.print(text + (f" ({examples} …)" if examples else ""), highlight=False)
-    if found["modules"]:
-        table = Table("role", "modules", "old name", "new name", "moves")
-        for row in found["modules"]:
-            table.add_row(
-                row["role"], str(row["count"]), row["old"], row["new"] or "–", "yes" if row["moves"] else row["why"]
-            )
-        console.print(table)
-    if found["memory"]:
-        table = Table("stage", "weights held at once, MiB")
-        for stage, size in found["memory"].items():
-            table.add_row(stage, f"{size / 2**20:.1f}")
-        console.print(table)
-    if found["time"]:
-        table = Table("stage", "time, about")
-        for stage, seconds in [*found["time"]["seconds"].items(), ("all", found["time"]["total"])]:
-            table.add_row(stage, _duration(seconds))
-        console.print(table)
-        speed = found["time"]["measured"]
-        text = f"{speed['forward'] / 1e9:.3g} GFLOP/s on {speed['device']}, {speed['read'] / 2**20:.3g} MiB/s read"
-        console.print(f"times: an order of magnitude, from {found['time']['assumes']} ({text})", highlight=False)
-    for notice in found["notices"]:
-        console.print(f"note: {notice}", highlight=False)
-    for problem in found["problems"]:
-        console.print(f"[red]problem:[/] {problem['where']}: {problem['what']}. {problem['remedy']}", highlight=False)
-    if not found["problems"]:
-        console.print("no problems found")
-    for side, draft in found["proposal"].items():
-        console.print(f"\na first draft of an architecture file for {side.replace('_', ' ')}:", highlight=False)
-        console.print(draft["yaml"], highlight=False, markup=False)
-
-
-def _duration(seconds: float) -> str:
-    """A duration to the precision of an estimate."""
-    if seconds < 1:
-        return "under 1 s"
-    unit, size = next((u, s) for u, s in (("h", 3600), ("min", 60), ("s", 1)) if seconds >= 1.5 * s or u == "s")
-    return f"{seconds / size:.2g} {unit}" if seconds / size < 100 else f"{seconds / size:.0f} {unit}"
-
-
-def _show_pair(result: dict[str, Any]) -> None:
-    console = Console()
-    console.print("layer map  " + "  ".join(f"{o}→{n}" for o, n in result["layer_map"].items()), highlight=False)
-    fitted = result["transfer_matrix"]
-    if fitted["identity"]:
-        console.print("transfer matrix: identity")
-    else:
-        console.print(f"transfer matrix: {fitted['tokens']} common tokens, residual {fitted['residual']:.3f}")
-
-
-def _show_timings(rows: list[dict[str, Any]]) -> None:
-    table = Table("stage", "seconds", "state")
-    for row in rows:
-        name = row["stage"] + (f" ({row['label']})" if row["label"] else "")
-        table.add_row(name, f"{row['seconds']:.2f}", "Cached" if row["cached"] else "Completed")
-    Console().print(table)
-
-
-def _show_evaluation(evaluation: dict[str, Any], seconds: dict[str, float] | None = None) -> None:
-    from lorasuite.reporting import comparison
-
-    columns, rows = comparison(evaluation)
-    if not rows:
-        return
-    table = Table("arm", *columns, "n", *(["seconds"] if seconds else []))
-    for row in rows:
-        spent = None if seconds is None else seconds.get(row["arm"])
-        time = [] if seconds is None else ["–" if spent is None else f"{spent:.2f}"]
-        table.add_row(row["name"], *row["cells"], str(row["n"]), *time)
-    Console().print(table)
-
-
 def _show_migration(result: dict[str, Any]) -> None:
-    _show_pair(result)
-    if result["candidates"]:
-        table = Table("candidate", "scale", "held-out loss", title="method auto")
-        for entry in result["candidates"]:
-            loss = "diverged" if entry["loss"] is None else f"{entry['loss']:.4f}"
-            table.add_row(entry["method"], f"{entry['scale']:g}", loss)
-        Console().print(table)
-    _show_timings(result["timings"])
-    _show_evaluation(result["evaluation"], arm_seconds(result))
-    _show_tasks(result["tasks"])
-    _show_comparisons(result.get("comparisons", []))
-    judged = result["verdict"]
-    Console().print(f"\nverdict: {judged['verdict']} ({judged['reason']})", highlight=False, soft_wrap=True)
-    Console().print(f"written to {result['output']}", highlight=False)
-    if result.get("pushed"):
-        Console().print(f"pushed to {result['pushed']}", highlight=False, soft_wrap=True)
-
-
-def _show_tasks(tasks: dict[str, Any]) -> None:
-    from lorasuite.reporting import task_comparison
-
-    columns, rows = task_comparison(tasks)
-    if not rows:
-        return
-    # a row a task and metric: there may be many, and few arms
-    table = Table("task", *[row["name"] for row in rows])
-    for at, column in enumerate(columns):
-        table.add_row(column, *[row["cells"][at] for row in rows])
-    Console().print(table)
-
-
-def _show_comparisons(comparisons: list[dict[str, Any]]) -> None:
-    if not comparisons:
-        return
-    table = Table("from → to", "on", "difference, 95 % interval", "p", "lost", "gained", title="sample by sample")
-    for row in comparisons:
-        counts = ("–", "–", "–")
-        if row["mcnemar_p"] is not None:
-            flips = (str(len(row["negative_flips"])), str(len(row["positive_flips"])))
-            counts = (f"{row['mcnemar_p']:.2g}", *flips)
-        interval = "" if row["interval"] is None else " ({:+.3f} … {:+.3f})".format(*row["interval"])
-        on = f"{row['task'] or 'rows'}: {row['metric'].split(',')[0]}"
-        table.add_row(f"{row['first']} → {row['second']}", on, f"{row['difference']:+.3f}{interval}", *counts)
-    Console().print(table)
-
-
-def _show_fleet(result: dict[str, Any]) -> None:
-    console = Console()
-    table = Table("adapter", "pair", "verdict", "why", "seconds")
-    for row in result["adapters"]:
-        seconds = "done before" if row["cached"] else f"{row['seconds']:.1f}"
-        table.add_row(row["name"], row["pair"], row["verdict"], row["reason"], seconds)
-    console.print(table)
-    for row in result["adapters"]:
-        if row["retry"]:
-            console.print(f"try {row['name']} again: {row['retry']}", highlight=False, soft_wrap=True)
-    console.print(f"\nreport: {result['report']}", highlight=False, soft_wrap=True)
-
-
-def _show_cells(rows: list[dict[str, Any]], counts: Mapping[str, int]) -> None:
-    table = Table("table", "factors", "task", "arm", "seed", "state")
-    for row in rows:
-        level = ", ".join(f"{name}={value}" for name, value in row["level"].items())
-        table.add_row(row["table"], level, row["task"], row["arm"], str(row["seed"]), row["state"])
-    console = Console()
-    console.print(table)
-    console.print(", ".join(f"{count} {state}" for state, count in counts.items()), highlight=False)
-
-
-def _show_experiment(result: dict[str, Any]) -> None:
-    console = Console()
-    for found in result["tables"].values():
-        table = Table(*found["columns"], title=found["title"])
-        for row in found["rows"]:
-            table.add_row(*row)
-        console.print(table)
-    console.print(f"{result['cells']} cells: {result['computed']} computed, {result['cached']} cached")
-    for failure in result["failed"]:
-        console.print(f"{failure['cell']}: {failure['reason']}", style="red", markup=False, highlight=False)
-    console.print(f"written to {result['output']}", highlight=False)
-
-
-def arm_seconds(result: dict[str, Any]) -> dict[str, float]:
-    """What each arm's adapter cost to make: for a migrated one its transform and, where it was tuned, its LFT."""
-    spent = {(row["stage"], row["label"]): row["computed_seconds"] for row in result["timings"]}
-    moved = sum(seconds for (stage, _), seconds in spent.items() if stage in ("transform", "select"))
-    return {
-        "migrated": moved,
-        "scratch": spent.get(("finetune", "scratch"), 0.0),
-        "migrated+lft": moved + spent.get(("finetune", "migrated"), 0.0),
-    }
+    output = Path(result["output"])
+    record = reporting.MigrationRecord.read(output / reporting.RECORD)
+    reporting.show_migration(record, output, result.get("pushed"))
 
 
 def main() -> None:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 
 from flows.context import Context
-from lorasuite.reporting import REPORT, comparison, heat_map_png, task_comparison
+from lorasuite.reporting import REPORT, MigrationRecord, PairRecord, comparison, heat_map_png, task_comparison
 from tasks.stage import Ref
 
 
@@ -19,48 +17,48 @@ def slug(*names: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", "-".join(names).lower()).strip("-")
 
 
-def show_pair(context: Context, pair: Mapping[str, Any], similarity: Ref | None) -> None:
+def show_pair(context: Context, pair: PairRecord, similarity: Ref | None) -> None:
     """The similarity heat map with the chosen path, and the layer map, as one page.
 
     Args:
-        pair: ``layer_map``, ``layer_similarity`` and ``transfer_matrix`` as in ``migration.json``.
+        similarity: the artifact with the table ``(L_o, L_n)``; None where it was not measured.
     """
-    layers = {int(o): int(n) for o, n in pair["layer_map"].items()}
+    layers = pair.layers
     parts = [f"# {context.pair}\n"]
     if similarity is not None:
         png = heat_map_png(context.open(similarity).tensor("similarity"), layers)
         parts.append(f"![Layer similarity and the chosen path](data:image/png;base64,{png})\n")
-    fitted = pair["transfer_matrix"]
+    fitted = pair.transfer_matrix
     parts.append(
         "Transfer matrix: identity.\n"
-        if fitted["identity"]
-        else f"Transfer matrix: {fitted['tokens']} common tokens, residual {fitted['residual']:.3f}.\n"
+        if fitted.identity
+        else f"Transfer matrix: {fitted.tokens} common tokens, residual {fitted.residual:.3f}.\n"
     )
-    known = pair["layer_similarity"]
     parts.append("| old layer | new layer | similarity |\n|---|---|---|")
-    parts += [f"| {o} | {n} | {_number(known.get(str(o)))} |" for o, n in layers.items()]
+    parts += [f"| {o} | {n} | {_number(pair.layer_similarity.get(str(o)))} |" for o, n in layers.items()]
     create_markdown_artifact(
         "\n".join(parts), key=slug("pair", context.pair), description="Layer similarity and layer map"
     )
 
 
-def show_migration(record: Mapping[str, Any], output: Path) -> None:
+def show_migration(record: MigrationRecord, output: Path) -> None:
     """The before/after tables, and the verdict with the place of the report."""
-    name = (record["adapter"]["name"], record["new_base"]["name"])
+    name = (record.adapter.name, record.new_base.name)
     for title, (columns, rows) in {
-        "before-after": comparison(record["evaluation"]),
-        "tasks": task_comparison(record["tasks"]),
+        "before-after": comparison(record.evaluation, record.label),
+        "tasks": task_comparison(record.tasks, record.label),
     }.items():
         if rows:
             table = [{"arm": row["name"], **dict(zip(columns, row["cells"], strict=True))} for row in rows]
             create_table_artifact(table, key=slug(title, *name), description="Before and after the migration")
-    verdict = record["verdict"]
+    verdict = record.verdict.verdict
     create_markdown_artifact(
-        f"# {verdict['verdict']}\n\n{verdict['reason']}\n\n"
-        f"- adapter `{record['adapter']['id']}`, {record['old_base']['name']} → {record['new_base']['name']}\n"
+        f"# {verdict}\n\n{record.reason()}\n\n"
+        f"- adapter `{record.adapter.id}`, {record.old_base.name} → {record.new_base.name}\n"
+        f"- published: {record.published.headline}\n"
         f"- written to `{output.absolute()}`\n- report [`{REPORT}`](file://{output.absolute() / REPORT})\n",
         key=slug("verdict", *name),
-        description=f"Verdict on {name[0]}: {verdict['verdict']}",
+        description=f"Verdict on {name[0]}: {verdict}",
     )
 
 

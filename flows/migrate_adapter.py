@@ -23,10 +23,10 @@ from flows.teach import NEW, training
 from lorasuite import ALGORITHM_VERSION
 from lorasuite.adapters import Adapter, fresh_lora, split_sources
 from lorasuite.bases import Checkpoint, resolve
-from lorasuite.evaluation import BOTH, judge
+from lorasuite.evaluation import BOTH
 from lorasuite.evaluation import check as check_serving
 from lorasuite.planning import AUTO, MigrationConfig, Plan, build, check
-from lorasuite.reporting import publish
+from lorasuite.reporting import ArmResults, MigrationRecord, publish
 from lorasuite.training import NOTHING, loss_order
 from lorasuite.transforms import LAYER_INPUTS, Input, ModelTransform, names, transform
 from tasks.adapter_stages import adapter_folder, finetune, screening, selection, sequential_fit, serving
@@ -94,7 +94,9 @@ def migrate_adapter(config: dict[str, Any], refresh: tuple[str, ...] = ()) -> di
         served = context.run(
             serving, {"new_model": "new_model", "new_tokenizer": "new_tokenizer", "adapter": final}, {}
         )
-    record = {
+    measured = arms.record()
+    results = ArmResults.model_validate({name: measured[name] for name in ArmResults.model_fields})
+    content = {
         "old_base": base_record(settings.old_base, prints["old_model"]),
         "new_base": base_record(settings.new_base, prints["new_model"]),
         "adapter": {
@@ -106,10 +108,8 @@ def migrate_adapter(config: dict[str, Any], refresh: tuple[str, ...] = ()) -> di
             "modules": len(adapter.modules),
         },
         **pair_record(context, pair),
-        **(measured := arms.record()),
-        "verdict": judge(measured["evaluation"], measured["tasks"], settings.gate, measured["comparisons"]).model_dump(
-            mode="json"
-        ),
+        **measured,
+        "verdict": results.judge(settings.gate).model_dump(mode="json"),
         "serving": {
             **context.open(served).info,
             **{
@@ -127,6 +127,7 @@ def migrate_adapter(config: dict[str, Any], refresh: tuple[str, ...] = ()) -> di
         "key": fingerprint_migration(settings, prints),
         "command": "lorasuite " + shlex.join(sys.argv[1:]) if Path(sys.argv[0]).name == "lorasuite" else "",
     }
+    record = MigrationRecord.model_validate(content)
     output = Path(settings.output)
     publish(
         output,
@@ -139,8 +140,8 @@ def migrate_adapter(config: dict[str, Any], refresh: tuple[str, ...] = ()) -> di
     )
     show_pair(context, record, pair.similarity)
     show_migration(record, output)
-    get_run_logger().info("%s: %s", record["verdict"]["verdict"], record["verdict"]["reason"])
-    return {**record, "output": str(output)}
+    get_run_logger().info("%s: %s", record.verdict.verdict, record.reason())
+    return {**record.to_json(), "output": str(output)}
 
 
 def best_validation(info: Mapping[str, Any]) -> float:

@@ -24,11 +24,10 @@ from flows.prepare_pair import prepare_pair
 from flows.prepare_pair import run_name as prepare_pair_name
 from flows.teach import write_ahead
 from lorasuite.adapters import Adapter
-from lorasuite.bases import Checkpoint, read_json, resolve
-from lorasuite.errors import LoRASuiteError, OutputError, Problem
-from lorasuite.evaluation import judge
+from lorasuite.bases import Checkpoint, resolve
+from lorasuite.errors import CheckpointError, LoRASuiteError, OutputError, Problem
 from lorasuite.planning import MigrationConfig, chosen, fleet_output, read_fleet
-from lorasuite.reporting import RECORD, REPORT, write_fleet
+from lorasuite.reporting import RECORD, REPORT, MigrationRecord, write_fleet
 from tasks.fingerprints import fingerprint_adapter, fingerprint_bases, fingerprint_migration
 
 #: Deployments that a fleet's runs go to when it is spread over workers.
@@ -164,8 +163,11 @@ def _finished(config: MigrationConfig, key: str) -> bool:
     output = Path(config.output)
     if not output.exists():
         return False
-    record = read_json(output / RECORD) if (output / RECORD).is_file() else {}
-    if record.get("key") != key:
+    try:
+        done = MigrationRecord.read(output / RECORD).key == key
+    except CheckpointError:
+        done = False
+    if not done:
         raise OutputError(
             Problem(str(output), "holds something other than these inputs' migration", "Move it, or change `output`.")
         )
@@ -248,18 +250,18 @@ def _row(name: str, config: MigrationConfig, failure: Failure | None, cached: bo
     }
     if failure is None:
         try:
-            record = read_json(Path(config.output) / RECORD)
+            record = MigrationRecord.read(Path(config.output) / RECORD)
         except LoRASuiteError as error:  # made by a worker whose disk is not this one's
             failure = Failure(_reason(error))
         else:
             # judged here, so that a changed gate needs no new migration
-            judged = judge(record["evaluation"], record["tasks"], config.gate, record.get("comparisons", []))
+            judged = record.judge(config.gate)
             if not cached:
-                row["seconds"] = round(sum(t["seconds"] for t in record["timings"]), 2)
+                row["seconds"] = round(sum(run.seconds for run in record.timings), 2)
             report = str(Path(config.output) / REPORT)
             return row | {
                 "verdict": judged.verdict,
-                "reason": judged.reason,
+                "reason": record.reason(judged),
                 "kept": judged.kept,
                 "kept_interval": judged.kept_interval,
                 "report": report,

@@ -21,6 +21,7 @@ from flows.dashboard import show_pair
 from lorasuite.bases import ATTENTION, Checkpoint, Role, digest_json, load_tokenizer, resolve
 from lorasuite.data import calibration_texts
 from lorasuite.planning import AUTO, PairSettings, inspect, torch_device
+from lorasuite.reporting import PairRecord
 from lorasuite.transforms import Input, names, transform
 from tasks.fingerprints import fingerprint_bases, fingerprint_texts
 from tasks.pair_stages import (
@@ -248,12 +249,14 @@ def prepare_pair(
         every = Checkpoint(paths["old_base"]).architecture.roles
         methods = names() if method == AUTO else [method]
         refs = pair_stages(context, chosen, texts_print, every if roles is None else roles, methods)
-    maps = pair_record(context, refs)
-    show_pair(context, maps, refs.similarity)
-    return {
+    bases = {
         "old_base": base_record(old_base, prints["old_model"]),
         "new_base": base_record(new_base, prints["new_model"]),
-        **maps,
+    }
+    record = PairRecord.model_validate({**bases, **pair_record(context, refs)})
+    show_pair(context, record, refs.similarity)
+    return {
+        **record.model_dump(mode="json"),
         "artifacts": {name: ref.key for name, ref in refs.named().items()},
         "timings": timings(recorder),
     }

@@ -1,10 +1,11 @@
-"""A migration's record as `migration.json` keeps it, small and complete, for tests of what is made from it."""
+"""A migration's record, small and complete, for tests of what is made from it."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from lorasuite.evaluation import Gate, compare, judge
+from lorasuite.evaluation import EvaluationSummary, Gate, TaskSummary, compare
+from lorasuite.reporting import ArmResults, MigrationRecord
 
 #: Text that a page must not take for markup.
 NASTY = 'say <script>alert("x")</script> & go'
@@ -26,36 +27,54 @@ def samples(right: range, n: int = 200) -> list[dict[str, Any]]:
     ]
 
 
-def scored(value: float, n: int = 200) -> dict[str, Any]:
-    bits = 2 * (1 - value) + 0.01
-    return {
-        "exact_match": value, "exact_match_stderr": 0.02, "loss": bits * 2, "loss_stderr": 0.05,
-        "bits_per_byte": bits, "bits_per_byte_stderr": 0.03, "n": n, "batch_size": 16, "seconds": 1.0,
-    }  # fmt: skip
+def scored(value: float | None = None, bits: float | None = None, n: int = 200) -> EvaluationSummary:
+    """Results on held-out rows, by their exact match or by bits per byte."""
+    bits = 2 * (1 - (value or 0.0)) + 0.01 if bits is None else bits
+    return EvaluationSummary(
+        exact_match=value, exact_match_stderr=None if value is None else 0.02, loss=bits * 2, loss_stderr=0.05,
+        perplexity=9.0, bits_per_byte=bits, bits_per_byte_stderr=0.03, n=n, batch_size=16, seconds=1.0, task={},
+    )  # fmt: skip
 
 
-def task(value: float) -> dict[str, Any]:
-    return {"boolq": {"metrics": {"acc,none": value}, "stderr": {"acc,none": 0.02}, "n": 100}}
+def task_score(task: str, metrics: dict[str, float], **fields: Any) -> TaskSummary:
+    """Scores of a task."""
+    settings: dict[str, Any] = {"num_fewshot": 0, "version": "1", "batch_size": 16, "limit": None, "seed": 1,
+                                "generation": None, "n": 100, "stderr": {}}  # fmt: skip
+    return TaskSummary.model_validate({"task": task, "metrics": metrics, **settings, **fields})
 
 
-def record(**changes: Any) -> dict[str, Any]:
+def boolq(value: float) -> dict[str, TaskSummary]:
+    return {"boolq": task_score("boolq", {"acc,none": value}, stderr={"acc,none": 0.02})}
+
+
+def record(**changes: Any) -> MigrationRecord:
     """A migration by ``auto`` with fine-tuning, control, evaluation and tasks."""
+    return MigrationRecord.model_validate(content(**changes))
+
+
+def content(**changes: Any) -> dict[str, Any]:
+    """The same as ``migration.json`` keeps it, without its schema version."""
     arms = {"old+adapter": range(198), "new": range(10), "migrated+lft": range(8, 188)}
     kept = {arm: samples(right) for arm, right in arms.items()}
     comparisons = [
-        compare(kept[arm], kept["migrated+lft"], names=(arm, "migrated+lft")).model_dump(mode="json")
-        for arm in ("old+adapter", "new")
+        compare(kept[arm], kept["migrated+lft"], names=(arm, "migrated+lft")) for arm in ("old+adapter", "new")
     ]
     evaluation = {
         "old": scored(0.0), "old+adapter": scored(0.99), "new": scored(0.05), "migrated": scored(0.1),
         "scratch": scored(0.8), "migrated+lft": scored(0.9),
     }  # fmt: skip
-    tasks = {"old+adapter": task(0.75), "new": task(0.5), "migrated+lft": task(0.7)}
+    tasks = {"old+adapter": boolq(0.75), "new": boolq(0.5), "migrated+lft": boolq(0.7)}
+    results = ArmResults.model_validate({"evaluation": evaluation, "tasks": tasks, "comparisons": comparisons})
     gate = Gate(lower_bound=True, min_gain_over_bare=0.1, max_negative_flips=0.2)
     losses = [{"step": i, "loss": 5.0 / i, "learning_rate": 1e-2} for i in range(1, 29)]
-    tuned = {
-        "samples": 100, "steps": 28, "learning_rate": 1e-2, "losses": losses,
-        "sweep": [{"learning_rate": 3e-3, "validation_loss": 0.8}, {"learning_rate": 1e-2, "validation_loss": None}],
+    run = {
+        "samples": 100, "steps": 28, "learning_rate": 1e-2, "losses": losses, "validation": [], "validation_loss": None,
+        "seconds": 3.0, "peak_memory_bytes": 2**29, "dropped": 0, "distilled": 0, "trainable_parameters": 64,
+        "precision": "fp32", "resumed_from": None, "micro_batch_size": 16,
+        "sweep": [
+            {"learning_rate": 3e-3, "validation_loss": 0.8, "epochs": 3, "start_loss": 4.0},
+            {"learning_rate": 1e-2, "validation_loss": None, "epochs": None, "start_loss": None},
+        ],
     }  # fmt: skip
     stages = [("vocabulary", None, True), ("alignment", "mlp", False), ("finetune", "migrated", False)]
     path = "model.layers.{}.self_attn.{}"
@@ -80,13 +99,12 @@ def record(**changes: Any) -> dict[str, Any]:
         "updates": {path.format(n, role): 1.5 for n in (0, 2) for role in ("q_proj", "o_proj")},
         "retained_energy": {path.format(n, role): 0.9 for n in (0, 2) for role in ("q_proj", "o_proj")},
         "dropped": [{"module": "model.layers.1.mlp.gate", "why": "the new base has no gate projection"}],
-        "fresh": [], "carried": [], "rank": 8, "loaded_bytes_peak": 1,
-        "finetune": tuned,
-        "control": {**tuned, "losses": [{**p, "loss": p["loss"] * 1.2} for p in losses]},
-        "evaluation": evaluation,
-        "tasks": tasks,
-        "comparisons": comparisons,
-        "verdict": judge(evaluation, {}, gate, comparisons).model_dump(mode="json"),
+        "fresh": [], "carried": [], "rank": 8, "loaded_bytes_peak": 1, "fit_residual": {},
+        "finetune": {**run, "start": "functional", "starts": {"functional": 0.7, "fresh": 0.8}, "screened": {}},
+        "control": {**run, "losses": [{**p, "loss": p["loss"] * 1.2} for p in losses]},
+        **results.model_dump(mode="json"),
+        "teacher": None,
+        "verdict": results.model_copy(update={"tasks": {}}).judge(gate).model_dump(mode="json"),
         "serving": {
             "peft": {"ok": True, "problems": [], "notes": ["it changes logits"]},
             "vllm": {"ok": False, "problems": ["DoRA is not supported"], "notes": []},

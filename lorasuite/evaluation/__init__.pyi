@@ -1,20 +1,30 @@
 from ._answers import extract, extract_choice, extract_letter, extract_number, matches
-from ._comparison import compare, compare_arms, mcnemar, metrics, read_samples, sample_id
-from ._gate import BOTH, TASK_METRICS, Gate, fails, judge
+from ._arms import PUBLISHED_ARMS, Arm
+from ._comparison import Comparison, compare, compare_arms, mcnemar, metrics, read_samples, sample_id
+from ._gate import BOTH, TASK_METRICS, VERDICTS, Gate, Judgement, Verdict, fails, judge
 from ._held_out import evaluate
-from ._results import EvaluationSettings
-from ._serving import LLAMA_CPP_ARCHITECTURES, TEXT, VLLM_ARCHITECTURES, check, compare_merged
-from ._tasks import TaskScore, check_tasks, evaluate_tasks, group_score, write_task_samples
+from ._results import EvaluationSettings, EvaluationSummary
+from ._serving import LLAMA_CPP_ARCHITECTURES, TEXT, VLLM_ARCHITECTURES, Served, check, compare_merged
+from ._tasks import TaskScore, TaskSummary, check_tasks, evaluate_tasks, group_score, write_task_samples
 
 __all__ = [
     "BOTH",
     "LLAMA_CPP_ARCHITECTURES",
+    "PUBLISHED_ARMS",
     "TASK_METRICS",
     "TEXT",
+    "VERDICTS",
     "VLLM_ARCHITECTURES",
+    "Arm",
+    "Comparison",
     "EvaluationSettings",
+    "EvaluationSummary",
     "Gate",
+    "Judgement",
+    "Served",
     "TaskScore",
+    "TaskSummary",
+    "Verdict",
     "check",
     "check_tasks",
     "compare",

@@ -14,6 +14,11 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from lorasuite.evaluation._arms import PUBLISHED_ARMS, Arm
+from lorasuite.evaluation._comparison import Comparison
+from lorasuite.evaluation._results import EvaluationSummary
+from lorasuite.evaluation._tasks import TaskSummary
+
 Verdict = Literal["ship", "needs-finetune", "retrain", "unmeasured"]
 GateMetric = Literal["auto", "exact_match", "bits_per_byte", "tasks"]
 #: From best to worst; what was not measured cannot be relied on.
@@ -26,7 +31,7 @@ TASK_METRICS = ("acc_norm", "acc", "exact_match")
 NAMES = {"exact_match": "exact match", "bits_per_byte": "bits per byte", "tasks": "mean task score"}
 
 #: What the migrated adapter is measured against.
-BOTH = ("old+adapter", "new")
+BOTH = (Arm.OLD_ADAPTER, Arm.NEW)
 
 Interval = tuple[float, float]
 
@@ -92,7 +97,7 @@ class Judgement(BaseModel):
     reason: str
     metric: str | None = None
     task: str | None = Field(None, description="the task that decided, where tasks were judged one by one")
-    arm: str | None = None
+    arm: Arm | None = None
     kept: float | None = Field(None, description="share of the lead that was kept; None where there was no lead")
     kept_interval: Interval | None = Field(None, description="of the kept share, with the lead as it was measured")
     old: float | None = None
@@ -107,45 +112,51 @@ class _Measure:
 
     metric: str
     task: str | None
-    arm: str
+    arm: Arm
     old: float
     bare: float
     found: float
-    against_old: Mapping[str, Any] | None
-    against_bare: Mapping[str, Any] | None
+    against_old: Comparison | None
+    against_bare: Comparison | None
 
     @property
     def sign(self) -> int:
         return -1 if self.metric == "bits_per_byte" else 1
 
-    def difference(self, comparison: Mapping[str, Any] | None) -> Interval | None:
+    def difference(self, comparison: Comparison | None) -> Interval | None:
         """The interval of how much better the migrated arm is, from its comparison with another."""
-        if comparison is None or comparison["interval"] is None:
+        if comparison is None or comparison.interval is None:
             return None
-        low, high = sorted(self.sign * end for end in comparison["interval"])
+        low, high = sorted(self.sign * end for end in comparison.interval)
         return low, high
 
     @property
     def negative_flips(self) -> float | None:
         """Share of what the old adapter got right; None where nothing is right or wrong."""
         found = self.against_old
-        if found is None or found["both_right"] is None:
+        if found is None or found.both_right is None:
             return None
-        flipped, right = len(found["negative_flips"]), int(found["both_right"])
+        flipped, right = len(found.negative_flips), found.both_right
         return flipped / max(1, flipped + right)
 
 
 def judge(
-    evaluation: Mapping[str, Mapping[str, Any]],
-    tasks: Mapping[str, Mapping[str, Any]],
+    evaluation: Mapping[Arm, EvaluationSummary],
+    tasks: Mapping[Arm, Mapping[str, TaskSummary]],
     gate: Gate | None = None,
-    comparisons: Sequence[Mapping[str, Any]] = (),
+    comparisons: Sequence[Comparison] = (),
 ) -> Judgement:
-    """The verdict on a migration from ``evaluation``, ``tasks`` and ``comparisons`` of its ``migration.json``.
+    """The verdict on a migration.
 
     The published adapter is the arm ``migrated+lft`` where there is one, else ``migrated``. Where the bare new base
     is at least as good as the old base with its adapter there is no lead to keep: then the adapter ships if it makes
     the new base better still. An interval that a threshold asks for and nobody measured counts as not reached.
+
+    Args:
+        evaluation: results on the held-out rows.
+        tasks: for each arm its scores by task or group.
+        gate: the thresholds; the default ones if None.
+        comparisons: of the published arm with others, sample by sample.
     """
     gate = gate or Gate()
     measures = _measures(evaluation, tasks, gate, comparisons)
@@ -240,10 +251,10 @@ def _told(check: Check, lower_bound: bool) -> str:
 
 
 def _measures(
-    evaluation: Mapping[str, Mapping[str, Any]],
-    tasks: Mapping[str, Mapping[str, Any]],
+    evaluation: Mapping[Arm, EvaluationSummary],
+    tasks: Mapping[Arm, Mapping[str, TaskSummary]],
     gate: Gate,
-    comparisons: Sequence[Mapping[str, Any]],
+    comparisons: Sequence[Comparison],
 ) -> list[_Measure]:
     """What is judged: one metric, or every task by itself where the gate looks at intervals or single tasks."""
     found: list[_Measure] = []
@@ -269,16 +280,16 @@ def _measures(
 
 
 def _measure(
-    metric: str, task: str | None, scores: Mapping[str, float], comparisons: Sequence[Mapping[str, Any]]
+    metric: str, task: str | None, scores: Mapping[Arm, float], comparisons: Sequence[Comparison]
 ) -> _Measure | None:
-    arm = "migrated+lft" if "migrated+lft" in scores else "migrated"
-    if not {*BOTH, arm} <= set(scores):
+    arm = next((arm for arm in PUBLISHED_ARMS if arm in scores), None)
+    if arm is None or not set(BOTH) <= set(scores):
         return None
 
-    def compared(other: str) -> Mapping[str, Any] | None:
+    def compared(other: Arm) -> Comparison | None:
         for one in comparisons:
-            same = one["task"] == task if task else one["task"] is None and one["metric"] == metric
-            if (one["first"], one["second"]) == (other, arm) and same:
+            same = one.task == task if task else one.task is None and one.metric == metric
+            if (one.first, one.second) == (other, arm) and same:
                 return one
         return None
 
@@ -286,37 +297,38 @@ def _measure(
         metric=metric,
         task=task,
         arm=arm,
-        old=scores["old+adapter"],
-        bare=scores["new"],
+        old=scores[Arm.OLD_ADAPTER],
+        bare=scores[Arm.NEW],
         found=scores[arm],
-        against_old=compared("old+adapter"),
-        against_bare=compared("new"),
+        against_old=compared(Arm.OLD_ADAPTER),
+        against_bare=compared(Arm.NEW),
     )
 
 
-def _task_scores(tasks: Mapping[str, Mapping[str, Any]], task: str) -> dict[str, float]:
+def _task_scores(tasks: Mapping[Arm, Mapping[str, TaskSummary]], task: str) -> dict[Arm, float]:
     found = {arm: _task_score(scores[task]) for arm, scores in tasks.items() if task in scores}
     return {arm: value for arm, value in found.items() if value is not None}
 
 
 def _scores(
-    metric: str, evaluation: Mapping[str, Mapping[str, Any]], tasks: Mapping[str, Mapping[str, Any]]
-) -> dict[str, float]:
+    metric: str, evaluation: Mapping[Arm, EvaluationSummary], tasks: Mapping[Arm, Mapping[str, TaskSummary]]
+) -> dict[Arm, float]:
     """The metric by arm, higher is better, for the arms that have it."""
     if metric == "tasks":
         found = {arm: [_task_score(score) for score in _single(scores).values()] for arm, scores in tasks.items()}
         known = {arm: [value for value in values if value is not None] for arm, values in found.items()}
         return {arm: sum(values) / len(values) for arm, values in known.items() if values}
     sign = -1 if metric == "bits_per_byte" else 1
-    return {arm: sign * float(result[metric]) for arm, result in evaluation.items() if result.get(metric) is not None}
+    scores = {arm: getattr(result, metric) for arm, result in evaluation.items()}
+    return {arm: sign * float(score) for arm, score in scores.items() if score is not None}
 
 
-def _single(scores: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+def _single(scores: Mapping[str, TaskSummary]) -> dict[str, TaskSummary]:
     """The scores without those of groups, which are means of others."""
-    return {task: score for task, score in scores.items() if not score.get("group")}
+    return {task: score for task, score in scores.items() if not score.group}
 
 
-def _task_score(score: Mapping[str, Any]) -> float | None:
+def _task_score(score: TaskSummary) -> float | None:
     """A task's preferred metric; None where it has none of those that are better when higher."""
-    by_name = {name.split(",")[0]: value for name, value in reversed(score["metrics"].items())}
+    by_name = {name.split(",")[0]: value for name, value in reversed(score.metrics.items())}
     return next((float(by_name[name]) for name in TASK_METRICS if name in by_name), None)

@@ -39,8 +39,8 @@ class EvaluationSample(BaseModel):
     bytes: int = Field(description="UTF-8 bytes of the same text")
 
 
-class EvaluationResult(BaseModel):
-    """One adapter's (or the bare base's) results. Standard errors are None for fewer than two samples."""
+class EvaluationSummary(BaseModel):
+    """One adapter's (or the bare base's) scores. Standard errors are None for fewer than two samples."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -55,6 +55,11 @@ class EvaluationResult(BaseModel):
     batch_size: int
     seconds: float
     task: dict[str, Any] = Field(description="what was asked: rows, template, stops, limits, seed, versions")
+
+
+class EvaluationResult(EvaluationSummary):
+    """The scores and the samples they come from."""
+
     samples: list[EvaluationSample]
 
     def summary(self) -> dict[str, Any]:

@@ -57,7 +57,7 @@ class TaskSample(BaseModel):
     scores: dict[str, float] = Field(description="keys as in TaskScore.metrics")
 
 
-class TaskScore(BaseModel):
+class TaskSummary(BaseModel):
     """One task's (or group's) scores; keys are ``metric,filter`` as lm-eval writes them."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -76,6 +76,11 @@ class TaskScore(BaseModel):
     truncated: int = Field(0, description="prompts that lost their start, the context being too short for them")
     seconds: float | None = Field(None, description="of all tasks of the call together; None for groups")
     versions: dict[str, str] = {}
+
+
+class TaskScore(TaskSummary):
+    """The scores and the samples they come from."""
+
     samples: list[TaskSample] = []
 
     def summary(self) -> dict[str, Any]:

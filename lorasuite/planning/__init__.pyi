@@ -1,6 +1,6 @@
 from ._config import AUTO, MigrationConfig, PairSettings, Strict, build, read_config, torch_device
 from ._estimate import Throughput, active, estimate, measure
-from ._experiment import ARMS, Arm, Cell, Experiment, ExperimentTable, ExperimentTask, read_experiment
+from ._experiment import ARMS, Cell, Experiment, ExperimentArm, ExperimentTable, ExperimentTask, read_experiment
 from ._fleet import chosen, fleet_output, read_fleet
 from ._inspection import inspect
 from ._policy import RowCounts, RowPlan, plan_rows
@@ -11,9 +11,9 @@ __all__ = [
     "ARMS",
     "AUTO",
     "LFT_SAMPLES",
-    "Arm",
     "Cell",
     "Experiment",
+    "ExperimentArm",
     "ExperimentTable",
     "ExperimentTask",
     "MigrationConfig",

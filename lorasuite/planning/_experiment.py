@@ -12,24 +12,37 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from lorasuite import zoo
 from lorasuite.bases import ATTENTION, Role
 from lorasuite.errors import ConfigError, Problem, did_you_mean
+from lorasuite.evaluation import Arm
 from lorasuite.planning._config import AUTO, MigrationConfig, Strict, build, read_config
 from lorasuite.planning._policy import RowCounts, plan_rows, too_few_to_sweep
 from lorasuite.planning._thresholds import LFT_SAMPLES, MIN_SWEEP_ROWS
 from lorasuite.training import FinetuneSettings
 from lorasuite.transforms import ModelTransform, names, transform
 
-Arm = Literal["old", "old+adapter", "new", "migrated", "scratch", "migrated+lft", "retrained", "refreshed"]
-#: The seven rows of the paper's tables, in their order: all but the refresh without labels.
-ARMS: tuple[Arm, ...] = get_args(Arm)[:-1]
+#: The seven rows of the paper's tables, in their order.
+ARMS = (Arm.OLD, Arm.OLD_ADAPTER, Arm.NEW, Arm.MIGRATED, Arm.SCRATCH, Arm.MIGRATED_LFT, Arm.RETRAINED)
 #: Arms that the seed changes: rows are drawn for them, and weights initialised.
-SEEDED: tuple[Arm, ...] = ("scratch", "migrated+lft", "refreshed")
+SEEDED = (Arm.SCRATCH, Arm.MIGRATED_LFT, Arm.REFRESHED)
+#: Arms that a table may have: the paper's, and the refresh without labels.
+ALLOWED = (*ARMS, Arm.REFRESHED)
+
+
+def _allowed(arm: Any) -> Any:
+    if arm not in ALLOWED:
+        names = [repr(known.value) for known in ALLOWED]
+        raise ValueError(f"Input should be {', '.join(names[:-1])} or {names[-1]}")
+    return arm
+
+
+#: An arm of an experiment; a migration's own arm ``scratch-own`` is none.
+ExperimentArm = Annotated[Arm, BeforeValidator(_allowed)]
 Kind = Literal["lora", "dora", "adalora"]
 
 #: Settings of a migration that the pair, the tasks, the seeds and the arms decide, or that no arm has.
@@ -98,7 +111,7 @@ class Paper(Strict):
     """Published numbers that stand beside a table, by arm."""
 
     label: str
-    values: dict[Arm, float]
+    values: dict[ExperimentArm, float]
 
 
 class ExperimentTable(Strict):
@@ -108,7 +121,7 @@ class ExperimentTable(Strict):
     kind: Literal["scores", "cost"] = Field("scores", description="scores by arm, or what each arm costs to make")
     tasks: tuple[str, ...] = Field((), description="the experiment's, if unset")
     seeds: tuple[int, ...] = Field((), description="the experiment's, if unset")
-    arms: tuple[Arm, ...] = Field(ARMS, min_length=1)
+    arms: tuple[ExperimentArm, ...] = Field(ARMS, min_length=1)
     set: dict[str, Any] = Field({}, description="settings of this table's cells, by dotted name")
     factors: dict[str, tuple[Any, ...]] = Field({}, description="dotted name → its levels; all combinations are run")
     figure: Literal["score", "loss", "none"] = Field("score", description="what the figure shows")
@@ -145,7 +158,7 @@ class CellSettings:
 
 def seeded(arm: Arm, settings: CellSettings) -> bool:
     """Whether another seed gives an arm another number: a model transform reads the rows that the seed draws."""
-    return arm in SEEDED or (arm == "migrated" and isinstance(transform(settings.migration.method), ModelTransform))
+    return arm in SEEDED or (arm == Arm.MIGRATED and isinstance(transform(settings.migration.method), ModelTransform))
 
 
 @dataclass(frozen=True)
@@ -318,13 +331,13 @@ def _cells(config: ExperimentConfig, where: str, problems: list[Problem]) -> Ite
 
 def _training_problems(settings: CellSettings, table: ExperimentTable, where: str) -> Iterator[Problem]:
     migration, kind = settings.migration, settings.lora.kind
-    fits_models = isinstance(transform(migration.method), ModelTransform) and {"migrated", "migrated+lft"} & set(
+    fits_models = isinstance(transform(migration.method), ModelTransform) and {Arm.MIGRATED, Arm.MIGRATED_LFT} & set(
         table.arms
     )
     counts, planned = {}, plan_rows(migration, RowCounts())
-    if {"scratch", "migrated+lft"} & set(table.arms) or fits_models:
+    if {Arm.SCRATCH, Arm.MIGRATED_LFT} & set(table.arms) or fits_models:
         counts["finetune_samples"] = planned.requested_rows
-    if "refreshed" in table.arms:
+    if Arm.REFRESHED in table.arms:
         counts["teacher_samples"] = planned.synthetic_train_rows
     for name, rows in counts.items():
         if not rows:
@@ -334,7 +347,7 @@ def _training_problems(settings: CellSettings, table: ExperimentTable, where: st
     if fits_models and kind == "dora":
         what = f"{migration.method} moves updates of blocks only, and a DoRA has magnitudes"
         yield Problem(f"{where}: method", what, "Name another one, or another lora.kind.")
-    if "refreshed" in table.arms and kind == "adalora":
+    if Arm.REFRESHED in table.arms and kind == "adalora":
         what = "an AdaLoRA must know its steps, and how many rows the teacher keeps is not known before"
         yield Problem(f"{where}: lora.kind", what, "Leave out the arm refreshed, or use another kind.")
     if migration.finetune.distillation:

@@ -1,10 +1,24 @@
 from ._card import model_card
+from ._console import (
+    arm_seconds,
+    show_artifacts,
+    show_cells,
+    show_evaluation,
+    show_experiment,
+    show_fleet,
+    show_inspection,
+    show_migration,
+    show_pair,
+    show_timings,
+)
 from ._figures import heat_map_png
 from ._files import FLEET_RECORD, RECORD, REPORT
 from ._fleet_report import fleet_rows, write_fleet
 from ._hub import PushError, check_target, push
 from ._names import wilson
 from ._publication import copy_samples, publish
+from ._published import NEW_START, OWN_ROWS_START, Published
+from ._record import SCHEMA_VERSION, ArmResults, MigrationRecord, PairRecord, StageRun
 from ._report import render, write_report
 from ._results import RESULTS, kept, read_results, write_results
 from ._results_tables import Measurement, Score
@@ -12,12 +26,21 @@ from ._tables import comparison, task_comparison
 
 __all__ = [
     "FLEET_RECORD",
+    "NEW_START",
+    "OWN_ROWS_START",
     "RECORD",
     "REPORT",
     "RESULTS",
+    "SCHEMA_VERSION",
+    "ArmResults",
     "Measurement",
+    "MigrationRecord",
+    "PairRecord",
+    "Published",
     "PushError",
     "Score",
+    "StageRun",
+    "arm_seconds",
     "check_target",
     "comparison",
     "copy_samples",
@@ -29,6 +52,15 @@ __all__ = [
     "push",
     "read_results",
     "render",
+    "show_artifacts",
+    "show_cells",
+    "show_evaluation",
+    "show_experiment",
+    "show_fleet",
+    "show_inspection",
+    "show_migration",
+    "show_pair",
+    "show_timings",
     "task_comparison",
     "wilson",
     "write_fleet",

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lorasuite.reporting._names import ARMS, Z, wilson
+from lorasuite.reporting._names import Z, wilson
+from lorasuite.reporting._record import MigrationRecord
 from lorasuite.reporting._tables import comparison, task_comparison
 
 #: The Hub's own words for what is measured on held-out rows.
 HELD_OUT = {"exact_match": "Exact match", "bits_per_byte": "Bits per byte"}
 
 
-def model_card(record: Mapping[str, Any]) -> str:
+def model_card(record: MigrationRecord) -> str:
     """``README.md`` of a migration: metadata (``base_model`` the new one only, results as ``model-index``) and a text.
 
     Raises:
@@ -21,15 +22,15 @@ def model_card(record: Mapping[str, Any]) -> str:
     """
     from huggingface_hub import ModelCardData
 
-    new, old, adapter = record["new_base"], record["old_base"], record["adapter"]
+    new, adapter, published = record.new_base, record.adapter, record.published
     results = _results(record)
     metadata = ModelCardData(
-        base_model=new["name"],
+        base_model=new.name,
         base_model_relation="adapter",
         library_name="peft",
         pipeline_tag="text-generation",
         tags=["lora", "lorasuite", "adapter-migration"],
-        model_name=f"{adapter['name']} for {new['name']}" if results else None,
+        model_name=f"{adapter.name} for {new.name}" if results else None,
         eval_results=results or None,
     )
     lines = [
@@ -37,28 +38,22 @@ def model_card(record: Mapping[str, Any]) -> str:
         metadata.to_yaml(),
         "---",
         "",
-        f"# {adapter['name']} for {new['name']}",
+        f"# {adapter.name} for {new.name}",
         "",
-        f"LoRA adapter moved from `{old['name']}` to `{new['name']}` by lorasuite {record['versions']['lorasuite']}, "
-        f"method `{record['method']}`.",
+        _first_line(record),
     ]
-    tuned = record["finetune"]
-    if tuned:
-        lines += [
-            "",
-            f"Fine-tuned on {tuned['samples']} samples for {tuned['steps']} steps "
-            f"at learning rate {tuned['learning_rate']:g}.",
-        ]
-    verdict = record.get("verdict")
-    if verdict:
-        lines += ["", f"Verdict: **{verdict['verdict']}**. {verdict['reason'][:1].upper()}{verdict['reason'][1:]}."]
-    columns, rows = comparison(record["evaluation"])
+    if published.learning_rate is not None:
+        trained = "Trained" if published.is_new else f"Fine-tuned on {published.rows}"
+        lines += ["", f"{trained} for {published.steps} steps at learning rate {published.learning_rate:g}."]
+    reason = record.reason()
+    lines += ["", f"Verdict: **{record.verdict.verdict}**. {reason[:1].upper()}{reason[1:]}."]
+    columns, rows = comparison(record.evaluation, record.label)
     if rows:
         lines += ["", *_table(["arm", *columns, "n"], [[row["name"], *row["cells"], str(row["n"])] for row in rows])]
-    columns, rows = task_comparison(record.get("tasks", {}))
+    columns, rows = task_comparison(record.tasks, record.label)
     if rows:
         lines += ["", *_table(["arm", *columns], [[row["name"], *row["cells"]] for row in rows])]
-    if rows or record["evaluation"]:
+    if rows or record.evaluation:
         lines += ["", "± is one standard error over the held-out rows."]
     lines += [
         "",
@@ -66,8 +61,8 @@ def model_card(record: Mapping[str, Any]) -> str:
         "from peft import PeftModel",
         "from transformers import AutoModelForCausalLM",
         "",
-        f'base = AutoModelForCausalLM.from_pretrained("{new["id"]}"'
-        + (f', revision="{new["revision"]}")' if new["revision"] else ")"),
+        f'base = AutoModelForCausalLM.from_pretrained("{new.id}"'
+        + (f', revision="{new.revision}")' if new.revision else ")"),
         'model = PeftModel.from_pretrained(base, "<this directory>")',
         "```",
         "",
@@ -75,7 +70,7 @@ def model_card(record: Mapping[str, Any]) -> str:
         "",
         *_table(["", "name", "fingerprint"], list(_provenance(record))),
         "",
-        f"Seed {record.get('seed')}, algorithm version {record.get('algorithm_version')}. "
+        f"Seed {record.seed}, algorithm version {record.algorithm_version}. "
         "How it was made is in `migration.json` of the directory it was made in; `report.html` there shows it.",
         "",
     ]
@@ -90,35 +85,44 @@ def _table(head: list[str], rows: list[list[str]]) -> list[str]:
     ]
 
 
-def _provenance(record: Mapping[str, Any]) -> Any:
-    for key, title in {"old_base": "old base", "new_base": "new base", "adapter": "old adapter"}.items():
-        part = record[key]
-        revision = f" at `{part['revision']}`" if part.get("revision") else ""
-        yield [title, f"`{part['name']}`{revision}", f"`{part['fingerprint']}`"]
+def _first_line(record: MigrationRecord) -> str:
+    """What was published, and of what and by what it was made."""
+    old, new, made = record.old_base.name, record.new_base.name, f"lorasuite {record.versions['lorasuite']}"
+    published = record.published
+    if published.transform is not None:
+        return f"LoRA adapter moved from `{old}` to `{new}` by {made}, method `{published.transform}`."
+    return f"{published.headline}. Nothing of the adapter `{record.adapter.name}` of `{old}` is in it; made by {made}."
 
 
-def _results(record: Mapping[str, Any]) -> list[Any]:
+def _provenance(record: MigrationRecord) -> Iterator[list[str]]:
+    for title, base in {"old base": record.old_base, "new base": record.new_base}.items():
+        revision = f" at `{base.revision}`" if base.revision else ""
+        yield [title, f"`{base.name}`{revision}", f"`{base.fingerprint}`"]
+    yield ["old adapter", f"`{record.adapter.name}`", f"`{record.adapter.fingerprint}`"]
+
+
+def _results(record: MigrationRecord) -> list[Any]:
     """The published arm's scores as the Hub's ``model-index``, with their 95 % intervals."""
     from huggingface_hub import EvalResult
 
-    measured = {**record["evaluation"], **record.get("tasks", {})}
-    arm = next((arm for arm in ("migrated+lft", "migrated") if arm in measured), None)
-    if arm is None:
+    published = record.published
+    if published.arm is None:
         return []
+    arm, label = published.arm, published.label
     results = []
-    rows = record["evaluation"].get(arm, {})
-    held_out = Path(str((record.get("settings") or {}).get("eval_data") or "held-out rows")).name
+    rows = record.evaluation.get(arm)
+    held_out = Path(str(record.settings.get("eval_data") or "held-out rows")).name
     for metric, title in HELD_OUT.items():
-        value, error = rows.get(metric), rows.get(f"{metric}_stderr")
-        if value is None:
+        value, error = getattr(rows, metric, None), getattr(rows, f"{metric}_stderr", None)
+        if rows is None or value is None:
             continue
-        ends = wilson(value, rows["n"]) if metric == "exact_match" else _normal(value, error)
-        results.append(_result(EvalResult, held_out, "held-out", metric, title, value, ends, rows["n"], arm))
-    for task, score in record.get("tasks", {}).get(arm, {}).items():
-        for name, value in score["metrics"].items():
+        ends = wilson(value, rows.n) if metric == "exact_match" else _normal(value, error)
+        results.append(_result(EvalResult, held_out, "held-out", metric, title, value, ends, rows.n, label))
+    for task, score in record.tasks.get(arm, {}).items():
+        for name, value in score.metrics.items():
             metric = name.split(",")[0]
-            ends = _normal(value, score["stderr"].get(name))
-            results.append(_result(EvalResult, task, task, metric, name, value, ends, score.get("n"), arm))
+            ends = _normal(value, score.stderr.get(name))
+            results.append(_result(EvalResult, task, task, metric, name, value, ends, score.n, label))
     return results
 
 
@@ -135,14 +139,14 @@ def _result(
     value: float,
     ends: tuple[float, float] | None,
     n: int | None,
-    arm: str,
+    name: str,
 ) -> Any:
     arguments: dict[str, Any] = {} if n is None else {"samples": n}
     if ends is not None:
         arguments["confidence_interval_95"] = [round(end, 6) for end in ends]
     return kind(
         task_type="text-generation",
-        task_name=ARMS.get(arm, arm),
+        task_name=name,
         dataset_name=dataset,
         dataset_type=dataset_type,
         metric_type=metric,

@@ -16,14 +16,14 @@ from markupsafe import Markup, escape
 from torch import Tensor
 
 #: Cells up to which a heat map writes its numbers.
-WRITTEN = 120
+NUMBERED_CELLS = 120
 
 
 def heat_map(similarity: Tensor, layers: Mapping[int, int], metric: str = "CKA") -> Markup:
     """Similarity ``(L_o, L_n)`` as shaded cells, with the chosen path over them."""
     table = similarity.float().tolist()
     rows, columns = len(table), len(table[0])
-    written = rows * columns <= WRITTEN
+    written = rows * columns <= NUMBERED_CELLS
     cell = 44.0 if written else 26.0 if columns <= 24 else max(8.0, min(16.0, 790 / columns))
     high = cell * (0.7 if written else 1.0)
     left, top = 46.0, 8.0

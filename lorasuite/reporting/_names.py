@@ -1,19 +1,15 @@
-"""What arms, metrics, verdicts and loaders are called, and how numbers are written for people."""
+"""Names of arms, metrics, verdicts and loaders, and how numbers are written for people."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TypeVar
 
-#: Arms of an evaluation in the order they are read, and what they are called.
-ARMS = {
-    "old": "old base",
-    "old+adapter": "old base + adapter",
-    "new": "new base",
-    "migrated": "migrated, no LFT",
-    "scratch-own": "LoRA from scratch, without the written rows",
-    "scratch": "LoRA from scratch, same samples",
-    "migrated+lft": "migrated + LFT",
-}
+from lorasuite.evaluation import Arm
+
+#: The name of an arm of a migration, or of any adapter that is evaluated.
+Name = TypeVar("Name", bound=str)
+
 METRICS = {"exact_match": "exact match", "loss": "loss (nats/token)", "bits_per_byte": "bits per byte"}
 #: Half-width of a 95 % interval in standard errors.
 Z = 1.96
@@ -35,7 +31,7 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def percent(value: float | None, digits: int = 1) -> str:
-    """A share as a percentage, without a decimal that says nothing."""
+    """A share as a percentage; a whole one without its decimals."""
     return "–" if value is None else f"{100 * value:.{digits}f}".removesuffix(".0") + "\u00a0%"
 
 
@@ -46,13 +42,19 @@ def seconds(value: float) -> str:
     return f"{value / 60:.0f} min" if value < 5400 else f"{value / 3600:.1f} h"
 
 
-def _sorted_arms(arms: Iterable[str]) -> list[str]:
-    known = list(arms)
-    return [*[a for a in ARMS if a in known], *[a for a in known if a not in ARMS]]
+def arm_label(arm: str) -> str:
+    """The name of an arm of a migration; other names, of adapters that are evaluated, stand for themselves."""
+    return next((known.label for known in Arm if known == arm), arm)
+
+
+def sorted_arms(arms: Iterable[Name]) -> list[Name]:
+    """A migration's arms in the order tables list them, then all others as they come."""
+    places = {str(arm): place for place, arm in enumerate(Arm)}
+    return sorted(arms, key=lambda arm: places.get(str(arm), len(places)))
 
 
 def wilson(share: float, n: int) -> tuple[float, float]:
-    """95 % interval of a share of ``n`` samples (Wilson 1927), which none and all of them have, too."""
+    """95 % score interval of a share of ``n`` samples (Wilson 1927); defined for shares of 0 and 1, too."""
     from scipy.stats import binomtest
 
     found = binomtest(round(share * n), n).proportion_ci(method="wilson")

@@ -8,7 +8,6 @@ import shutil
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor
@@ -18,13 +17,14 @@ from lorasuite.bases import read_json
 from lorasuite.errors import OutputError, Problem
 from lorasuite.reporting._card import model_card
 from lorasuite.reporting._files import FIGURE_DATA, RECORD
+from lorasuite.reporting._record import MigrationRecord
 from lorasuite.reporting._report import write_report
 
 
 def publish(
     output: Path,
     adapter: Path,
-    record: Mapping[str, Any],
+    record: MigrationRecord,
     *,
     new_base: Path,
     figures: Mapping[str, Tensor],
@@ -51,12 +51,12 @@ def publish(
     try:
         shutil.copyfile(adapter / WEIGHTS, scratch / WEIGHTS)
         config = read_json(adapter / CONFIG)
-        config["base_model_name_or_path"] = record["new_base"]["id"]
-        config["revision"] = record["new_base"]["revision"]
+        config["base_model_name_or_path"] = record.new_base.id
+        config["revision"] = record.new_base.revision
         config["inference_mode"] = True
         _write(scratch / CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
         check_loads(scratch, new_base, trust_remote_code)
-        _write(scratch / RECORD, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+        record.write(scratch / RECORD)
         _write(scratch / "README.md", model_card(record))
         if figures:
             save_file({name: tensor.contiguous() for name, tensor in figures.items()}, scratch / FIGURE_DATA)

@@ -17,8 +17,9 @@ from torch import Tensor
 from lorasuite.bases import read_json
 from lorasuite.errors import CheckpointError, Problem
 from lorasuite.reporting._files import FIGURE_DATA, FLEET_RECORD, RECORD, REPORT
-from lorasuite.reporting._names import ARMS, LOADERS, VERDICT_WORDS
+from lorasuite.reporting._names import LOADERS, VERDICT_WORDS
 from lorasuite.reporting._page import _page
+from lorasuite.reporting._record import MigrationRecord
 from lorasuite.reporting._sections import (
     candidates,
     cost_section,
@@ -36,12 +37,12 @@ def write_report(folder: Path) -> Path:
     """Build ``report.html`` of a migration's directory from its ``migration.json``, or of a fleet's.
 
     Raises:
-        CheckpointError: if the directory holds neither.
+        CheckpointError: if the directory holds neither, or one that cannot be read.
     """
     path = folder / REPORT
     if (folder / RECORD).is_file():
         data = load_file(folder / FIGURE_DATA) if (folder / FIGURE_DATA).is_file() else {}
-        page = render(read_json(folder / RECORD), data)
+        page = render(MigrationRecord.read(folder / RECORD), data)
     elif (folder / FLEET_RECORD).is_file():
         page = render_fleet(read_json(folder / FLEET_RECORD))
     else:
@@ -56,27 +57,32 @@ def write_report(folder: Path) -> Path:
     return path
 
 
-def render(record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
-    """A migration's page as HTML."""
-    word, tone = VERDICT_WORDS[record["verdict"]["verdict"]]
+def render(record: MigrationRecord, tensors: Mapping[str, Tensor]) -> str:
+    """A migration's page as HTML.
+
+    Args:
+        tensors: ``similarity`` ``(L_o, L_n)`` for the heat map, if it was measured.
+    """
+    word, tone = VERDICT_WORDS[record.verdict.verdict]
     return _page(
         "report.html.j2",
         m=record,
+        published=record.published,
+        reason=record.reason(),
         word=word,
         tone=tone,
         decision=decision(record),
-        metrics=metric_tables(record["evaluation"], record["verdict"].get("metric")),
-        tasks=task_tables(record["tasks"]),
+        metrics=metric_tables(record.evaluation, record.verdict.metric, record.label),
+        tasks=task_tables(record.tasks, record.label),
         flips=flips(record),
         candidates=candidates(record),
         training=training(record),
         layers=layer_section(record, tensors),
         heads=head_section(record),
         energy=energy_section(record),
-        serving={LOADERS.get(name, name): served for name, served in record.get("serving", {}).items()},
+        serving={LOADERS.get(name, name): served for name, served in record.serving.items()},
         cost=cost_section(record),
-        settings=json.dumps(record.get("settings", {}), indent=2, ensure_ascii=False, sort_keys=True),
-        arms=ARMS,
+        settings=json.dumps(record.settings, indent=2, ensure_ascii=False, sort_keys=True),
     )
 
 

@@ -11,7 +11,6 @@ from typing import Any
 from lorasuite.planning import ExperimentTable
 from lorasuite.reporting._results_tables import (
     GIB,
-    NAMES,
     SHARES,
     Cells,
     Measurement,
@@ -89,7 +88,7 @@ def _draw_lines(spec: ExperimentTable, found: Cells, xs: Mapping[tuple[str, ...]
                 points.append((x, statistics.mean(values), min(values), max(values)))
         if points:
             places, means, least, most = (list(column) for column in zip(*points, strict=True))
-            panel.plot(places, means, "o-", label=NAMES[arm])
+            panel.plot(places, means, "o-", label=arm.paper_label)
             panel.fill_between(places, least, most, alpha=0.15)
     if min(xs.values()) > 0 and max(xs.values()) >= 8 * min(xs.values()):
         panel.set_xscale("log")
@@ -112,7 +111,7 @@ def _draw_bars(spec: ExperimentTable, found: Cells, panel: Any) -> None:
             scale = 100 if cells and set(cells[0].metric.split(", ")) <= SHARES else 1
             errors.append(scale * math.sqrt(statistics.mean(e**2 for e in known)) if known else 0.0)
         places = [k + (n + 0.5) * width - 0.4 for k in range(len(groups))]
-        panel.bar(places, heights, width * 0.92, yerr=errors, capsize=2, label=NAMES[arm])
+        panel.bar(places, heights, width * 0.92, yerr=errors, capsize=2, label=arm.paper_label)
     panel.set_ylabel(_axis(spec, found))
     panel.margins(y=0.12)
     if spec.factors:
@@ -120,13 +119,13 @@ def _draw_bars(spec: ExperimentTable, found: Cells, panel: Any) -> None:
         panel.set_xlabel(" / ".join(spec.factors))
     else:
         places = [(n + 0.5) * width - 0.4 for n in range(len(spec.arms))]
-        panel.set_xticks(places, [NAMES[arm] for arm in spec.arms], rotation=30, ha="right", fontsize=8)
+        panel.set_xticks(places, [arm.paper_label for arm in spec.arms], rotation=30, ha="right", fontsize=8)
 
 
 def _draw_cost(spec: ExperimentTable, found: Cells, panels: Sequence[Any]) -> None:
     """Time and memory by arm."""
     arms = [arm for arm in spec.arms if any(m.arm == arm and m.cost for m in found)]
-    labels = [NAMES[arm].replace(", ", ",\n") for arm in arms]
+    labels = [arm.paper_label.replace(", ", ",\n") for arm in arms]
     for panel, title in zip(panels, ("seconds per adapter", "peak memory (GiB)"), strict=True):
         values = []
         for arm in arms:

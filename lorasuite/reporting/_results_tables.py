@@ -11,20 +11,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from lorasuite.evaluation import TASK_METRICS
-from lorasuite.planning import Arm, ExperimentTable
+from lorasuite.evaluation import TASK_METRICS, Arm
+from lorasuite.planning import ExperimentArm, ExperimentTable
 
-#: What the arms are called: "small" is the rows of the light fine-tune (LFT), "full" all of them.
-NAMES: dict[Arm, str] = {
-    "old": "old base",
-    "old+adapter": "old base + LoRA (full)",
-    "new": "new base",
-    "migrated": "migrated, w/o LFT",
-    "scratch": "LoRA (small)",
-    "migrated+lft": "migrated, w LFT",
-    "retrained": "LoRA (full)",
-    "refreshed": "refreshed (no labels)",
-}
 #: Metrics that are shares, shown in percent.
 SHARES = {*TASK_METRICS}
 GIB = 2**30
@@ -46,7 +35,7 @@ class Measurement(_Frozen):
     """One cell, measured. ``cached`` is None where it is not known."""
 
     table: str
-    arm: Arm
+    arm: ExperimentArm
     task: str
     seed: int
     level: dict[str, str] = {}
@@ -122,7 +111,7 @@ def _arm_table(spec: ExperimentTable, found: Cells) -> tuple[list[str], list[lis
             metric = next((m.metric for m in found if m.metric), "")
             row.append(_number(statistics.mean(known), metric) if known and len(known) == len(means) else "–")
         row += [_loss(cells[task]) for task in losses]
-        rows.append([NAMES[arm], *row, *(_published(paper.values.get(arm)) for paper in spec.paper)])
+        rows.append([arm.paper_label, *row, *(_published(paper.values.get(arm)) for paper in spec.paper)])
     return columns, rows
 
 
@@ -133,7 +122,7 @@ def _factor_table(spec: ExperimentTable, found: Cells) -> tuple[list[str], list[
     lossy = {pair for pair in pairs if any((m.task, m.arm) == pair and m.loss is not None for m in found)}
     columns = list(spec.factors)
     for task, arm in pairs:
-        name = NAMES[arm] if len(tasks) == 1 else f"{task}: {NAMES[arm]}"
+        name = arm.paper_label if len(tasks) == 1 else f"{task}: {arm.paper_label}"
         columns += [name, f"{name}, loss"] if (task, arm) in lossy else [name]
     columns += [f"paper: {paper.label}" for paper in spec.paper]
     rows = []
@@ -157,7 +146,7 @@ def _cost_table(spec: ExperimentTable, found: Cells) -> tuple[list[str], list[li
         "time saved",
     ]
     columns += ["peak memory (GiB)", "memory saved (GiB)"] + [f"paper: {paper.label}" for paper in spec.paper]
-    whole = [m for m in found if m.arm == "retrained"]
+    whole = [m for m in found if m.arm == Arm.RETRAINED]
     reference, memory = _seconds(whole), _memory(whole)
     rows = []
     for arm in spec.arms:
@@ -168,7 +157,7 @@ def _cost_table(spec: ExperimentTable, found: Cells) -> tuple[list[str], list[li
         row.append(f"{100 * (1 - spent / reference):.1f} %" if spent is not None and reference else "–")
         row.append(_plain(None if held is None else held / GIB, 2))
         row.append(_plain(None if held is None or memory is None else (memory - held) / GIB, 2))
-        rows.append([NAMES[arm], *row, *(_published(paper.values.get(arm)) for paper in spec.paper)])
+        rows.append([arm.paper_label, *row, *(_published(paper.values.get(arm)) for paper in spec.paper)])
     return columns, rows
 
 

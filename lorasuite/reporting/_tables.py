@@ -2,43 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from lorasuite.evaluation import PUBLISHED_ARMS, Arm, EvaluationSummary, TaskSummary
 from lorasuite.reporting import _figures as figures
-from lorasuite.reporting._names import ARMS, METRICS, Z, _sorted_arms, number, percent, wilson
+from lorasuite.reporting._names import METRICS, Name, Z, arm_label, number, percent, sorted_arms, wilson
+
+#: The name that tables give an arm.
+Label = Callable[[str], str]
 
 
-def comparison(evaluation: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[dict[str, Any]]]:
+def comparison(
+    evaluation: Mapping[Name, EvaluationSummary], label: Label = arm_label
+) -> tuple[list[str], list[dict[str, Any]]]:
     """The before/after table: column titles, and a row an arm with ``value ± standard error`` cells."""
-    metrics = [m for m in METRICS if any(arm.get(m) is not None for arm in evaluation.values())]
+    metrics = _known_metrics(evaluation)
     rows = []
-    for arm in _sorted_arms(evaluation):
+    for arm in sorted_arms(evaluation):
         result = evaluation[arm]
         cells = [_cell(metric, result) for metric in metrics]
-        rows.append({"name": ARMS.get(arm, arm), "arm": arm, "cells": cells, "n": result["n"]})
+        rows.append({"name": label(arm), "arm": arm, "cells": cells, "n": result.n})
     return [METRICS[m] for m in metrics], rows
 
 
-def task_comparison(tasks: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[dict[str, Any]]]:
+def task_comparison(
+    tasks: Mapping[Name, Mapping[str, TaskSummary]], label: Label = arm_label
+) -> tuple[list[str], list[dict[str, Any]]]:
     """lm-eval scores: a column for each task and metric, a row an arm, ``value ± standard error`` cells."""
-    arms = _sorted_arms(tasks)
-    columns = sorted(
-        {(task, metric) for arm in arms for task, score in tasks[arm].items() for metric in score["metrics"]}
-    )
+    arms = sorted_arms(tasks)
+    columns = sorted({(task, metric) for arm in arms for task, score in tasks[arm].items() for metric in score.metrics})
     rows = []
     for arm in arms:
         cells = []
         for task, metric in columns:
-            score = tasks[arm].get(task, {"metrics": {}, "stderr": {}})
-            value, error = score["metrics"].get(metric), score["stderr"].get(metric)
+            value, error = _task_score(tasks[arm], task, metric)
             cells.append("–" if value is None else f"{value:.4g}" + (f" ± {error:.2g}" if error is not None else ""))
-        rows.append({"name": ARMS.get(arm, arm), "cells": cells})
+        rows.append({"name": label(arm), "cells": cells})
     return [f"{task} {metric.removesuffix(',none')}" for task, metric in columns], rows
 
 
-def _cell(metric: str, result: Mapping[str, Any]) -> str:
-    value, error = result.get(metric), result.get(f"{metric}_stderr")
+def _known_metrics(evaluation: Mapping[Name, EvaluationSummary]) -> list[str]:
+    return [m for m in METRICS if any(getattr(result, m) is not None for result in evaluation.values())]
+
+
+def _score(result: EvaluationSummary, metric: str) -> tuple[float | None, float | None]:
+    """A metric and its standard error."""
+    return getattr(result, metric), getattr(result, f"{metric}_stderr")
+
+
+def _task_score(scores: Mapping[str, TaskSummary], task: str, metric: str) -> tuple[float | None, float | None]:
+    """A task's metric and its standard error; None of what the arm was not measured on."""
+    score = scores.get(task)
+    return (None, None) if score is None else (score.metrics.get(metric), score.stderr.get(metric))
+
+
+def _cell(metric: str, result: EvaluationSummary) -> str:
+    value, error = _score(result, metric)
     if value is None:
         return "–"
     if metric == "exact_match":
@@ -46,23 +66,24 @@ def _cell(metric: str, result: Mapping[str, Any]) -> str:
     return f"{value:.3f}" + (f" ± {error:.3f}" if error is not None else "")
 
 
-def metric_tables(evaluation: Mapping[str, Mapping[str, Any]], first: str | None) -> list[dict[str, Any]]:
+def metric_tables(
+    evaluation: Mapping[Arm, EvaluationSummary], first: str | None, label: Label = arm_label
+) -> list[dict[str, Any]]:
     """Held-out rows: for each metric a row an arm, with its 95 % interval on one axis; the verdict's metric first."""
-    known = [m for m in METRICS if any(arm.get(m) is not None for arm in evaluation.values())]
+    known = _known_metrics(evaluation)
     known.sort(key=lambda metric: (metric != first, list(METRICS).index(metric)))
     tables = []
     for metric in known:
         rows = []
-        for arm in _sorted_arms(evaluation):
-            result = evaluation[arm]
-            if result.get(metric) is None:
-                continue
-            rows.append(_row(arm, float(result[metric]), result.get(f"{metric}_stderr"), result["n"], metric))
+        for arm in sorted_arms(evaluation):
+            value, error = _score(evaluation[arm], metric)
+            if value is not None:
+                rows.append(_row(arm, label(arm), value, error, evaluation[arm].n, metric))
         tables.append({"metric": metric, "title": METRICS[metric], "rows": _drawn(rows, metric)})
     return tables
 
 
-def _row(arm: str, value: float, error: float | None, n: int | None, metric: str) -> dict[str, Any]:
+def _row(arm: str, name: str, value: float, error: float | None, n: int, metric: str) -> dict[str, Any]:
     low = high = None
     if metric == "exact_match" and n:
         low, high = wilson(value, n)
@@ -71,7 +92,7 @@ def _row(arm: str, value: float, error: float | None, n: int | None, metric: str
     shown = percent if metric == "exact_match" else number
     return {
         "arm": arm,
-        "name": ARMS.get(arm, arm),
+        "name": name,
         "value": value,
         "low": low,
         "high": high,
@@ -85,29 +106,26 @@ def _drawn(rows: list[dict[str, Any]], metric: str) -> list[dict[str, Any]]:
     ends = [end for row in rows for end in (row["value"], row["low"], row["high"]) if end is not None]
     axis = (0.0, 1.0) if metric == "exact_match" else (min(0.0, *ends), max(ends) * 1.04 or 1.0)
     for row in rows:
-        mark = 1 if row["arm"].startswith("migrated") else 2
+        mark = 1 if row["arm"] in PUBLISHED_ARMS else 2
         row["plot"] = figures.whisker(row["value"], row["low"], row["high"], axis, mark)
     return rows
 
 
-def task_tables(tasks: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """lm-eval: a row a task and metric, a column an arm, what matters most first; value with its 95 % interval."""
-    first = [arm for arm in ("migrated+lft", "migrated") if arm in tasks][:1]
-    arms = list(
-        dict.fromkeys([*first, *(a for a in ("old+adapter", "new", "scratch", "scratch-own") if a in tasks), *tasks])
-    )
-    keys = sorted({(t, m) for arm in arms for t, score in tasks[arm].items() for m in score["metrics"]})
-    groups = {t for arm in arms for t, score in tasks[arm].items() if score.get("group")}
+def task_tables(tasks: Mapping[Arm, Mapping[str, TaskSummary]], label: Label = arm_label) -> dict[str, Any]:
+    """lm-eval: a row a task and metric, a column an arm, the published one first; value with its 95 % interval."""
+    first = [arm for arm in PUBLISHED_ARMS if arm in tasks][:1]
+    then = (Arm.OLD_ADAPTER, Arm.NEW, Arm.SCRATCH, Arm.SCRATCH_OWN)
+    arms = list(dict.fromkeys([*first, *(arm for arm in then if arm in tasks), *tasks]))
+    keys = sorted({(t, m) for arm in arms for t, score in tasks[arm].items() for m in score.metrics})
+    groups = {t for arm in arms for t, score in tasks[arm].items() if score.group}
     keys.sort(key=lambda key: key[0] in groups)  # means after what they are means of
     rows = []
     for task, metric in keys:
         cells = []
         for arm in arms:
-            score = tasks[arm].get(task)
-            value = None if score is None else score["metrics"].get(metric)
-            error = None if score is None else score["stderr"].get(metric)
+            value, error = _task_score(tasks[arm], task, metric)
             cells.append({"value": value, "half": None if error is None else Z * error})
-        n = next((tasks[arm][task].get("n") for arm in arms if task in tasks[arm]), None)
+        n = next((tasks[arm][task].n for arm in arms if task in tasks[arm]), None)
         shown = metric.removesuffix(",none") + (", mean of its tasks" if task in groups else "")
         rows.append({"task": task, "metric": shown, "cells": cells, "n": n})
-    return {"arms": [ARMS.get(arm, arm) for arm in arms], "rows": rows}
+    return {"arms": [label(arm) for arm in arms], "rows": rows}

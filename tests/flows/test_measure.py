@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from flows.measure import Measured
-from lorasuite.evaluation import EvaluationSettings, TaskScore, judge
+from lorasuite.evaluation import Arm, EvaluationSettings, TaskScore, TaskSummary, judge
 from lorasuite.evaluation.eval_tasks import GROUPS
 
 DATA = Path(__file__).parents[1] / "data" / "eval_tasks"
@@ -57,5 +57,6 @@ def test_groups_are_averages_over_tasks_kept_by_themselves() -> None:
     assert scores["lorasuite_math"]["stderr"]["exact_match,answer"] == pytest.approx(0.1 / 7**0.5)
     assert (scores["lorasuite_math"]["n"], scores["lorasuite_math"]["group"]) == (28, True)
 
-    found = judge({}, {"old+adapter": scores, "new": scores, "migrated": scores})
+    typed = {task: TaskSummary.model_validate(score) for task, score in scores.items()}
+    found = judge({}, dict.fromkeys((Arm.OLD_ADAPTER, Arm.NEW, Arm.MIGRATED), typed))
     assert found.migrated == pytest.approx((0.3 * 7 + 1.0) / 8)

@@ -152,7 +152,7 @@ def migrated(lora: Callable[..., Path], base: Callable[..., Path], tmp_path: Pat
     folder = tmp_path / "out"
     shutil.copytree(lora(base("llama")), folder)
     made = record()
-    (folder / "migration.json").write_text(json.dumps(made))
+    made.write(folder / "migration.json")
     (folder / "README.md").write_text(model_card(made))
     (folder / "report.html").write_text("held-out rows")
     (folder / "samples").mkdir()

@@ -6,12 +6,15 @@ from typing import Any
 
 import pytest
 
-from lorasuite.evaluation import Gate, fails, judge
+from lorasuite.evaluation import Arm, Comparison, EvaluationSummary, Gate, TaskSummary, fails, judge
+from tests.records import scored, task_score
 
 
-def arms(metric: str, **values: float) -> dict[str, dict[str, Any]]:
-    names = {"old": "old+adapter", "new": "new", "moved": "migrated", "tuned": "migrated+lft"}
-    return {names[name]: {metric: value} for name, value in values.items()}
+def arms(metric: str, **values: float) -> dict[Arm, EvaluationSummary]:
+    names = {"old": Arm.OLD_ADAPTER, "new": Arm.NEW, "moved": Arm.MIGRATED, "tuned": Arm.MIGRATED_LFT}
+    if metric == "bits_per_byte":
+        return {names[name]: scored(bits=value) for name, value in values.items()}
+    return {names[name]: scored(value) for name, value in values.items()}
 
 
 @pytest.mark.parametrize(
@@ -35,10 +38,7 @@ def test_fewer_bits_are_better() -> None:
 
 
 def test_an_exact_match_that_is_nowhere_decides_nothing() -> None:
-    both = {
-        arm: {"exact_match": 0.0, "bits_per_byte": bits}
-        for arm, bits in {"old+adapter": 1.0, "new": 2.0, "migrated": 1.0}.items()
-    }
+    both = {arm: scored(0.0, bits) for arm, bits in {Arm.OLD_ADAPTER: 1.0, Arm.NEW: 2.0, Arm.MIGRATED: 1.0}.items()}
     assert judge(both, {}).metric == "bits_per_byte"
     assert judge(both, {}, Gate(metric="exact_match")).verdict == "retrain"
 
@@ -50,21 +50,23 @@ def test_a_new_base_that_needs_no_adapter(moved: float, verdict: str) -> None:
 
 
 def test_tasks_and_nothing() -> None:
-    def score(value: float) -> dict[str, Any]:
-        return {"t": {"metrics": {"word_perplexity,none": 9.0, "acc,none": 0.1, "acc_norm,none": value}}}
+    def score(value: float) -> dict[str, TaskSummary]:
+        return {"t": task_score("t", {"word_perplexity,none": 9.0, "acc,none": 0.1, "acc_norm,none": value})}
 
-    tasks = {"old+adapter": score(0.6), "new": score(0.2), "migrated": score(0.5)}
+    tasks = {Arm.OLD_ADAPTER: score(0.6), Arm.NEW: score(0.2), Arm.MIGRATED: score(0.5)}
     found = judge({}, tasks)
     assert (found.metric, found.verdict) == ("tasks", "needs-finetune") and found.kept == pytest.approx(0.75)
     assert judge({}, {}).verdict == "unmeasured"
     assert judge({}, {}, Gate(metric="exact_match")).verdict == "unmeasured"
 
 
-def compared(other: str, low: float, high: float, flips: int = 0, right: int = 100, **more: Any) -> dict[str, Any]:
-    return {
-        "first": other, "second": "migrated", "task": None, "metric": "exact_match", "interval": [low, high],
-        "negative_flips": [str(i) for i in range(flips)], "both_right": right, **more,
+def compared(other: str, low: float, high: float, flips: int = 0, right: int = 100, **more: Any) -> Comparison:
+    content: dict[str, Any] = {
+        "first": other, "second": "migrated", "task": None, "metric": "exact_match", "interval": (low, high), "n": 200,
+        "first_score": 0.5, "second_score": 0.5, "difference": 0.0, "mcnemar_p": None, "both_wrong": 0,
+        "negative_flips": [str(i) for i in range(flips)], "positive_flips": [], "both_right": right, "examples": [],
     }  # fmt: skip
+    return Comparison.model_validate({**content, **more})
 
 
 SCORES = {"old": 0.7, "new": 0.2, "moved": 0.68}
@@ -81,7 +83,7 @@ def test_by_the_lower_end_of_the_interval() -> None:
     assert judge(found, {}, None, [wide]).verdict == "ship", "the estimate counts unless asked otherwise"
     assert judge(found, {}, sure, []).verdict == "needs-finetune", "nobody measured the interval"
     # the comparison of another metric or arm is not taken for it
-    assert judge(found, {}, sure, [{**near, "metric": "bits_per_byte"}]).verdict == "needs-finetune"
+    assert judge(found, {}, sure, [near.model_copy(update={"metric": "bits_per_byte"})]).verdict == "needs-finetune"
 
 
 def test_fewer_bits_and_their_interval() -> None:
@@ -106,10 +108,10 @@ def test_a_gain_over_the_bare_base_and_a_bound_on_flips() -> None:
 
 
 def test_single_tasks() -> None:
-    def scores(first: float, second: float) -> dict[str, Any]:
-        return {n: {"metrics": {"acc,none": v}, "stderr": {}} for n, v in {"a": first, "b": second}.items()}
+    def scores(first: float, second: float) -> dict[str, TaskSummary]:
+        return {n: task_score(n, {"acc,none": v}) for n, v in {"a": first, "b": second}.items()}
 
-    tasks = {"old+adapter": scores(0.8, 0.8), "new": scores(0.2, 0.2), "migrated": scores(0.8, 0.5)}
+    tasks = {Arm.OLD_ADAPTER: scores(0.8, 0.8), Arm.NEW: scores(0.2, 0.2), Arm.MIGRATED: scores(0.8, 0.5)}
     assert judge({}, tasks, Gate(ship=0.7)).verdict == "ship", "the mean"
     each = judge({}, tasks, Gate(ship=0.7, tasks={"a": {}}))
     assert (each.verdict, each.task) == ("needs-finetune", "b") and len(each.checks) == 2
@@ -121,11 +123,11 @@ def test_single_tasks() -> None:
 
 
 def test_a_group_does_not_count_beside_its_tasks() -> None:
-    def scores(value: float) -> dict[str, Any]:
-        one = {"metrics": {"acc": value}, "stderr": {}}
-        return {"a": one, "b": one, "both": {**one, "metrics": {"acc": 0.0}, "group": True}}
+    def scores(value: float) -> dict[str, TaskSummary]:
+        single = {name: task_score(name, {"acc": value}) for name in ("a", "b")}
+        return {**single, "both": task_score("both", {"acc": 0.0}, group=True)}
 
-    tasks = {"old+adapter": scores(0.8), "new": scores(0.2), "migrated": scores(0.8)}
+    tasks = {Arm.OLD_ADAPTER: scores(0.8), Arm.NEW: scores(0.2), Arm.MIGRATED: scores(0.8)}
     assert judge({}, tasks).migrated == pytest.approx(0.8)
     assert [check.task for check in judge({}, tasks, Gate(tasks={"a": {}})).checks] == ["a", "b"]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from huggingface_hub.utils import validate_repo_id
 from lorasuite.errors import ConfigError, OutputError
 from lorasuite.reporting import _hub as hub
 from lorasuite.reporting import model_card
-from tests.records import record
+from tests.records import content, record
 
 
 def test_the_metadata_survives_the_hubs_own_reading(tmp_path: Path) -> None:
@@ -42,7 +41,7 @@ def test_the_metadata_survives_the_hubs_own_reading(tmp_path: Path) -> None:
 def test_provenance_and_no_results() -> None:
     text = model_card(record())
     for part in ("old_base", "new_base", "adapter"):
-        assert record()[part]["fingerprint"] in text
+        assert content()[part]["fingerprint"] in text
     assert "algorithm version 1" in text and "`functional`" in text and "**needs-finetune**" in text
     bare = model_card(record(evaluation={}, tasks={}, comparisons=[]))
     assert "model-index" not in bare and "±" not in bare
@@ -95,7 +94,3 @@ def test_what_cannot_be_pushed_is_found_before_any_work(tmp_path: Path, monkeypa
     assert len(caught.value.problems) == 3
     monkeypatch.setattr(hub, "_api", Fake)
     hub.check_target("me/it", "org/new")
-
-
-def test_records_are_json() -> None:
-    json.dumps(record())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from html.parser import HTMLParser
 from itertools import pairwise
@@ -14,10 +15,16 @@ import torch
 from lorasuite.errors import CheckpointError
 from lorasuite.reporting import _figures as figures
 from lorasuite.reporting import render, wilson, write_fleet, write_report
-from tests.records import NASTY, record
+from tests.records import NASTY, content, record
 
 SECTIONS = ("checks", "results", "flips", "candidates", "training", "layers", "heads", "energy", "serving", "cost",
             "reproduce")  # fmt: skip
+TEACHER = {
+    "worth": True, "reason": "better than the bare new base", "measured_on": "training rows", "scored_rows": 6,
+    "bits_per_byte": {"old": 4.0, "teacher": 0.1, "new": 5.0}, "rows": 94, "written": 120, "dropped": {"empty": 26},
+    "tokens": 900, "temperature": 0.0, "prompts": 94, "imitated": 0, "mean_log_prob": -0.1, "samples": 94,
+    "distilled": False,
+}  # fmt: skip
 TABLE = {"similarity": torch.tensor([[0.8, 0.1, 0.2], [0.3, float("nan"), 0.9]])}
 
 
@@ -76,7 +83,7 @@ def test_a_start_that_no_learning_rate_improved() -> None:
     """It is kept without a step, so there is no loss to show."""
     made = record()
     for run in ("finetune", "control"):
-        made[run] = {**made[run], "losses": [], "steps": 0}
+        made = made.model_copy(update={run: getattr(made, run).model_copy(update={"losses": [], "steps": 0})})
         page = Page(render(made, TABLE))
         accessible(page)
         assert "kept as it began, for no learning rate did better" in page.text
@@ -117,26 +124,18 @@ def test_what_there_is_nothing_of_is_said() -> None:
         assert words in page.text, words
 
 
-def test_a_record_of_an_earlier_version() -> None:
+def test_a_record_of_an_earlier_version(tmp_path: Path) -> None:
     """Without the keys that were not there yet."""
     gone = ("comparisons", "serving", "head_similarity", "alignment")
-    old = {key: value for key, value in record().items() if key not in gone}
+    old = {key: value for key, value in content().items() if key not in gone}
     old["verdict"] = {k: v for k, v in old["verdict"].items() if k not in ("checks", "kept_interval", "task")}
-    accessible(Page(render(old, TABLE)))
+    (tmp_path / "migration.json").write_text(json.dumps(old))
+    accessible(Page(write_report(tmp_path).read_text()))
 
 
-def test_keys_to_come() -> None:
-    more = record()
-    more["candidates"][0] |= {"start": "migrated", "learning_rate": 1e-2, "reported_loss": 4.4, "seconds": 3.0}
-    more["finetune"] |= {"stopped_early": True, "search": []}
-    more["teacher"] = {"asked": 100, "kept": 94, "examples": []}
-    said = Page(render(more, TABLE)).text
-    assert "loss on fresh rows" in said and "stopped early" in said and "kept 94" in said
-
-
-def test_nothing_was_moved() -> None:
-    said = Page(render(record(method="none"), TABLE)).text
-    assert "this is a fresh LoRA, fine-tuned on 100 samples" in said
+def test_rows_of_the_old_adapter() -> None:
+    said = Page(render(record(teacher=TEACHER), TABLE)).text
+    assert "rows 94" in said and "100 samples, 94 of them written by the old base with the adapter" in said
 
 
 def test_many_heads_and_layers() -> None:

@@ -1,0 +1,96 @@
+"""The commands ``lorasuite artifacts``: list, check and clean up the artifact store."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from artifacts import ArtifactError, Store
+from flows.cli_output import Json, errors, print_json
+from lorasuite import reporting
+
+store_app = typer.Typer(help="List, check and clean up the artifact store.", no_args_is_help=True)
+
+
+@store_app.command("ls")
+def artifacts_ls(as_json: Json = False) -> None:
+    """Every artifact: stage, key, size, when it was made."""
+    with errors(as_json):
+        rows = [
+            {
+                "stage": entry.manifest.stage if entry.manifest else None,
+                "key": entry.key,
+                "size": entry.size,
+                "last_used": entry.last_used.isoformat(timespec="seconds"),
+                "problem": entry.problem,
+            }
+            for entry in Store().ls()
+        ]
+        if as_json:
+            print_json({"artifacts": rows})
+        else:
+            reporting.show_artifacts(rows)
+
+
+@store_app.command("show")
+def artifacts_show(key: Annotated[str, typer.Argument(help="key, or its beginning")], as_json: Json = False) -> None:
+    """One artifact's manifest."""
+    with errors(as_json):
+        manifest = json.loads(Store().manifest(_full_key(key)).to_json())
+        print_json(manifest) if as_json else Console().print_json(data=manifest)
+
+
+@store_app.command("verify")
+def artifacts_verify(
+    key: Annotated[str | None, typer.Argument(help="key, or its beginning; all if left out")] = None,
+    as_json: Json = False,
+) -> None:
+    """Read every byte and compare it with the manifest."""
+    store = Store()
+    with errors(as_json):
+        keys = [_full_key(key)] if key else [entry.key for entry in store.ls()]
+        damaged = {}
+        for found in keys:
+            try:
+                store.verify(found)
+            except ArtifactError as error:
+                damaged[found] = str(error)
+        if as_json:
+            print_json({"checked": len(keys), "damaged": damaged})
+        else:
+            Console().print(f"{len(keys)} checked, {len(damaged)} damaged")
+            for what in damaged.values():
+                Console().print(what, style="red", markup=False)
+    if damaged:
+        raise typer.Exit(1)
+
+
+@store_app.command("gc")
+def artifacts_gc(
+    keep_days: Annotated[float, typer.Option(help="days an unused artifact is kept")] = 30,
+    delete: Annotated[bool, typer.Option("--delete", help="remove them; without it they are only listed")] = False,
+    as_json: Json = False,
+) -> None:
+    """List, and with --delete remove, artifacts not used for long and leftovers of killed runs."""
+    with errors(as_json):
+        found = Store().gc(keep_days=keep_days, dry_run=not delete)
+        names = [str(removal.path) for removal in found.removals]
+        if as_json:
+            print_json({"removed" if delete else "would_remove": names, "bytes": found.size})
+        else:
+            Console().print(
+                f"{'removed' if delete else 'would remove'} {len(names)} items, {found.size / 2**20:.1f} MiB"
+            )
+
+
+def _full_key(beginning: str) -> str:
+    keys = [entry.key for entry in Store().ls() if entry.key.startswith(beginning)]
+    if len(keys) != 1:
+        from lorasuite.errors import ConfigError, Problem
+
+        what = "no artifact's key begins so" if not keys else f"{len(keys)} artifacts' keys begin so"
+        raise ConfigError(Problem(beginning, what, "See `lorasuite artifacts ls`."))
+    return keys[0]
