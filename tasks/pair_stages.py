@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorasuite.bases import Checkpoint, CommonTokens, Role, Side, common_tokens, load_model, load_tokenizer
+from lorasuite.bases import Checkpoint, CommonTokens, LoadedBase, Role, common_tokens, load_model, load_tokenizer
 from lorasuite.correspondence import (
     Moments,
     TransferMatrix,
@@ -66,15 +66,12 @@ def mlp_factors(inputs: Inputs, settings: Settings, where: Where) -> StageOutput
 def activations(inputs: Inputs, settings: Settings, where: Where) -> StageOutput:
     """One base's hidden states of the calibration texts, pooled by example."""
     path = where.path("base")
-    model = load_model(path, where.device, trust_remote_code=trusted(where))
-    tokenizer = load_tokenizer(path, trusted(where))
+    base = side(where, "base", load_model(path, where.device, trust_remote_code=trusted(where)))
     # Chat rows become text through the new base's template, so that both bases read the same texts.
     reader = load_tokenizer(where.path("new_base"), trusted(where))
     texts = calibration_texts(where.path("calibration"), reader)[: settings["samples"]]
     pooled = hidden_states(
-        model,
-        tokenizer,
-        Checkpoint(path).architecture,
+        base,
         texts,
         batch_size=int(settings["batch_size"]),
         cutoff=settings["cutoff"],
@@ -118,27 +115,25 @@ def trusted(where: Where) -> bool:
 @stage("alignment")
 def alignment(inputs: Inputs, settings: Settings, where: Where) -> StageOutput:
     """What mapped modules of both bases read and write at positions that have read the same text."""
-    old, new = _checkpoints(where)
-    models = tuple(load_model(where.path(base), where.device, trust_remote_code=trusted(where)) for base in BASES)
-    tokenizers = tuple(load_tokenizer(where.path(base), trusted(where)) for base in BASES)
+    old, new = (
+        side(where, base, load_model(where.path(base), where.device, trust_remote_code=trusted(where)))
+        for base in BASES
+    )
     found = align(
-        models,
-        tokenizers,
-        (old.architecture, new.architecture),
-        (old.dims, new.dims),
+        old,
+        new,
         layer_map(inputs["layer_mapping"]),
         settings["roles"],
-        calibration_texts(where.path("calibration"), tokenizers[1])[: settings["samples"]],
+        calibration_texts(where.path("calibration"), new.tokenizer)[: settings["samples"]],
         cutoff=settings["cutoff"],
     )
     tensors = (item for key, moments in found.items() for item in moments.tensors(moments_name(*key)))
     return StageOutput(tensors, {"rows": next(iter(found.values())).rows})
 
 
-def side(where: Where, base: str, model: Any) -> Side:
+def side(where: Where, base: str, model: Any) -> LoadedBase:
     """A loaded base with what is needed to read it."""
-    checkpoint = Checkpoint(where.path(base))
-    return Side(model, load_tokenizer(where.path(base), trusted(where)), checkpoint.architecture, checkpoint.dims)
+    return LoadedBase.of(model, load_tokenizer(where.path(base), trusted(where)), Checkpoint(where.path(base)))
 
 
 @stage("state_map", version=2)

@@ -14,7 +14,7 @@ answers look like, not how they are computed.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,18 +23,18 @@ from torch import Tensor
 
 from lorasuite.adapters import LowRank
 from lorasuite.bases import (
+    ActivationRecorder,
     Batch,
+    BlockStream,
+    LoadedBase,
     Role,
-    Side,
-    Stream,
-    Watch,
     common_tokens,
     linear_modules,
     put_weights,
     text_batches,
     unpaired,
 )
-from lorasuite.correspondence import RIDGE, StateMap, reduced_rank
+from lorasuite.correspondence import RIDGE, RegressionSums, StateMap, ridge_factor
 from lorasuite.progress import Progress
 from lorasuite.transforms import FittedUpdates, Input, ModelTransform
 
@@ -83,8 +83,8 @@ class Logits(ModelTransform):
 
     def fit(
         self,
-        old: Side,
-        new: Side,
+        old: LoadedBase,
+        new: LoadedBase,
         adapted: Callable[[], contextlib.AbstractContextManager[Any]],
         roles: Sequence[Role],
         *,
@@ -109,7 +109,7 @@ class Logits(ModelTransform):
         layer = new.dims.layers - 1
         modules = linear_modules(new, layer)
         names = [name for role in ("o", "down") for name, (m, _) in modules.items() if m.roles[0] == role]
-        stream = Stream(new, [batch.new for batch in batches])
+        stream = BlockStream(new, [batch.new for batch in batches])
         while stream.layer < layer:
             stream.advance()
         result = FittedUpdates()
@@ -118,17 +118,13 @@ class Logits(ModelTransform):
             for done, name in enumerate(names, 1):
                 module, linear = modules[name]
                 path = new.architecture.path(layer, module)
-                watch = Watch(new)
-                watch.block(layer)
-                watch.module(layer, module, linear)
-                sums: list[Tensor] = []
-                with watch.on():
+                sums = RegressionSums.empty(linear.weight.numel() // new.dims.hidden_size, new.dims.hidden_size)
+                with ActivationRecorder(new).block(layer).module(layer, module) as recorder:
                     for number, (batch, target, start) in enumerate(zip(batches, wanted, before, strict=True)):
-                        at = stream.read(watch, number, batch.new_rows)
+                        at = stream.read(recorder, number, batch.new_rows)
                         x, gap = at[layer, name, "in"], target - (at[layer, "block", "out"] - start)
-                        parts = (x.T @ x, x.T @ gap, (gap * gap).sum())
-                        sums = [a + b for a, b in zip(sums, parts, strict=True)] if sums else [*parts]
-                update, left = reduced_rank(*sums, rank=rank)
+                        sums.add(x, gap)
+                update, left = sums.reduced_rank(rank)
                 original[path] = linear.weight.detach().clone()
                 _add(linear, update, module.transposed)
                 result.updates[path], result.residual[path] = update, left
@@ -145,26 +141,26 @@ def _add(linear: Any, update: LowRank, transposed: bool) -> None:
 
 
 def _targets(
-    old: Side, new: Side, adapted: Callable[[], Any], batches: Sequence[Batch]
+    old: LoadedBase, new: LoadedBase, adapted: Callable[[], Any], batches: Sequence[Batch]
 ) -> tuple[list[Tensor], list[Tensor]]:
     """For each batch, the change of the last hidden state that is wanted, and the state itself, ``(positions, d)``."""
     head = new.model.get_output_embeddings().weight.detach().float()
     shared = common_tokens(old.tokenizer, new.tokenizer, old.dims.vocab_size, head.shape[0])
-    gram = (head.T @ head).double()
-    gram += RIDGE * gram.diagonal().mean() * torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
-    solver = torch.linalg.cholesky(gram)
+    solver = ridge_factor((head.T @ head).double(), RIDGE)
+    last = new.dims.layers - 1
     states, inputs, changes = [], [], []
     scale: float | None = None
-    with adapted():
+    with adapted(), ActivationRecorder(new).block(last).head() as recorder:
         for batch in batches:
-            with torch.inference_mode():
-                said = old.model(input_ids=batch.old.to(old.device), use_cache=False).logits.cpu()[batch.old_rows]
-            seen, logits = _last(new, batch)
+            said = ActivationRecorder(old).run(batch.old).logits.cpu()[batch.old_rows]
+            logits = recorder.run(batch.new).logits.cpu()[batch.new_rows].float()
+            seen = recorder.at(batch.new, batch.new_rows)
+            state, read = seen[last, "block", "out"], seen[last + 1, "head", "in"]
             if scale is None:  # some architectures scale what the head gives
-                plain = seen["head"] @ head.T.to(seen["head"])
+                plain = read.float() @ head.T.cpu()
                 scale = float((plain * logits).sum() / (plain * plain).sum().clamp(min=1e-30))
-            states.append(seen["state"].double())
-            inputs.append(seen["head"].double())
+            states.append(state)
+            inputs.append(read)
             moved = []
             for start in range(0, said.shape[0], CHUNK):
                 teacher, own = said[start : start + CHUNK].float(), logits[start : start + CHUNK]
@@ -177,32 +173,3 @@ def _targets(
             changes.append(torch.cholesky_solve(torch.cat(moved).T, solver).T.cpu())
     norm = _Norm.of(torch.cat(states), torch.cat(inputs))
     return [norm.undo(change, state) for change, state in zip(changes, states, strict=True)], states
-
-
-def _last(side: Side, batch: Batch) -> tuple[Mapping[str, Tensor], Tensor]:
-    """The last hidden state, what the head reads and the logits at a batch's paired positions, float32."""
-    seen: dict[str, Tensor] = {}
-
-    def block(_module: Any, _args: Any, output: Any) -> None:
-        seen["state"] = output[0] if isinstance(output, tuple) else output
-
-    def head(_module: Any, args: Any) -> None:
-        seen["head"] = args[0]
-
-    with _hooks(
-        side.blocks[-1].register_forward_hook(block),
-        side.model.get_output_embeddings().register_forward_pre_hook(head),
-    ), torch.inference_mode():  # fmt: skip
-        logits = side.model(input_ids=batch.new.to(side.device), use_cache=False).logits
-    rows = batch.new_rows
-    found = {name: value.view(*batch.new.shape, -1).cpu()[rows].float() for name, value in seen.items()}
-    return found, logits.cpu()[rows].float()
-
-
-@contextlib.contextmanager
-def _hooks(*handles: Any) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -7,24 +7,25 @@ from ._files import METER, Weights, read_json, resolve
 from ._loading import auto_class, load_model, load_tokenizer, module_order
 from ._pairing import Batch, paired_positions, text_batches, unpaired
 from ._proposal import propose
-from ._tracing import Side, Stream, Watch, linear_modules, put_weights
+from ._tracing import ActivationRecorder, BlockStream, LoadedBase, Place, linear_modules, put_weights
 from ._vocabulary import CommonTokens, common_tokens, convention, surface
 
 __all__ = [
     "ATTENTION",
     "METER",
     "ROLES",
+    "ActivationRecorder",
     "Architecture",
     "Batch",
+    "BlockStream",
     "Checkpoint",
     "CommonTokens",
     "Dimensions",
+    "LoadedBase",
     "ModelCache",
     "Module",
+    "Place",
     "Role",
-    "Side",
-    "Stream",
-    "Watch",
     "Weights",
     "add_architectures",
     "architecture_for",

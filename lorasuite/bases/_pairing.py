@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lorasuite.bases._tracing import Side
+from lorasuite.bases._tracing import LoadedBase
 from lorasuite.errors import DataError, Problem
 
 
@@ -34,7 +34,9 @@ BATCH = 32
 class Batch:
     """Some texts in both tokenizations, padded on the right, and the positions of both that pair.
 
-    Under causal attention nothing before the padding sees it, so no mask is needed.
+    ``old`` and ``new``: token ids ``(texts, tokens)``; ``old_rows`` and ``new_rows``: the numbers of the texts and of
+    the positions that pair, ``(pairs,)`` each. Under causal attention nothing before the padding sees it, so no mask is
+    needed.
     """
 
     old: Tensor
@@ -43,11 +45,12 @@ class Batch:
     new_rows: tuple[Tensor, Tensor]
 
 
-def text_batches(texts: Sequence[str], old: Side, new: Side, cutoff: int) -> list[Batch]:
+def text_batches(texts: Sequence[str], old: LoadedBase, new: LoadedBase, cutoff: int) -> list[Batch]:
+    """Texts in both tokenizations, at most ``cutoff`` tokens each, by length; those without a pair are left out."""
     encoded = []
     for text in texts:
         both = [
-            side.tokenizer(text, return_offsets_mapping=True, truncation=True, max_length=cutoff) for side in (old, new)
+            base.tokenizer(text, return_offsets_mapping=True, truncation=True, max_length=cutoff) for base in (old, new)
         ]
         pairs = paired_positions(*(e["offset_mapping"] for e in both))
         if pairs:
@@ -58,10 +61,13 @@ def text_batches(texts: Sequence[str], old: Side, new: Side, cutoff: int) -> lis
         part = encoded[start : start + BATCH]
         which = torch.tensor([n for n, (_, _, pairs) in enumerate(part) for _ in pairs])
         at = torch.tensor([pair for _, _, pairs in part for pair in pairs])
-        ids = [torch.nn.utils.rnn.pad_sequence([torch.tensor(p[side]) for p in part], True) for side in (0, 1)]
+        ids = [
+            torch.nn.utils.rnn.pad_sequence([torch.tensor(p[which_base]) for p in part], True) for which_base in (0, 1)
+        ]
         found.append(Batch(ids[0], ids[1], (which, at[:, 0]), (which, at[:, 1])))
     return found
 
 
 def unpaired(subject: str) -> DataError:
+    """The error of texts none of whose positions pair; ``subject``: what the user calls them."""
     return DataError(Problem(subject, "no position of the two tokenizations pairs", "Give texts of several words."))

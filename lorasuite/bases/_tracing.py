@@ -1,95 +1,173 @@
 """Base models read from inside: what their blocks and modules read and write, and blocks run one at a time.
 
 A fit that goes through a model block by block would pass every text through all the blocks before it again and again.
-:class:`Stream` keeps the texts' hidden states between blocks instead, so that the whole costs a few passes, whatever
-the depth.
+:class:`BlockStream` keeps the texts' hidden states between blocks instead, so that the whole costs a few passes,
+whatever the depth.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lorasuite.bases._architecture import Architecture, Dimensions, Module
+from lorasuite.bases._checkpoint import Checkpoint
+
+#: Where activations are recorded: the layer; ``"block"``, the name of a module, a role or ``"head"``; ``"in"`` for what
+#: is read there and ``"out"`` for what is written.
+Place = tuple[int, str, str]
 
 
 @dataclass(frozen=True)
-class Side:
-    """One base model in evaluation mode, with what is needed to read it."""
+class LoadedBase:
+    """One base model in memory, in evaluation mode, with what is needed to read it."""
 
     model: Any
     tokenizer: Any
     architecture: Architecture
     dims: Dimensions
 
+    @classmethod
+    def of(cls, model: Any, tokenizer: Any, checkpoint: Checkpoint) -> LoadedBase:
+        """A loaded model and tokenizer, with the architecture and dimensions of the checkpoint they came from."""
+        return cls(model, tokenizer, checkpoint.architecture, checkpoint.dims)
+
     @property
     def blocks(self) -> Any:
+        """The transformer blocks in order, a ``ModuleList``."""
         return self.model.get_submodule(self.architecture.layers)
 
     @property
-    def device(self) -> Any:
-        return next(self.model.parameters()).device
+    def device(self) -> torch.device:
+        """Where the model's weights are."""
+        device: torch.device = next(self.model.parameters()).device
+        return device
 
 
-@dataclass
-class Watch:
-    """What chosen blocks and modules read (``in``) and write (``out``) at once: ``(texts, tokens, width)``."""
+class ActivationRecorder:
+    """Records what chosen blocks and modules of one base read and write, while it is entered.
 
-    side: Side
-    seen: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
-    handles: list[Any] = field(default_factory=list)
+    Choose places by :meth:`block`, :meth:`module`, :meth:`block_and_modules` and :meth:`head`, each of which gives the
+    recorder back, and run the model inside ``with``: :attr:`seen` has the last pass's tensors, detached, where and as
+    the model made them, ``(texts, tokens, width)``. It holds references and copies nothing.
+    """
 
-    def block(self, layer: int) -> None:
+    def __init__(self, base: LoadedBase) -> None:
+        self.base = base
+        #: What the last pass left, by place.
+        self.seen: dict[Place, Tensor] = {}
+        self._hooks: list[Callable[[], Any]] = []
+        self._handles: list[Any] = []
+
+    def block(self, layer: int) -> ActivationRecorder:
+        """Record the hidden states before and after a block."""
+
         def before(_module: Any, args: Any, kwargs: Any) -> None:
             self._keep((layer, "block", "in"), args[0] if args else kwargs["hidden_states"])
 
         def after(_module: Any, _args: Any, output: Any) -> None:
             self._keep((layer, "block", "out"), output[0] if isinstance(output, tuple) else output)
 
-        block = self.side.blocks[layer]
-        self.handles += [block.register_forward_pre_hook(before, with_kwargs=True), block.register_forward_hook(after)]
+        block = self.base.blocks[layer]
+        self._hooks.append(lambda: block.register_forward_pre_hook(before, with_kwargs=True))
+        self._hooks.append(lambda: block.register_forward_hook(after))
+        return self
 
-    def module(self, layer: int, module: Module, linear: Any) -> None:
+    def module(self, layer: int, module: Module, by_role: bool = False) -> ActivationRecorder:
+        """Record what a linear module reads and writes; nothing if the layer lacks it.
+
+        Args:
+            by_role: under the names of the module's roles, each with its own part of the output, and not under the
+                module's name with the whole.
+        """
+        name = module.name
+
         def after(_module: Any, args: Any, output: Tensor) -> None:
-            self._keep((layer, module.name, "in"), args[0])
-            self._keep((layer, module.name, "out"), output)
+            if not by_role:
+                self._keep((layer, name, "in"), args[0])
+                self._keep((layer, name, "out"), output)
+                return
+            written = module.split(output.detach().movedim(-1, 0), self.base.dims)
+            for role in module.roles:
+                self._keep((layer, role, "in"), args[0])
+                self._keep((layer, role, "out"), written[role].movedim(0, -1))
 
-        self.handles.append(linear.register_forward_hook(after))
+        found = linear_modules(self.base, layer).get(name)
+        if found is not None:
+            self._hooks.append(lambda: found[1].register_forward_hook(after))
+        return self
 
-    def _keep(self, key: tuple[Any, ...], value: Tensor) -> None:
-        self.seen[key] = value.detach()
+    def block_and_modules(self, layer: int) -> ActivationRecorder:
+        """Record a block and every linear module it has."""
+        self.block(layer)
+        for module, _ in linear_modules(self.base, layer).values():
+            self.module(layer, module)
+        return self
 
-    @contextlib.contextmanager
-    def on(self) -> Iterator[Watch]:
-        try:
-            yield self
-        finally:
-            for handle in self.handles:
-                handle.remove()
+    def head(self) -> ActivationRecorder:
+        """Record what the output embedding reads, under the layer behind the last and the name ``head``."""
 
-    def read(self, ids: Tensor, rows: tuple[Tensor, Tensor]) -> dict[tuple[Any, ...], Tensor]:
-        """Run a batch of texts; what was seen at the given ``(texts, positions)``, float64 on the CPU."""
+        def before(_module: Any, args: Any) -> None:
+            self._keep((self.base.dims.layers, "head", "in"), args[0])
+
+        self._hooks.append(lambda: self.base.model.get_output_embeddings().register_forward_pre_hook(before))
+        return self
+
+    def __enter__(self) -> ActivationRecorder:
+        """Start to record."""
+        self._handles = [hook() for hook in self._hooks]
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        """Stop, and let go of what was seen."""
+        for handle in self._handles:
+            handle.remove()
+        self.seen, self._handles = {}, []
+
+    def _keep(self, place: Place, value: Tensor) -> None:
+        self.seen[place] = value.detach()
+
+    def run(self, ids: Tensor, attention_mask: Tensor | None = None) -> Any:
+        """Run a batch of texts without gradients.
+
+        Args:
+            ids: token ids ``(texts, tokens)``, on any device.
+            attention_mask: of the same shape; not needed where padding is on the right and attention is causal.
+
+        Returns:
+            the model's own output.
+        """
         self.seen = {}
+        mask = {} if attention_mask is None else {"attention_mask": attention_mask.to(self.base.device)}
         with torch.inference_mode():
-            self.side.model(input_ids=ids.to(self.side.device), use_cache=False)
+            return self.base.model(input_ids=ids.to(self.base.device), use_cache=False, **mask)
+
+    def read(self, ids: Tensor, rows: tuple[Tensor, Tensor]) -> dict[Place, Tensor]:
+        """Run a batch of texts; what was seen at the given ``(texts, positions)``: ``(rows, width)`` float64, CPU."""
+        self.run(ids)
         return self.at(ids, rows)
 
-    def at(self, ids: Tensor, rows: tuple[Tensor, Tensor]) -> dict[tuple[Any, ...], Tensor]:
-        """What the last run of these texts saw at some of their positions, float64 on the CPU."""
-        return {key: value.view(*ids.shape, -1).cpu()[rows].double() for key, value in self.seen.items()}
+    def at(self, ids: Tensor, rows: tuple[Tensor, Tensor]) -> dict[Place, Tensor]:
+        """What the last run of these texts saw at some of their positions: ``(rows, width)`` float64 on the CPU.
+
+        Args:
+            ids: the token ids ``(texts, tokens)`` that were run, for their shape.
+            rows: the texts' and the positions' numbers, ``(rows,)`` each.
+        """
+        return {place: value.reshape(*ids.shape, -1).cpu()[rows].double() for place, value in self.seen.items()}
 
 
-def linear_modules(side: Side, layer: int) -> dict[str, tuple[Module, Any]]:
+def linear_modules(base: LoadedBase, layer: int) -> dict[str, tuple[Module, Any]]:
     """The linear modules one block really has, by name."""
     found = {}
-    for module in side.architecture.modules:
+    for module in base.architecture.modules:
         with contextlib.suppress(AttributeError):  # some layers lack it: experts where others have an MLP
-            found[module.name] = module, side.model.get_submodule(side.architecture.path(layer, module))
+            found[module.name] = module, base.model.get_submodule(base.architecture.path(layer, module))
     return found
 
 
@@ -97,32 +175,32 @@ class _Stop(Exception):
     """Raised by a hook once a forward pass has gone far enough."""
 
 
-class Stream:
+class BlockStream:
     """Texts on their way through a base, block by block: the states before block :attr:`layer`, whatever its weights.
 
     Memory: two states ``(texts, tokens, d)`` on the CPU, in the model's own dtype, and what the model hands its blocks
     beside them (masks, rotary tables). Time: one pass to find the latter, then a block at a time; never the head.
     """
 
-    def __init__(self, side: Side, texts: Sequence[Tensor]) -> None:
+    def __init__(self, base: LoadedBase, texts: Sequence[Tensor]) -> None:
         """
         Args:
             texts: token ids, ``(texts, tokens)`` each.
         """
-        self.side, self.texts, self.layer = side, list(texts), 0
+        self.base, self.texts, self.layer = base, list(texts), 0
         self.states: list[Tensor] = []
         self._outputs: list[Tensor | None] = [None] * len(self.texts)
         self._beside: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = []
         # before other hooks: what those do to the state is done again when the block is run
         handles = [
-            block.register_forward_pre_hook(self._before, with_kwargs=True, prepend=True) for block in side.blocks
+            block.register_forward_pre_hook(self._before, with_kwargs=True, prepend=True) for block in base.blocks
         ]
         try:
             with torch.inference_mode():
                 for ids in self.texts:
                     self._beside.append([])
                     with contextlib.suppress(_Stop):
-                        side.model(input_ids=ids.to(side.device), use_cache=False)
+                        base.model(input_ids=ids.to(base.device), use_cache=False)
         finally:
             for handle in handles:
                 handle.remove()
@@ -132,24 +210,24 @@ class Stream:
         if not given:
             self.states.append((args[0] if args else kwargs["hidden_states"]).to("cpu", copy=True))
         given.append((args[1:], {name: value for name, value in kwargs.items() if name != "hidden_states"}))
-        if len(given) == len(self.side.blocks):
+        if len(given) == len(self.base.blocks):
             raise _Stop  # before the last block and the head, whose logits may be larger than all states
 
     def run(self, number: int) -> Tensor:
         """The next block's output for the texts of one batch, ``(texts, tokens, d)``; hooks on the block fire."""
         args, kwargs = self._beside[number][self.layer]
-        state = self.states[number].to(self.side.device, copy=True)  # a block may write into what it is given
+        state = self.states[number].to(self.base.device, copy=True)  # a block may write into what it is given
         with torch.inference_mode():
-            found = self.side.blocks[self.layer](state, *args, **kwargs)
+            found = self.base.blocks[self.layer](state, *args, **kwargs)
         output: Tensor = found[0] if isinstance(found, tuple) else found
         self._outputs[number] = output.cpu()
         return output
 
-    def read(self, watch: Watch, number: int, rows: tuple[Tensor, Tensor]) -> dict[tuple[Any, ...], Tensor]:
+    def read(self, recorder: ActivationRecorder, number: int, rows: tuple[Tensor, Tensor]) -> dict[Place, Tensor]:
         """:meth:`run`, and what was seen at some positions, float64 on the CPU."""
-        watch.seen = {}
+        recorder.seen = {}
         self.run(number)
-        return watch.at(self.texts[number], rows)
+        return recorder.at(self.texts[number], rows)
 
     def advance(self, again: bool = False) -> None:
         """Go on behind the block, with what it gave last; ``again``: with what it gives now."""
@@ -162,7 +240,7 @@ class Stream:
         self.layer += 1
 
 
-def put_weights(side: Side, weights: Mapping[str, Tensor]) -> None:
+def put_weights(base: LoadedBase, weights: Mapping[str, Tensor]) -> None:
     """Weights back to what they were, by module path."""
     for path, weight in weights.items():
-        side.model.get_submodule(path).weight.data.copy_(weight)
+        base.model.get_submodule(path).weight.data.copy_(weight)

@@ -1,10 +1,20 @@
 from ._activations import Pooling, hidden_states
-from ._alignment import Moments, align
+from ._alignment import align
 from ._head_mapping import head_similarity, heads, index_heads, map_heads, match_heads
 from ._layer_mapping import Strategy, map_layers
-from ._regression import FIT_RIDGE, RIDGE, least_squares, reduced_rank, ridge
+from ._regression import (
+    FIT_RIDGE,
+    RIDGE,
+    Moments,
+    RegressionSums,
+    TargetSums,
+    least_squares,
+    reduced_rank,
+    ridge,
+    ridge_factor,
+)
 from ._similarity import SMALLEST_BATCH, Metric, cka, grams, hsic, layer_similarity, minibatch_cka
-from ._state_map import LayerMaps, Reading, StateMap, chosen, learn, tensors, watching
+from ._state_map import LayerMaps, Reading, StateMap, chosen, learn, tensors
 from ._transfer_matrix import TransferMatrix, When, fit_transfer_matrix, mlp_factor
 
 __all__ = [
@@ -16,8 +26,10 @@ __all__ = [
     "Moments",
     "Pooling",
     "Reading",
+    "RegressionSums",
     "StateMap",
     "Strategy",
+    "TargetSums",
     "TransferMatrix",
     "When",
     "align",
@@ -40,6 +52,6 @@ __all__ = [
     "mlp_factor",
     "reduced_rank",
     "ridge",
+    "ridge_factor",
     "tensors",
-    "watching",
 ]

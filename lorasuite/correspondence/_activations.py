@@ -1,14 +1,14 @@
-"""Hidden states of calibration texts, one vector an example and layer (METHOD section 3)."""
+"""Hidden states of calibration texts, one vector an example and layer (LoRASuite, arXiv 2505.13515, section 4.2)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from lorasuite.bases import Architecture
+from lorasuite.bases import ActivationRecorder, LoadedBase
 from lorasuite.errors import DataError, Problem
 from lorasuite.progress import Progress
 
@@ -16,9 +16,7 @@ Pooling = Literal["mean", "last"]
 
 
 def hidden_states(
-    model: Any,
-    tokenizer: Any,
-    architecture: Architecture,
+    base: LoadedBase,
     texts: Sequence[str],
     *,
     batch_size: int = 16,
@@ -40,20 +38,13 @@ def hidden_states(
     """
     if not texts:
         raise DataError(Problem("calibration", "no texts", "Give at least a few dozen lines of text."))
-    blocks = model.get_submodule(architecture.layers)
-    captured: list[Tensor | None] = [None] * len(blocks)
-    device = next(model.parameters()).device
-
-    def capture(layer: int) -> Callable[..., None]:
-        def hook(_module: Any, _args: Any, output: Any) -> None:
-            captured[layer] = output[0] if isinstance(output, tuple) else output
-
-        return hook
-
-    handles = [block.register_forward_hook(capture(n)) for n, block in enumerate(blocks)]
+    tokenizer, layers = base.tokenizer, range(len(base.blocks))
+    recorder = ActivationRecorder(base)
+    for layer in layers:
+        recorder.block(layer)
     pooled: list[Tensor] = []
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    try:
+    with recorder:
         for start in range(0, len(texts), batch_size):
             batch = list(texts[start : start + batch_size])
             encoded = [ids[:cutoff] for ids in tokenizer(batch)["input_ids"]]
@@ -61,16 +52,13 @@ def hidden_states(
             if empty:
                 raise DataError([Problem(f"calibration text {n}", "has no token", "Remove it.") for n in empty])
             width = max(map(len, encoded))
-            ids = torch.tensor([row + [pad] * (width - len(row)) for row in encoded], device=device)
-            mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in encoded], device=device)
-            with torch.inference_mode():
-                model(input_ids=ids, attention_mask=mask, use_cache=False)
-            pooled.append(torch.stack([_pool(h, mask, pooling) for h in captured if h is not None]).cpu())
+            ids = torch.tensor([row + [pad] * (width - len(row)) for row in encoded])
+            mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in encoded], device=base.device)
+            recorder.run(ids, mask)
+            states = [recorder.seen[layer, "block", "out"] for layer in layers]
+            pooled.append(torch.stack([_pool(h, mask, pooling) for h in states]).cpu())
             if progress is not None:
                 progress(min(start + batch_size, len(texts)), len(texts))
-    finally:
-        for handle in handles:
-            handle.remove()
     return torch.cat(pooled, 1).clone()
 
 

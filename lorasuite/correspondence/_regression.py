@@ -1,11 +1,154 @@
-"""Regression from second moments: minimum-norm and ridge least squares, and reduced-rank regression."""
+"""Regression from running sums: minimum-norm least squares, ridge and reduced rank, all in float64.
+
+Rows are added a part at a time and never kept, so memory does not grow with their number.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lorasuite.adapters import LowRank
+
+#: λ of :func:`ridge` relative to the mean variance of the inputs, ``tr(XᵀX)/d``.
+RIDGE = 1e-3
+#: Ridge of :func:`reduced_rank`, relative to the mean square of its inputs.
+FIT_RIDGE = 1e-2
+
+
+@dataclass
+class Moments:
+    """Sums over paired rows, ``x (n, a)`` of the old model and ``y (n, b)`` of the new: enough for covariances."""
+
+    rows: int
+    x: Tensor
+    y: Tensor
+    xx: Tensor
+    xy: Tensor
+    yy: Tensor
+
+    @classmethod
+    def empty(cls, a: int, b: int) -> Moments:
+        """Of no row yet."""
+        return cls(0, zeros(a), zeros(b), zeros(a, a), zeros(a, b), zeros(b, b))
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """Add rows, ``(n, a)`` and ``(n, b)``."""
+        x, y = x.double(), y.double()
+        self.rows += x.shape[0]
+        self.x += x.sum(0)
+        self.y += y.sum(0)
+        self.xx += x.T @ x
+        self.xy += x.T @ y
+        self.yy += y.T @ y
+
+    def centred(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Covariances ``(a, a)``, ``(a, b)``, ``(b, b)``."""
+        n = max(self.rows, 1)
+        x, y = self.x / n, self.y / n
+        return (
+            self.xx / n - torch.outer(x, x),
+            self.xy / n - torch.outer(x, y),
+            self.yy / n - torch.outer(y, y),
+        )
+
+    def unexplained(self) -> float:
+        """Share of the new side's variance that the best linear map from the old side leaves: ``1 − R²``, in sample.
+
+        With fewer rows than columns it is small whatever the two sides are.
+        """
+        xx, xy, yy = self.centred()
+        xx.diagonal().add_(1e-8 * xx.diagonal().mean().clamp(min=torch.finfo(xx.dtype).tiny))
+        explained = (xy * torch.linalg.solve(xx, xy)).sum() / yy.diagonal().sum().clamp(min=1e-30)
+        return float((1 - explained).clamp(0, 1))
+
+    def tensors(self, prefix: str) -> Iterator[tuple[str, Tensor]]:
+        """The sums by name, for storing."""
+        yield f"{prefix}.rows", torch.tensor(self.rows)
+        for name in ("x", "y", "xx", "xy", "yy"):
+            yield f"{prefix}.{name}", getattr(self, name)
+
+    @classmethod
+    def read(cls, prefix: str, tensor: Callable[[str], Tensor]) -> Moments:
+        """The inverse of :meth:`tensors`."""
+        return cls(int(tensor(f"{prefix}.rows")), *(tensor(f"{prefix}.{n}") for n in ("x", "y", "xx", "xy", "yy")))
+
+
+@dataclass
+class TargetSums:
+    """Sums over rows of inputs ``x (n, a)`` and one target ``y (n, b)``: ``xᵀy``, ``Σy`` and ``Σ‖y‖²``.
+
+    Enough to fit the target where the inputs' own ``xᵀx`` is known, as where several targets share their inputs.
+    """
+
+    rows: int
+    xy: Tensor
+    y: Tensor
+    square: Tensor
+
+    @classmethod
+    def empty(cls, a: int, b: int) -> TargetSums:
+        """Of no row yet."""
+        return cls(0, zeros(a, b), zeros(b), zeros())
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """Add rows, ``(n, a)`` and ``(n, b)`` float64."""
+        self.rows += x.shape[0]
+        self.xy += x.T @ y
+        self.y += y.sum(0)
+        self.square += (y * y).sum()
+
+
+@dataclass
+class RegressionSums(TargetSums):
+    """The same with the inputs' ``xᵀx``: all that a least-squares fit of ``y`` needs, and how well it does."""
+
+    xx: Tensor
+
+    @classmethod
+    def empty(cls, a: int, b: int) -> RegressionSums:
+        """Of no row yet."""
+        return cls(0, zeros(a, b), zeros(b), zeros(), zeros(a, a))
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """Add rows, ``(n, a)`` and ``(n, b)`` float64."""
+        super().add(x, y)
+        self.xx += x.T @ x
+
+    def least_squares(self) -> tuple[Tensor, float]:
+        """The minimum-norm map ``(a, b)``, and the share of ``Σ‖y‖²`` that it leaves, at least 0."""
+        matrix = least_squares(self.xx, self.xy)
+        # ‖XW − Y‖² = ‖Y‖² − 2⟨W, XᵀY⟩ + ⟨W, XᵀX W⟩
+        total = float(self.square)
+        error = total - 2 * float((matrix * self.xy).sum()) + float((matrix * (self.xx @ matrix)).sum())
+        return matrix, max(error, 0.0) / total
+
+    def reduced_rank(self, rank: int) -> tuple[LowRank, float]:
+        """:func:`reduced_rank` of these sums."""
+        return reduced_rank(self.xx, self.xy, self.square, rank=rank)
+
+
+def zeros(*shape: int) -> Tensor:
+    """A float64 sum of nothing yet, on the CPU."""
+    return torch.zeros(shape, dtype=torch.float64)
+
+
+def penalty(xx: Tensor, strength: float) -> Tensor:
+    """λ of a ridge regression ``()``: ``strength`` times the mean of the diagonal of ``xx (a, a)``."""
+    return strength * xx.diagonal().mean().clamp(min=torch.finfo(xx.dtype).tiny)
+
+
+def ridge_factor(xx: Tensor, strength: float) -> Tensor:
+    """The lower Cholesky factor ``(a, a)`` of ``xx + λI``, for any number of right-hand sides."""
+    factor: Tensor = torch.linalg.cholesky(xx + penalty(xx, strength) * _identity(xx))
+    return factor
+
+
+def _identity(xx: Tensor) -> Tensor:
+    return torch.eye(xx.shape[0], dtype=xx.dtype, device=xx.device)
 
 
 def least_squares(gram: Tensor, cross: Tensor | None = None) -> Tensor:
@@ -23,24 +166,15 @@ def least_squares(gram: Tensor, cross: Tensor | None = None) -> Tensor:
     return solution
 
 
-#: λ relative to the mean variance of the new inputs, ``tr(X_nᵀX_n)/d``.
-RIDGE = 1e-3
-
-
 def ridge(xx: Tensor, xy: Tensor, strength: float = RIDGE, prior: Tensor | None = None) -> Tensor:
     """The minimum of ``‖XM − Y‖² + λ‖M − prior‖²``, that is ``(xx + λI)⁻¹·(xy + λ·prior)``, from second moments.
 
     λ is relative to the mean of the diagonal of ``xx``. Without a prior it is zero.
     """
-    size = xx.shape[0]
-    penalty = strength * xx.diagonal().mean().clamp(min=torch.finfo(xx.dtype).tiny)
-    wanted = xy if prior is None else xy + penalty * prior
-    solution: Tensor = torch.linalg.solve(xx + penalty * torch.eye(size, dtype=xx.dtype), wanted)
+    size = penalty(xx, strength)
+    wanted = xy if prior is None else xy + size * prior
+    solution: Tensor = torch.linalg.solve(xx + size * _identity(xx), wanted)
     return solution
-
-
-#: Ridge of each module's fit, relative to the mean square of what it reads.
-FIT_RIDGE = 1e-2
 
 
 def reduced_rank(xx: Tensor, xr: Tensor, square: Tensor, *, rank: int) -> tuple[LowRank, float]:
@@ -52,10 +186,7 @@ def reduced_rank(xx: Tensor, xr: Tensor, square: Tensor, *, rank: int) -> tuple[
     Returns:
         the update (``B (out, rank)``, ``A (rank, in)``, float64), and the share of ``‖R‖²`` that it leaves.
     """
-    size = xx.shape[0]
-    penalty = FIT_RIDGE * xx.diagonal().mean().clamp(min=torch.finfo(xx.dtype).tiny)
-    gram = xx + penalty * torch.eye(size, dtype=xx.dtype)
-    lower = torch.linalg.cholesky(gram)
+    lower = ridge_factor(xx, FIT_RIDGE)
     # With G = LLᵀ the penalised loss is ‖Lᵀ(W − W*)‖²: the best W of low rank is an SVD cut of LᵀW* = L⁻¹XᵀR.
     whitened = torch.linalg.solve_triangular(lower, xr, upper=False)
     u, s, vh = torch.linalg.svd(whitened, full_matrices=False)

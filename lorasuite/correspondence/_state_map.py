@@ -1,14 +1,13 @@
 """Where the new base stands when the old one stands somewhere: a linear map of states that have read the same text.
 
 It depends on the two bases and on general texts alone, so it is learned once for all adapters of a pair
-(:mod:`lorasuite.transforms.sequential` reads it). Features of an old state are what all old layers hold there: residual
+(see :mod:`lorasuite.transforms.sequential`). Features of an old state are what all old layers hold there: residual
 streams, mixed attention values and MLP activations, so no layer map and no head map is needed. From them a ridge
 regression predicts what each new block, and each module of it, reads or writes.
 """
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,11 +15,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorasuite.bases import Batch, Role, Side, Stream, Watch, linear_modules, text_batches, unpaired
+from lorasuite.bases import (
+    ActivationRecorder,
+    Batch,
+    BlockStream,
+    LoadedBase,
+    Place,
+    Role,
+    linear_modules,
+    text_batches,
+    unpaired,
+)
+from lorasuite.correspondence._regression import TargetSums, ridge_factor, zeros
 
 #: Ridge of the map, relative to the mean variance of its features. It is read far from the texts it was learned on, so
 #: it must not follow their every detail: 1e-3 fits those better, and did worse on each of six tasks (docs/transfer.md).
-RIDGE = 0.1
+MAP_RIDGE = 0.1
 #: Features of an old state at most: above it, each space is projected at random onto its share of them.
 FEATURES = 2048
 
@@ -28,25 +38,24 @@ FEATURES = 2048
 class Features:
     """An old model's state at each position: all layers' streams, attention mixes and MLP activations, standardised."""
 
-    def __init__(self, old: Side, seed: int = 0) -> None:
+    def __init__(self, old: LoadedBase, seed: int = 0) -> None:
         self.old, self.seed = old, seed
-        self.sketches: dict[tuple[Any, ...], Tensor] = {}
+        self.sketches: dict[Place, Tensor] = {}
         self.mean = self.scale = torch.zeros(0)
 
-    @contextlib.contextmanager
-    def watching(self) -> Iterator[Watch]:
-        watch = Watch(self.old)
+    def recorder(self) -> ActivationRecorder:
+        """One of the places that the features are taken from."""
+        recorder = ActivationRecorder(self.old)
         for layer in range(self.old.dims.layers):
-            watch.block(layer)
-            for module, linear in linear_modules(self.old, layer).values():
+            recorder.block(layer)
+            for module, _ in linear_modules(self.old, layer).values():
                 if set(module.roles) & {"o", "down"}:
-                    watch.module(layer, module, linear)
-        with watch.on():
-            yield watch
+                    recorder.module(layer, module)
+        return recorder
 
-    def raw(self, watch: Watch, batch: Batch) -> Tensor:
-        """``(positions, features)`` float64."""
-        seen = watch.read(batch.old, batch.old_rows)
+    def raw(self, recorder: ActivationRecorder, batch: Batch) -> Tensor:
+        """A batch's features, not standardised: ``(positions, features)`` float64."""
+        seen = recorder.read(batch.old, batch.old_rows)
         last = self.old.dims.layers - 1
         keys = [k for k in seen if k[2] == "in" or k == (last, "block", "out")]
         share = max(FEATURES // len(keys), 1)
@@ -59,18 +68,19 @@ class Features:
             parts.append(part)
         return torch.cat(parts, 1)
 
-    def _sketch(self, key: tuple[Any, ...], width: int, share: int) -> Tensor:
+    def _sketch(self, key: Place, width: int, share: int) -> Tensor:
         if key not in self.sketches:
             generator = torch.Generator().manual_seed(self.seed + len(self.sketches))
             self.sketches[key] = torch.randn(width, share, generator=generator, dtype=torch.float64) / share**0.5
         return self.sketches[key]
 
     def of(self, batches: Sequence[Batch]) -> list[Tensor]:
-        """Each batch's features."""
-        with self.watching() as watch:
-            return [self.raw(watch, batch) for batch in batches]
+        """Each batch's features: ``(positions, features)`` float64."""
+        with self.recorder() as recorder:
+            return [self.raw(recorder, batch) for batch in batches]
 
     def standardise(self, rows: Sequence[Tensor]) -> list[Tensor]:
+        """Features less their mean and over their scale, as learned."""
         return [(row - self.mean) / self.scale for row in rows]
 
     def learn(self, rows: Sequence[Tensor]) -> None:
@@ -84,27 +94,17 @@ class Features:
         self.mean, self.scale = whole.mean(0), spread.clamp(min=max(float(spread.median()), 1e-6))
 
 
-@contextlib.contextmanager
-def watching(side: Side, layer: int) -> Iterator[Watch]:
-    watch = Watch(side)
-    watch.block(layer)
-    for module, linear in linear_modules(side, layer).values():
-        watch.module(layer, module, linear)
-    with watch.on():
-        yield watch
-
-
 @dataclass(frozen=True)
 class Reading:
     """Batches of texts on their way through the new base."""
 
     batches: list[Batch]
-    stream: Stream
+    stream: BlockStream
 
-    def all(self, watch: Watch) -> Iterator[dict[tuple[Any, ...], Tensor]]:
+    def all(self, recorder: ActivationRecorder) -> Iterator[dict[Place, Tensor]]:
         """What the next block reads and writes at the paired positions of each batch."""
         for number, batch in enumerate(self.batches):
-            yield self.stream.read(watch, number, batch.new_rows)
+            yield self.stream.read(recorder, number, batch.new_rows)
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ class Map:
 class LayerMaps:
     """The maps to one new block's spaces: by ``(layer, module or "block", "in" or "out")``."""
 
-    maps: Mapping[tuple[Any, ...], Map]
+    maps: Mapping[Place, Map]
     #: Whether the block adds exactly what its output projections write (not so where a norm follows them).
     additive: bool
 
@@ -145,7 +145,7 @@ class StateMap:
         return cls(features, list(layers).__getitem__)
 
     @classmethod
-    def read(cls, old: Side, tensor: Callable[[str], Tensor], info: Mapping[str, Any]) -> StateMap:
+    def read(cls, old: LoadedBase, tensor: Callable[[str], Tensor], info: Mapping[str, Any]) -> StateMap:
         """What :func:`tensors` wrote, a layer at a time."""
         features = Features(old, info["seed"])
         features.mean, features.scale = tensor("mean"), tensor("scale")
@@ -176,7 +176,7 @@ def tensors(features: Features, layers: Iterable[LayerMaps], info: dict[str, Any
 
 
 def learn(
-    old: Side, new: Side, roles: Sequence[Role], texts: Sequence[str], *, cutoff: int = 256, seed: int = 0
+    old: LoadedBase, new: LoadedBase, roles: Sequence[Role], texts: Sequence[str], *, cutoff: int = 256, seed: int = 0
 ) -> tuple[Features, Iterator[LayerMaps]]:
     """The features, and the maps of one new layer after the other.
 
@@ -199,18 +199,18 @@ def learn(
     features.learn(raw)
     inputs = features.standardise(raw)
     del raw
-    gram = sum((z.T @ z for z in inputs), torch.zeros(inputs[0].shape[1], inputs[0].shape[1], dtype=torch.float64))
-    gram += RIDGE * gram.diagonal().mean() * torch.eye(gram.shape[0], dtype=gram.dtype)
-    known = Reading(batches, Stream(new, [batch.new for batch in batches])), inputs, torch.linalg.cholesky(gram)
+    gram = sum((z.T @ z for z in inputs), zeros(inputs[0].shape[1], inputs[0].shape[1]))
+    solver = ridge_factor(gram, MAP_RIDGE)
+    known = Reading(batches, BlockStream(new, [batch.new for batch in batches])), inputs, solver
     return features, _layers(new, roles, known)
 
 
-def chosen(new: Side, layer: int, roles: Sequence[Role]) -> list[str]:
+def chosen(new: LoadedBase, layer: int, roles: Sequence[Role]) -> list[str]:
     """The linear modules of a block that hold any of the roles, in order of their names."""
     return sorted(n for n, (module, _) in linear_modules(new, layer).items() if set(module.roles) & set(roles))
 
 
-def _layers(new: Side, roles: Sequence[Role], known: tuple[Reading, list[Tensor], Tensor]) -> Iterator[LayerMaps]:
+def _layers(new: LoadedBase, roles: Sequence[Role], known: tuple[Reading, list[Tensor], Tensor]) -> Iterator[LayerMaps]:
     for layer in range(new.dims.layers):
         names = chosen(new, layer, roles)
         if names:
@@ -222,33 +222,30 @@ def _layers(new: Side, roles: Sequence[Role], known: tuple[Reading, list[Tensor]
 
 
 def _maps(
-    new: Side,
+    new: LoadedBase,
     layer: int,
-    ends: Sequence[tuple[Any, ...]],
+    ends: Sequence[Place],
     known: tuple[Reading, list[Tensor], Tensor],
-) -> tuple[dict[tuple[Any, ...], Map], bool]:
+) -> tuple[dict[Place, Map], bool]:
     """Ridge maps from old features to one new block's spaces in the bare base, and whether the block adds exactly what
     its output projections write (not so where a norm follows them)."""
     reading, inputs, solver = known
-    sums: dict[tuple[Any, ...], list[Tensor]] = {}
-    rows, additive = 0, True
+    sums: dict[Place, TargetSums] = {}
+    additive = True
     writers = [name for name, (module, _) in linear_modules(new, layer).items() if module.roles[0] in ("o", "down")]
-    with watching(new, layer) as watch:
-        for z, seen in zip(inputs, reading.all(watch), strict=True):
-            rows += z.shape[0]
+    with ActivationRecorder(new).block_and_modules(layer) as recorder:
+        for z, seen in zip(inputs, reading.all(recorder), strict=True):
             for key in ends:
-                y = seen[key]
-                parts = (z.T @ y, y.sum(0), (y * y).sum())
-                sums[key] = [a + b for a, b in zip(sums[key], parts, strict=True)] if key in sums else [*parts]
+                sums.setdefault(key, TargetSums.empty(z.shape[1], seen[key].shape[1])).add(z, seen[key])
             written = [seen[layer, name, "out"] for name in writers]
             added = seen[layer, "block", "out"] - seen[layer, "block", "in"]
             if len(written) != 2 or not torch.allclose(added, sum(written, 0 * added), atol=1e-3, rtol=1e-3):
                 additive = False
     maps = {}
-    for key, (cross, total, square) in sums.items():
-        mean = total / rows
-        matrix = torch.cholesky_solve(cross, solver)  # the features are centred, so the mean needs no correction
-        variance = float(square - rows * (mean * mean).sum())
-        explained = float((matrix * cross).sum())
+    for key, it in sums.items():
+        mean = it.y / it.rows
+        matrix = torch.cholesky_solve(it.xy, solver)  # the features are centred, so the mean needs no correction
+        variance = float(it.square - it.rows * (mean * mean).sum())
+        explained = float((matrix * it.xy).sum())
         maps[key] = Map(matrix.float(), mean, max(0.0, 1 - explained / variance) if variance > 0 else 0.0)
     return maps, additive

@@ -1,4 +1,4 @@
-"""Maps from the old hidden space to the new one, by least squares (METHOD section 2).
+"""Maps from the old hidden space to the new one, by least squares (LoRASuite, arXiv 2505.13515).
 
 ``W_h (d_o, d_n)`` maps row vectors: ``h_n ≈ h_o · W_h``.
 """
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lorasuite.bases import Checkpoint, CommonTokens
-from lorasuite.correspondence._regression import least_squares
+from lorasuite.correspondence._regression import RegressionSums, least_squares
 from lorasuite.errors import ConfigError, NumericalError, Problem
 
 When = Literal["auto", "always", "never"]
@@ -69,18 +69,11 @@ def fit_transfer_matrix(old: Checkpoint, new: Checkpoint, common: CommonTokens, 
             Problem("vocabulary", "the two tokenizers share no token", "There is nothing to fit a hidden map on.")
         )
     E_o, E_n = old.embedding(), new.embedding()
-    gram = torch.zeros(d_o, d_o, dtype=torch.float64)
-    cross = torch.zeros(d_o, d_n, dtype=torch.float64)
-    total = 0.0
+    sums = RegressionSums.empty(d_o, d_n)
     for ids_o, ids_n in zip(common.old.split(CHUNK), common.new.split(CHUNK), strict=True):
-        x, y = E_o[ids_o].double(), E_n[ids_n].double()
-        gram += x.T @ x
-        cross += x.T @ y
-        total += float((y**2).sum())
-    matrix = least_squares(gram, cross)
-    # ‖XW − Y‖² = ‖Y‖² − 2⟨W, XᵀY⟩ + ⟨W, XᵀX W⟩
-    error = total - 2 * float((matrix * cross).sum()) + float((matrix * (gram @ matrix)).sum())
-    return TransferMatrix(matrix, torch.linalg.pinv(matrix), (max(error, 0.0) / total) ** 0.5, len(common))
+        sums.add(E_o[ids_o].double(), E_n[ids_n].double())
+    matrix, left = sums.least_squares()
+    return TransferMatrix(matrix, torch.linalg.pinv(matrix), left**0.5, len(common))
 
 
 def mlp_factor(old: Checkpoint, layer: int, role: Literal["gate", "up", "down"]) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 from torch import Tensor
 
 from lorasuite.adapters import LowRank
-from lorasuite.bases import Dimensions, Role, Side
+from lorasuite.bases import Dimensions, LoadedBase, Role
 from lorasuite.correspondence import Moments, StateMap, TransferMatrix
 from lorasuite.errors import ConfigError, Problem
 from lorasuite.progress import Progress
@@ -129,8 +129,8 @@ class ModelTransform(Transform, Protocol):
 
     def fit(
         self,
-        old: Side,
-        new: Side,
+        old: LoadedBase,
+        new: LoadedBase,
         adapted: Callable[[], contextlib.AbstractContextManager[Any]],
         roles: Sequence[Role],
         *,

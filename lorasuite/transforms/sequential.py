@@ -24,8 +24,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorasuite.bases import Role, Side, Stream, linear_modules, put_weights, text_batches, unpaired
-from lorasuite.correspondence import LayerMaps, Reading, StateMap, chosen, reduced_rank, watching
+from lorasuite.bases import (
+    ActivationRecorder,
+    BlockStream,
+    LoadedBase,
+    Role,
+    linear_modules,
+    put_weights,
+    text_batches,
+    unpaired,
+)
+from lorasuite.correspondence import LayerMaps, Reading, RegressionSums, StateMap, chosen
 from lorasuite.errors import ConfigError, Problem
 from lorasuite.progress import Progress
 from lorasuite.transforms._protocol import FittedUpdates, Input, ModelTransform
@@ -45,8 +54,8 @@ class Sequential(ModelTransform):
 
     def fit(
         self,
-        old: Side,
-        new: Side,
+        old: LoadedBase,
+        new: LoadedBase,
         adapted: Callable[[], contextlib.AbstractContextManager[Any]],
         roles: Sequence[Role],
         *,
@@ -73,7 +82,7 @@ class Sequential(ModelTransform):
             raise unpaired("texts")
         with adapted():
             wanted = states.features.standardise(states.features.of(batches))
-        task = Reading(batches, Stream(new, [batch.new for batch in batches]))
+        task = Reading(batches, BlockStream(new, [batch.new for batch in batches]))
         result = FittedUpdates()
         original: dict[str, Tensor] = {}
         try:
@@ -89,7 +98,7 @@ class Sequential(ModelTransform):
 
 
 def _fit_block(
-    new: Side,
+    new: LoadedBase,
     layer: int,
     todo: Sequence[str],
     known: LayerMaps,
@@ -104,9 +113,9 @@ def _fit_block(
         names = [name for name in todo if modules[name][0].roles[0] in group]
         if not names:
             continue
-        stats: dict[str, list[Tensor]] = {}
-        with watching(new, layer) as watch:
-            for z, at in zip(task[1], task[0].all(watch), strict=True):
+        sums: dict[str, RegressionSums] = {}
+        with ActivationRecorder(new).block_and_modules(layer) as recorder:
+            for z, at in zip(task[1], task[0].all(recorder), strict=True):
                 for name in names:
                     x, y = at[layer, name, "in"], at[layer, name, "out"]
                     if additive and group == ("down",):
@@ -115,14 +124,11 @@ def _fit_block(
                         gap = maps[layer, name, "out"](z) - y
                     if additive and group == ("o",):  # mend the stream's own error with what is added to it
                         gap = gap + maps[layer, "block", "in"](z) - at[layer, "block", "in"]
-                    parts = (x.T @ x, x.T @ gap, (gap * gap).sum())
-                    stats[name] = (
-                        [a + b for a, b in zip(stats[name], parts, strict=True)] if name in stats else [*parts]
-                    )
+                    sums.setdefault(name, RegressionSums.empty(x.shape[1], gap.shape[1])).add(x, gap)
         for name in names:
             module, linear = modules[name]
             path = new.architecture.path(layer, module)
-            update, left = reduced_rank(*stats[name], rank=rank)
+            update, left = sums[name].reduced_rank(rank)
             original.setdefault(path, linear.weight.detach().clone())
             with torch.no_grad():
                 change = update.dense().T if module.transposed else update.dense()

@@ -12,7 +12,7 @@ from benchmarks.plugins import Logits
 from benchmarks.plugins.logits import _Norm
 from lorasuite import zoo
 from lorasuite.adapters import Adapter, attached
-from lorasuite.bases import Side
+from lorasuite.bases import LoadedBase
 from lorasuite.data import Row
 from lorasuite.errors import DataError
 from lorasuite.training import validation_loss
@@ -43,7 +43,7 @@ def test_the_final_norm_is_found_from_what_it_does(centre: bool) -> None:
     torch.testing.assert_close(found.undo(norm(states + change) - norm(states), states), change, atol=1e-7, rtol=1e-2)
 
 
-def fit(old: Side, new: Side, adapter: Path, rank: int, texts: list[str]) -> FittedUpdates:
+def fit(old: LoadedBase, new: LoadedBase, adapter: Path, rank: int, texts: list[str]) -> FittedUpdates:
     roles = Adapter.open(adapter).roles(old.architecture)
     context = partial(attached, old.model, adapter)
     return Logits().fit(old, new, context, roles, states=None, texts=texts, rank=rank)

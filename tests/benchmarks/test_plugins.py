@@ -13,7 +13,7 @@ from lorasuite.correspondence import align
 from lorasuite.planning import MigrationConfig, build
 from lorasuite.transforms import names, transform
 from tests import models
-from tests.unit.correspondence.test_alignment import move, texts
+from tests.unit.correspondence.test_alignment import loaded, move, texts
 
 SETTINGS = {"adapter": "a", "old_base": "o", "new_base": "n", "output": "x", "calibration": "c"}
 
@@ -62,12 +62,9 @@ def test_random_keeps_rank_and_norm_and_nothing_else(old: Path, tmp_path: Path) 
 def test_target_mean_shifts_outputs_by_the_mean_change_only(old: Path, tmp_path: Path) -> None:
     """On the same base, its mean effect is the adapter's own projected on what one direction can say."""
     adapter = models.build_adapter(tmp_path / "a", old)
-    opened, checkpoint = Adapter.open(adapter), Checkpoint(old)
+    opened = Adapter.open(adapter)
     read = texts(16)
-    found = align(
-        (models.load(old), models.load(old)), (models.tokenizer_of(old),) * 2, (checkpoint.architecture,) * 2,
-        (checkpoint.dims,) * 2, {0: 0}, ["o"], read,
-    )  # fmt: skip
+    found = align(loaded(old), loaded(old), {0: 0}, ["o"], read)
     moments = found[0, "o", "in"]
     moved = move("target-mean", adapter, old, old, read)
     path = next(p for p in opened.modules if ".0." in p and p.endswith("o_proj"))

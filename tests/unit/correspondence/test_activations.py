@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from lorasuite.bases import Checkpoint, load_model
+from lorasuite.bases import Checkpoint, LoadedBase, load_model
 from lorasuite.correspondence import Pooling, hidden_states
 from lorasuite.errors import DataError
 from tests import models
@@ -21,7 +21,7 @@ TEXTS = [
 
 def states(path: Path, texts: list[str] = TEXTS, **settings: Any) -> torch.Tensor:
     model = load_model(path, trust_remote_code=models.needs_code(path))
-    return hidden_states(model, models.tokenizer_of(path), Checkpoint(path).architecture, texts, **settings)
+    return hidden_states(LoadedBase.of(model, models.tokenizer_of(path), Checkpoint(path)), texts, **settings)
 
 
 def one_at_a_time(path: Path, pooling: str, cutoff: int = 256) -> torch.Tensor:
@@ -75,7 +75,7 @@ def test_a_tokenizer_without_padding_token_gives_the_same(base: Callable[..., Pa
     path = base("llama")
     tokenizer = models.tokenizer_of(path)
     tokenizer.pad_token = None
-    ours = hidden_states(load_model(path), tokenizer, Checkpoint(path).architecture, TEXTS)
+    ours = hidden_states(LoadedBase.of(load_model(path), tokenizer, Checkpoint(path)), TEXTS)
     torch.testing.assert_close(ours, states(path), rtol=1e-5, atol=1e-5)
 
 
@@ -83,7 +83,7 @@ def test_hooks_are_removed_and_progress_is_told(base: Callable[..., Path]) -> No
     path, seen = base("llama"), []
     model = load_model(path)
     hidden_states(
-        model, models.tokenizer_of(path), Checkpoint(path).architecture, TEXTS, batch_size=3,
+        LoadedBase.of(model, models.tokenizer_of(path), Checkpoint(path)), TEXTS, batch_size=3,
         progress=lambda done, of: seen.append((done, of)),
     )  # fmt: skip
     assert seen == [(3, 7), (6, 7), (7, 7)]

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorasuite.adapters import Adapter
-from lorasuite.bases import ROLES, Checkpoint, paired_positions
+from lorasuite.bases import ROLES, Checkpoint, LoadedBase, paired_positions
 from lorasuite.correspondence import Moments, TransferMatrix, align, ridge
 from lorasuite.transforms import Input, Migrated, migrate, transform
 from lorasuite.transforms.procrustes import polar
@@ -59,20 +59,16 @@ def test_polar_drops_what_does_not_correlate() -> None:
     assert torch.allclose(polar(cross), torch.diag(torch.tensor([1.0, 1.0, 0.0], dtype=torch.float64)))
 
 
+def loaded(path: Path) -> LoadedBase:
+    return LoadedBase.of(models.load(path), models.tokenizer_of(path), Checkpoint(path))
+
+
 def move(method: str, adapter: Path, old: Path, new: Path, read: Sequence[str], old_tokens: Any = None) -> Migrated:
     """The adapter through an activation-aligned transform, layer by layer."""
     a, b = Checkpoint(old), Checkpoint(new)
     shared = [role for role in ROLES if role in a.architecture.roles and role in b.architecture.roles]
     layers = {n: n for n in range(a.dims.layers)}
-    found = align(
-        (models.load(old), models.load(new)),
-        (models.tokenizer_of(old), models.tokenizer_of(new)),
-        (a.architecture, b.architecture),
-        (a.dims, b.dims),
-        layers,
-        shared,
-        read,
-    )
+    found = align(loaded(old), loaded(new), layers, shared, read)
     opened = Adapter.open(adapter)
     return migrate(
         opened,

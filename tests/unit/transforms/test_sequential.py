@@ -15,7 +15,7 @@ import torch
 
 from lorasuite import zoo
 from lorasuite.adapters import Adapter, attached
-from lorasuite.bases import Checkpoint, Side, load_model, load_tokenizer, text_batches
+from lorasuite.bases import Checkpoint, LoadedBase, load_model, load_tokenizer, text_batches
 from lorasuite.correspondence import FIT_RIDGE, StateMap, reduced_rank
 from lorasuite.correspondence import _state_map as state_map
 from lorasuite.data import Row
@@ -25,12 +25,11 @@ from lorasuite.transforms import FittedUpdates, ModelTransform, migrate, transfo
 from tests import models
 
 
-def side(base: Path) -> Side:
-    checkpoint = Checkpoint(base)
-    return Side(load_model(base, "cpu"), load_tokenizer(base), checkpoint.architecture, checkpoint.dims)
+def side(base: Path) -> LoadedBase:
+    return LoadedBase.of(load_model(base, "cpu"), load_tokenizer(base), Checkpoint(base))
 
 
-def fit(old: Side, new: Side, adapter: Path, rank: int, **texts: Any) -> FittedUpdates:
+def fit(old: LoadedBase, new: LoadedBase, adapter: Path, rank: int, **texts: Any) -> FittedUpdates:
     roles = Adapter.open(adapter).roles(old.architecture)
     states = StateMap.learned(old, new, roles, texts.pop("calibration"))
     chosen = transform("sequential")
