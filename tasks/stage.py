@@ -2,12 +2,21 @@
 
     from tasks.stage import Artifact, Recorder, StageOutput, Where, stage
 
+    @dataclass(frozen=True)
+    class Compared:                                          # the inputs: Artifact, str (a fingerprint), or a group
+        activations: Artifact                                # of artifacts by name, dict[str, Artifact]
+        layers: Artifact | None = None
+
+    class Comparison(BaseModel):                             # the settings, checked before anything runs
+        model_config = ConfigDict(extra="forbid")
+        metric: str = "cka"
+
     @stage("similarity", version=1)
-    def similarity(inputs, settings, where):
-        grams = inputs["activations"].tensors()              # a Ref arrives as an opened Artifact
+    def similarity(inputs: Compared, settings: Comparison, where: Where) -> StageOutput:
+        grams = inputs.activations.tensors()                 # a Ref arrives as an opened Artifact
         model = where.path("old_base")                       # locations never enter the key
         matrix = ...                                         # one library call
-        return StageOutput(tensors={"cka": matrix}, info={"metric": settings["metric"]})
+        return StageOutput(tensors={"cka": matrix}, info={"metric": settings.metric})
 
     @flow
     def prepare(...):
@@ -20,18 +29,15 @@
 
 The key hashes the stage's name and version, the settings, and the fingerprints or keys of the inputs. The
 store has the last word: a result record of Prefect without a sound object is recomputed, a sound object
-without a record is used. Two flows that need the same stage at once compute it once.
+without a record is used. Two flows that need the same stage at once compute it once. A function whose inputs or
+settings are annotated otherwise gets them as a mapping, unchecked.
 """
 
 from __future__ import annotations
 
-import contextlib
-import resource
-import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextvars import ContextVar, Token
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -55,22 +61,15 @@ from artifacts import (
     open_store,
     stage_key,
 )
+from tasks.inputs import Input, Models, Ref, fingerprints
 from tasks.locks import FileLockManager
+from tasks.recording import Measure, Recorder, StageRun, current_recorder
 from tasks.retries import DELAYS, halvings, note_out_of_memory, retry_stage
 
 __all__ = ["Artifact", "Recorder", "Ref", "Stage", "StageOutput", "StageRun", "Where", "stage"]
 
 #: A stage's function: resolved inputs, settings, locations in; results out.
-StageFunction = Callable[[Mapping[str, "Artifact | str"], Any, "Where"], "StageOutput | Mapping[str, Any]"]
-
-
-class Ref(BaseModel):
-    """An artifact by name: which stage made it, and its key. Plain JSON, and no path."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    stage: str
-    key: str
+StageFunction = Callable[[Any, Any, "Where"], "StageOutput | Mapping[str, Any]"]
 
 
 class Where(BaseModel):
@@ -117,42 +116,6 @@ class StageOutput:
     files: Mapping[str, Path | bytes] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class StageRun:
-    """One call of :meth:`Stage.run` that succeeded."""
-
-    stage: str
-    label: str | None
-    key: str
-    #: Nothing was computed.
-    cached: bool
-    #: Wall-clock seconds of this call.
-    seconds: float
-    #: Of the computation, whenever it was: ``seconds``, ``max_rss_bytes`` and, on a GPU, ``max_cuda_bytes``.
-    computed: dict[str, Any]
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-_recorder: ContextVar[Recorder | None] = ContextVar("recorder", default=None)
-
-
-class Recorder:
-    """Collects a :class:`StageRun` for every stage run inside ``with Recorder() as timings:``, in ``runs``."""
-
-    def __init__(self) -> None:
-        self.runs: list[StageRun] = []
-        self._tokens: list[Token[Recorder | None]] = []
-
-    def __enter__(self) -> Recorder:
-        self._tokens.append(_recorder.set(self))
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        _recorder.reset(self._tokens.pop())
-
-
 @dataclass
 class StoreKey(CachePolicy):
     """Prefect's cache key is the artifact's key."""
@@ -167,7 +130,7 @@ class StoreKey(CachePolicy):
         flow_parameters: dict[str, Any],
         **kwargs: Any,
     ) -> str:
-        return stage_key(self.stage, self.version, inputs["settings"], _fingerprints(inputs["inputs"]))
+        return stage_key(self.stage, self.version, inputs["settings"], fingerprints(inputs["inputs"]))
 
 
 class Stage:
@@ -178,13 +141,12 @@ class Stage:
         fn: StageFunction,
         name: str,
         version: int,
-        settings: type[BaseModel] | None,
         retry_delays: Sequence[float],
     ) -> None:
         self.fn = fn
         self.name = name
         self.version = version
-        self.settings = settings
+        self.models = Models.of(fn)
         self.__doc__ = fn.__doc__
 
         def body(
@@ -214,14 +176,19 @@ class Stage:
     def __repr__(self) -> str:
         return f"Stage({self.name!r}, version={self.version})"
 
-    def key(self, inputs: Mapping[str, str | Ref], settings: Mapping[str, Any] | BaseModel) -> str:
-        """The key of the artifact that :meth:`run` would return a reference to. Raises as ``stage_key`` does."""
-        return stage_key(self.name, self.version, self._settings(settings), _fingerprints(inputs))
+    def key(self, inputs: Mapping[str, Input], settings: Mapping[str, Any] | BaseModel) -> str:
+        """The key of the artifact that :meth:`run` would return a reference to.
+
+        Raises:
+            TypeError, ValueError: for inputs or settings that the stage does not take, or that make no key.
+        """
+        plain = self.models.plain_inputs(self.name, inputs)
+        return stage_key(self.name, self.version, self.models.plain_settings(settings), fingerprints(plain))
 
     def run(
         self,
         *,
-        inputs: Mapping[str, str | Ref],
+        inputs: Mapping[str, Input],
         settings: Mapping[str, Any] | BaseModel = {},  # noqa: B006 - never changed
         where: Where | None = None,
         refresh: bool = False,
@@ -230,11 +197,16 @@ class Stage:
     ) -> Ref:
         """Run the stage as a Prefect task, or take its result from the store. Call it from a flow.
 
-        ``inputs`` are fingerprints, or references to the artifacts of earlier stages. ``refresh`` computes
-        again, ``label`` tells task runs of one stage apart. ``tags`` cost time: for each set of them Prefect opens a
-        connection to its concurrency limits, a tenth of a second to two; the task's name says the stage. Returns
-        the reference; raises what the function raises, and ``TypeError`` or ``ValueError`` for inputs or settings
-        that make no key.
+        Args:
+            inputs: fingerprints, references to the artifacts of earlier stages, or groups of these by name.
+            refresh: compute again.
+            label: tells task runs of one stage apart.
+            tags: of the task run. They cost time: for each set of them Prefect opens a connection to its concurrency
+                limits, a tenth of a second to two; the task's name says the stage.
+
+        Raises:
+            TypeError, ValueError: before anything runs, for inputs or settings that the stage does not take, or that
+                make no key; otherwise what the function raises.
         """
         where = where or Where()
         # the key is made here because Prefect only logs an error in a cache policy, and then does not cache
@@ -257,14 +229,14 @@ class Stage:
         )
         begun = time.perf_counter()
         state: Any = task(
-            inputs={name: _plain_input(value) for name, value in inputs.items()},
-            settings=self._settings(settings),
+            inputs=self.models.plain_inputs(self.name, inputs),
+            settings=self.models.plain_settings(settings),
             where=where.model_dump(mode="json"),
             refresh=refresh,
             return_state=True,
         )
         state.result(_sync=True)  # raises what the function raised
-        recorder = _recorder.get()
+        recorder = current_recorder()
         if recorder is not None:
             recorder.runs.append(
                 StageRun(
@@ -278,32 +250,26 @@ class Stage:
             )
         return Ref(stage=self.name, key=key)
 
-    def _settings(self, settings: Mapping[str, Any] | BaseModel) -> dict[str, Any]:
-        if self.settings is not None and not isinstance(settings, BaseModel):
-            settings = self.settings.model_validate(settings)
-        return settings.model_dump(mode="json") if isinstance(settings, BaseModel) else dict(settings)
-
     def _compute(self, inputs: dict[str, Any], settings: dict[str, Any], where: Where, refresh: bool) -> Any:
         """The body of the Prefect task. Runs under the lock of its key."""
-        fingerprints = _fingerprints(inputs)
-        key = stage_key(self.name, self.version, settings, fingerprints)
+        prints = fingerprints(inputs)
+        key = stage_key(self.name, self.version, settings, prints)
         ref = {"stage": self.name, "key": key}
         store = where.store()
         if not refresh and _problem(store, key) is None:
             # another run made it while this one waited for the lock, or Prefect's record of it is gone
             return Completed(name="Cached", message="The artifact is in the store.", data=ref)
-        resolved = {name: _resolve(store, value) for name, value in inputs.items()}
-        model = settings if self.settings is None else self.settings.model_validate(settings)
-        measure = _Measure()
+        resolved, parsed = self.models.resolve(store, inputs), self.models.parse(settings)
+        measure = Measure()
         where = where.model_copy(update={"halvings": halvings(key)})
         try:
-            made = self.fn(resolved, model, where)
+            made = self.fn(resolved, parsed, where)
             output = made if isinstance(made, StageOutput) else StageOutput(info=made)
             store.put(
                 key,
                 stage=self.name,
                 version=self.version,
-                inputs=fingerprints,
+                inputs=prints,
                 settings=settings,
                 tensors=measure.through(output.tensors),
                 info=output.info,
@@ -321,72 +287,26 @@ def stage(
     name: str,
     version: int = 1,
     *,
-    settings: type[BaseModel] | None = None,
     retry_delays: Sequence[float] = DELAYS,
 ) -> Callable[[StageFunction], Stage]:
     """Make a :class:`Stage` of a function ``fn(inputs, settings, where)``.
 
-    ``inputs`` reach the function by name: a fingerprint as the text it is, a :class:`Ref` as an opened,
-    verified artifact. ``settings`` is a dictionary, or with ``settings=Model`` that pydantic model. It
-    returns a :class:`StageOutput`, or a dictionary of JSON results. Raise ``version`` when the same settings
-    must give other results. Failures that can pass (:func:`tasks.retries.can_pass`) are tried again after each of
+    Where ``inputs`` is annotated with a dataclass and ``settings`` with a pydantic model, the function gets these, and
+    what callers give is checked against them; otherwise it gets mappings. It returns a :class:`StageOutput`, or a
+    mapping of JSON results. Failures that can pass (:func:`tasks.retries.can_pass`) are tried again after each of
     ``retry_delays`` seconds.
+
+    Args:
+        version: to be raised when the same settings must give other results.
+
+    Raises:
+        TypeError: for a model that cannot be one of a stage.
     """
 
     def decorate(fn: StageFunction) -> Stage:
-        return Stage(fn, name, version, settings, retry_delays)
+        return Stage(fn, name, version, retry_delays)
 
     return decorate
-
-
-class _Measure:
-    """Seconds and peak memory from construction until the last tensor has been taken."""
-
-    def __init__(self) -> None:
-        self.results: dict[str, Any] = {}
-        self._begun = time.perf_counter()
-        _forget_peak()
-        self._cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
-        if self._cuda:
-            for device in range(torch.cuda.device_count()):
-                torch.cuda.reset_peak_memory_stats(device)
-
-    def through(
-        self, tensors: Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]]
-    ) -> Iterator[tuple[str, torch.Tensor]]:
-        yield from tensors.items() if isinstance(tensors, Mapping) else tensors
-        self.results["seconds"] = round(time.perf_counter() - self._begun, 6)
-        # of the whole process: since the stage began on Linux, since the process began elsewhere. macOS counts bytes,
-        # Linux KiB.
-        unit = 1 if sys.platform == "darwin" else 1024
-        self.results["max_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-        if torch.cuda.is_available() and torch.cuda.is_initialized():
-            self.results["max_cuda_bytes"] = max(
-                torch.cuda.max_memory_allocated(device) for device in range(torch.cuda.device_count())
-            )
-
-
-def _forget_peak() -> None:
-    """Start the process's peak of resident memory anew, where the kernel can (Linux; see proc(5), clear_refs)."""
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def _plain_input(value: str | Ref) -> str | dict[str, str]:
-    return value.model_dump() if isinstance(value, Ref) else value
-
-
-def _fingerprints(inputs: Mapping[str, Any]) -> dict[str, str]:
-    """What the inputs contribute to the key: a reference its key, a fingerprint itself."""
-    found = {}
-    for name, value in inputs.items():
-        ref = Ref.model_validate(value) if isinstance(value, Mapping) else value
-        found[name] = ref.key if isinstance(ref, Ref) else ref
-    return found
-
-
-def _resolve(store: Store, value: Any) -> Artifact | str:
-    return store.open(Ref.model_validate(value).key) if isinstance(value, Mapping) else value
 
 
 def _problem(store: Store, key: str) -> ArtifactMissing | ArtifactDamaged | None:

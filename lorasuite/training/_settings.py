@@ -7,9 +7,6 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from typing_extensions import TypedDict
 
-#: Rows from which on the fifth of them that is held out tells learning rates apart.
-MIN_SWEEP_ROWS = 10
-
 
 class FinetuneSettings(BaseModel):
     """Hyperparameters of one fine-tuning run; the defaults are the paper's lightweight fine-tuning."""

@@ -47,7 +47,7 @@ class DoubledSettings(BaseModel):
     factor: int = 2
 
 
-@stage("doubled", version=1, settings=DoubledSettings)
+@stage("doubled", version=1)
 def doubled(inputs: Any, settings: DoubledSettings, where: Where) -> StageOutput:
     """Streams its tensors, and fills in its info while it does."""
     calls.append("doubled")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,11 +11,8 @@ import pytest
 from artifacts import Store
 from flows.migrate_adapter import ALONE, migrate_adapter
 from flows.migrate_fleet import migrate_fleet
-from flows.teach import teacher_rows
 from lorasuite import zoo
-from lorasuite.data import Row
 from lorasuite.errors import DataError, PreflightError
-from lorasuite.planning import MigrationConfig
 from lorasuite.training import write_scaled
 from tasks import adapter_stages
 from tests.flows.small import Small
@@ -125,28 +121,6 @@ def test_auto_has_the_teacher_write_where_it_is_told_prompts(mirror: dict[str, A
     assert [e["learning_rate"] for e in rates if e["epochs"] is not None] == [record["finetune"]["learning_rate"]]
     assert record["teacher"]["rows"] == record["finetune"]["samples"] == 40
     assert any("--teacher-samples 0" in notice for notice in record["notices"])
-
-
-@pytest.mark.parametrize(
-    ("given", "count"),
-    [
-        ({}, 3),  # nobody said how many: one answer a prompt
-        ({"teacher_samples": 0, "train_data": "rows"}, 3),
-        ({"teacher_samples": 7}, 7),
-        ({"teacher": {"imitate": True}}, 300),  # more prompts are made
-        ({"text": True}, 300),  # another text from the same beginning is another row
-        ({"teacher_samples": 0, "train_data": "rows", "text": True}, 3),
-    ],
-)
-def test_how_many_rows_are_asked_for(given: dict[str, Any], count: int) -> None:
-    settings = {name: value for name, value in given.items() if name != "text"}
-    text = "text" in given
-    prompts = [Row(kind="text", text=f"{n} on") if text else Row(kind="completion", prompt=f"{n} =") for n in range(3)]
-    names = dict.fromkeys(("adapter", "old_base", "new_base", "output", "prompts"), "x")
-    asked: list[Any] = []
-    context = SimpleNamespace(run=lambda _stage, _inputs, values: asked.append(values["samples"]))
-    teacher_rows(context, MigrationConfig(**names, **settings), prompts)  # type: ignore[arg-type]
-    assert asked == [count]
 
 
 def test_no_row_of_the_users_at_all(mirror: dict[str, Any], tmp_path: Path) -> None:

@@ -238,3 +238,23 @@ def test_counts_of_rows() -> None:
     assert RowCounts.of(prompt, None, [], 16) == RowCounts(own=5)
     assert RowCounts.of([], prompt, prompt, 16) == RowCounts(own=0, prompts=2, evaluation=5)
     assert RowCounts.of([], [text, *prompt], [], 16) == RowCounts(own=0, prompts=3, running_text=True)
+
+
+@pytest.mark.parametrize(
+    ("given", "kind", "asked"),
+    [
+        ({}, "completion", 3),  # nobody said how many: one answer a prompt
+        ({"teacher_samples": 0, "train_data": "rows"}, "completion", 3),
+        ({"teacher_samples": 7}, "completion", 7),
+        ({"teacher": IMITATE}, "completion", 300),  # more prompts are made
+        ({}, "text", 300),  # another text from the same beginning is another row
+        ({"teacher_samples": 0, "train_data": "rows"}, "text", 3),
+    ],
+)
+def test_how_many_rows_the_teacher_is_asked_for(given: dict[str, Any], kind: str, asked: int) -> None:
+    prompts = [Row(kind="text", text=f"{n} on") for n in range(3)]
+    if kind == "completion":
+        prompts = [Row(kind="completion", prompt=f"{n} =") for n in range(3)]
+    told = settings(prompts="p", **given)
+    counts = RowCounts.of([], prompts, [], told.teacher.text_prefix)
+    assert plan_rows(told, counts).teacher_rows == asked
