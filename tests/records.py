@@ -44,6 +44,7 @@ def task_score(task: str, metrics: dict[str, float], **fields: Any) -> TaskSumma
 
 
 def boolq(value: float) -> dict[str, TaskSummary]:
+    """Scores of the task boolq alone."""
     return {"boolq": task_score("boolq", {"acc,none": value}, stderr={"acc,none": 0.02})}
 
 

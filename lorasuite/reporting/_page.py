@@ -7,7 +7,7 @@ from typing import Any
 from lorasuite.reporting._names import number, percent, seconds
 
 
-def _page(template: str, **values: Any) -> str:
+def render_template(template: str, **values: Any) -> str:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(

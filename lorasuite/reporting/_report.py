@@ -18,7 +18,7 @@ from lorasuite.bases import read_json
 from lorasuite.errors import CheckpointError, Problem
 from lorasuite.reporting._files import FIGURE_DATA, FLEET_RECORD, RECORD, REPORT
 from lorasuite.reporting._names import LOADERS, VERDICT_WORDS
-from lorasuite.reporting._page import _page
+from lorasuite.reporting._page import render_template
 from lorasuite.reporting._record import MigrationRecord
 from lorasuite.reporting._sections import (
     candidates,
@@ -64,7 +64,7 @@ def render(record: MigrationRecord, tensors: Mapping[str, Tensor]) -> str:
         tensors: ``similarity`` ``(L_o, L_n)`` for the heat map, if it was measured.
     """
     word, tone = VERDICT_WORDS[record.verdict.verdict]
-    return _page(
+    return render_template(
         "report.html.j2",
         m=record,
         published=record.published,
@@ -92,4 +92,6 @@ def render_fleet(fleet: Mapping[str, Any]) -> str:
     order = {verdict: number for number, verdict in enumerate(VERDICT_WORDS)}
     rows = sorted(fleet["adapters"], key=lambda row: (order.get(row["verdict"], 99), row["name"]))
     counts = [(words[v], sum(row["verdict"] == v for row in rows)) for v in VERDICT_WORDS]
-    return _page("fleet.html.j2", f=fleet, rows=rows, words=words, order=order, counts=[(w, n) for w, n in counts if n])
+    return render_template(
+        "fleet.html.j2", f=fleet, rows=rows, words=words, order=order, counts=[(w, n) for w, n in counts if n]
+    )

@@ -10,7 +10,7 @@ from typing import Any
 from lorasuite.bases import digest_json, read_json
 from lorasuite.planning import Experiment
 from lorasuite.reporting._results_figures import draw
-from lorasuite.reporting._results_tables import Measurement, _csv, markdown, tabulate
+from lorasuite.reporting._results_tables import Measurement, markdown, tabulate, to_csv
 
 RESULTS = "results.json"
 TABLES = "results.md"
@@ -45,7 +45,7 @@ def write_results(
         }
     heading = f"# {experiment.config.name}\n\n{experiment.pair_name}\n\n"
     _write(folder / TABLES, heading + "\n".join(table["markdown"] for table in tables.values()))
-    _write(folder / CELLS, _csv([m for key in tables for m in found[key]]))
+    _write(folder / CELLS, to_csv([m for key in tables for m in found[key]]))
     record = {"experiment": experiment.config.name, "pair": experiment.pair_name, "tables": tables}
     _write(folder / RESULTS, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
     return {name: {k: v for k, v in table.items() if k not in ("digest", "cells")} for name, table in tables.items()}

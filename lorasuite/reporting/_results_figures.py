@@ -14,10 +14,10 @@ from lorasuite.reporting._results_tables import (
     SHARES,
     Cells,
     Measurement,
-    _average,
-    _levels,
-    _memory,
-    _seconds,
+    average,
+    levels_of,
+    peak_memory,
+    seconds_per_adapter,
 )
 
 
@@ -69,7 +69,7 @@ def _axis(spec: ExperimentTable, found: Cells) -> str:
 
 def _numbers(found: Cells) -> dict[tuple[str, ...], float] | None:
     """The levels of the one factor as numbers, if they are more than one and all are."""
-    levels = _levels(found)
+    levels = levels_of(found)
     try:
         values = {level: float(level[0]) for level in levels}
     except ValueError:
@@ -99,14 +99,14 @@ def _draw_lines(spec: ExperimentTable, found: Cells, xs: Mapping[tuple[str, ...]
 
 def _draw_bars(spec: ExperimentTable, found: Cells, panel: Any) -> None:
     """A group of bars a level, a bar an arm; without factors, a bar an arm. Whiskers: one standard error over rows."""
-    levels = _levels(found)
+    levels = levels_of(found)
     groups = [" / ".join(level) for level in levels] if spec.factors else [""]
     width = 0.8 / len(spec.arms)
     for n, arm in enumerate(spec.arms):
         heights, errors = [], []
         for level in levels:
             cells = [m for m in found if m.arm == arm and tuple(m.level.values()) == level]
-            heights.append(_average(_value(spec, m) for m in cells) or 0.0)
+            heights.append(average(_value(spec, m) for m in cells) or 0.0)
             known = [m.stderr for m in cells if m.stderr is not None and spec.figure == "score"]
             scale = 100 if cells and set(cells[0].metric.split(", ")) <= SHARES else 1
             errors.append(scale * math.sqrt(statistics.mean(e**2 for e in known)) if known else 0.0)
@@ -130,7 +130,9 @@ def _draw_cost(spec: ExperimentTable, found: Cells, panels: Sequence[Any]) -> No
         values = []
         for arm in arms:
             cells = [m for m in found if m.arm == arm]
-            values.append((_seconds(cells) or 0.0) if panel is panels[0] else (_memory(cells) or 0.0) / GIB)
+            values.append(
+                (seconds_per_adapter(cells) or 0.0) if panel is panels[0] else (peak_memory(cells) or 0.0) / GIB
+            )
         bars = panel.barh(labels, values)
         panel.bar_label(bars, fmt="%.2f", padding=3, fontsize=8)
         panel.invert_yaxis()

@@ -126,7 +126,7 @@ def _factor_table(spec: ExperimentTable, found: Cells) -> tuple[list[str], list[
         columns += [name, f"{name}, loss"] if (task, arm) in lossy else [name]
     columns += [f"paper: {paper.label}" for paper in spec.paper]
     rows = []
-    for level in _levels(found):
+    for level in levels_of(found):
         row = list(level)
         for task, arm in pairs:
             cells = [m for m in found if (m.task, m.arm) == (task, arm) and tuple(m.level.values()) == level]
@@ -147,12 +147,12 @@ def _cost_table(spec: ExperimentTable, found: Cells) -> tuple[list[str], list[li
     ]
     columns += ["peak memory (GiB)", "memory saved (GiB)"] + [f"paper: {paper.label}" for paper in spec.paper]
     whole = [m for m in found if m.arm == Arm.RETRAINED]
-    reference, memory = _seconds(whole), _memory(whole)
+    reference, memory = seconds_per_adapter(whole), peak_memory(whole)
     rows = []
     for arm in spec.arms:
         cells = [m for m in found if m.arm == arm]
-        spent, held = _seconds(cells), _memory(cells)
-        row = [_plain(_average(m.cost.get(name) for m in cells), 1) for name in ("pair", "transform", "finetune")]
+        spent, held = seconds_per_adapter(cells), peak_memory(cells)
+        row = [_plain(average(m.cost.get(name) for m in cells), 1) for name in ("pair", "transform", "finetune")]
         row.append(_plain(spent, 1))
         row.append(f"{100 * (1 - spent / reference):.1f} %" if spent is not None and reference else "–")
         row.append(_plain(None if held is None else held / GIB, 2))
@@ -161,26 +161,29 @@ def _cost_table(spec: ExperimentTable, found: Cells) -> tuple[list[str], list[li
     return columns, rows
 
 
-def _levels(found: Cells) -> list[tuple[str, ...]]:
+def levels_of(found: Cells) -> list[tuple[str, ...]]:
+    """The combinations of factor levels there are, in their order."""
     return list(dict.fromkeys(tuple(m.level.values()) for m in found))
 
 
-def _average(values: Iterable[float | None]) -> float | None:
+def average(values: Iterable[float | None]) -> float | None:
+    """Mean of what is known; None where nothing is."""
     known = [value for value in values if value is not None]
     return statistics.mean(known) if known else None
 
 
 def _mean(cells: Cells) -> float | None:
     """Over seeds."""
-    return _average(m.score for m in cells)
+    return average(m.score for m in cells)
 
 
-def _seconds(cells: Cells) -> float | None:
-    """To make one adapter, the pair being prepared."""
-    return _average(sum(m.cost.get(name, 0.0) for name in ("transform", "finetune")) for m in cells if m.cost)
+def seconds_per_adapter(cells: Cells) -> float | None:
+    """Mean seconds to make one adapter, without the stages of the pair."""
+    return average(sum(m.cost.get(name, 0.0) for name in ("transform", "finetune")) for m in cells if m.cost)
 
 
-def _memory(cells: Cells) -> float | None:
+def peak_memory(cells: Cells) -> float | None:
+    """The largest peak of any stage, in bytes."""
     return max((m.peak_memory_bytes for m in cells if m.peak_memory_bytes), default=None)
 
 
@@ -209,7 +212,7 @@ def _estimate(values: Sequence[float], errors: Sequence[float | None], cells: Ce
 
 
 def _loss(cells: Cells) -> str:
-    return _plain(_average(m.loss for m in cells), 3)
+    return _plain(average(m.loss for m in cells), 3)
 
 
 def _number(value: float, metric: str) -> str:
@@ -248,7 +251,7 @@ def _caption(spec: ExperimentTable, found: Cells) -> str:
     return told + (f", mean [least, most] of {seeds} seeds." if seeds > 1 else ", one seed.")
 
 
-def _csv(found: Cells) -> str:
+def to_csv(found: Cells) -> str:
     """One row a score, long form."""
     levels = list(dict.fromkeys(name for m in found for name in m.level))
     file = io.StringIO()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -156,6 +157,10 @@ def test_every_problem_of_a_file_at_once(tmp_path: Path) -> None:
         ({"settings": {"seed": 3, "output": "x"}}, "seed: is no setting of an experiment"),
         ({"settings": {"finetune_samples": 0}}, "finetune_samples: is 0, and there are arms that read them"),
         ({"lora": {"targets": ["query"]}}, "Input should be 'q'"),
+        (
+            {"tables": {"t": table(arms=["scratch-own"])}},
+            "Input should be 'old', .* or 'refreshed' (got 'scratch-own')",
+        ),
         ({"tables": {"t": table(factors={"pair.layers": [1]})}}, "pair.layers: unknown setting"),
         ({"tables": {"t": table(factors={"method": ["lorasuit"]})}}, "Did you mean 'lorasuite'?"),
         ({"tables": {"t": table(colour="red")}}, "unknown setting"),
@@ -163,7 +168,7 @@ def test_every_problem_of_a_file_at_once(tmp_path: Path) -> None:
     ],
 )
 def test_a_mistake_says_what_to_do(tmp_path: Path, changes: dict[str, Any], told: str) -> None:
-    with pytest.raises(ConfigError, match="(?s)" + told.replace("?", r"\?")):
+    with pytest.raises(ConfigError, match="(?s)" + re.sub(r"([?()])", r"\\\1", told)):
         read(tmp_path, **changes)
 
 
