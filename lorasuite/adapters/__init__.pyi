@@ -1,13 +1,12 @@
 from ._attachment import attach_adapter, attached, detach_adapter, restored, save_adapter, unwrap
+from ._base_modules import base_weight, vocabulary_side, vocabulary_weight, weight_shape
 from ._combination import materialise, open_adapters, split_sources
-from ._contents import CONFIG, PREFIX, WEIGHTS, Tensors, base_weight
-from ._formats import weight_shape
+from ._files import CONFIG, PREFIX, WEIGHTS, Tensors
 from ._fused import fuse_updates, split_update
 from ._kinds import REFUSED, config_problems
 from ._lowrank import LowRank
 from ._reader import Adapter
 from ._untrained import fresh_config, fresh_lora, untrained
-from ._vocabulary_modules import vocabulary_side, vocabulary_weight
 from ._writer import Extras, OutputType, check_loads, not_in_adalora, target_modules, write_adapter
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""Adapters put on a loaded model and taken off again, so that the base stays what it was."""
+"""Adapters put on a loaded model, taken off again so that the base stays what it was, and saved."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lorasuite.adapters._kinds import CHANGES_BASE
 from lorasuite.errors import AdapterError, OutputError, Problem
 
 if TYPE_CHECKING:
@@ -90,7 +91,11 @@ def detach_adapter(wrapped: PeftModel) -> PreTrainedModel:
 
 @contextlib.contextmanager
 def attached(model: PreTrainedModel, adapter: Path, device: str | torch.device = "cpu") -> Iterator[PeftModel]:
-    """The model with an adapter, unmerged, while the context lasts; raises as :func:`attach_adapter`."""
+    """The model with an adapter, unmerged and in evaluation mode, while the context lasts.
+
+    Raises:
+        AdapterError: as :func:`attach_adapter`.
+    """
     wrapped = attach_adapter(model, adapter, device=device)
     try:
         yield wrapped.eval()
@@ -100,7 +105,6 @@ def attached(model: PreTrainedModel, adapter: Path, device: str | torch.device =
 
 def _changes_weights(adapter: Path) -> bool:
     """Whether PEFT changes the base's weights when it loads the adapter, as PiSSA's initialisation does."""
-    from lorasuite.adapters._kinds import CHANGES_BASE
     from lorasuite.bases import read_json
 
     init = read_json(adapter / "adapter_config.json").get("init_lora_weights")
@@ -126,7 +130,11 @@ def unwrap(model: PreTrainedModel) -> None:
 
 @contextlib.contextmanager
 def restored(model: PreTrainedModel, *, checkpointing: bool = False) -> Iterator[None]:
-    """Give a caller's model back as it was: flags, cache setting, mode and modules."""
+    """Give a model back as it was: its modules, which parameters are trained, its mode and its cache setting.
+
+    Args:
+        checkpointing: switch gradient checkpointing off afterwards.
+    """
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     training, use_cache = model.training, getattr(model.config, "use_cache", None)
     try:

@@ -26,9 +26,11 @@ class Combined(Adapter):
     members: tuple[tuple[Adapter, float], ...]
 
     def check(self, checkpoint: Checkpoint) -> list[Problem]:
+        """Why one of the adapters does not fit a base model; empty if all do."""
         return [problem for adapter, _ in self.members for problem in adapter.check(checkpoint)]
 
     def fingerprint(self) -> str:
+        """A digest of what the adapters compute and of their weights in the sum."""
         return digest_json([[adapter.fingerprint(), weight] for adapter, weight in self.members])
 
 
@@ -84,6 +86,8 @@ def combine(members: Sequence[tuple[Adapter, float]]) -> Combined:
 
 
 def _sum(parts: Sequence[tuple[Update, float]]) -> Update:
+    """The weighted sum of one module's updates, factors side by side."""
+
     def read(base: Checkpoint | None) -> tuple[Tensor, Tensor]:
         factors = [(update, weight, *update.read(base)) for update, weight in parts]
         return (
@@ -117,6 +121,9 @@ def materialise(text: str, base: Checkpoint, folder: Path, allow_pickle: bool = 
 
     Args:
         base: the old base, of which the modules are and from which some kinds are read.
+
+    Raises:
+        CheckpointError, AdapterError: as :func:`open_adapters`.
     """
     adapter = open_adapters(text, allow_pickle)
     if not isinstance(adapter, Combined):

@@ -5,11 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from lorasuite.adapters._lowrank import LowRank
-from lorasuite.bases import (
-    Dimensions,
-    Module,
-    Role,
-)
+from lorasuite.bases import Dimensions, Module, Role
 
 
 def split_update(update: LowRank, module: Module, dims: Dimensions) -> dict[Role, LowRank]:

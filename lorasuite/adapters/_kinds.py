@@ -1,4 +1,4 @@
-"""What the fields of an adapter's config mean: which PEFT types are read, and why the others are not."""
+"""The kinds of PEFT adapters and the fields of their configs: which are read, and why the others are not."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from lorasuite.adapters._peft_delta import WEIGHTED
 from lorasuite.errors import Problem
 
 #: Rank of the new adapter where the old one's method has none.
@@ -44,12 +43,22 @@ CHANGES_BASE = re.compile(r"pissa|olora|corda|loftq|lora_ga", re.IGNORECASE)
 #: Those of them that can be computed again from the old base's weight.
 REPRODUCIBLE = ("pissa", "olora")
 
+#: Methods whose ΔW depends on the old base's own weight: most multiply it.
+WEIGHTED = (
+    "BOFT", "DEFT", "GLORA", "HIRA", "HRA", "IA3", "OFT", "OSF", "PEANUT", "PSOFT", "ROAD", "SHIRA", "SUPERTUNING",
+    "UNILORA",
+)  # fmt: skip
+#: Those of them that change a module's bias, too.
+BIASED = ("GLORA", "IA3", "ROAD")
+
 #: Methods that leave each weight with a ΔW, read through PEFT's own classes.
 DELTA = (
     "C3A", "DELORA", "FOURIERFT", "GRALORA", "LOHA", "LOKR", "MISS", "RANDLORA", "TINYLORA", "VBLORA", "VERA", "WAVEFT",
     *WEIGHTED,
 )  # fmt: skip
 
+#: Methods whose tensors outside the modules are shared by all of them: every module is built to read one.
+SHARED = ("VERA", "RANDLORA", "VBLORA", "TINYLORA")
 #: Methods that number the modules as they come in the model.
 ORDERED = ("TINYLORA",)
 #: Methods whose ``r`` is not a rank.
@@ -85,6 +94,12 @@ def kind_of(config: Mapping[str, Any]) -> str:
     return str(config.get("peft_type") or "").upper()
 
 
+def needs_weights(config: Mapping[str, Any]) -> bool:
+    """Whether the method's ΔW depends on the old base's weights, and not on their shapes alone."""
+    kind = kind_of(config)
+    return kind in WEIGHTED or (kind == "MISS" and config.get("init_weights") == "bat")
+
+
 def config_problems(config: Mapping[str, Any], where: str, initial: bool = False) -> list[Problem]:
     """Everything in an adapter config that is not migrated, by field.
 
@@ -108,7 +123,7 @@ def config_problems(config: Mapping[str, Any], where: str, initial: bool = False
         Problem(f"{where}: {name}", REFUSED_FIELDS[name], "Train without it.")
         if name in REFUSED_FIELDS
         else _not_understood(where, name, value)
-        for name, value in _set(config)
+        for name, value in _given(config)
         if name not in understood
     ]
     if config.get("bias") not in (None, "none", "lora_only"):
@@ -134,8 +149,8 @@ def config_problems(config: Mapping[str, Any], where: str, initial: bool = False
     return problems
 
 
-def _set(config: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """The fields that say anything."""
+def _given(config: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """The fields that are set: neither empty nor false."""
     return [(name, value) for name, value in config.items() if value not in (None, False, {}, [], "", "none")]
 
 
@@ -146,7 +161,7 @@ def _not_understood(where: str, name: str, value: Any) -> Problem:
 
 
 def _delta_problems(config: Mapping[str, Any], where: str) -> list[Problem]:
-    """PEFT reads these itself: what its config class knows is understood, apart from what lies beside ΔW."""
+    """Of a kind that PEFT reads: fields that its config class does not know, and what lies beside ΔW."""
     from dataclasses import fields
 
     from peft import PeftType
@@ -157,10 +172,10 @@ def _delta_problems(config: Mapping[str, Any], where: str) -> list[Problem]:
     if cls is None:
         return [Problem(f"{where}: peft_type", f"the installed PEFT has no {kind}", "Install a newer peft.")]
     known = {f.name for f in fields(cls)} | {"megatron_core", "qalora_group_size"}
-    problems = [_not_understood(where, name, value) for name, value in _set(config) if name not in known]
+    problems = [_not_understood(where, name, value) for name, value in _given(config) if name not in known]
     problems += [
         Problem(f"{where}: {name}", f"{value!r} is only migrated beside a LoRA", "Train without it.")
-        for name, value in _set(config)
+        for name, value in _given(config)
         if name in ("bias", "modules_to_save", "trainable_token_indices")
     ]
     needed = "save_indices" if kind == "UNILORA" else "save_projection"

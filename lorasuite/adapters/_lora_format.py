@@ -12,33 +12,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorasuite.adapters._contents import (
-    CONFIG,
-    PREFIX,
-    WEIGHTS,
-    BiasChange,
-    Contents,
-    Read,
-    Tensors,
-    Update,
-    base_weight,
-    initial_adapter,
-)
+from lorasuite.adapters._base_modules import base_weight
+from lorasuite.adapters._contents import BiasChange, Contents, Read, Update
+from lorasuite.adapters._files import CONFIG, PREFIX, WEIGHTS, Tensors, initial_adapter
 from lorasuite.adapters._kinds import CHANGES_BASE
 from lorasuite.bases import Checkpoint, read_json
 from lorasuite.errors import Problem
 
-_LORA = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
-_EMBEDDING = re.compile(r"(?P<module>.+)\.lora_embedding_(?P<side>[AB])")
+_FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
+_EMBEDDING_FACTOR = re.compile(r"(?P<module>.+)\.lora_embedding_(?P<side>[AB])")
 _MAGNITUDE = re.compile(r"(?P<module>.+)\.lora_magnitude_vector(\.weight)?")
 _TOKENS = re.compile(r"(?P<module>.+)\.token_adapter\.trainable_tokens_delta")
-_COPY = re.compile(r"(?P<module>.+)\.base_layer\.weight")
+_EMBEDDING_COPY = re.compile(r"(?P<module>.+)\.base_layer\.weight")
 _BIAS = re.compile(r"(?P<module>.+?)(\.base_layer)?\.bias")
 _SAVED = re.compile(r"(?P<module>.+?)(\.modules_to_save)?\.weight")
 
 
-def _lora(folder: Path, config: Mapping[str, Any], weights: Tensors) -> Read:
-    """LoRA and DoRA: factors as stored; an initialisation that changed the base is undone by a second pair."""
+def read_lora(folder: Path, config: Mapping[str, Any], weights: Tensors) -> Read:
+    """Read LoRA and DoRA: factors as stored; an initialisation that changed the base is undone by a second pair."""
     where, problems = str(weights.file), list[Problem]()
     linear: dict[str, dict[str, str]] = defaultdict(dict)
     embedded: dict[str, dict[str, str]] = defaultdict(dict)
@@ -49,9 +40,9 @@ def _lora(folder: Path, config: Mapping[str, Any], weights: Tensors) -> Read:
     strange: list[str] = []
     for full in weights.shapes:
         name = full.removeprefix(PREFIX) if full.startswith(PREFIX) else ""
-        if match := _LORA.fullmatch(name):
+        if match := _FACTOR.fullmatch(name):
             linear[match["module"]][match["side"]] = full
-        elif match := _EMBEDDING.fullmatch(name):
+        elif match := _EMBEDDING_FACTOR.fullmatch(name):
             embedded[match["module"]][match["side"]] = full
         elif (match := _MAGNITUDE.fullmatch(name)) and config.get("use_dora"):
             magnitudes[match["module"]] = full
@@ -61,7 +52,7 @@ def _lora(folder: Path, config: Mapping[str, Any], weights: Tensors) -> Read:
             if len(ids) != weights.shapes[full][0]:
                 what = f"{match['module']} trains {weights.shapes[full][0]} tokens, the config names {len(ids)}"
                 problems.append(Problem(f"{folder / CONFIG}: trainable_token_indices", what, "The two do not belong."))
-        elif _COPY.fullmatch(name):
+        elif _EMBEDDING_COPY.fullmatch(name):
             continue  # the frozen base weight of an embedding, which PEFT stores beside its LoRA
         elif (match := _BIAS.fullmatch(name)) and config.get("bias") == "lora_only":
             biases[match["module"]] = _trained_bias(match["module"], full, weights)
@@ -74,7 +65,7 @@ def _lora(folder: Path, config: Mapping[str, Any], weights: Tensors) -> Read:
         problems.append(Problem(where, what, "Only LoRA updates of linear modules and embeddings are migrated."))
     updates: dict[str, Update] = {}
     for module, names in sorted([*linear.items(), *embedded.items()]):
-        found = _pair(module, names, module in embedded, config, weights)
+        found = _update(module, names, module in embedded, config, weights)
         if isinstance(found, Problem):
             problems.append(found)
         else:
@@ -91,15 +82,18 @@ def _lora(folder: Path, config: Mapping[str, Any], weights: Tensors) -> Read:
 
 
 def _trained_bias(module: str, name: str, weights: Tensors) -> BiasChange:
+    """What training added to a bias that is stored as a whole."""
+
     def read(base: Checkpoint) -> Tensor:
         return weights.tensor(name).double() - base.tensor(f"{module}.bias").double()
 
     return read
 
 
-def _pair(
+def _update(
     module: str, names: Mapping[str, str], embedding: bool, config: Mapping[str, Any], weights: Tensors
 ) -> Update | Problem:
+    """A module's update from the names of its two factors, or why they are none."""
     where, shapes = str(weights.file), weights.shapes
     if len(names) == 1:
         return Problem(where, f"{module} has only lora_{next(iter(names))}", "The file is damaged.")
@@ -121,6 +115,7 @@ def _pair(
 def _dora_problems(
     where: str, updates: Mapping[str, Update], embedded: Mapping[str, Any], magnitudes: Mapping[str, str]
 ) -> list[Problem]:
+    """Modules whose magnitudes are missing, or not migrated."""
     outside = sorted(module for module in updates if module in embedded or module.endswith("lm_head"))
     problems = [
         Problem(
@@ -141,7 +136,7 @@ def _undo_initialisation(folder: Path, init: str, updates: Mapping[str, Update])
     first: Contents | None = None
     if start is not None:
         raw = {**read_json(start / CONFIG), "init_lora_weights": True}
-        first, problems = _lora(start, raw, Tensors(start / WEIGHTS))
+        first, problems = read_lora(start, raw, Tensors(start / WEIGHTS))
         alike = {m: (u.shape, u.scaling) for m, u in updates.items()}
         if not problems and {m: (u.shape, u.scaling) for m, u in first.updates.items()} != alike:
             problems = [Problem(str(start), "updates other modules, or with another scaling", "Give the right one.")]
@@ -173,7 +168,8 @@ def _initial(init: str, module: str, update: Update, base: Checkpoint | None) ->
 
 
 def _is_saved(module: str, config: Mapping[str, Any]) -> bool:
-    return any(module.endswith(name) for name in config.get("modules_to_save") or ())  # as PEFT matches them
+    """Whether the config names the module among those trained as a whole, by PEFT's own rule."""
+    return any(module.endswith(name) for name in config.get("modules_to_save") or ())
 
 
 def _token_ids(setting: Any, module: str) -> tuple[int, ...]:

@@ -14,39 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorasuite.adapters._kinds import SHARED
 from lorasuite.adapters._lowrank import LowRank
 from lorasuite.errors import AdapterError, Problem
 
-#: Methods whose tensors outside the modules are shared by all of them: every module is built to read one.
-SHARED = ("VERA", "RANDLORA", "VBLORA", "TINYLORA")
-
-#: Methods whose ΔW depends on the old base's own weight: most multiply it.
-WEIGHTED = (
-    "BOFT", "DEFT", "GLORA", "HIRA", "HRA", "IA3", "OFT", "OSF", "PEANUT", "PSOFT", "ROAD", "SHIRA", "SUPERTUNING",
-    "UNILORA",
-)  # fmt: skip
-#: Those of them that change a module's bias, too.
-BIASED = ("GLORA", "IA3", "ROAD")
-
+#: ``(out, in)`` of a weight.
 Shape = tuple[int, int]
 
 
-def needs_weights(config: Mapping[str, Any]) -> bool:
-    """Whether the method's ΔW depends on the old base's weights, and not on their shapes alone."""
-    kind = str(config.get("peft_type", "")).upper()
-    return kind in WEIGHTED or (kind == "MISS" and config.get("init_weights") == "bat")
-
-
 class DeltaReader:
-    """Reads ``ΔW`` of one module after another of a saved adapter.
-
-    Args:
-        config: the adapter's PEFT config, as JSON gives it.
-        modules: paths of the modules it updates, in the model's order where the method numbers them.
-        names: of its tensors, without the ``base_model.model.`` prefix of those inside a module.
-        tensor: reads one of them.
-        where: what to call the adapter in messages.
-    """
+    """Reads ``ΔW`` of one module after another of a saved adapter."""
 
     def __init__(
         self,
@@ -56,6 +33,15 @@ class DeltaReader:
         tensor: Callable[[str], Tensor],
         where: str,
     ) -> None:
+        """Of an adapter that :func:`config_problems` has nothing against.
+
+        Args:
+            config: the adapter's PEFT config, as JSON gives it.
+            modules: paths of the modules it updates, in the model's order where the method numbers them.
+            names: of its tensors, without the ``base_model.model.`` prefix of those inside a module.
+            tensor: reads one of them.
+            where: what to call the adapter in messages.
+        """
         self.modules, self.where = tuple(modules), where
         self._config = _peft_config(config)
         self._names, self._tensor = names, tensor
@@ -113,6 +99,7 @@ class DeltaReader:
         return self._wrap({module: weight}, bias)
 
     def _wrap(self, weights: Mapping[str, Tensor], bias: Tensor | None = None) -> Any:
+        """A skeleton with these weights and the adapter's tensors; AdapterError where they do not fit."""
         from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
         config = copy.deepcopy(self._config)

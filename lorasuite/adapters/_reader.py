@@ -12,11 +12,14 @@ from typing import Any
 
 from torch import Tensor
 
-from lorasuite.adapters._contents import CONFIG, PICKLE, WEIGHTS, Contents, Tensors, initial_adapter
-from lorasuite.adapters._formats import read_contents
+from lorasuite.adapters._adalora_format import read_adalora
+from lorasuite.adapters._base_modules import vocabulary_shape, vocabulary_side
+from lorasuite.adapters._contents import Contents, Read
+from lorasuite.adapters._delta_format import read_delta
+from lorasuite.adapters._files import CONFIG, PICKLE, WEIGHTS, Tensors, initial_adapter
 from lorasuite.adapters._kinds import ORDERED, config_problems, kind_of
+from lorasuite.adapters._lora_format import read_lora
 from lorasuite.adapters._lowrank import LowRank
-from lorasuite.adapters._vocabulary_modules import vocabulary_shape, vocabulary_side
 from lorasuite.bases import (
     ROLES,
     Architecture,
@@ -37,11 +40,13 @@ INERT = ("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_vers
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
-    """A PEFT adapter on disk, of any kind :mod:`lorasuite.adapter_types` reads.
+    """A PEFT adapter on disk, read as factored updates whatever its kind; :meth:`open` makes one.
 
-    Raises:
-        CheckpointError: if files are missing or unreadable.
-        AdapterError: with every reason why it cannot be migrated.
+    Attributes:
+        path: its directory.
+        config: its ``adapter_config.json``.
+        contents: where each of its updates, and all that lies beside them, comes from.
+        tensors: its weight file.
     """
 
     path: Path
@@ -55,6 +60,10 @@ class Adapter:
 
         Args:
             allow_pickle: read ``adapter_model.bin`` where there is no safetensors file, with ``weights_only=True``.
+
+        Raises:
+            CheckpointError: if files are missing or unreadable.
+            AdapterError: with every reason why it cannot be migrated.
         """
         path = resolve(source)
         config = read_json(path / CONFIG)
@@ -72,14 +81,14 @@ class Adapter:
         if problems:
             raise AdapterError(problems)
         tensors = Tensors(file)
-        contents, problems = read_contents(path, config, tensors)
+        contents, problems = _read(path, config, tensors)
         if problems:
             raise AdapterError(problems)
         return cls(path, config, contents, tensors)
 
     @property
     def kind(self) -> str:
-        """What it is, for people: its PEFT type, or ``DORA``."""
+        """Its PEFT type in capitals, or ``DORA``."""
         return "DORA" if self.contents.magnitudes else kind_of(self.config)
 
     @cached_property
@@ -128,7 +137,11 @@ class Adapter:
         return LowRank(B.double() * self.contents.updates[module].scaling, A.double())
 
     def extra(self, name: str) -> Tensor:
-        """A tensor beside the updates (see :class:`lorasuite.adapter_types.Contents`), float64."""
+        """A tensor beside the updates that the contents name, float64.
+
+        Raises:
+            AdapterError: if it holds NaN or Inf.
+        """
         return self.tensors.tensor(name).double()
 
     def by_layer(self, checkpoint: Checkpoint) -> dict[int, dict[str, Module]]:
@@ -247,3 +260,9 @@ class Adapter:
         if start is not None:
             parts.append(file_digest(start / WEIGHTS))
         return digest_json(parts)
+
+
+def _read(folder: Path, config: Mapping[str, Any], weights: Tensors) -> Read:
+    """Read any adapter whose config has no problems."""
+    reader = {"LORA": read_lora, "ADALORA": read_adalora}.get(kind_of(config), read_delta)
+    return reader(folder, config, weights)

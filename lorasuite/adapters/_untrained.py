@@ -8,18 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from lorasuite.adapters._reader import Adapter
-from lorasuite.adapters._writer import _fan_in_fan_out
-from lorasuite.bases import (
-    Architecture,
-    Role,
-)
+from lorasuite.adapters._writer import fan_in_fan_out
+from lorasuite.bases import Architecture, Role
 from lorasuite.errors import ConfigError, Problem
 
 
 def fresh_lora(adapter: Path, architecture: Architecture) -> dict[str, Any]:
     """Settings of an untrained LoRA like an adapter: its rank, alpha and modules, in every layer of the base.
 
-    What a team without the adapter would train from scratch: the control of a fine-tune that starts from it. JSON.
+    It is the control of a fine-tune that starts from the adapter: what one would train without it. The settings are
+    JSON, for :func:`fresh_config`.
+
+    Raises:
+        CheckpointError, AdapterError: as :meth:`Adapter.open`.
     """
     opened = Adapter.open(adapter)
     names = sorted({located[1].name for path in opened.modules if (located := architecture.locate(path))})
@@ -28,7 +29,7 @@ def fresh_lora(adapter: Path, architecture: Architecture) -> dict[str, Any]:
         "lora_alpha": opened.config["lora_alpha"],
         "use_rslora": bool(opened.config.get("use_rslora")),
         "use_dora": bool(opened.config.get("use_dora")),
-        "fan_in_fan_out": _fan_in_fan_out(architecture),
+        "fan_in_fan_out": fan_in_fan_out(architecture),
         "target_modules": _everywhere(names, architecture),
     }
 
@@ -55,7 +56,7 @@ def untrained(
         "lora_alpha": scaling * rank,
         "use_rslora": False,
         "use_dora": kind == "dora",
-        "fan_in_fan_out": _fan_in_fan_out(architecture),
+        "fan_in_fan_out": fan_in_fan_out(architecture),
         "target_modules": _everywhere(names, architecture),
     }
     if kind != "adalora":

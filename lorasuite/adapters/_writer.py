@@ -14,15 +14,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lorasuite.adapters._contents import CONFIG, PREFIX, WEIGHTS, Tensors
+from lorasuite.adapters._base_modules import vocabulary_side
+from lorasuite.adapters._files import CONFIG, PREFIX, WEIGHTS, Tensors
 from lorasuite.adapters._kinds import kind_of
 from lorasuite.adapters._lowrank import LowRank
-from lorasuite.adapters._vocabulary_modules import vocabulary_side
-from lorasuite.bases import (
-    Architecture,
-    Dimensions,
-    auto_class,
-)
+from lorasuite.bases import Architecture, Dimensions, auto_class
 from lorasuite.errors import AdapterError, Problem
 
 #: What an adapter is written as; a DoRA stays one.
@@ -116,7 +112,7 @@ def write_adapter(
         lora_alpha=alpha if alpha != int(alpha) else int(alpha),
         target_modules=targets,
         layers_to_transform=layers,
-        fan_in_fan_out=_fan_in_fan_out(architecture),
+        fan_in_fan_out=fan_in_fan_out(architecture),
         lora_dropout=0.0,
         task_type=TaskType.CAUSAL_LM,
         base_model_name_or_path=base,
@@ -148,6 +144,7 @@ def _lora_tensors(
     scaling: float,
     architecture: Architecture,
 ) -> dict[str, Tensor]:
+    """Factors by PEFT's names; each gets the root of the scaling divided out."""
     tensors: dict[str, Tensor] = {}
     for path, update in updates.items():
         low = update if update.rank == rank else update.compress(rank)[0]
@@ -193,7 +190,7 @@ def _adalora_tensors(
     return tensors, {"init_r": rank, "target_r": mean, "total_step": 1, "rank_pattern": pattern}
 
 
-def _fan_in_fan_out(architecture: Architecture) -> bool:
+def fan_in_fan_out(architecture: Architecture) -> bool:
     """Whether its weights are stored ``(in, out)``, which PEFT asks to be told."""
     return any(module.transposed for module in architecture.modules)
 

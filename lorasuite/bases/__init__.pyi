@@ -3,8 +3,9 @@ from ._architecture_files import add_architectures, architecture_for, architectu
 from ._cache import ModelCache, loaded_model, model_cache, release_models
 from ._checkpoint import Checkpoint
 from ._digests import check_finite, digest_json, file_digest, fingerprint_model, fingerprint_tokenizer
-from ._files import METER, Weights, read_json, resolve
+from ._files import Weights, read_json, resolve
 from ._loading import auto_class, load_model, load_tokenizer, module_order
+from ._meter import METER
 from ._pairing import Batch, paired_positions, text_batches, unpaired
 from ._proposal import propose
 from ._tracing import ActivationRecorder, BlockStream, LoadedBase, Place, linear_modules, put_weights

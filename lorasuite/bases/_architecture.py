@@ -79,6 +79,7 @@ class Multiple(_Strict):
     power: float = 1.0
 
     def __str__(self) -> str:
+        """As messages show it: ``4·hidden_size``."""
         return f"{self.times:g}·{self.of}" + (f"^{self.power:g}" if self.power != 1 else "")
 
 
@@ -108,7 +109,7 @@ class Module(_Strict):
         return self
 
     def split(self, rows: Tensor, dims: Dimensions) -> dict[Role, Tensor]:
-        """Split a fused weight ``(out, in)``, bias or ``B`` factor along its first axis into roles (views)."""
+        """Split a fused weight ``(out, in)``, bias ``(out,)`` or factor ``B (out, r)`` into its roles (views)."""
         if self.layout == "plain":
             return {self.roles[0]: rows}
         if self.layout == "interleaved":

@@ -45,15 +45,16 @@ class _Kept:
 
 
 class ModelCache:
-    """Keeps loaded models; safe to use from several threads.
+    """Loaded models that wait for their next caller; safe to use from several threads.
 
-    Args:
+    Attributes:
         budget: bytes of models kept on each device, lent ones included; 0 keeps none. None takes
             ``LORASUITE_MODEL_CACHE_BYTES`` or, where that is not set, half of the memory there is for the process
-            (on a GPU half of what is free or held by it), or one model alone that is larger.
+            (on a GPU half of what is free or held by it), and one model that is larger alone.
     """
 
     def __init__(self, budget: int | None = None) -> None:
+        """An empty cache."""
         self.budget = budget
         self._models: list[_Kept] = []  # least recently used first
         self._lock = threading.Lock()

@@ -1,4 +1,4 @@
-"""A base model's weights on disk, by the names of its architecture. Nothing here builds a model."""
+"""A base model's weights on disk, read by the names of its architecture, without building a model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from torch import Tensor
 
 from lorasuite.bases._architecture import ROLES, Architecture, Dimensions, Module, Role
 from lorasuite.bases._architecture_files import architecture_for
-from lorasuite.bases._files import DAMAGED, METER, Weights, _finite, _open
+from lorasuite.bases._files import DAMAGED, Weights, is_finite, open_safetensors
+from lorasuite.bases._meter import METER
 from lorasuite.errors import CheckpointError, Problem
 
 
@@ -18,12 +19,21 @@ class Checkpoint(Weights):
     Tensors come one at a time, in float32, and are freed when the caller drops them; only the headers of the shards
     are kept.
 
-    Raises:
-        CheckpointError: if config, index, shards or safetensors weights are missing.
-        ArchitectureError: if no architecture file describes the model.
+    Attributes:
+        architecture: what the names of its family are.
+        dims: its dimensions, by its config.
     """
 
     def __init__(self, source: str | Path) -> None:
+        """Find the directory and read its config.
+
+        Args:
+            source: a local directory or ``hub-id[@revision]``.
+
+        Raises:
+            CheckpointError: if the directory or its ``config.json`` is missing or cannot be read.
+            ArchitectureError: if no architecture file describes the model, or its config lacks a number.
+        """
         super().__init__(source)
         where = str(self.path / "config.json")
         self.architecture: Architecture = architecture_for(self.config, where)
@@ -58,9 +68,13 @@ class Checkpoint(Weights):
         return self.architecture.widths(self.dims, self.modules(layer), self.config)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """A tensor's shape, from the header alone."""
+        """A tensor's shape, from the header alone.
+
+        Raises:
+            CheckpointError: if the tensor is missing.
+        """
         stored = self._stored(name)
-        with _open(self.shards[stored]) as handle:
+        with open_safetensors(self.shards[stored]) as handle:
             if stored not in handle.keys():  # noqa: SIM118 - not a dict
                 raise CheckpointError(self._missing(stored))
             return tuple(handle.get_slice(stored).get_shape())
@@ -72,27 +86,29 @@ class Checkpoint(Weights):
             CheckpointError: if it is missing, or holds NaN or Inf.
         """
         stored = self._stored(name)
-        with _open(self.shards[stored]) as handle:
+        with open_safetensors(self.shards[stored]) as handle:
             if stored not in handle.keys():  # noqa: SIM118 - not a dict
                 raise CheckpointError(self._missing(stored))
             tensor: Tensor = handle.get_tensor(stored).float()
-        if not _finite(tensor):
-            raise CheckpointError(
-                Problem(
-                    str(self.shards[stored]),
-                    f"{stored} holds NaN or Inf",
-                    DAMAGED,
-                )
-            )
+        if not is_finite(tensor):
+            raise CheckpointError(Problem(str(self.shards[stored]), f"{stored} holds NaN or Inf", DAMAGED))
         return METER.watch(tensor)
 
     def weight(self, layer: int, module: Module) -> Tensor:
-        """A block's weight ``(out, in)`` in float32, however it is stored."""
+        """A block's weight ``(out, in)`` in float32, however it is stored.
+
+        Raises:
+            CheckpointError: if it is missing, or holds NaN or Inf.
+        """
         stored = self.tensor(self.architecture.path(layer, module) + ".weight")
         return stored.T if module.transposed else stored
 
     def layer(self, layer: int, roles: tuple[Role, ...]) -> dict[Role, Tensor]:
-        """The weights of some roles of one block, fused ones split; each ``(out, in)``, float32."""
+        """The weights of some roles of one block, fused ones split; each ``(out, in)``, float32.
+
+        Raises:
+            CheckpointError: if one is missing, or holds NaN or Inf.
+        """
         found: dict[Role, Tensor] = {}
         dims = self.layer_dims(layer)
         for module in self.modules(layer):
@@ -105,7 +121,11 @@ class Checkpoint(Weights):
         return found
 
     def embedding(self) -> Tensor:
-        """The input embedding ``(V, d)`` as the first block reads it, with the family's scale; float32."""
+        """The input embedding ``(V, d)`` as the first block reads it, with the family's scale; float32.
+
+        Raises:
+            CheckpointError: if it is missing, or holds NaN or Inf.
+        """
         rows = self.tensor(self.architecture.embedding + ".weight")
         scale = self.architecture.scale(self.config)
         return rows if scale == 1 else rows.mul_(scale)
@@ -163,6 +183,7 @@ class Checkpoint(Weights):
         return Problem(str(self.path), f"tensor {name} is missing", "The checkpoint is incomplete: download it again.")
 
     def _stored(self, name: str) -> str:
+        """The name a tensor has in this checkpoint; CheckpointError where it has none."""
         stored = self.find(name)
         if stored is None:
             raise CheckpointError(self._missing(name))

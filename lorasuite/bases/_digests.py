@@ -1,4 +1,4 @@
-"""Fingerprints of models, tokenizers and files: what a computation depends on, whatever the path or date."""
+"""Fingerprints (sha256) of models, tokenizers and files, which do not depend on paths or dates."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from collections.abc import MutableMapping
 from pathlib import Path
 
 from lorasuite.bases._checkpoint import Checkpoint
-from lorasuite.bases._files import DAMAGED, _finite, _open, resolve
+from lorasuite.bases._files import DAMAGED, is_finite, open_safetensors, resolve
 from lorasuite.errors import CheckpointError, Problem
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json",
     "special_tokens_map.json", "tokenizer_config.json", "chat_template.jinja",
 )  # fmt: skip
-#: Config fields that say nothing about what the model computes.
+#: Config fields that do not change what the model computes.
 INERT_CONFIG = ("_name_or_path", "transformers_version", "architectures", "torch_dtype", "dtype", "use_cache")
 
 
@@ -45,16 +45,24 @@ def digest_json(value: object) -> str:
 
 
 def fingerprint_model(source: str | Path, cache: MutableMapping[str, str] | None = None) -> str:
-    """What a base model computes, as a digest: its weight files and the parts of its config that matter."""
+    """The digest of what a base model computes: its weight files, and its config but for :data:`INERT_CONFIG`.
+
+    Args:
+        cache: digests of files, by :func:`file_digest`.
+
+    Raises:
+        CheckpointError: if files are missing or cannot be read.
+        ArchitectureError: if no architecture file describes the model.
+    """
     checkpoint = Checkpoint(source)
     config = {key: value for key, value in checkpoint.config.items() if key not in INERT_CONFIG}
     return digest_json([config, [file_digest(file, cache) for file in checkpoint.weight_files]])
 
 
 def check_finite(source: str | Path, cache: MutableMapping[str, str] | None = None) -> None:
-    """Read every weight once and refuse a damaged base before any work is built on it.
+    """Read every weight once, and refuse a base that is damaged.
 
-    Files already found whole are remembered in ``cache`` by their digest and not read again.
+    Files found whole are remembered in ``cache`` by their digest, and not read again.
 
     Raises:
         CheckpointError: naming each tensor that holds NaN or Inf.
@@ -64,8 +72,8 @@ def check_finite(source: str | Path, cache: MutableMapping[str, str] | None = No
         known = f"finite:{file_digest(file, cache)}"
         if cache is not None and known in cache:
             continue
-        with _open(file) as handle:
-            wrong = [name for name in handle.keys() if not _finite(handle.get_tensor(name))]  # noqa: SIM118
+        with open_safetensors(file) as handle:
+            wrong = [name for name in handle.keys() if not is_finite(handle.get_tensor(name))]  # noqa: SIM118
         problems += [Problem(str(file), f"{name} holds NaN or Inf", DAMAGED) for name in wrong]
         if cache is not None and not wrong:
             cache[known] = "yes"

@@ -1,10 +1,9 @@
-"""Model directories and their safetensors files: found locally or on the Hub, read one tensor at a time."""
+"""Model directories and their safetensors files: found locally or on the Hub."""
 
 from __future__ import annotations
 
 import json
 import re
-import weakref
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -16,37 +15,10 @@ from torch import Tensor
 
 from lorasuite.errors import CheckpointError, Problem
 
-#: What a base model needs on disk; nothing else is fetched from the Hub.
+#: Patterns of the files that are fetched from the Hub.
 FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
+#: The remedy where weights cannot be what was published.
 DAMAGED = "The file is damaged: download it again."
-
-
-class Meter:
-    """Bytes of checkpoint tensors alive now and at most, so that the memory promise can be tested and reported."""
-
-    def __init__(self) -> None:
-        self.current = 0
-        self.peak = 0
-
-    def reset(self) -> None:
-        """Forget the peak, keep what is alive."""
-        self.peak = self.current
-
-    def watch(self, tensor: Tensor) -> Tensor:
-        """Count a tensor's storage until the last view of it is gone."""
-        storage = tensor.untyped_storage()
-        size = storage.nbytes()
-        self.current += size
-        self.peak = max(self.peak, self.current)
-        weakref.finalize(storage, self._release, size)
-        return tensor
-
-    def _release(self, size: int) -> None:
-        self.current -= size
-
-
-#: Counts every tensor any checkpoint of this process has loaded.
-METER = Meter()
 
 
 def resolve(source: str | Path, revision: str | None = None) -> Path:
@@ -86,13 +58,17 @@ def resolve(source: str | Path, revision: str | None = None) -> Path:
 
 
 class Weights:
-    """The safetensors files of a model directory and the tensors they name, of any architecture.
-
-    Raises:
-        CheckpointError: if config, index, shards or safetensors weights are missing.
-    """
+    """The safetensors files of a model directory and the tensors they name, of any architecture."""
 
     def __init__(self, source: str | Path) -> None:
+        """Find the directory and read its config; files of weights are read when asked for.
+
+        Args:
+            source: a local directory or ``hub-id[@revision]``.
+
+        Raises:
+            CheckpointError: if the directory or its ``config.json`` is missing or cannot be read.
+        """
         self.source = str(source)
         self.path = resolve(source)
         self.config = read_json(self.path / "config.json")
@@ -105,7 +81,11 @@ class Weights:
 
     @cached_property
     def shards(self) -> dict[str, Path]:
-        """Tensor name → file that holds it."""
+        """Tensor name → file that holds it.
+
+        Raises:
+            CheckpointError: if index, shards or safetensors weights are missing or cannot be read.
+        """
         index = self._index
         if index is not None:
             weight_map: dict[str, str] = read_json(index).get("weight_map", {})
@@ -118,13 +98,17 @@ class Weights:
             return files
         found: dict[str, Path] = {}
         for file in self.weight_files:
-            with _open(file) as handle:
+            with open_safetensors(file) as handle:
                 found.update(dict.fromkeys(handle.keys(), file))
         return found
 
     @cached_property
     def weight_files(self) -> list[Path]:
-        """The safetensors files, in name order."""
+        """The safetensors files, in name order.
+
+        Raises:
+            CheckpointError: if there are none.
+        """
         index = self._index
         if index is not None:
             return sorted({self.path / file for file in read_json(index).get("weight_map", {}).values()})
@@ -146,13 +130,22 @@ class Weights:
         )
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Tensor name → shape, from the headers alone."""
+        """Tensor name → shape, from the headers alone.
+
+        Raises:
+            CheckpointError: if index, shards or safetensors weights are missing or cannot be read.
+        """
         tables = {file: dict(_shapes(file)) for file in sorted(set(self.shards.values()))}
         # a name counts where the index says it is, as it does when it is read
         return {name: tables[file][name] for name, file in self.shards.items() if name in tables[file]}
 
 
-def _open(file: Path) -> Any:
+def open_safetensors(file: Path) -> Any:
+    """A safetensors file, open for reading one tensor at a time (a context manager).
+
+    Raises:
+        CheckpointError: if it cannot be read as one.
+    """
     try:
         return safe_open(file, framework="pt")
     except Exception as error:
@@ -162,7 +155,8 @@ def _open(file: Path) -> Any:
 
 
 def _shapes(file: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
-    with _open(file) as handle:
+    """Names and shapes of a file's tensors, from its header."""
+    with open_safetensors(file) as handle:
         for name in handle.keys():  # noqa: SIM118 - not a dict
             yield name, tuple(handle.get_slice(name).get_shape())
 
@@ -188,8 +182,8 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _finite(tensor: Tensor) -> bool:
-    """Whether it holds neither NaN, which is its own extreme, nor Inf: in one pass that allocates nothing."""
+def is_finite(tensor: Tensor) -> bool:
+    """Whether a tensor holds neither NaN nor Inf: in one pass over it, as ``aminmax`` gives NaN where there is one."""
     if not tensor.is_floating_point() or not tensor.numel():
         return True
     return all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(tensor.float()))

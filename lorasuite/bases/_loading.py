@@ -1,4 +1,4 @@
-"""Whole models and tokenizers, through transformers, for the stages that need a forward pass."""
+"""Whole models and tokenizers, as transformers loads them."""
 
 from __future__ import annotations
 
@@ -71,9 +71,12 @@ def module_order(base: Checkpoint) -> dict[str, int]:
 def load_model(
     source: str | Path, device: str = "cpu", dtype: torch.dtype | None = None, trust_remote_code: bool = False
 ) -> Any:
-    """The whole model for a forward pass, in evaluation mode, with frozen weights.
+    """The whole model on a device, in evaluation mode, with frozen weights.
+
+    It is loaded anew: :func:`lorasuite.bases.loaded_model` keeps what it has loaded.
 
     Args:
+        source: a local directory or ``hub-id[@revision]``.
         dtype: None means float32 on the CPU and the checkpoint's own elsewhere.
 
     Raises:

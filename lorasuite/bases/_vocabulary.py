@@ -1,4 +1,4 @@
-"""Which token ids of two tokenizers stand for the same string (METHOD section 2, ``common``)."""
+"""Which token ids of two tokenizers stand for the same string: the shared tokens that ``W_h`` is fitted on."""
 
 from __future__ import annotations
 
@@ -14,7 +14,13 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class CommonTokens:
-    """Paired ids ``old (n,)`` and ``new (n,)``, int64; ``same`` where the two vocabularies are identical."""
+    """The ids of the tokens that two vocabularies share.
+
+    Attributes:
+        old, new: paired ids ``(n,)``, int64.
+        same: whether the two vocabularies are identical.
+        old_size, new_size: rows of the two embeddings.
+    """
 
     old: Tensor
     new: Tensor
@@ -23,6 +29,7 @@ class CommonTokens:
     new_size: int
 
     def __len__(self) -> int:
+        """How many tokens are shared."""
         return self.old.numel()
 
 
@@ -47,6 +54,7 @@ def convention(tokenizer: Any) -> str:
 
 
 def _is_byte(token: str, kind: str) -> bool:
+    """Whether a token string stands for one byte, as sentencepiece writes those it falls back to."""
     return kind == "sentencepiece" and re.fullmatch("<0x[0-9A-Fa-f]{2}>", token) is not None
 
 
@@ -82,17 +90,17 @@ def common_tokens(old: Any, new: Any, old_rows: int, new_rows: int) -> CommonTok
         old_rows, new_rows: rows of the two embeddings; ids beyond them are left out. With identical vocabularies and
             as many rows, every row pairs with itself, unused padding rows included.
     """
-    a: dict[str, int] = old.get_vocab()
-    b: dict[str, int] = new.get_vocab()
-    if a == b and old_rows == new_rows:
+    old_ids: dict[str, int] = old.get_vocab()
+    new_ids: dict[str, int] = new.get_vocab()
+    if old_ids == new_ids and old_rows == new_rows:
         ids = torch.arange(old_rows)
         return CommonTokens(ids, ids, True, old_rows, new_rows)
     kinds = convention(old), convention(new)
     if kinds[0] == kinds[1]:
-        pairs = [(a[token], b[token]) for token in a.keys() & b.keys()]
+        pairs = [(old_ids[token], new_ids[token]) for token in old_ids.keys() & new_ids.keys()]
     else:
-        texts_a, texts_b = _by_text(a, kinds[0]), _by_text(b, kinds[1])
-        pairs = [(texts_a[text], texts_b[text]) for text in texts_a.keys() & texts_b.keys()]
+        old_texts, new_texts = _by_text(old_ids, kinds[0]), _by_text(new_ids, kinds[1])
+        pairs = [(old_texts[text], new_texts[text]) for text in old_texts.keys() & new_texts.keys()]
     pairs = sorted(p for p in pairs if p[0] < old_rows and p[1] < new_rows)
     table = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2)
-    return CommonTokens(table[:, 0].clone(), table[:, 1].clone(), a == b, old_rows, new_rows)
+    return CommonTokens(table[:, 0].clone(), table[:, 1].clone(), old_ids == new_ids, old_rows, new_rows)

@@ -16,8 +16,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: Label of a position that takes no part in the loss (PyTorch's ``ignore_index``, which transformers uses
-#: too).
+#: Label of a position that takes no part in the loss (PyTorch's ``ignore_index``, which transformers uses too).
 IGNORED = -100
 
 
@@ -66,9 +65,7 @@ def encode_pair(
 
 @dataclass(frozen=True)
 class Encoded:
-    """Training examples, and the indices of the rows left out because the cut-off took their whole
-    completion.
-    """
+    """Training examples, and the indices of the rows left out because the cut-off took their whole completion."""
 
     examples: list[dict[str, list[int]]]
     cut_off: list[int]
@@ -78,8 +75,7 @@ def encode_rows(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, cutoff:
     """Encode rows for training; see :func:`encode`. Also says which rows had to be left out.
 
     Raises:
-        DataError: ``rows`` is empty, ``cutoff`` is below 2 tokens, no row keeps any of its completion, or
-            (for
+        DataError: ``rows`` is empty, ``cutoff`` is below 2 tokens, no row keeps any of its completion, or (for
             ``messages``) as :meth:`Row.prompt_and_completion`.
     """
     if not rows:
@@ -132,8 +128,7 @@ def encode_rows(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, cutoff:
 
 
 def encode(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, cutoff: int = 256) -> list[dict[str, list[int]]]:
-    """Encode rows for causal-LM training: ``input_ids``, ``labels`` and ``attention_mask``, each
-    ``(tokens,)``.
+    """Encode rows for causal-LM training: ``input_ids``, ``labels`` and ``attention_mask``, each ``(tokens,)``.
 
     Labels equal the input ids (the model shifts them) and are -100 where no loss is taken: the first token,
     and the prompt of ``completion`` and ``messages`` rows (as TRL does). Instruction rows learn prompt and

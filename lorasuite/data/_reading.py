@@ -12,8 +12,6 @@ from lorasuite.errors import DataError, Problem
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 _SHAPES = 'Use {"instruction","input","output"}, {"prompt","completion"}, {"messages":[{"role","content"}]} or {"text"}'
 _KNOWN_KEYS: dict[Kind, frozenset[str]] = {
@@ -27,12 +25,10 @@ _KNOWN_KEYS: dict[Kind, frozenset[str]] = {
 def read_rows(path: str | Path) -> list[Row]:
     """Read a JSON array, a JSONL file or, for ``.txt``, paragraphs separated by blank lines.
 
-    A file that starts with ``[`` is an array whatever its suffix; any other file that is not ``.txt`` is
-    JSONL.
+    A file that starts with ``[`` is an array whatever its suffix; any other file that is not ``.txt`` is JSONL.
 
     Raises:
-        DataError: the file is missing, empty or not UTF-8, or some rows are malformed or empty. Every bad row
-            is
+        DataError: the file is missing, empty or not UTF-8, or some rows are malformed or empty. Every bad row is
             reported, with its line (JSONL) or its number counted from 1 (array).
     """
     return _rows(Path(path), lambda record: record)
@@ -57,8 +53,7 @@ def _rows(path: Path, prepare: Callable[[Any], Any]) -> list[Row]:
 
 
 def calibration_texts(path: str | Path, tokenizer: PreTrainedTokenizerBase | None = None) -> list[str]:
-    """The texts of a data file, to be read by a model for its activations: prompt and completion as one
-    string.
+    """The texts of a data file, to be read by a model for its activations: prompt and completion as one string.
 
     Conversations are rendered by the tokenizer's chat template where one is given and has it. Otherwise their
     contents are joined by newlines: calibration reads the *same* text with two tokenizers, which may disagree
@@ -194,9 +189,7 @@ def _to_row(where: str, record: Any, problems: list[Problem]) -> Row | None:
 
 
 def _kind_of(record: Mapping[str, Any]) -> Kind | None:
-    """The shape a record has, or seems to be meant to have; several may apply (Alpaca rows carry a ``text``
-    too).
-    """
+    """The shape a record has, or seems to be meant to have; several may apply (Alpaca rows carry a ``text`` too)."""
     if "messages" in record:
         return "messages"
     if "instruction" in record:
@@ -256,11 +249,12 @@ def _json_type(value: Any) -> str:
 
 
 def rows_to_jsonl(rows: Sequence[Row]) -> bytes:
-    """Rows in the shape :func:`lorasuite.data.read_rows` reads."""
+    """Rows as JSONL, for :func:`lorasuite.data.read_rows`."""
     return "".join(json.dumps(_record(row), ensure_ascii=False) + "\n" for row in rows).encode()
 
 
 def _record(row: Row) -> dict[str, Any]:
+    """A row as the JSON object it is written as."""
     match row.kind:
         case "instruction":
             fields: dict[str, Any] = {"instruction": row.instruction, "input": row.input, "output": row.output}

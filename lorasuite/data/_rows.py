@@ -1,6 +1,6 @@
-"""Data rows: reading them, turning them into prompts, and encoding them for training.
+"""A data row: one example, its prompt and its completion.
 
-One row is one example in any of four shapes, which may be mixed in a file:
+It has any of four shapes, which may be mixed in a file:
 
 * ``{"instruction", "input", "output"}`` — LLM-Adapters (arXiv 2304.01933) and Alpaca. Rendered as
   ``Question: …\\nAnswer: …`` with ``input``, where there is one, on a ``Context: …`` line first (LoRASuite,
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 Kind = Literal["instruction", "completion", "messages", "text"]
 
-#: Key of a row whose text was cut off and goes on: in training no EOS follows it.
+#: Key of a row whose text is cut off before its end: in training no EOS follows it.
 UNFINISHED = "unfinished"
 
 #: How an instruction row is rendered; its hash is recorded with every evaluation.
@@ -153,7 +153,11 @@ def _render_chat(messages: tuple[Message, ...], tokenizer: PreTrainedTokenizerBa
 
 
 def whole_text(row: Row, tokenizer: PreTrainedTokenizerBase | None = None) -> str:
-    """A row's prompt and completion as one string; conversations as in :func:`calibration_texts`."""
+    """A row's prompt and completion as one string; conversations as in :func:`calibration_texts`.
+
+    Raises:
+        DataError: for conversations that the chat template refuses.
+    """
     if row.kind == "messages" and getattr(tokenizer, "chat_template", None) is None:
         return "\n".join(message.content for message in row.messages)
     return "".join(row.prompt_and_completion(tokenizer))
@@ -178,9 +182,7 @@ def unanswered(row: Row, words: int = 0) -> Row:
 
 
 def fingerprint_rows(rows: Sequence[Row]) -> str:
-    """SHA-256 (hex) over the rows' content and order; the same rows in another file or format hash the
-    same.
-    """
+    """SHA-256 (hex) over the rows' content and order; the same rows in another file or format hash the same."""
     digest = hashlib.sha256()
     for row in rows:
         content = {
