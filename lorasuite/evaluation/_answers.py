@@ -1,4 +1,4 @@
-"""From what a model wrote to its answer: a number, an option letter, or one of the named choices.
+"""The answer in what a model wrote: a number, an option letter, or one of the named choices.
 
 LLM-Adapters (arXiv 2304.01933) takes the last number, the first capital A–E and the first choice found anywhere in the
 output. That is kept as the fallback; what its rules get wrong is mended here, and ``docs/evaluation.md`` lists it.
@@ -51,8 +51,9 @@ def matches(answer: str | None, gold: str, kind: AnswerKind) -> bool:
 
 
 def extract_number(output: str) -> float | None:
-    """The number of the last statement such as "The answer is 42", ``#### 42`` or ``\\boxed{42}``; else the last
-    number there is.
+    """The number of the last statement such as "The answer is 42", ``#### 42`` or ``\\boxed{42}``.
+
+    Without such a statement it is the last number there is.
 
     Thousands separators, currency signs, percent signs, units and ``**bold**`` are read over; simple fractions
     (``1/2``, ``\\frac{1}{2}``) are divided. In "The answer is 5 + 3 = 8" it is the number after the last equals sign.
@@ -84,8 +85,10 @@ def _numbers(text: str) -> list[float]:
 
 
 def extract_letter(output: str) -> str | None:
-    """The option (A–E) of the last statement such as "The answer is (B)"; else the last in parentheses, ``(B)`` or
-    ``B)``, unless they are the options repeated; else a letter alone, or at the start as "C. …".
+    """The option (A-E) of the last statement such as "The answer is (B)".
+
+    Without such a statement it is the last in parentheses, ``(B)`` or ``B)``, unless they are the options repeated;
+    without those a letter alone, or at the start as "C. …".
     """
     text = output.replace("*", "").replace("\\", "")
     # a lower-case letter counts only in parentheses: "the answer is a number" names no option
@@ -103,8 +106,9 @@ def extract_letter(output: str) -> str | None:
 
 
 def extract_choice(output: str, choices: Sequence[str]) -> str | None:
-    """The choice (such as ``answer2``, ``true``) of the first statement "the correct answer is answer2"; else the
-    first one named.
+    """The choice (such as ``answer2``, ``true``) of the first statement "the correct answer is answer2".
+
+    Without such a statement it is the first one named.
 
     Case, spaces before the number, quotes and emphasis do not count. A list of all choices (the prompt's "Answer
     format: answer1/answer2", repeated) names none of them, nor does "not answer1". The *first* statement counts, unlike

@@ -1,6 +1,6 @@
 """Paired comparison of two arms on the same samples: what one adapter gets right and the other wrong.
 
-A record is one line of a ``samples.jsonl`` that :mod:`lorasuite.evaluation` or :mod:`lorasuite.task_evaluation` wrote.
+A record is one line of a ``samples.jsonl`` that an evaluation on held-out rows or on tasks wrote.
 A sample is identified by its ``task`` (absent for held-out rows) and its ``index``, the row's number from 0 in the
 task's documents; :func:`sample_id` makes ``"task/index"`` or ``"index"`` of them. Scores are under ``scores`` by
 lm-eval's name (``"exact_match,answer"``, ``"acc,none"``) for tasks, and fields of their own for held-out rows
@@ -99,10 +99,18 @@ def compare(
 ) -> Comparison:
     """Compare two arms' records of the same samples, in whatever order either has them.
 
-    ``metric`` is by default the first of :func:`metrics` that both have. A metric of nothing but 0 and 1 also gets
-    McNemar's test, exact: the smaller count of flips against a fair coin (McNemar 1947). The interval is the
-    percentile bootstrap over samples, both arms resampled together (Efron & Tibshirani 1993, ch. 13); for
-    ``bits_per_byte``, a ratio of sums, the ratios are resampled.
+    A metric of nothing but 0 and 1 also gets McNemar's exact test: the smaller count of flips against a binomial of
+    one half (McNemar 1947). The interval is the percentile bootstrap over samples, both arms resampled together (Efron
+    & Tibshirani 1993, ch. 13); for ``bits_per_byte``, a ratio of sums, the ratios are resampled.
+
+    Args:
+        first: records of the arm compared with.
+        second: records of the arm that is compared.
+        metric: None: the first of :func:`metrics` that both have.
+        names: of the arms.
+        examples: negative flips that are told with prompt and outputs.
+        resamples: draws of the bootstrap.
+        seed: of the bootstrap.
 
     Raises:
         DataError: no records, samples of one arm only, another target for the same sample, or no metric in common.
@@ -150,10 +158,12 @@ def compare(
 def compare_arms(
     arms: Mapping[str, Mapping[str, Sequence[Record]]], pairs: Iterable[tuple[str, str]] | None = None
 ) -> list[Comparison]:
-    """Compare arms on every task (or set of rows) both have, ``arms[name][task]`` being the records.
+    """Compare arms on every task (or set of rows) that both have.
 
-    ``pairs`` are all there are by default, each name with those after it; pairs of which an arm is missing are left
-    out.
+    Args:
+        arms: records by arm and task.
+        pairs: names of the arms to compare, first and second; those of which an arm is missing are left out. None: each
+            arm with all after it.
 
     Raises:
         DataError: as :func:`compare`.

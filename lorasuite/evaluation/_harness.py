@@ -1,8 +1,9 @@
-"""lm-eval (EleutherAI's lm-evaluation-harness) as this package drives it: one model, any adapter, quietly.
+"""lm-eval (EleutherAI's lm-evaluation-harness) as this package calls it: one model, any adapter, no output.
 
-What is common to held-out rows (:mod:`lorasuite.evaluation`) and tasks by name (:mod:`lorasuite.task_evaluation`):
-loading the base once for all its adapters, left padding with a token the model knows, a fixed batch size, seeds, and
-progress. Importing this module loads neither torch, transformers nor lm-eval.
+What is common to held-out rows and tasks by name: loading the base once for all its adapters, left padding with a token
+the model knows, a fixed batch size, seeds, and progress.
+
+Importing this module loads neither torch, transformers nor lm-eval.
 """
 
 from __future__ import annotations
@@ -31,6 +32,13 @@ def evaluation_tokenizer(tokenizer: PreTrainedTokenizerBase, *, generate: bool) 
 
     lm-eval sets the padding of the tokenizer it is given, and where there is neither pad, unknown nor EOS token adds
     a new one, beyond the model's embeddings.
+
+    Args:
+        tokenizer: is not changed.
+        generate: whether answers are generated, which needs an EOS token to end them.
+
+    Raises:
+        DataError: if it has no EOS token and one is needed.
     """
     tokenizer = copy.deepcopy(tokenizer)
     if tokenizer.eos_token_id is None and (generate or tokenizer.bos_token_id is None):
@@ -44,7 +52,7 @@ def evaluation_tokenizer(tokenizer: PreTrainedTokenizerBase, *, generate: bool) 
 
 
 def context_length(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Tokens the model can read at once, by lm-eval's rules."""
+    """Tokens that lm-eval gives the model at once, by its own rule, which asks the tokenizer too."""
     from lm_eval.models.huggingface import HFLM
 
     probe = HFLM.__new__(HFLM)  # its rule is a property of model and tokenizer only
@@ -59,7 +67,11 @@ def base_model(
     device: str | torch.device,
     trust_remote_code: bool,
 ) -> Iterator[PreTrainedModel]:
-    """The base model on the device, kept in the process's cache; a caller's model is given back as it came."""
+    """The base model on the device, kept in the process's cache; a caller's model is given back as it came.
+
+    Raises:
+        ConfigError: without adapters, or where there is no such device.
+    """
     import torch
 
     from lorasuite.adapters import restored
@@ -82,17 +94,13 @@ def adapted(
     model: PreTrainedModel, adapter: Path | None, device: str | torch.device
 ) -> Iterator[PreTrainedModel | PeftModel]:
     """The model with an adapter while the context lasts, or the bare model."""
-    from lorasuite.adapters import attach_adapter, detach_adapter
+    from lorasuite.adapters import attached
 
     if adapter is None:
         yield model
         return
-    wrapped = attach_adapter(model, Path(adapter), device=device)
-    try:
-        wrapped.eval()
+    with attached(model, Path(adapter), device) as wrapped:
         yield wrapped
-    finally:
-        detach_adapter(wrapped)
 
 
 def run_lm_eval(
@@ -108,6 +116,18 @@ def run_lm_eval(
     """``lm_eval.evaluator.evaluate``, seeded.
 
     Not ``simple_evaluate``: that one describes the environment as well, which runs pip, git and the GPU's tools.
+
+    Args:
+        lm: of :func:`lm_class`.
+        tasks: as lm-eval's task manager loads them.
+        seed: of lm-eval's own draws.
+        limit: documents of each task at most.
+        bootstrap_iters: draws for the standard errors that lm-eval resamples; 0 leaves them out.
+        progress: told of each answered request.
+        apply_chat_template: whether prompts are put into the tokenizer's chat template.
+
+    Returns:
+        lm-eval's results, with every sample.
     """
     import numpy as np
     import torch
@@ -129,12 +149,19 @@ def run_lm_eval(
 
 
 class RequestCounter:
-    """Reports progress from the hook lm-eval calls for each answered request (meant for its response cache)."""
+    """Reports progress from the hook lm-eval calls for each answered request (meant for its response cache).
+
+    Args:
+        label: name of the adapter.
+        progress: what is called, if anything.
+        total: requests there are; None where that is not known.
+    """
 
     def __init__(self, label: str, progress: EvaluationProgress | None, total: int | None) -> None:
         self._label, self._progress, self._total, self._done = label, progress, total, 0
 
     def add_partial(self, attr: str, request: Any, result: Any) -> None:
+        """Count one answered request; lm-eval calls this."""
         self._done += 1
         if self._progress is not None:
             self._progress(self._label, self._done, max(self._done, self._total or 0))
@@ -147,14 +174,19 @@ class RequestCounter:
 
 @cache
 def lm_class() -> type[Any]:
-    """lm-eval's HFLM with this package's tokenisation and without progress bars (made on demand: its import is
-    slow).
+    """lm-eval's HFLM with this package's tokenisation and without progress bars.
+
+    A function, and not a class of the module: lm-eval takes seconds to import.
     """
     import torch
     from lm_eval.models.huggingface import HFLM
 
     class Model(HFLM):  # type: ignore[misc]
-        """``special``: whether prompts get the tokenizer's special tokens; None leaves tokenisation to lm-eval."""
+        """An HFLM that tokenises as :mod:`lorasuite.data` does.
+
+        Args:
+            special: whether prompts get the tokenizer's special tokens; None leaves tokenisation to lm-eval.
+        """
 
         def __init__(self, model: Any, tokenizer: Any, batch_size: int, *, special: bool | None) -> None:
             self._special = special
@@ -218,7 +250,7 @@ def lm_class() -> type[Any]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """lm-eval without its log and its one progress bar that has no switch.
+    """Inside, lm-eval logs nothing below an error, and its one progress bar that has no switch is off.
 
     What its warnings are about has been checked before (lengths, stops, pad tokens) or is meant (a loaded model).
     """

@@ -1,8 +1,8 @@
-"""Held-out evaluation through lm-eval (EleutherAI's lm-evaluation-harness).
+"""Evaluation on held-out rows through lm-eval (EleutherAI's lm-evaluation-harness).
 
-Data rows become lm-eval tasks in memory — greedy ``generate_until`` scored by exact match, ``loglikelihood`` of the
-completion for the held-out loss, ``loglikelihood_rolling`` for text rows — so that no data set is looked up anywhere
-and a result means what it means in every other lm-eval report. Prompts are tokenised by :mod:`lorasuite.data`, as in
+Rows become lm-eval tasks in memory: greedy ``generate_until`` scored by exact match, ``loglikelihood`` of the
+completion for the held-out loss, ``loglikelihood_rolling`` for text rows. So no data set is looked up anywhere, and a
+result means what it means in every other lm-eval report. Prompts are tokenised by :mod:`lorasuite.data`, as in
 training. Several adapters and the bare base share one load of the base model.
 
 Importing this module loads neither torch, transformers nor lm-eval.
@@ -14,7 +14,6 @@ import copy
 import hashlib
 import json
 import logging
-import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -30,7 +29,7 @@ from lorasuite.data import (
     fingerprint_rows,
     prompt_ids,
 )
-from lorasuite.errors import DataError, NumericalError, Problem
+from lorasuite.errors import DataError, Problem
 from lorasuite.evaluation._harness import (
     RequestCounter,
     adapted,
@@ -91,8 +90,18 @@ def evaluate(
     Decoding is greedy, without few-shot examples, and stops at an end token (the tokenizer's, the model's, and for
     conversations the chat template's end of turn); at a newline too where no completion has one. The loss is over the
     completion without its EOS. For text rows it is over the whole text given a BOS (or EOS, where there is no BOS),
-    in windows of the model's context. Embeddings are never resized. The tokenizer is not changed, and a model passed
-    as ``base`` is moved to ``device`` and otherwise given back as it came.
+    in windows of the model's context. Embeddings are never resized.
+
+    Args:
+        base: a model, which is moved to ``device`` and otherwise given back as it came, or where to load it from.
+        tokenizer: the base's; it is not changed.
+        rows: with their answers.
+        settings: of the evaluation.
+        adapters: PEFT directories by name.
+        device: ``cpu`` or ``cuda``.
+        name: of the rows, in the results.
+        progress: told of every answered request.
+        trust_remote_code: whether code of the base's own may run.
 
     Raises:
         DataError: no rows, rows that cannot be rendered or do not fit the model's context, or no EOS token.
@@ -128,7 +137,7 @@ def evaluate(
                 "device": next(model.parameters()).device.type,
                 "versions": versions(),
             }
-            results[label] = _summarise(samples, settings.batch_size, seconds, task)
+            results[label] = EvaluationResult.of(samples, settings.batch_size, seconds, task)
     return results
 
 
@@ -333,55 +342,6 @@ def _task(name: str, documents: Sequence[_Document], **config: Any) -> Any:
             **config,
         }
     )
-
-
-def _summarise(
-    samples: list[EvaluationSample], batch_size: int, seconds: float, task: dict[str, Any]
-) -> EvaluationResult:
-    """Means and standard errors over the samples."""
-    bad = [sample.index for sample in samples if not math.isfinite(sample.loglikelihood)]
-    if bad:
-        raise NumericalError(
-            [
-                Problem(
-                    f"evaluation row {bad[0] + 1}",
-                    f"its log-likelihood is not finite ({len(bad)} of {len(samples)} rows)",
-                    "Check the adapter and the base for NaN weights, or use a wider precision",
-                )
-            ]
-        )
-    nats = [-sample.loglikelihood for sample in samples]
-    loss, loss_stderr = _ratio(nats, [sample.tokens for sample in samples])
-    bits, bits_stderr = _ratio([value / math.log(2) for value in nats], [sample.bytes for sample in samples])
-    matches = [float(sample.exact_match) for sample in samples if sample.exact_match is not None]
-    match, match_stderr = _ratio(matches, [1] * len(matches)) if matches else (None, None)
-    return EvaluationResult(
-        exact_match=match,
-        exact_match_stderr=match_stderr,
-        loss=loss,
-        loss_stderr=loss_stderr,
-        perplexity=math.exp(min(loss, 700.0)),
-        bits_per_byte=bits,
-        bits_per_byte_stderr=bits_stderr,
-        n=len(samples),
-        batch_size=batch_size,
-        seconds=seconds,
-        task=task,
-        samples=samples,
-    )
-
-
-def _ratio(values: Sequence[float], weights: Sequence[int]) -> tuple[float, float | None]:
-    """``Σ values / Σ weights`` and its standard error, linearised over samples (Cochran, Sampling Techniques, ch. 6).
-
-    With weights of 1 this is the mean and the usual s/√n, lm-eval's ``mean_stderr``.
-    """
-    n, total = len(values), sum(weights)
-    ratio = sum(values) / total
-    if n < 2:
-        return ratio, None
-    squares = sum((value - ratio * weight) ** 2 for value, weight in zip(values, weights, strict=True))
-    return ratio, math.sqrt(squares * n / (n - 1)) / total
 
 
 def _template_hash(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]) -> str:

@@ -1,15 +1,16 @@
-"""Settings of an evaluation on held-out rows, and its results."""
+"""Settings of an evaluation, and the results on held-out rows."""
 
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-if TYPE_CHECKING:
-    pass
+from lorasuite.errors import NumericalError, Problem
 
 
 class EvaluationSettings(BaseModel):
@@ -62,11 +63,75 @@ class EvaluationResult(EvaluationSummary):
 
     samples: list[EvaluationSample]
 
+    @classmethod
+    def of(
+        cls, samples: list[EvaluationSample], batch_size: int, seconds: float, task: dict[str, Any]
+    ) -> EvaluationResult:
+        """Means and standard errors over the samples.
+
+        Args:
+            samples: at least one.
+            batch_size: rows evaluated together.
+            seconds: that it took.
+            task: what was asked.
+
+        Raises:
+            NumericalError: if a log-likelihood is not finite.
+        """
+        bad = [sample.index for sample in samples if not math.isfinite(sample.loglikelihood)]
+        if bad:
+            raise NumericalError(
+                [
+                    Problem(
+                        f"evaluation row {bad[0] + 1}",
+                        f"its log-likelihood is not finite ({len(bad)} of {len(samples)} rows)",
+                        "Check the adapter and the base for NaN weights, or use a wider precision",
+                    )
+                ]
+            )
+        nats = [-sample.loglikelihood for sample in samples]
+        loss, loss_stderr = _ratio(nats, [sample.tokens for sample in samples])
+        bits, bits_stderr = _ratio([value / math.log(2) for value in nats], [sample.bytes for sample in samples])
+        matches = [float(sample.exact_match) for sample in samples if sample.exact_match is not None]
+        match, match_stderr = _ratio(matches, [1] * len(matches)) if matches else (None, None)
+        return cls(
+            exact_match=match,
+            exact_match_stderr=match_stderr,
+            loss=loss,
+            loss_stderr=loss_stderr,
+            perplexity=math.exp(min(loss, 700.0)),
+            bits_per_byte=bits,
+            bits_per_byte_stderr=bits_stderr,
+            n=len(samples),
+            batch_size=batch_size,
+            seconds=seconds,
+            task=task,
+            samples=samples,
+        )
+
     def summary(self) -> dict[str, Any]:
         """Everything but the samples, as JSON-able values."""
         return self.model_dump(exclude={"samples"})
 
     def write_samples(self, path: Path) -> None:
         """Write the samples as JSONL, one line each."""
-        lines = (json.dumps(sample.model_dump(), ensure_ascii=False) for sample in self.samples)
-        Path(path).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        write_jsonl(self.samples, path)
+
+
+def write_jsonl(samples: Iterable[BaseModel], path: Path) -> None:
+    """Write models as JSONL, one line each."""
+    lines = (json.dumps(sample.model_dump(), ensure_ascii=False) for sample in samples)
+    Path(path).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+def _ratio(values: Sequence[float], weights: Sequence[int]) -> tuple[float, float | None]:
+    """``Σ values / Σ weights`` and its standard error, linearised over samples (Cochran, Sampling Techniques, ch. 6).
+
+    With weights of 1 this is the mean and the usual s/√n, lm-eval's ``mean_stderr``.
+    """
+    n, total = len(values), sum(weights)
+    ratio = sum(values) / total
+    if n < 2:
+        return ratio, None
+    squares = sum((value - ratio * weight) ** 2 for value, weight in zip(values, weights, strict=True))
+    return ratio, math.sqrt(squares * n / (n - 1)) / total

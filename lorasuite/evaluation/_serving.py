@@ -1,6 +1,6 @@
-"""Whether the loaders people serve with take an adapter, and compute the same with it.
+"""Whether the programs that serve models take an adapter, and compute the same with it.
 
-PEFT and plain transformers are asked themselves (:func:`compare_merged`). vLLM's and llama.cpp's rules are written down
+PEFT and plain transformers are run themselves (:func:`compare_merged`). vLLM's and llama.cpp's rules are written down
 here (:func:`check`), for neither needs to be installed to read them; ``docs/serving.md`` names the file and revision
 each rule was read from. A rule that makes a loader refuse the adapter, or compute something else with it, is a
 *problem*; what an operator has to set is a *note*.
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from lorasuite.adapters import CONFIG, WEIGHTS, Tensors
+from lorasuite.adapters import CONFIG, PREFIX, WEIGHTS, Tensors
 from lorasuite.bases import load_tokenizer, loaded_model, read_json
 from lorasuite.errors import AdapterError
 
@@ -50,7 +50,6 @@ LLAMA_CPP_ARCHITECTURES = frozenset(
     }
 )  # fmt: skip
 
-PREFIX = "base_model.model."
 FACTORS = (".lora_A.weight", ".lora_B.weight")
 EMBEDDING_FACTORS = (".lora_embedding_A", ".lora_embedding_B")
 
@@ -60,7 +59,7 @@ TEXT = "The quick brown fox jumps over the lazy dog, and twelve more sentences f
 
 
 class Served(BaseModel):
-    """What one loader makes of the adapter."""
+    """Whether one program serves the adapter."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -73,7 +72,11 @@ def check(adapter: Path, base: Path) -> dict[str, Served]:
     """vLLM's and llama.cpp's rules on a PEFT directory: its config, and names and shapes of its tensors.
 
     Args:
+        adapter: the PEFT directory.
         base: directory of the base it is for; only its ``config.json`` is read.
+
+    Returns:
+        ``vllm`` and ``llama.cpp``.
 
     Raises:
         CheckpointError: if either directory cannot be read.
@@ -204,10 +207,19 @@ def _scale(config: Mapping[str, Any], path: str | None, rank: int) -> float:
 def compare_merged(
     base: Path, adapter: Path, *, device: str = "cpu", trust_remote_code: bool = False
 ) -> dict[str, Served]:
-    """Load base and adapter in PEFT, merge them, and compare the logits of one text: ``peft`` and ``transformers``.
+    """Load base and adapter in PEFT, merge them, and compare the logits of :data:`TEXT`.
 
     Merged, the model must be a plain one again: its class and the names of its weights are the base's. What PEFT
-    refuses, or cannot merge, is told as a problem: it does not make the adapter worthless.
+    refuses, or cannot merge, is returned as a problem and not raised: the adapter may still be of use elsewhere.
+
+    Args:
+        base: a model directory.
+        adapter: the PEFT directory.
+        device: ``cpu`` or ``cuda``.
+        trust_remote_code: whether code of the base's own may run.
+
+    Returns:
+        ``peft`` and ``transformers``.
 
     Raises:
         CheckpointError: if the base cannot be loaded.

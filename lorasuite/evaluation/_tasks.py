@@ -1,4 +1,4 @@
-"""Evaluation on lm-eval tasks by name: the paper's fifteen (:mod:`lorasuite.eval_tasks`), lm-eval's own, or yours.
+"""Evaluation on lm-eval tasks by name: the paper's fifteen (:mod:`.eval_tasks`), lm-eval's own, or the user's.
 
 Importing this module loads neither torch, transformers nor lm-eval.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 import logging
 import math
 import sys
@@ -32,7 +31,7 @@ from lorasuite.evaluation._harness import (
     run_lm_eval,
     versions,
 )
-from lorasuite.evaluation._results import EvaluationSettings
+from lorasuite.evaluation._results import EvaluationSettings, write_jsonl
 from lorasuite.progress import EvaluationProgress
 
 if TYPE_CHECKING:
@@ -43,7 +42,7 @@ logger = logging.getLogger(__name__)
 
 
 class TaskSample(BaseModel):
-    """One document's result; ``task`` and ``index`` identify it (:mod:`lorasuite.comparison`)."""
+    """One document's result; ``task`` and ``index`` identify it (:func:`sample_id`)."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -90,8 +89,7 @@ class TaskScore(TaskSummary):
 
 def write_task_samples(scores: Mapping[str, TaskScore], path: Path) -> None:
     """Write the samples of one arm's tasks as JSONL, one line each."""
-    lines = (json.dumps(s.model_dump(), ensure_ascii=False) for score in scores.values() for s in score.samples)
-    Path(path).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    write_jsonl((sample for score in scores.values() for sample in score.samples), path)
 
 
 def evaluate_tasks(
@@ -112,14 +110,29 @@ def evaluate_tasks(
     """Evaluate adapters on lm-eval tasks (or groups, or tags) by name: ``{adapter: {task or group: score}}``.
 
     Prompts, tokenisation, stops and metrics are the tasks' and lm-eval's; only ``batch_size``, ``limit`` and ``seed``
-    of the settings apply. Answers have at most half of the model's context, prompts the rest. The paper's fifteen
-    tasks take their rows from ``eval_dir``, laid out as LLM-Adapters' ``dataset/``, or without it from the Hub, as
-    lm-eval's own do. ``include_path`` adds a directory of task YAMLs.
+    of the settings apply. Answers have at most half of the model's context, prompts the rest.
+
+    Args:
+        base: a model, which is moved to ``device`` and otherwise given back as it came, or where to load it from.
+        tokenizer: the base's; it is not changed.
+        tasks: names.
+        settings: of the evaluation.
+        adapters: PEFT directories by name; None is the bare base.
+        eval_dir: of the rows of the paper's fifteen tasks, laid out as LLM-Adapters' ``dataset/``; without it they come
+            from the Hub, as those of lm-eval's own tasks do.
+        include_path: a directory of more task YAMLs.
+        num_fewshot: examples before each document, where the task does not say that there must be none.
+        apply_chat_template: whether prompts are put into the tokenizer's chat template.
+        device: ``cpu`` or ``cuda``.
+        progress: told of every answered request.
+        trust_remote_code: whether code of the base's own may run.
 
     Raises:
         ConfigError: no adapters, no or unknown tasks, or a device that is not there.
         DataError: a task's data cannot be loaded.
-        AdapterError, CheckpointError, NumericalError: as :func:`lorasuite.evaluation.evaluate`.
+        AdapterError: an adapter does not fit the base.
+        CheckpointError: the base cannot be loaded.
+        NumericalError: the model's likelihoods are NaN.
     """
     if not tasks:
         raise ConfigError([Problem("tasks", "there are none", "Name at least one lm-eval task")])
@@ -183,9 +196,13 @@ def check_tasks(tasks: Sequence[str], eval_dir: Path | None = None, include_path
 
 
 def group_score(group: str, scores: Mapping[str, TaskScore]) -> TaskScore:
-    """The plain mean over a group's tasks, as the paper's averages are, of the metrics all have.
+    """The unweighted mean over a group's tasks, as the paper's averages are, of the metrics that all have.
 
     Its standard error is that of a mean of independent means, ``√Σse²/k``.
+
+    Args:
+        group: its name.
+        scores: of its tasks, at least one.
     """
     parts = list(scores.values())
     common = [key for key in parts[0].metrics if all(key in part.metrics for part in parts)]
@@ -276,7 +293,7 @@ def _fit(task: Any, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
 
 
 def _requests(task: Any, limit: int | None) -> int:
-    """What the model will be asked, about: options are counted as the first document's."""
+    """About how many requests the model will answer: every document is taken to have as many options as the first."""
     documents = min(len(task.eval_docs), limit or sys.maxsize)
     many = task.OUTPUT_TYPE == "multiple_choice" and documents
     return documents * (len(task.doc_to_choice(task.eval_docs[0])) if many else 1)

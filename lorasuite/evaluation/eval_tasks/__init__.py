@@ -21,6 +21,7 @@ from lorasuite.evaluation.eval_tasks.sources import DATA_FILE
 
 #: Where the task files are.
 TASK_FILES = Path(__file__).parent
+#: With which the names of the paper's tasks begin.
 PREFIX = "lorasuite_"
 
 #: The paper's two groups of tasks (its average is the plain mean over a group's tasks).
@@ -35,7 +36,7 @@ TASKS = tuple(task for tasks in GROUPS.values() for task in tasks)
 
 
 def expand(names: Sequence[str]) -> list[str]:
-    """The names with our groups replaced by their tasks, each name once."""
+    """The names with the paper's groups replaced by their tasks, each name once."""
     return list(dict.fromkeys(task for name in names for task in GROUPS.get(name, (name,))))
 
 

@@ -63,9 +63,10 @@ def load(
 
 
 def check_file(file: Path) -> None:
-    """
+    """Find out whether a task's rows are where they should be.
+
     Raises:
-        DataError: if a task's rows are not where they should be.
+        DataError: if they are not.
     """
     if not file.is_file():
         folders = file.parent.parent
@@ -91,7 +92,14 @@ def read(file: Path) -> list[dict[str, Any]]:
 
 
 def check(where: str, rows: Sequence[Mapping[str, Any]], kind: AnswerKind, choices: Sequence[str]) -> None:
-    """
+    """Check a task's rows.
+
+    Args:
+        where: they come from, for the message.
+        rows: the rows.
+        kind: of the task's answers.
+        choices: the answers of a task whose kind is ``choice``.
+
     Raises:
         DataError: with every row that has no instruction, or an answer that is none of the task's.
     """

@@ -6,6 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from lorasuite.evaluation._answers import extract, matches
+from lorasuite.evaluation.eval_tasks.sources import load
+
+__all__ = ["extract_answers", "load", "score"]
 
 
 def extract_answers(
