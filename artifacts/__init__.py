@@ -10,11 +10,13 @@
 Knows neither the library nor Prefect.
 """
 
+from artifacts.artifact import Artifact
+from artifacts.collection import GcReport, Listed, Removal
 from artifacts.errors import ArtifactDamaged, ArtifactError, ArtifactMissing
 from artifacts.keys import canonical_json, stage_key
 from artifacts.manifest import FileEntry, Manifest
 from artifacts.remote import MirroredStore, default_remote, open_store
-from artifacts.store import Artifact, GcReport, Listed, Removal, Store, default_home
+from artifacts.store import Store, default_home
 
 __all__ = [
     "Artifact",

@@ -18,10 +18,11 @@ from typing import Any
 
 import torch
 
+from artifacts.artifact import Artifact
 from artifacts.errors import ArtifactDamaged, ArtifactMissing
 from artifacts.keys import check_key
 from artifacts.manifest import Manifest
-from artifacts.store import MANIFEST, Artifact, Store
+from artifacts.store import MANIFEST, Store
 
 logger = logging.getLogger(__name__)
 

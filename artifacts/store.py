@@ -9,7 +9,6 @@ would copy, under the same names.
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import hashlib
 import logging
@@ -18,26 +17,22 @@ import shutil
 import time
 import uuid
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
+from artifacts.artifact import Artifact
+from artifacts.collection import GcReport, Listed, collect
 from artifacts.errors import ArtifactDamaged, ArtifactMissing
+from artifacts.files import DATA, copy_files, flush, fsync, size
 from artifacts.keys import check_key, plain
 from artifacts.manifest import FileEntry, Manifest, library_versions
 from artifacts.tensors import write_tensors
 
-DATA = "data.safetensors"
 MANIFEST = "manifest.json"
-FILES = "files"
 LAST_USED = "last-used"
-
-#: A temporary directory not written to for this long belongs to a process that is gone.
-STALE_SECONDS = 24 * 3600.0
 
 #: A file changed this shortly before it was checked may change again without a new time stamp.
 _RACY_SECONDS = 0.1
@@ -58,92 +53,6 @@ def default_home() -> Path:
     if "://" in home:
         raise ValueError(f"LORASUITE_HOME={home}: give a local directory, and the shared store as LORASUITE_STORE")
     return Path(home).expanduser().absolute()
-
-
-class Artifact:
-    """One stored object, read lazily. Tensors are mapped from the file: treat them as read-only."""
-
-    def __init__(self, directory: Path, manifest: Manifest) -> None:
-        self.directory = directory
-        self.manifest = manifest
-        self._handles: dict[str, Any] = {}
-
-    def __repr__(self) -> str:
-        return f"Artifact({self.manifest.stage!r}, {self.manifest.key[:12]})"
-
-    @property
-    def key(self) -> str:
-        return self.manifest.key
-
-    @property
-    def info(self) -> dict[str, Any]:
-        """The results that are not tensors."""
-        return self.manifest.info
-
-    def _open(self, device: str) -> Any:
-        if device not in self._handles:
-            self._handles[device] = safe_open(self.directory / DATA, framework="pt", device=device)
-        return self._handles[device]
-
-    def keys(self) -> list[str]:
-        """The names of the tensors, sorted."""
-        return sorted(self._open("cpu").keys())
-
-    def tensor(self, name: str, device: str | torch.device = "cpu") -> torch.Tensor:
-        """One tensor. Raises :class:`ArtifactMissing` when there is none of that name."""
-        handle = self._open(str(device))
-        if name not in handle.keys():  # noqa: SIM118 - the handle is no dictionary
-            raise ArtifactMissing(f"{self!r} has no tensor {name!r}; it has {', '.join(self.keys()[:8]) or 'none'}")
-        tensor: torch.Tensor = handle.get_tensor(name)
-        return tensor
-
-    def tensors(self, device: str | torch.device = "cpu") -> dict[str, torch.Tensor]:
-        """All tensors by name."""
-        return {name: self.tensor(name, device) for name in self.keys()}
-
-    def file(self, name: str) -> Path:
-        """The path of a plain file, or of a directory of them. Raises :class:`ArtifactMissing`."""
-        stored = f"{FILES}/{_relative(name)}"
-        names = self.manifest.files
-        if stored not in names and not any(other.startswith(f"{stored}/") for other in names):
-            raise ArtifactMissing(f"{self!r} has no file {name!r}")
-        return self.directory / stored
-
-
-@dataclass(frozen=True)
-class Listed:
-    """One object as :meth:`Store.ls` found it; ``problem`` says why one without a manifest cannot be used."""
-
-    key: str
-    manifest: Manifest | None
-    problem: str | None
-    size: int
-    last_used: datetime
-
-
-@dataclass(frozen=True)
-class Removal:
-    """One thing :meth:`Store.gc` removed, or would remove."""
-
-    path: Path
-    #: Key of an object, ``None`` for a leftover temporary.
-    key: str | None
-    stage: str | None
-    size: int
-    why: str
-
-
-@dataclass(frozen=True)
-class GcReport:
-    """What :meth:`Store.gc` removed, or with ``dry_run`` would remove."""
-
-    dry_run: bool
-    removals: list[Removal] = field(default_factory=list)
-
-    @property
-    def size(self) -> int:
-        """Bytes freed."""
-        return sum(removal.size for removal in self.removals)
 
 
 class Store:
@@ -269,7 +178,7 @@ class Store:
         try:
             digest, sha256 = write_tensors(tensors, scratch / DATA)
             entries = {DATA: FileEntry(size=(scratch / DATA).stat().st_size, sha256=sha256)}
-            entries.update(_copy_files(files or {}, scratch))
+            entries.update(copy_files(files or {}, scratch))
             manifest = Manifest(
                 stage=stage,
                 version=version,
@@ -284,10 +193,10 @@ class Store:
                 files=entries,
                 digest=digest,
             )
-            _flush(scratch)
+            flush(scratch)
             (scratch / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
-            _fsync(scratch / MANIFEST)
-            _fsync(scratch)
+            fsync(scratch / MANIFEST)
+            fsync(scratch)
             return self._install(scratch, target, manifest, replace)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
@@ -302,7 +211,7 @@ class Store:
                     return existing
                 self._aside(target, "replaced" if existing is not None else "damaged")
             scratch.rename(target)
-            _fsync(target.parent)
+            fsync(target.parent)
         return manifest
 
     def _sound(self, key: str) -> Manifest | None:
@@ -357,41 +266,18 @@ class Store:
                 continue
             except ArtifactDamaged as error:
                 manifest, problem = None, str(error)
-            yield Listed(key, manifest, problem, _size(directory), self._last_used(directory))
+            yield Listed(key, manifest, problem, size(directory), self._last_used(directory))
 
     def gc(self, keep_days: float = 30, dry_run: bool = True, stages: Collection[str] | None = None) -> GcReport:
         """Remove objects not opened for ``keep_days``, and what killed processes left behind.
 
         ``stages`` limits it to objects of those stages. Damaged objects go as well, when no stage is asked
         for. Returns what was removed; by default nothing is, and the report says what would be.
+
+        Raises:
+            ValueError: for a negative ``keep_days``.
         """
-        if keep_days < 0:
-            raise ValueError(f"keep_days must not be negative, got {keep_days}")
-        now = time.time()
-        report = GcReport(dry_run)
-        for listed in self.ls():
-            stage = listed.manifest.stage if listed.manifest else None
-            if stages is not None and stage not in stages:
-                continue
-            idle = now - listed.last_used.timestamp()
-            if listed.problem is None and idle < keep_days * 86400:
-                continue
-            why = listed.problem or f"not used for {idle / 86400:.0f} days"
-            path = self.path(listed.key)
-            if not dry_run:
-                try:
-                    self.remove(listed.key)
-                except ArtifactMissing:
-                    continue
-            report.removals.append(Removal(path, listed.key, stage, listed.size, why))
-        if stages is None and self._tmp.is_dir():
-            for leftover in sorted(self._tmp.iterdir()):
-                if now - _newest(leftover) < STALE_SECONDS:
-                    continue
-                report.removals.append(Removal(leftover, None, None, _size(leftover), "left by an interrupted write"))
-                if not dry_run:
-                    shutil.rmtree(leftover, ignore_errors=True)
-        return report
+        return collect(self, self._tmp, keep_days, dry_run, stages)
 
     @staticmethod
     def _last_used(directory: Path) -> datetime:
@@ -408,73 +294,3 @@ def _same(one: Manifest, other: Manifest) -> bool:
 
 def _remedy(key: str) -> str:
     return f"Run its stage again, or remove it: lorasuite artifacts gc, or objects/{key[:2]}/{key}."
-
-
-def _relative(name: str) -> str:
-    """``name`` as a relative path with ``/``. Raises ``ValueError`` when it would leave the object."""
-    path = PurePosixPath(name)
-    if not name or "\\" in name or "\0" in name or path.is_absolute() or ".." in path.parts or str(path) == ".":
-        raise ValueError(f"{name!r} cannot be the name of a file in an artifact")
-    return str(path)
-
-
-def _copy_files(files: Mapping[str, Path | bytes], scratch: Path) -> dict[str, FileEntry]:
-    entries: dict[str, FileEntry] = {}
-    for name, source in files.items():
-        relative = _relative(name)
-        if isinstance(source, Path) and source.is_dir():
-            contents: dict[str, Path | bytes] = {
-                f"{relative}/{path.relative_to(source).as_posix()}": path
-                for path in sorted(source.rglob("*"))
-                if path.is_file()
-            }
-        else:
-            contents = {relative: source}
-        for inner, content in contents.items():
-            stored = f"{FILES}/{inner}"
-            target = scratch / stored
-            if target.exists():
-                raise ValueError(f"the file {inner!r} was given twice")
-            target.parent.mkdir(parents=True, exist_ok=True)
-            if isinstance(content, bytes):
-                target.write_bytes(content)
-            else:
-                shutil.copyfile(content, target)
-            with target.open("rb") as file:
-                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-            entries[stored] = FileEntry(size=target.stat().st_size, sha256=sha256)
-    return entries
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems cannot flush a directory
-            raise
-    finally:
-        os.close(descriptor)
-
-
-def _flush(directory: Path) -> None:
-    """Flush every file and directory below ``directory`` to disk."""
-    for path in sorted(directory.rglob("*")):
-        _fsync(path)
-
-
-def _size(path: Path) -> int:
-    total = 0
-    for file in path.rglob("*") if path.is_dir() else [path]:
-        with contextlib.suppress(OSError):
-            if file.is_file():
-                total += file.stat().st_size
-    return total
-
-
-def _newest(path: Path) -> float:
-    times = []
-    for entry in (path, *path.rglob("*")):
-        with contextlib.suppress(OSError):
-            times.append(entry.stat().st_mtime)
-    return max(times, default=0.0)

@@ -19,6 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+import artifacts.collection
 import artifacts.store
 from artifacts import ArtifactDamaged, ArtifactError, ArtifactMissing, Manifest, Store, default_home, stage_key
 
@@ -335,7 +336,7 @@ def test_a_killed_writer_leaves_nothing_visible(store: Store) -> None:
     assert len(leftovers) == 1
     assert store.gc(dry_run=False).removals == []  # it could still be at work
     put(store)
-    old = time.time() - 2 * artifacts.store.STALE_SECONDS
+    old = time.time() - 2 * artifacts.collection.STALE_SECONDS
     for path in (*leftovers[0].rglob("*"), leftovers[0]):
         os.utime(path, (old, old))
     report = store.gc(dry_run=False)
