@@ -58,9 +58,7 @@ class GcReport:
         return sum(removal.size for removal in self.removals)
 
 
-def collect(
-    store: Store, temporary: Path, keep_days: float, dry_run: bool, stages: Collection[str] | None
-) -> GcReport:
+def collect(store: Store, temporary: Path, keep_days: float, dry_run: bool, stages: Collection[str] | None) -> GcReport:
     """What :meth:`artifacts.Store.gc` does; ``temporary``: the directory of unfinished writes."""
     if keep_days < 0:
         raise ValueError(f"keep_days must not be negative, got {keep_days}")

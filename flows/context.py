@@ -10,6 +10,7 @@ from typing import Any
 from uuid import UUID
 
 from prefect import task
+from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import get_client
 from prefect.logging.loggers import get_run_logger
 from prefect.runtime import flow_run
@@ -79,7 +80,7 @@ STAGES: dict[str, Stage] = {
 
 @task(
     name="download",
-    cache_policy=None,
+    cache_policy=NO_CACHE,
     persist_result=False,
     retries=len(DELAYS),
     retry_delay_seconds=list(DELAYS),
@@ -123,6 +124,7 @@ class Context:
 
     @property
     def store(self) -> Store:
+        """The store that every stage of this run reads and writes."""
         return self.where.store()
 
     def run(
@@ -151,6 +153,11 @@ class Context:
         return {name: self.prints.get(v, v) if isinstance(v, str) else v for name, v in inputs.items()}
 
     def open(self, ref: Ref) -> Artifact:
+        """The artifact that a stage made.
+
+        Raises:
+            ArtifactMissing, ArtifactDamaged: where it cannot be used.
+        """
         return self.store.open(ref.key)
 
 

@@ -71,7 +71,7 @@ def evaluate_adapters(
     prints = {"model": both["new_model"], "tokenizer": both["new_tokenizer"]}
     measured = Measured(Context(where, prints, refreshed), options, rows, tasks, eval_dir, include_path)
     model: dict[str, str | Ref] = {"model": "model", "tokenizer": "tokenizer"}
-    named = {}
+    named: dict[str, dict[str, str]] = {}
     with Recorder() as recorder:
         measured.measure(BARE, model)
         for adapter in adapters:

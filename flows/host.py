@@ -88,10 +88,11 @@ class Host:
 
     @property
     def api(self) -> str:
+        """Address of the server's API."""
         return f"{self.dashboard}/api"
 
     def environment(self, **more: str) -> dict[str, str]:
-        """Of every process started here."""
+        """The environment of every process started here."""
         settings = {
             "PREFECT_API_URL": self.api,
             "PREFECT_SERVER_UI_API_URL": "/api",  # where the browser found the page, whatever host name it used
@@ -104,6 +105,7 @@ class Host:
         return {**os.environ, **settings, **more}
 
     def start(self, name: str, *arguments: str, env: Mapping[str, str]) -> None:
+        """Start ``prefect`` with these arguments as a process of this name."""
         self.processes[name] = subprocess.Popen(
             [sys.executable, "-m", "prefect", *arguments],
             cwd=self.root,
@@ -114,7 +116,11 @@ class Host:
         )
 
     def start_server(self, timeout: float = 120) -> None:
-        """
+        """Start the server, and wait until it answers.
+
+        Args:
+            timeout: seconds to wait at most.
+
         Raises:
             ConfigError: if the port is taken, or the server does not answer.
         """
@@ -130,6 +136,7 @@ class Host:
             time.sleep(0.2)
 
     def start_worker(self, plan: WorkerPlan) -> None:
+        """Start one worker, which sees the devices of its plan only."""
         queues = [part for queue in plan.queues for part in ("--work-queue", queue)]
         env = self.environment() if plan.devices is None else self.environment(CUDA_VISIBLE_DEVICES=plan.devices)
         self.start(

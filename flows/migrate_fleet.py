@@ -11,10 +11,10 @@ from typing import Any
 from prefect import flow
 from prefect.artifacts import create_table_artifact
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import State
 from prefect.deployments import run_deployment
 from prefect.logging.loggers import get_run_logger
 from prefect.runtime import flow_run
-from prefect.states import State
 
 from artifacts import default_home
 from flows.context import check_stages, fetch

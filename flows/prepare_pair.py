@@ -172,10 +172,10 @@ def _pair_stages(
             for role in shared
             if role not in ATTENTION
         }
-    states = None
+    learned: Ref | None = None
     if calibration is not None and Input.STATE_MAP in needed:
-        states = state_map_stage(context, settings, calibration, roles)
-    return PairRefs(words, matrices, table, layers, heads, factors, moments, fit, states)
+        learned = state_map_stage(context, settings, calibration, roles)
+    return PairRefs(words, matrices, table, layers, heads, factors, moments, fit, learned)
 
 
 def _groups(old: Checkpoint, new: Checkpoint, roles: Sequence[Role]) -> dict[str, list[Role]]:

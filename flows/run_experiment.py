@@ -194,7 +194,7 @@ class Lab:
                 return self.tuned(cell, None), {}
             case "migrated+lft":
                 return self.tuned(cell, self.migrated(cell)), {}
-            case "refreshed":
+            case _:  # refreshed
                 return self.refreshed(cell), {}
 
     def trained(self, cell: Cell, side: str) -> Ref:
@@ -382,7 +382,8 @@ class Lab:
     def measure(self, cell: Cell) -> Measurement:
         """Run a cell, or with ``dry`` only name its stages. A training that diverges is a result, too."""
         self.steps.used.clear()
-        failed, keys = "", ()
+        failed = ""
+        keys: tuple[str, ...] = ()
         try:
             keys = tuple(ref.key for ref in self.evaluate(cell))
         except NumericalError as error:

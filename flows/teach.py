@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -89,8 +89,9 @@ def training(context: Context, settings: MigrationConfig, plan: Plan, vocabulary
     tuning = settings.finetune
     if tuning.distillation and plan.inspection.vocabulary.get("common"):
         values = {**drawn, "cutoff": tuning.cutoff, "temperature": tuning.distillation_temperature}
-        soft["soft_labels"] = context.run(soft_labelling, {**TEACHER, **rows, "vocabulary": vocabulary}, values)
-        teacher["distilled"] = context.open(soft["soft_labels"]).info
+        labelled = context.run(soft_labelling, {**TEACHER, **rows, "vocabulary": vocabulary}, values)
+        soft["soft_labels"] = labelled
+        teacher["distilled"] = context.open(labelled).info
     return Training(rows, soft, teacher, wanted)
 
 
@@ -116,7 +117,7 @@ def teacher_rows(
     return context.run(teaching, inputs, values)
 
 
-def write_ahead(configs: Iterable[MigrationConfig], refreshed: frozenset[str]) -> None:
+def write_ahead(configs: Iterable[MigrationConfig], refreshed: Collection[str]) -> None:
     """Write the teacher's rows of many adapters, one after the other, on old bases that are loaded once.
 
     What fails here fails again in the adapter's own migration, and is reported there.

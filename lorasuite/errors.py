@@ -26,6 +26,7 @@ class Problem:
         return f"{self.where}: {self.what}. {self.remedy}"
 
     def to_dict(self) -> dict[str, str]:
+        """The three fields by name, as JSON-able values."""
         return asdict(self)
 
 

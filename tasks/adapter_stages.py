@@ -374,7 +374,7 @@ def _split(inputs: Inputs, settings: Settings, where: Where) -> RowSplit:
 
 
 def _dumped(losses: Sequence[TextLoss | None]) -> list[dict[str, Any] | None]:
-    return [loss and loss.model_dump(mode="json") for loss in losses]
+    return [None if loss is None else loss.model_dump(mode="json") for loss in losses]
 
 
 def _smaller(settings: EvaluationSettings, where: Where) -> EvaluationSettings:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from prefect import task
+from prefect.cache_policies import NO_CACHE
 
 from lorasuite import ALGORITHM_VERSION
 from lorasuite.adapters import Adapter
@@ -27,7 +28,7 @@ DATA_FILES = ("calibration", "train_data", "prompts", "eval_data", "include_path
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 
 
-@task(name="fingerprint", cache_policy=None, persist_result=False)
+@task(name="fingerprint", cache_policy=NO_CACHE, persist_result=False)
 def fingerprint_bases(home: Path, old_base: Path, new_base: Path) -> dict[str, str]:
     """Fingerprints of both models and tokenizers, and a look at every weight that was not seen before.
 

@@ -36,8 +36,8 @@ Settings = Mapping[str, Any]
 @stage("vocabulary")
 def vocabulary(inputs: Inputs, settings: Settings, where: Where) -> StageOutput:
     """Token ids of the two bases that stand for the same string."""
-    tokenizers = [load_tokenizer(where.path(name), trusted(where)) for name in BASES]
-    common = common_tokens(*tokenizers, settings["old_rows"], settings["new_rows"])
+    old, new = (load_tokenizer(where.path(name), trusted(where)) for name in BASES)
+    common = common_tokens(old, new, settings["old_rows"], settings["new_rows"])
     info = {"common": len(common), "same": common.same, "old": common.old_size, "new": common.new_size}
     return StageOutput({"old": common.old, "new": common.new}, info)
 
@@ -165,7 +165,7 @@ def alignment_fit(inputs: Inputs, settings: Settings, where: Where) -> StageOutp
         layer, role, end = name.split(".")
         if end == "in" and role in ("k", "v", "gate"):  # they read what q and up read
             continue
-        moments = read(int(layer), role, end)  # type: ignore[arg-type]
+        moments = read(int(layer), role, end)
         rows = moments.rows
         if max(moments.xy.shape) <= WIDEST:
             found.setdefault(layer, {})[f"{role} {end}"] = round(moments.unexplained(), 4)

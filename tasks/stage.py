@@ -130,6 +130,7 @@ class StoreKey(CachePolicy):
         flow_parameters: dict[str, Any],
         **kwargs: Any,
     ) -> str:
+        """The key of the artifact that the task run makes; the arguments are Prefect's."""
         return stage_key(self.stage, self.version, inputs["settings"], fingerprints(inputs["inputs"]))
 
 

@@ -163,7 +163,7 @@ class MigrationConfig(Strict):
         return self.calibration or self.train_data
 
 
-def build(model: type[Strict], values: dict[str, Any], where: str = "settings") -> Any:
+def build(model: type[BaseModel], values: dict[str, Any], where: str = "settings") -> Any:
     """Validate values into a settings model.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What holds for every file: private ones are imported only inside their room, and public definitions say what they are.
+"""What holds for every file: private ones stay inside their room, and public definitions say what they are.
 
 ruff's D1 rules look at no file whose name begins with an underscore, which in the rooms is every one.
 """
@@ -23,7 +23,8 @@ def module(file: Path) -> tuple[str, ...]:
     return parts[:-1] if parts[-1] == "__init__" else parts
 
 
-MODULES = {module(file) for file in FILES}
+#: Modules that are one file: a private name of such a one belongs to the package it lies in.
+SINGLE = {module(file) for file in FILES if file.name != "__init__.py"}
 
 
 def imported(file: Path) -> Iterator[tuple[str, ...]]:
@@ -47,12 +48,10 @@ def private_imports(file: Path) -> list[str]:
         if path[0] not in PACKAGES:
             continue
         for n, part in enumerate(path):
-            hidden = part.startswith("_") and not part.startswith("__")
-            if hidden and module(file)[:n] != path[:n]:
-                # a private name of a module belongs to that module's package
-                owner = path[: n - 1] if path[:n] in MODULES and not (ROOT.joinpath(*path[:n])).is_dir() else path[:n]
-                if module(file)[: len(owner)] != owner:
-                    found.append(".".join(path))
+            owner = path[: n - 1] if path[:n] in SINGLE else path[:n]
+            if part.startswith("_") and module(file)[: len(owner)] != owner:
+                found.append(".".join(path))
+                break
     return found
 
 
@@ -90,12 +89,13 @@ def test_private_files_are_imported_in_their_room_only(file: Path) -> None:
 
 
 def test_a_private_import_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The check itself: in another room, in the same one, and of a name."""
+    """The check itself: imports from another room, from the same one, and of a name."""
     monkeypatch.setitem(globals(), "ROOT", tmp_path)
     file = tmp_path / "lorasuite" / "data" / "_made.py"
     file.parent.mkdir(parents=True)
     file.write_text(
-        "from lorasuite.bases._files import resolve\nimport lorasuite.bases._weights\nfrom lorasuite.data import _rows\n"
+        "from lorasuite.bases._files import resolve\nimport lorasuite.bases._weights\n"
+        "from lorasuite.data import _rows\n"
         "from lorasuite.data._rows import Row\nfrom lorasuite.bases import Checkpoint, _tracing\nfrom os import _exit\n"
     )
     assert private_imports(file) == [
