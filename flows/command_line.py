@@ -22,7 +22,7 @@ from flows.options import with_settings
 from flows.store_commands import store_app
 from lorasuite import reporting
 from lorasuite.evaluation import EvaluationSettings
-from lorasuite.planning import MigrationConfig, build, read_config
+from lorasuite.planning import MigrationConfig, build, merged, read_config
 
 app = typer.Typer(
     name="lorasuite",
@@ -63,12 +63,7 @@ PAIR_FLAGS = (
 
 def _merge(config: Path | None, values: dict[str, Any]) -> dict[str, Any]:
     """Settings of a file, overridden by the flags given."""
-
-    def update(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-        nested = {k: update(base.get(k) or {}, v) for k, v in over.items() if isinstance(v, dict)}
-        return {**base, **over, **nested}
-
-    return update(read_config(config) if config else {}, values)
+    return merged(read_config(config) if config else {}, values)
 
 
 def _quiet_libraries() -> None:

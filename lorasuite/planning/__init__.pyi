@@ -1,10 +1,12 @@
-from ._config import AUTO, MigrationConfig, PairSettings, Strict, build, read_config, torch_device
+from ._config import AUTO, MigrationConfig, PairSettings, torch_device
 from ._estimate import Throughput, active, estimate, measure
-from ._experiment import ARMS, Cell, Experiment, ExperimentArm, ExperimentTable, ExperimentTask, read_experiment
+from ._experiment import Cell, Experiment, read_experiment
+from ._experiment_file import ARMS, ExperimentArm, ExperimentTable, ExperimentTask
 from ._fleet import chosen, fleet_output, read_fleet
 from ._inspection import inspect
 from ._policy import RowCounts, RowPlan, plan_rows
 from ._preflight import Plan, check
+from ._reading import build, merged, read_config
 from ._thresholds import LFT_SAMPLES
 
 __all__ = [
@@ -21,7 +23,6 @@ __all__ = [
     "Plan",
     "RowCounts",
     "RowPlan",
-    "Strict",
     "Throughput",
     "active",
     "build",
@@ -31,6 +32,7 @@ __all__ = [
     "fleet_output",
     "inspect",
     "measure",
+    "merged",
     "plan_rows",
     "read_config",
     "read_experiment",

@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from lorasuite import transforms
 from lorasuite.adapters import OutputType
 from lorasuite.correspondence import Metric, Pooling, Strategy, When
 from lorasuite.errors import ConfigError, Problem, did_you_mean
 from lorasuite.evaluation import EvaluationSettings, Gate
+from lorasuite.planning._reading import Strict
 from lorasuite.planning._thresholds import DEFAULT_SYNTHETIC_ROWS, LFT_SAMPLES, SELECTION_ROWS
 from lorasuite.teacher import TeacherSettings
 from lorasuite.training import FinetuneSettings
@@ -20,12 +20,6 @@ from lorasuite.transforms import Unmapped
 
 #: ``--method auto`` measures every transform and takes the best, or none.
 AUTO = "auto"
-
-
-class Strict(BaseModel):
-    """Unknown fields are errors, values do not change."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class PairSettings(Strict):
@@ -161,51 +155,6 @@ class MigrationConfig(Strict):
     def calibration_data(self) -> str | None:
         """Where calibration texts come from."""
         return self.calibration or self.train_data
-
-
-def build(model: type[BaseModel], values: dict[str, Any], where: str = "settings") -> Any:
-    """Validate values into a settings model.
-
-    Raises:
-        ConfigError: with one problem for each invalid field.
-    """
-    try:
-        return model.model_validate(values)
-    except ValidationError as error:
-        raise ConfigError([_problem(model, item, where) for item in error.errors()]) from None
-
-
-def _problem(model: type[BaseModel], item: Any, where: str) -> Problem:
-    path = ".".join(map(str, item["loc"])) or "settings"
-    if item["type"] == "extra_forbidden":
-        fields = list(model.model_fields)
-        for part in item["loc"][:-1]:
-            nested = model.model_fields.get(str(part))
-            if nested is not None and isinstance(nested.annotation, type) and issubclass(nested.annotation, BaseModel):
-                model, fields = nested.annotation, list(nested.annotation.model_fields)
-        return Problem(f"{where}: {path}", "unknown setting", did_you_mean(str(item["loc"][-1]), fields))
-    if item["type"] == "missing":
-        flag = "--" + path.replace("_", "-")
-        return Problem(f"{where}: {path}", "is required", f"Give {flag}, or {path}: in the --config file.")
-    message = str(item["msg"]).removeprefix("Value error, ")
-    return Problem(f"{where}: {path}", f"{message} (got {item.get('input')!r})", "Fix the value.")
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """A YAML (or JSON) settings file as a mapping.
-
-    Raises:
-        ConfigError: if it is missing, not YAML, or not a mapping.
-    """
-    try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(Problem(str(path), "no such file", "Check --config.")) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(Problem(str(path), f"is not valid YAML ({error})", "Fix the file.")) from None
-    if not isinstance(value, dict):
-        raise ConfigError(Problem(str(path), "is not a mapping of settings", "Write `setting: value` lines."))
-    return value
 
 
 def torch_device(name: str) -> str:

@@ -1,4 +1,4 @@
-"""Experiments: a file that names a pair, tasks and tables, and the cells it comes to.
+"""The cells of an experiment: a file that names a pair, tasks and tables, checked and spread out.
 
 A cell is one number of a table: an arm (a bare base, or one with an adapter) on a task, with one seed, under one
 combination of the table's factors. What a cell costs and gives is the flow's business; this module only says which
@@ -12,39 +12,27 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
-
-from pydantic import BeforeValidator, Field
+from typing import Any
 
 from lorasuite import zoo
-from lorasuite.bases import ATTENTION, Role
 from lorasuite.errors import ConfigError, Problem, did_you_mean
 from lorasuite.evaluation import Arm
-from lorasuite.planning._config import AUTO, MigrationConfig, Strict, build, read_config
+from lorasuite.planning._config import AUTO, MigrationConfig
+from lorasuite.planning._experiment_file import (
+    ExperimentConfig,
+    ExperimentPair,
+    ExperimentTable,
+    ExperimentTask,
+    Lora,
+    Training,
+)
 from lorasuite.planning._policy import RowCounts, plan_rows, too_few_to_sweep
+from lorasuite.planning._reading import build, located, read_config
 from lorasuite.planning._thresholds import LFT_SAMPLES, MIN_SWEEP_ROWS
-from lorasuite.training import FinetuneSettings
 from lorasuite.transforms import ModelTransform, names, transform
 
-#: The seven rows of the paper's tables, in their order.
-ARMS = (Arm.OLD, Arm.OLD_ADAPTER, Arm.NEW, Arm.MIGRATED, Arm.SCRATCH, Arm.MIGRATED_LFT, Arm.RETRAINED)
 #: Arms that the seed changes: rows are drawn for them, and weights initialised.
 SEEDED = (Arm.SCRATCH, Arm.MIGRATED_LFT, Arm.REFRESHED)
-#: Arms that a table may have: the paper's, and the refresh without labels.
-ALLOWED = (*ARMS, Arm.REFRESHED)
-
-
-def _allowed(arm: Any) -> Any:
-    if arm not in ALLOWED:
-        names = [repr(known.value) for known in ALLOWED]
-        raise ValueError(f"Input should be {', '.join(names[:-1])} or {names[-1]}")
-    return arm
-
-
-#: An arm of an experiment; a migration's own arm ``scratch-own`` is none.
-ExperimentArm = Annotated[Arm, BeforeValidator(_allowed)]
-Kind = Literal["lora", "dora", "adalora"]
-
 #: Settings of a migration that the pair, the tasks, the seeds and the arms decide, or that no arm has.
 DECIDED = (
     "adapter", "old_base", "new_base", "output", "calibration", "train_data", "eval_data", "eval_tasks", "eval_dir",
@@ -52,94 +40,6 @@ DECIDED = (
 )  # fmt: skip
 #: Settings that decide what adapter there is to migrate, and what it is to retrain it.
 TRAINED = ("lora", "retrain")
-
-
-class ExperimentPair(Strict):
-    """The two bases: by directory or Hub id, or a miniature pair by name."""
-
-    zoo: str | None = Field(None, description="miniature pair: llama or neox")
-    old_base: str | None = Field(None, description="base of the adapters: directory or hub-id[@revision]")
-    new_base: str | None = Field(None, description="base to move them to: directory or hub-id[@revision]")
-
-
-class ExperimentTask(Strict):
-    """What an adapter is for: rows to train on, and how it is measured."""
-
-    zoo: str | None = Field(None, description="task of the miniature pair, which makes all its data")
-    ready: bool = Field(False, description="use the adapters shipped with the miniature pair instead of training them")
-    eval_rows: int = Field(200, ge=2, description="held-out rows of a miniature task")
-    train_data: str | None = Field(None, description="rows for every training")
-    calibration: str | None = Field(None, description="texts to compare layers with; the training data if unset")
-    eval_data: str | None = Field(None, description="held-out rows")
-    eval_tasks: tuple[str, ...] = Field((), description="lm-eval tasks, by name; the score is their mean")
-    eval_dir: str | None = Field(None, description="rows of the paper's tasks, as <task>/test.json")
-    include_path: str | None = Field(None, description="directory of lm-eval task files")
-    adapter: str | None = Field(None, description="adapter of the old base to migrate, instead of training one")
-    retrained: str | None = Field(None, description="adapter of the new base to compare with, instead of training one")
-    set: dict[str, Any] = Field({}, description="settings of this task's cells, by dotted name")
-
-    @property
-    def trains(self) -> bool:
-        """Whether the adapters to migrate and to compare with are trained here."""
-        return not (self.ready or self.adapter or self.retrained)
-
-
-class Lora(Strict):
-    """The adapters: the paper's, if nothing else is said."""
-
-    kind: Kind = Field("lora", description="lora, dora or adalora; the control is of the same kind")
-    rank: int = Field(32, ge=1)
-    scaling: float = Field(1.0, gt=0, description="alpha / rank, kept where the rank varies")
-    targets: tuple[Role, ...] = Field(ATTENTION, min_length=1, description="q, k, v, o, gate, up, down")
-
-
-class FullFinetune(FinetuneSettings):
-    """A whole training; the paper's learning rate for it."""
-
-    learning_rate: float = Field(3e-4, gt=0, description="peak learning rate")
-
-
-class Training(Strict):
-    """How an adapter is trained on all the data: the one to migrate on the old base, and again on the new one."""
-
-    rows: int = Field(10_000, ge=1, description="training rows, drawn from the task's data")
-    learning_rates: tuple[float, ...] = Field((), description="sweep these, chosen on a held-out fifth")
-    finetune: FullFinetune = FullFinetune()
-
-
-class Paper(Strict):
-    """Published numbers that stand beside a table, by arm."""
-
-    label: str
-    values: dict[ExperimentArm, float]
-
-
-class ExperimentTable(Strict):
-    """One table, and its figure."""
-
-    title: str
-    kind: Literal["scores", "cost"] = Field("scores", description="scores by arm, or what each arm costs to make")
-    tasks: tuple[str, ...] = Field((), description="the experiment's, if unset")
-    seeds: tuple[int, ...] = Field((), description="the experiment's, if unset")
-    arms: tuple[ExperimentArm, ...] = Field(ARMS, min_length=1)
-    set: dict[str, Any] = Field({}, description="settings of this table's cells, by dotted name")
-    factors: dict[str, tuple[Any, ...]] = Field({}, description="dotted name → its levels; all combinations are run")
-    figure: Literal["score", "loss", "none"] = Field("score", description="what the figure shows")
-    paper: tuple[Paper, ...] = ()
-    note: str = Field("", description="said under the table")
-
-
-class ExperimentConfig(Strict):
-    """The experiment file."""
-
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9.-]*$", description="lower-case letters, digits, dashes and dots")
-    pair: ExperimentPair
-    tasks: dict[str, ExperimentTask] = Field(min_length=1)
-    seeds: tuple[int, ...] = Field((0,), min_length=1, description="of row draws, fresh weights and data order")
-    settings: dict[str, Any] = Field({}, description="settings of a migration (docs/configuration.md)")
-    lora: dict[str, Any] = Field({}, description="kind, rank, scaling, targets")
-    retrain: dict[str, Any] = Field({}, description="rows, learning_rates, finetune")
-    tables: dict[str, ExperimentTable] = Field(min_length=1)
 
 
 @dataclass(frozen=True)
@@ -280,7 +180,7 @@ def _located_pair(pair: ExperimentPair, folder: Path) -> ExperimentPair:
     if pair.zoo is not None:
         found = zoo.pair(pair.zoo)
         return pair.model_copy(update={"old_base": str(found.old), "new_base": str(found.new)})
-    bases = {name: _located(str(getattr(pair, name)), folder) for name in ("old_base", "new_base")}
+    bases = {name: located(str(getattr(pair, name)), folder) for name in ("old_base", "new_base")}
     return pair.model_copy(update=bases)
 
 
@@ -291,17 +191,11 @@ def _located_task(task: ExperimentTask, pair: ExperimentPair, folder: Path) -> E
         changes = {"adapter": str(shipped.adapter(task.zoo)), "retrained": str(shipped.retrained(task.zoo))}
     for name in ("adapter", "retrained"):
         if (source := getattr(task, name)) is not None:
-            changes[name] = _located(source, folder)
+            changes[name] = located(source, folder)
     for name in ("train_data", "calibration", "eval_data", "eval_dir", "include_path"):
         if (source := getattr(task, name)) is not None:
             changes[name] = str(folder / Path(source).expanduser())
     return task.model_copy(update=changes)
-
-
-def _located(source: str, folder: Path) -> str:
-    """A directory relative to ``folder`` as an absolute path; anything else, a Hub id, as it is."""
-    path = folder / Path(source).expanduser()
-    return str(path.absolute()) if path.is_dir() or source.startswith((".", "/", "~")) else source
 
 
 def _cells(config: ExperimentConfig, where: str, problems: list[Problem]) -> Iterator[Cell]:

@@ -10,7 +10,8 @@ from pydantic import Field
 
 from lorasuite.errors import ConfigError, Problem
 from lorasuite.evaluation import Gate
-from lorasuite.planning._config import MigrationConfig, Strict, build, read_config
+from lorasuite.planning._config import MigrationConfig
+from lorasuite.planning._reading import Strict, build, located, merged, read_config
 
 #: Settings that name a model or adapter: a directory beside the fleet file, or a Hub id.
 MODELS = ("adapter", "old_base", "new_base")
@@ -58,26 +59,26 @@ def read_fleet(
     problems: list[Problem] = []
     found: list[tuple[str, MigrationConfig]] = []
     for p, pair in enumerate(fleet.pairs):
-        if old_base is not None and _located(pair.old_base, folder) != _located(old_base, Path()):
+        if old_base is not None and located(pair.old_base, folder) != located(old_base, Path()):
             continue
         target = pair.new_base if new_base is None else new_base
         for a, entry in enumerate(pair.adapters):
             place = f"{where}: pairs.{p}.adapters.{a}"
-            values = _merged(fleet.defaults, pair.defaults, entry)
+            values = merged(fleet.defaults, pair.defaults, entry)
             name = str(values.pop("name", "") or Path(str(values.get("adapter", ""))).name)
             fixed = sorted({"old_base", "new_base", "output", "gate"} & set(values))
             if fixed:
                 problems += [Problem(f"{place}.{key}", "belongs to the pair or the fleet", "Move it.") for key in fixed]
                 continue
-            base = _located(target, folder if new_base is None else Path())
+            base = located(target, folder if new_base is None else Path())
             values |= {
-                "old_base": _located(pair.old_base, folder),
+                "old_base": located(pair.old_base, folder),
                 "new_base": base,
                 "output": str(folder / fleet.output / Path(base).name / name),
                 "gate": fleet.gate.model_dump(),
             }
             if isinstance(values.get("adapter"), str):
-                values["adapter"] = _located(values["adapter"], folder)
+                values["adapter"] = located(values["adapter"], folder)
             values |= {key: str(folder / str(values[key])) for key in DATA if values.get(key)}
             try:
                 found.append((name, build(MigrationConfig, values, place)))
@@ -103,24 +104,6 @@ def fleet_output(source: str | Path | Mapping[str, Any]) -> Path:
     content = source if isinstance(source, Mapping) else read_config(Path(source))
     folder = Path() if isinstance(source, Mapping) else Path(source).absolute().parent
     return folder / str(content.get("output", FleetConfig.model_fields["output"].default))
-
-
-def _located(source: str, folder: Path) -> str:
-    """A directory relative to ``folder`` as an absolute path; anything else, a Hub id, as it is."""
-    path = folder / Path(source).expanduser()
-    return str(path.absolute()) if path.is_dir() or source.startswith((".", "/", "~")) else source
-
-
-def _merged(*layers: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings, later ones over earlier ones, nested ones setting by setting."""
-    result: dict[str, Any] = {}
-    for layer in layers:
-        for key, value in layer.items():
-            before = result.get(key)
-            if isinstance(before, Mapping) and isinstance(value, Mapping):
-                value = _merged(before, value)
-            result[key] = value
-    return result
 
 
 def chosen(fleet: Mapping[str, MigrationConfig], only: Sequence[str]) -> dict[str, MigrationConfig]:

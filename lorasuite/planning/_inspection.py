@@ -17,25 +17,28 @@ from lorasuite.planning._config import AUTO
 from lorasuite.planning._estimate import estimate, measure
 from lorasuite.transforms import ModelTransform, transform
 
-FLOAT = 4  # bytes of a float32
+#: Bytes of a float32.
+FLOAT = 4
 
 
 @dataclass
 class Inspection:
-    """What ``lorasuite inspect`` shows. ``factors`` rows: name, old, new, changed."""
+    """What ``lorasuite inspect`` shows, and what a check found."""
 
     old_base: str
     new_base: str
+    #: Rows of ``name``, ``old``, ``new`` and ``changed``: what differs between the two architectures.
     factors: list[dict[str, Any]] = field(default_factory=list)
     vocabulary: dict[str, Any] = field(default_factory=dict)
     adapter: dict[str, Any] = field(default_factory=dict)
     modules: list[dict[str, Any]] = field(default_factory=list)
+    #: Bytes of weights that a stage holds at once, by stage.
     memory: dict[str, int] = field(default_factory=dict)
-    #: seconds a stage, see :func:`lorasuite.estimate.estimate`
+    #: Seconds by stage, see :func:`lorasuite.planning.estimate`.
     time: dict[str, Any] = field(default_factory=dict)
     notices: list[str] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
-    #: for a base of an unknown architecture: ``{"old_base": {"yaml": a draft of its file, "questions": […]}}``
+    #: For a base of an unknown architecture: ``{"old_base": {"yaml": a draft of its file, "questions": […]}}``
     proposal: dict[str, Any] = field(default_factory=dict)
     old_tokenizer: Any = field(default=None, repr=False)
     new_tokenizer: Any = field(default=None, repr=False)
@@ -45,8 +48,17 @@ class Inspection:
         shown = [f.name for f in fields(self) if not f.name.endswith("_tokenizer")]
         return {name: getattr(self, name) for name in shown} | {"problems": [p.to_dict() for p in self.problems]}
 
+    def attempt(self, action: Callable[[], Any]) -> Any:
+        """The action's result, or None with the problems of its error noted."""
+        try:
+            return action()
+        except LoRASuiteError as error:
+            self.problems += error.problems or [Problem("input", str(error), "")]
+            return None
+
     def raise_problems(self) -> None:
-        """
+        """End the check.
+
         Raises:
             PreflightError: with every problem, if there is one.
         """
@@ -74,13 +86,13 @@ def inspect(
     """
     result = Inspection(old_base, new_base)
     if architectures is not None:
-        _attempt(result, lambda: add_architectures(architectures))
-    old = _attempt(result, lambda: Checkpoint(old_base))
-    new = _attempt(result, lambda: Checkpoint(new_base))
+        result.attempt(lambda: add_architectures(architectures))
+    old = result.attempt(lambda: Checkpoint(old_base))
+    new = result.attempt(lambda: Checkpoint(new_base))
     for side, source, checkpoint in (("old_base", old_base, old), ("new_base", new_base, new)):
         if checkpoint is None:
             _propose(result, side, source)
-    opened = _attempt(result, lambda: open_adapters(adapter, allow_pickle)) if adapter else None
+    opened = result.attempt(lambda: open_adapters(adapter, allow_pickle)) if adapter else None
     for checkpoint in (old, new):
         if checkpoint is not None:
             result.problems += checkpoint.check() + _own_code(checkpoint, trust_remote_code)
@@ -90,7 +102,7 @@ def inspect(
         with contextlib.suppress(LoRASuiteError):  # what cannot be read has been noted
             _memory(result, old, new)
     if old is not None and opened is not None:
-        result.problems += opened.check(old) or _attempt(result, lambda: _something_to_move(opened)) or []
+        result.problems += opened.check(old) or result.attempt(lambda: _something_to_move(opened)) or []
         if output_type == "adalora":
             c = opened.contents
             biases = [path for path in c.biases if old.find(f"{path}.bias")]
@@ -105,19 +117,10 @@ def inspect(
         }
         if new is not None and not result.problems:
             _modules(result, old, new, opened, method)
-            _beside(result, old, opened)
+            _outside_factors(result, old, opened)
     if timed and old is not None and new is not None and not result.problems:
         result.time = estimate(old, new, opened, measure(old))
     return result
-
-
-def _attempt(result: Inspection, action: Callable[[], Any]) -> Any:
-    """The action's result, or None with its problems noted."""
-    try:
-        return action()
-    except LoRASuiteError as error:
-        result.problems += error.problems or [Problem("input", str(error), "")]
-        return None
 
 
 def _propose(result: Inspection, side: str, source: str) -> None:
@@ -170,8 +173,8 @@ def _factors(result: Inspection, old: Checkpoint, new: Checkpoint) -> None:
 
 
 def _vocabulary(result: Inspection, old: Checkpoint, new: Checkpoint, trust_remote_code: bool) -> None:
-    first = result.old_tokenizer = _attempt(result, lambda: load_tokenizer(old.path, trust_remote_code))
-    second = result.new_tokenizer = _attempt(result, lambda: load_tokenizer(new.path, trust_remote_code))
+    first = result.old_tokenizer = result.attempt(lambda: load_tokenizer(old.path, trust_remote_code))
+    second = result.new_tokenizer = result.attempt(lambda: load_tokenizer(new.path, trust_remote_code))
     if first is None or second is None:
         return
     common = common_tokens(first, second, old.dims.vocab_size, new.dims.vocab_size)
@@ -256,7 +259,7 @@ def _modules(result: Inspection, old: Checkpoint, new: Checkpoint, adapter: Adap
     result.problems += chosen.problems(old.dims, new.dims, tuple(counts))
 
 
-def _beside(result: Inspection, old: Checkpoint, adapter: Adapter) -> None:
+def _outside_factors(result: Inspection, old: Checkpoint, adapter: Adapter) -> None:
     """What of an adapter is not stored as factors of block weights: what that costs, and what becomes of it."""
     if not adapter.stored:
         largest = max(math.prod(weight_shape(old, path)) for path in adapter.modules if old.architecture.locate(path))

@@ -14,7 +14,7 @@ from lorasuite.data import Row, calibration_texts, draw, encode_rows, read_promp
 from lorasuite.errors import LoRASuiteError, Problem
 from lorasuite.evaluation import check_tasks
 from lorasuite.planning._config import AUTO, MigrationConfig, torch_device
-from lorasuite.planning._inspection import FLOAT, Inspection, _attempt, inspect
+from lorasuite.planning._inspection import FLOAT, Inspection, inspect
 from lorasuite.planning._policy import RowCounts, RowPlan, plan_rows, too_few_to_sweep
 from lorasuite.planning._thresholds import MIN_SWEEP_ROWS
 from lorasuite.teacher import prompt_frame
@@ -37,7 +37,7 @@ class Plan:
 
 
 def check(config: MigrationConfig) -> Plan:
-    """Everything that can be known to be wrong with a migration, found at once, with nothing written.
+    """Find everything that can be known to be wrong with a migration before it runs; nothing is written.
 
     Raises:
         PreflightError: with every problem.
@@ -52,7 +52,7 @@ def check(config: MigrationConfig) -> Plan:
         config.output_type,
         architectures=config.architectures,
     )
-    _attempt(result, lambda: torch_device(config.device))
+    result.attempt(lambda: torch_device(config.device))
     texts = _calibration(result, config)
     wanted = plan_rows(config, RowCounts())
     train = _training_rows(result, config, wanted)
@@ -64,7 +64,7 @@ def check(config: MigrationConfig) -> Plan:
     if config.include_path is not None and not Path(config.include_path).is_dir():
         result.problems.append(Problem(config.include_path, "is not a directory", "Give one with lm-eval task files."))
     elif config.eval_tasks:
-        _attempt(result, lambda: check_tasks(config.eval_tasks, *config.task_folders))
+        result.attempt(lambda: check_tasks(config.eval_tasks, *config.task_folders))
     _output(result, Path(config.output))
     result.raise_problems()
     return Plan(result, texts, train, held_out, rows, counts, prompts)
@@ -92,7 +92,7 @@ def _calibration(result: Inspection, config: MigrationConfig) -> list[str]:
         elif depths[0] == depths[1]:
             result.notices.append("no calibration texts: layers are mapped one to one, without similarities")
         return []
-    texts: list[str] = _attempt(result, lambda: calibration_texts(source, result.new_tokenizer)) or []
+    texts: list[str] = result.attempt(lambda: calibration_texts(source, result.new_tokenizer)) or []
     if texts and len(texts) < SMALLEST_BATCH:
         result.problems.append(
             Problem(source, f"has {len(texts)} texts", f"Layers are compared on at least {SMALLEST_BATCH}: add some.")
@@ -114,14 +114,14 @@ def _training_rows(result: Inspection, config: MigrationConfig, wanted: RowPlan)
         return []
     if not samples:
         return []
-    rows: list[Row] = draw(_attempt(result, lambda: read_rows(source)) or [], samples, config.seed)
+    rows: list[Row] = draw(result.attempt(lambda: read_rows(source)) or [], samples, config.seed)
     if not rows:
         return []
     if len(config.learning_rates) > 1 and len(rows) + wanted.synthetic_train_rows < MIN_SWEEP_ROWS:
         result.problems.append(too_few_to_sweep(len(rows), "learning_rates"))
     tokenizer = result.new_tokenizer
     if tokenizer is not None:
-        _attempt(result, lambda: encode_rows(rows, tokenizer, config.finetune.cutoff))
+        result.attempt(lambda: encode_rows(rows, tokenizer, config.finetune.cutoff))
     return rows
 
 
@@ -140,7 +140,7 @@ def _teacher(result: Inspection, config: MigrationConfig, wanted: RowPlan) -> li
     source = config.prompt_data
     if source is None:
         return None
-    rows: list[Row] = _attempt(result, lambda: read_prompts(source)) or []
+    rows: list[Row] = result.attempt(lambda: read_prompts(source)) or []
     words = config.teacher.text_prefix
     distinct = set()
     for number, row in enumerate(rows, start=1):
@@ -154,7 +154,7 @@ def _teacher(result: Inspection, config: MigrationConfig, wanted: RowPlan) -> li
             break
     fewer = len(distinct) < wanted.teacher_rows
     if rows and fewer and config.teacher.imitate and not config.teacher.suffix:
-        _attempt(result, lambda: prompt_frame(distinct))
+        result.attempt(lambda: prompt_frame(distinct))
     return rows or None
 
 
@@ -162,9 +162,9 @@ def _held_out_rows(result: Inspection, config: MigrationConfig) -> list[Row]:
     source = config.eval_data
     if source is None:
         return []
-    rows: list[Row] = _attempt(result, lambda: read_rows(source)) or []
+    rows: list[Row] = result.attempt(lambda: read_rows(source)) or []
     tokenizers = [t for t in (result.old_tokenizer, result.new_tokenizer) if t is not None]
-    _attempt(result, lambda: [row.target(tokenizer) for tokenizer in tokenizers for row in rows])
+    result.attempt(lambda: [row.target(tokenizer) for tokenizer in tokenizers for row in rows])
     return rows
 
 

@@ -1,0 +1,81 @@
+"""Settings files: read, merged, their paths made absolute, and validated with every problem named at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from lorasuite.errors import ConfigError, Problem, did_you_mean
+
+
+class Strict(BaseModel):
+    """Unknown fields are errors, values do not change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def build(model: type[BaseModel], values: dict[str, Any], where: str = "settings") -> Any:
+    """Validate values into a settings model.
+
+    Raises:
+        ConfigError: with one problem for each invalid field.
+    """
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError([_problem(model, item, where) for item in error.errors()]) from None
+
+
+def _problem(model: type[BaseModel], item: Any, where: str) -> Problem:
+    path = ".".join(map(str, item["loc"])) or "settings"
+    if item["type"] == "extra_forbidden":
+        fields = list(model.model_fields)
+        for part in item["loc"][:-1]:
+            nested = model.model_fields.get(str(part))
+            if nested is not None and isinstance(nested.annotation, type) and issubclass(nested.annotation, BaseModel):
+                model, fields = nested.annotation, list(nested.annotation.model_fields)
+        return Problem(f"{where}: {path}", "unknown setting", did_you_mean(str(item["loc"][-1]), fields))
+    if item["type"] == "missing":
+        flag = "--" + path.replace("_", "-")
+        return Problem(f"{where}: {path}", "is required", f"Give {flag}, or {path}: in the --config file.")
+    message = str(item["msg"]).removeprefix("Value error, ")
+    return Problem(f"{where}: {path}", f"{message} (got {item.get('input')!r})", "Fix the value.")
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A YAML (or JSON) settings file as a mapping.
+
+    Raises:
+        ConfigError: if it is missing, not YAML, or not a mapping.
+    """
+    try:
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(Problem(str(path), "no such file", "Check --config.")) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(Problem(str(path), f"is not valid YAML ({error})", "Fix the file.")) from None
+    if not isinstance(value, dict):
+        raise ConfigError(Problem(str(path), "is not a mapping of settings", "Write `setting: value` lines."))
+    return value
+
+
+def located(source: str, folder: Path) -> str:
+    """A directory relative to ``folder`` as an absolute path; anything else, a Hub id, as it is."""
+    path = folder / Path(source).expanduser()
+    return str(path.absolute()) if path.is_dir() or source.startswith((".", "/", "~")) else source
+
+
+def merged(*layers: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of several files or flags: later ones over earlier ones, nested mappings setting by setting."""
+    result: dict[str, Any] = {}
+    for layer in layers:
+        for key, value in layer.items():
+            before = result.get(key)
+            if isinstance(before, Mapping) and isinstance(value, Mapping):
+                value = merged(before, value)
+            result[key] = value
+    return result
