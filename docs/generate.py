@@ -1,4 +1,4 @@
-"""Write the reference pages from the code: ``python docs/generate.py``. A test keeps them in step."""
+"""Write the reference pages from code and data files: ``python docs/generate.py``. A test keeps them in step."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import typer
 
 from flows.command_line import app
 from flows.options import flags
+from lorasuite.bases import BUILT_IN, load
 from lorasuite.planning import MigrationConfig
 
 HERE = Path(__file__).parent
@@ -70,7 +71,18 @@ def configuration() -> str:
     return "".join(parts)
 
 
-PAGES = {"commands.md": commands, "configuration.md": configuration}
+def families() -> str:
+    """The page of architectures, its table of families written from the files of the package."""
+    head, _, rest = (HERE / "architectures.md").read_text(encoding="utf-8").partition("<!-- families -->\n")
+    table = ["| file | model types | what sets it apart |\n|---|---|---|\n"]
+    for file in sorted(BUILT_IN.glob("*.yaml")):
+        family = load(file)
+        types = ", ".join(f"`{model_type}`" for model_type in family.model_types)
+        table.append(f"| `{file.stem}` | {types} | {family.notes} |\n")
+    return f"{head}<!-- families -->\n{''.join(table)}<!-- /families -->{rest.partition('<!-- /families -->')[2]}"
+
+
+PAGES = {"architectures.md": families, "commands.md": commands, "configuration.md": configuration}
 
 
 if __name__ == "__main__":

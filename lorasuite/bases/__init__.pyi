@@ -1,5 +1,5 @@
 from ._architecture import ATTENTION, ROLES, Architecture, Dimensions, Module, Role
-from ._architecture_files import add_architectures, architecture_for, architectures, load
+from ._architecture_files import BUILT_IN, add_architectures, architecture_for, architectures, load
 from ._cache import ModelCache, loaded_model, model_cache, release_models
 from ._checkpoint import Checkpoint
 from ._digests import check_finite, digest_json, file_digest, fingerprint_model, fingerprint_tokenizer
@@ -13,6 +13,7 @@ from ._vocabulary import CommonTokens, common_tokens, convention, surface
 
 __all__ = [
     "ATTENTION",
+    "BUILT_IN",
     "METER",
     "ROLES",
     "ActivationRecorder",

@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from lorasuite.bases._architecture import Architecture
 from lorasuite.errors import ArchitectureError, Problem, did_you_mean
 
-#: The files of this package.
+#: Where the files of this package lie.
 BUILT_IN = Path(__file__).parent / "architectures"
 #: Environment variable: a directory of further files.
 FOLDER = "LORASUITE_ARCHITECTURES"
@@ -86,7 +86,7 @@ def add_architectures(folder: str | Path) -> None:
 def load(path: Path) -> Architecture:
     """Read and validate one architecture file.
 
-    ``like: NAME`` takes every field that the file does not give from this package's ``NAME.yaml``.
+    ``like: NAME`` takes every field but the notes that the file does not give from this package's ``NAME.yaml``.
 
     Raises:
         ArchitectureError: with one problem for each invalid field.
@@ -110,9 +110,10 @@ def load(path: Path) -> Architecture:
 
 
 def _read(path: Path) -> Any:
+    """A file's values, with those of the file that it is like."""
     values = yaml.load(path.read_text(encoding="utf-8"), _LOADER)
     if isinstance(values, dict) and "like" in values:
-        return {**_read(BUILT_IN / f"{values.pop('like')}.yaml"), **values}
+        return {**_read(BUILT_IN / f"{values.pop('like')}.yaml"), "notes": "", **values}
     return values
 
 

@@ -12,8 +12,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorasuite.bases import Checkpoint, Dimensions, Module, architecture_for, architectures, load
-from lorasuite.bases._architecture_files import BUILT_IN
+from lorasuite.bases import BUILT_IN, Checkpoint, Dimensions, Module, architecture_for, architectures, load
 from lorasuite.errors import ArchitectureError, LoRASuiteError
 from tests import models
 

@@ -17,8 +17,7 @@ from transformers import CONFIG_MAPPING
 from transformers.pytorch_utils import Conv1D
 
 from lorasuite.adapters import Adapter, check_loads, fresh_config, fresh_lora, write_adapter
-from lorasuite.bases import ATTENTION, Architecture, Checkpoint, Module, Role, architectures, load, load_model
-from lorasuite.bases._architecture_files import BUILT_IN
+from lorasuite.bases import ATTENTION, BUILT_IN, Architecture, Checkpoint, Module, Role, architectures, load, load_model
 from lorasuite.errors import AdapterError, CheckpointError
 from lorasuite.evaluation import _serving as serving
 from lorasuite.planning import inspect
