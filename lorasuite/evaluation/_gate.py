@@ -1,9 +1,9 @@
 """The gate: from a migration's measured arms to a verdict on the adapter.
 
-The scale is the old adapter's *lead*: how much better the old base with its adapter is than the bare new base. An
-adapter that keeps most of the lead ships, one that keeps some of it needs (more) fine-tuning, and one that keeps next
-to nothing is not worth migrating. Beside the lead a gate may ask for a gain over the bare new base, and bound what the
-old adapter got right and the new one gets wrong.
+An adapter is measured by the share it keeps of the old adapter's *lead*: how much better the old base with its adapter
+is than the bare new base. One that keeps most of the lead ships, one that keeps some of it needs (more) fine-tuning,
+and one that keeps next to nothing is to be trained anew. Beside the lead a gate may ask for a gain over the bare new
+base, and bound what the old adapter got right and the new one gets wrong.
 """
 
 from __future__ import annotations
@@ -66,8 +66,9 @@ class Gate(Thresholds):
     )
 
     def model_post_init(self, _context: Any) -> None:
+        """Refuse an unknown threshold of a task now, not after the migration."""
         for name in self.tasks:
-            self.of(name)  # an unknown threshold is an error now, not after the migration
+            self.of(name)
 
     def of(self, task: str | None) -> Thresholds:
         """The thresholds of a task: its own over the common ones."""

@@ -68,8 +68,11 @@ class SoftLabels:
         return tuple(input_ids) in self._places
 
     def batch(self, examples: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, Tensor]:
-        """The soft labels of encoded examples, padded on the right: :data:`OUTCOMES` ``(batch, tokens, k)`` int64,
-        :data:`LOG_PROBS` of the same shape in float32, and :data:`KNOWN` ``(batch, tokens)`` bool.
+        """The soft labels of encoded examples, padded on the right.
+
+        Returns:
+            :data:`OUTCOMES` ``(batch, tokens, k)`` int64, :data:`LOG_PROBS` of the same shape in float32, and
+            :data:`KNOWN` ``(batch, tokens)`` bool.
         """
         width = max(len(example["input_ids"]) for example in examples)
         shape = (len(examples), width, self.outcomes.shape[1])

@@ -27,6 +27,13 @@ def validation_loss(
 
     Every token weighs the same, whatever the batch it falls in.
 
+    Args:
+        model: on its device; its mode is restored.
+        tokenizer: the model's.
+        rows: with their answers.
+        cutoff: tokens kept of a row.
+        batch_size: rows read at once.
+
     Raises:
         DataError: no usable rows.
         NumericalError: the loss is NaN or infinite.

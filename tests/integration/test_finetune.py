@@ -330,6 +330,7 @@ def test_a_sweep_is_never_worse_than_its_start(tmp_path, helps: bool, monkeypatc
         output=tmp_path / "swept", work_dir=tmp_path / "work",
     )  # fmt: skip
     assert all(entry.validation_loss <= entry.start_loss for entry in tried)
+    assert list(tried[0].model_dump(mode="json")) == ["learning_rate", "validation_loss", "epochs", "start_loss"]
     assert (result.steps > 0) == helps
     if not helps:  # the start, whose B is zero, is written as it is
         assert all(float(t.abs().max()) == 0 for name, t in tensors(tmp_path / "swept").items() if "lora_B" in name)
