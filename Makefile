@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint zoo lock clean
+.PHONY: demo test test-fast test-unit test-integration test-flows lint zoo lock clean
 
 demo: $(STAMP)  ## the main job on a miniature pair: migrate, fine-tune, compare, report
 	@rm -rf demo-output
@@ -12,8 +12,24 @@ demo: $(STAMP)  ## the main job on a miniature pair: migrate, fine-tune, compare
 
 # A file at a time: what its tests share (servers, models) is made once. Three processes on two cores: the first half,
 # flows, waits for servers and clocks. The longest files first.
+PYTEST := $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+
 test: $(STAMP) lint  ## every test
-	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder tests/flows tests/integration tests/unit
+	$(PYTEST) tests/flows tests/integration tests/unit
+
+test-flows: $(STAMP)  ## whole runs: migrations, fleets, experiments, hosts, crashes
+	$(PYTEST) tests/flows
+
+test-integration: $(STAMP)  ## libraries and models together: fine-tunes, evaluations, bad input
+	$(PYTEST) tests/integration
+
+test-unit: $(STAMP)  ## one room at a time
+	$(PYTEST) tests/unit
+
+# For the loop of a person who changes one room, under a minute: make test-fast ROOM=bases
+ROOM ?=
+test-fast: $(STAMP) lint  ## lint, and the quick unit tests of a room, or of all
+	$(BIN)/python -m pytest $(if $(ROOM),,-n 3 --dist loadfile) -m "not slow" tests/unit/$(ROOM)
 
 lint: $(STAMP)  ## style, types, import rules
 	$(BIN)/ruff check .

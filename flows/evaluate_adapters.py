@@ -68,8 +68,8 @@ def evaluate_adapters(
         options={"trust_remote_code": trust_remote_code},
     )
     both = fingerprint_bases(where.home, paths["base"], paths["base"])
-    prints = {"model": both["new_model"], "tokenizer": both["new_tokenizer"]}
-    measured = Measured(Context(where, prints, refreshed), options, rows, tasks, eval_dir, include_path)
+    fingerprints = {"model": both["new_model"], "tokenizer": both["new_tokenizer"]}
+    measured = Measured(Context(where, fingerprints, refreshed), options, rows, tasks, eval_dir, include_path)
     model: dict[str, str | Ref] = {"model": "model", "tokenizer": "tokenizer"}
     named: dict[str, dict[str, str]] = {}
     with Recorder() as recorder:
@@ -81,7 +81,7 @@ def evaluate_adapters(
             named[arm] = {"id": adapter, "fingerprint": fingerprint_any_adapter(folder)}
             measured.measure(arm, {**model, "adapter": named[arm]["fingerprint"]}, adapter=folder)
     record = {
-        "base": base_record(base, prints["model"]),
+        "base": base_record(base, fingerprints["model"]),
         "adapters": named,
         "results": measured.evaluation,
         "tasks": measured.scores,

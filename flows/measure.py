@@ -45,7 +45,7 @@ class Measured:
     ) -> None:
         self.context, self.settings = context, settings
         self.rows, self.tasks = rows, tuple(tasks)
-        self.prints = {task: fingerprint_task(task, eval_dir, include_path) for task in expand(tasks)}
+        self.task_fingerprints = {task: fingerprint_task(task, eval_dir, include_path) for task in expand(tasks)}
         #: Arm to result on the held-out rows, and arm to task to score.
         self.evaluation: dict[str, Any] = {}
         self.scores: dict[str, dict[str, Any]] = {}
@@ -62,7 +62,7 @@ class Measured:
             made[ROWS] = self.context.open(ref)
             self.evaluation[arm] = made[ROWS].info
         found: dict[str, Any] = {}
-        for task, fingerprint in self.prints.items():
+        for task, fingerprint in self.task_fingerprints.items():
             values = {**self.settings.model_dump(mode="json", include=TASK_SETTINGS), "task": task}
             values["lm_eval"] = version("lm_eval")
             ref = self.context.run(

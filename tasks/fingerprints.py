@@ -96,8 +96,11 @@ def fingerprint_task(task: str, eval_dir: Path | None, include_path: Path | None
     return digest_json([task, None if include_path is None else fingerprint_folder(include_path)])
 
 
-def fingerprint_migration(config: MigrationConfig, prints: Mapping[str, str]) -> str:
+def fingerprint_migration(config: MigrationConfig, fingerprints: Mapping[str, str]) -> str:
     """What a whole migration computes: its inputs by content, its settings where they are not the defaults.
+
+    Args:
+        fingerprints: of the bases, their tokenizers and the adapter, by name.
 
     Raises:
         DataError: if a data file cannot be read.
@@ -112,7 +115,7 @@ def fingerprint_migration(config: MigrationConfig, prints: Mapping[str, str]) ->
     for name in expand(config.eval_tasks):
         data[f"task {name}"] = fingerprint_task(name, *config.task_folders)
     settings = config.model_dump(mode="json", exclude=elsewhere, exclude_defaults=True)
-    return digest_json({"version": ALGORITHM_VERSION, "inputs": dict(prints), "data": data, "settings": settings})
+    return digest_json({"version": ALGORITHM_VERSION, "inputs": dict(fingerprints), "data": data, "settings": settings})
 
 
 def fingerprint_file(path: Path) -> str:

@@ -111,7 +111,7 @@ class Models:
         return settings if self.settings is None else self.settings.model_validate(settings)
 
 
-def fingerprints(inputs: Mapping[str, Any]) -> dict[str, str]:
+def input_fingerprints(inputs: Mapping[str, Any]) -> dict[str, str]:
     """What inputs contribute to the key, by name; a group's members by ``field.name``."""
     found: dict[str, Any] = {}
     for name, value in inputs.items():
@@ -119,7 +119,7 @@ def fingerprints(inputs: Mapping[str, Any]) -> dict[str, str]:
         if ref is not None:
             found[name] = ref.key
         elif isinstance(value, Mapping):
-            found |= {f"{name}.{member}": key for member, key in fingerprints(value).items()}
+            found |= {f"{name}.{member}": key for member, key in input_fingerprints(value).items()}
         else:
             found[name] = value
     return found

@@ -61,7 +61,7 @@ from artifacts import (
     open_store,
     stage_key,
 )
-from tasks.inputs import Input, Models, Ref, fingerprints
+from tasks.inputs import Input, Models, Ref, input_fingerprints
 from tasks.locks import FileLockManager
 from tasks.recording import Measure, Recorder, StageRun, current_recorder
 from tasks.retries import DELAYS, halvings, note_out_of_memory, retry_stage
@@ -131,7 +131,7 @@ class StoreKey(CachePolicy):
         **kwargs: Any,
     ) -> str:
         """The key of the artifact that the task run makes; the arguments are Prefect's."""
-        return stage_key(self.stage, self.version, inputs["settings"], fingerprints(inputs["inputs"]))
+        return stage_key(self.stage, self.version, inputs["settings"], input_fingerprints(inputs["inputs"]))
 
 
 class Stage:
@@ -184,7 +184,7 @@ class Stage:
             TypeError, ValueError: for inputs or settings that the stage does not take, or that make no key.
         """
         plain = self.models.plain_inputs(self.name, inputs)
-        return stage_key(self.name, self.version, self.models.plain_settings(settings), fingerprints(plain))
+        return stage_key(self.name, self.version, self.models.plain_settings(settings), input_fingerprints(plain))
 
     def run(
         self,
@@ -253,8 +253,8 @@ class Stage:
 
     def _compute(self, inputs: dict[str, Any], settings: dict[str, Any], where: Where, refresh: bool) -> Any:
         """The body of the Prefect task. Runs under the lock of its key."""
-        prints = fingerprints(inputs)
-        key = stage_key(self.name, self.version, settings, prints)
+        fingerprints = input_fingerprints(inputs)
+        key = stage_key(self.name, self.version, settings, fingerprints)
         ref = {"stage": self.name, "key": key}
         store = where.store()
         if not refresh and _problem(store, key) is None:
@@ -270,7 +270,7 @@ class Stage:
                 key,
                 stage=self.name,
                 version=self.version,
-                inputs=prints,
+                inputs=fingerprints,
                 settings=settings,
                 tensors=measure.through(output.tensors),
                 info=output.info,
