@@ -22,8 +22,13 @@ from typing import Any
 
 import pytest
 import torch
+from jaxtyping import install_import_hook
 
-from tests import models
+#: Shapes and types of these modules' signatures are checked at every call that a test makes.
+CHECKED = ["lorasuite.adapters._lowrank", "lorasuite.correspondence", "lorasuite.transforms"]
+install_import_hook(CHECKED, "beartype.beartype")
+
+from tests import models  # noqa: E402 - the hook comes before what it checks
 
 atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 torch.set_num_threads(1)

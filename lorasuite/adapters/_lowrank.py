@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float, Float64
 from torch import Tensor
 
 
@@ -20,8 +21,8 @@ class LowRank:
         ValueError: if the two factors do not share their inner dimension.
     """
 
-    B: Tensor
-    A: Tensor
+    B: Float[Tensor, "out r"]
+    A: Float[Tensor, "_r in"]  # the same r, which is checked below for users, too
 
     def __post_init__(self) -> None:
         if self.B.ndim != 2 or self.A.ndim != 2 or self.B.shape[1] != self.A.shape[0]:
@@ -36,7 +37,7 @@ class LowRank:
         )
 
     @classmethod
-    def from_dense(cls, delta: Tensor) -> LowRank:
+    def from_dense(cls, delta: Float[Tensor, "out in"]) -> LowRank:
         """A dense update ``(out, in)`` as its SVD, without the directions that are rounding errors only.
 
         Float64 up to 1,024 rows or columns, float32 above, where an SVD takes seconds to minutes.
@@ -58,14 +59,16 @@ class LowRank:
         """Columns of ``B``: an upper bound of the rank of the product."""
         return self.B.shape[1]
 
-    def dense(self) -> Tensor:
+    def dense(self) -> Float[Tensor, "out in"]:
         """The product ``(out, in)``. For tests, merging and small layers only."""
         return self.B @ self.A
 
     def to(self, dtype: torch.dtype) -> LowRank:
+        """The same with factors of another dtype."""
         return LowRank(self.B.to(dtype), self.A.to(dtype))
 
     def scaled(self, factor: float) -> LowRank:
+        """``factor·ΔW``, by a scaled ``B`` and the very same ``A``."""
         return LowRank(self.B * factor, self.A)
 
     def norm(self) -> float:
@@ -79,7 +82,7 @@ class LowRank:
         right = self.A.double() @ other.A.double().T
         return float((left * right).sum())
 
-    def svd(self) -> tuple[Tensor, Tensor, Tensor]:
+    def svd(self) -> tuple[Float64[Tensor, "out k"], Float64[Tensor, " k"], Float64[Tensor, "k in"]]:
         """Thin SVD ``U (out, k), S (k,), Vh (k, in)`` with ``k ≤ rank``, by QR of the factors and an r×r SVD."""
         qb, rb = torch.linalg.qr(self.B.double())
         qa, ra = torch.linalg.qr(self.A.double().T)

@@ -1,4 +1,4 @@
-"""Hidden states of calibration texts, one vector an example and layer (LoRASuite, arXiv 2505.13515, section 4.2)."""
+"""Hidden states of calibration texts, one vector an example and layer (LoRASuite, arXiv 2505.13515)."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
+from jaxtyping import Float, Float32, Integer
 from torch import Tensor
 
 from lorasuite.bases import ActivationRecorder, LoadedBase
@@ -23,8 +24,8 @@ def hidden_states(
     cutoff: int = 256,
     pooling: Pooling = "mean",
     progress: Progress | None = None,
-) -> Tensor:
-    """Each block's output, pooled over an example's own tokens: ``(L, N, d)`` float32 on the CPU.
+) -> Float32[Tensor, "L N d"]:
+    """Each block's output, pooled over an example's own tokens, on the CPU.
 
     Every model reads the texts through its own tokenizer, so rows are *examples*, never token positions: two models
     with different tokenizers give rows that pair up. Only one batch of token-level states is alive at a time.
@@ -62,8 +63,8 @@ def hidden_states(
     return torch.cat(pooled, 1).clone()
 
 
-def _pool(hidden: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:
-    """``(n, t, d)`` → ``(n, d)`` over the tokens of each example (right-padded)."""
+def _pool(hidden: Float[Tensor, "n t d"], mask: Integer[Tensor, "n t"], pooling: Pooling) -> Float32[Tensor, "n d"]:
+    """Over the tokens of each example, which are padded on the right."""
     hidden = hidden.float()
     if pooling == "last":
         return hidden[torch.arange(hidden.shape[0], device=hidden.device), mask.sum(1) - 1]

@@ -1,4 +1,4 @@
-"""Which new attention head continues which old one (METHOD section 4)."""
+"""Which new attention head continues which old one (LoRASuite, arXiv 2505.13515, head mapping)."""
 
 from __future__ import annotations
 
@@ -6,24 +6,26 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float, Float64
 from torch import Tensor
 
 from lorasuite.bases import ATTENTION, Checkpoint, Dimensions, Role
 from lorasuite.correspondence._transfer_matrix import TransferMatrix
 from lorasuite.progress import Progress
 
-Weights = Mapping[Role, Tensor]
+#: One layer's weights ``(out, in)`` by role.
+Weights = Mapping[Role, Float[Tensor, "_ _"]]
 
 
-def heads(weight: Tensor, count: int) -> Tensor:
+def heads(weight: Float[Tensor, " rows *rest"], count: int) -> Float[Tensor, "{count} e *rest"]:
     """``(count·e, …)`` → ``(count, e, …)``, a view."""
     return weight.reshape(count, -1, *weight.shape[1:])
 
 
 def head_similarity(
     old: Weights, new: Weights, old_dims: Dimensions, new_dims: Dimensions, transfer: TransferMatrix
-) -> Tensor:
-    """Cosine of ``[vec QK ; vec VO]`` for every pair of query heads: ``(H_o, H_n)`` float64.
+) -> Float64[Tensor, "H_o H_n"]:
+    """Cosine of ``[vec QK ; vec VO]`` for every pair of query heads.
 
     ``QK = QᵀK`` and ``VO = VᵀOᵀ`` are ``(d, d)``, the old ones brought to the new hidden size as ``W_hᵀ·(…)·W_h``. No
     such matrix is formed: ``⟨XᵀY, ZᵀT⟩ = ⟨XZᵀ, YTᵀ⟩``, so a whole layer costs four products of the stacked heads, and a
@@ -36,11 +38,11 @@ def head_similarity(
     a = {role: transfer.forward(_rows(old, role)) for role in ATTENTION}
     b = {role: _rows(new, role) for role in ATTENTION}
 
-    def product(role: Role, count_o: int, count_n: int) -> Tensor:
-        """``(count_o, e_o, count_n, e_n)`` inner products of every row pair."""
+    def product(role: Role, count_o: int, count_n: int) -> Float[Tensor, "{count_o} e_o {count_n} e_n"]:
+        """Inner products of every row pair."""
         return (a[role] @ b[role].T).reshape(count_o, old_dims.head_dim, count_n, new_dims.head_dim)
 
-    def expand(x: Tensor) -> Tensor:
+    def expand(x: Float[Tensor, "K_o e_o K_n e_n"]) -> Float[Tensor, "H_o e_o H_n e_n"]:
         return x.repeat_interleave(old_dims.group, 0).repeat_interleave(new_dims.group, 2)
 
     q = product("q", old_dims.heads, new_dims.heads)
@@ -53,14 +55,14 @@ def head_similarity(
     return torch.where(norms > 0, dots / norms, torch.zeros_like(dots))
 
 
-def _rows(weights: Weights, role: Role) -> Tensor:
+def _rows(weights: Weights, role: Role) -> Float[Tensor, "rows d"]:
     return weights["o"].T if role == "o" else weights[role]
 
 
-def _norms(weights: Weights, dims: Dimensions) -> Tensor:
-    """``√(‖QK‖² + ‖VO‖²)`` of each head, ``(H,)``, by ``‖XᵀY‖² = ⟨XXᵀ, YYᵀ⟩``."""
+def _norms(weights: Weights, dims: Dimensions) -> Float64[Tensor, " H"]:
+    """``√(‖QK‖² + ‖VO‖²)`` of each head, by ``‖XᵀY‖² = ⟨XXᵀ, YYᵀ⟩``."""
 
-    def gram(role: Role, count: int) -> Tensor:
+    def gram(role: Role, count: int) -> Float64[Tensor, "H e e"]:
         x = heads(weights[role], count).double()
         g = x @ x.transpose(1, 2)
         return g if count == dims.heads else g.repeat_interleave(dims.group, 0)
@@ -70,7 +72,7 @@ def _norms(weights: Weights, dims: Dimensions) -> Tensor:
     return (qk + vo).clamp(min=0).sqrt()
 
 
-def match_heads(similarity: Tensor) -> dict[int, int]:
+def match_heads(similarity: Float[Tensor, "H_o H_n"]) -> dict[int, int]:
     """The assignment of old to new heads with the largest total similarity (Hungarian, rectangular both ways)."""
     from scipy.optimize import linear_sum_assignment  # half a second that only this function needs
 
@@ -85,10 +87,10 @@ def index_heads(old_dims: Dimensions, new_dims: Dimensions) -> dict[int, int]:
 
 @dataclass(frozen=True)
 class HeadMatch:
-    """Mapped heads of one layer pair and their similarity ``(H_o, H_n)``."""
+    """Mapped query heads of one layer pair, old → new, and the similarity of all of them."""
 
     heads: dict[int, int]
-    similarity: Tensor
+    similarity: Float64[Tensor, "H_o H_n"]
 
 
 def map_heads(

@@ -1,10 +1,11 @@
-"""Which new layer continues which old layer (METHOD section 3, Algorithm 1)."""
+"""Which new layer continues which old layer (LoRASuite, arXiv 2505.13515, Algorithm 1)."""
 
 from __future__ import annotations
 
 from typing import Literal, get_args
 
 import torch
+from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
 from lorasuite.errors import ConfigError, NumericalError, Problem, did_you_mean
@@ -12,13 +13,16 @@ from lorasuite.errors import ConfigError, NumericalError, Problem, did_you_mean
 Strategy = Literal["dp", "first", "middle", "last"]
 
 
-def map_layers(similarity: Tensor, strategy: Strategy = "dp", max_offset: int | None = None) -> dict[int, int]:
+def map_layers(
+    similarity: Float[Tensor, "L_o L_n"], strategy: str = "dp", max_offset: int | None = None
+) -> dict[int, int]:
     """A strictly increasing map of the shorter model's layers into the longer model's, given as ``{old: new}``.
 
     Args:
-        similarity: ``S (L_o, L_n)``, larger is more alike.
-        strategy: ``dp`` maximises the summed similarity with layer ``k`` sent to some ``j``, ``k ≤ j ≤ k + Δ``;
-            ``first``, ``middle`` and ``last`` take a contiguous block of the longer model (the paper's ablation).
+        similarity: ``S``, larger is more alike.
+        strategy: one of :data:`Strategy`. ``dp`` maximises the summed similarity with layer ``k`` sent to some ``j``,
+            ``k ≤ j ≤ k + Δ``; ``first``, ``middle`` and ``last`` take a contiguous block of the longer model (the
+            paper's ablation).
         max_offset: Δ, at most and by default ``|L_o − L_n|``.
 
     Raises:
@@ -54,7 +58,7 @@ def map_layers(similarity: Tensor, strategy: Strategy = "dp", max_offset: int | 
     return dict(enumerate(path)) if grow else {j: k for k, j in enumerate(path)}
 
 
-def best_path(table: Tensor, offset: int) -> list[int]:
+def best_path(table: Float64[Tensor, "short long"], offset: int) -> list[int]:
     """Dynamic programming with backtracking: ``j_0 < j_1 < …``, ``k ≤ j_k ≤ k + offset``, maximal summed value.
 
     Written over the shift ``t = j − k``, which may not fall from one layer to the next. Ties go to the smaller shift.
@@ -75,5 +79,5 @@ def best_path(table: Tensor, offset: int) -> list[int]:
     return [k + t for k, t in enumerate(reversed(shifts))]
 
 
-def _first(mask: Tensor) -> int:
+def _first(mask: Bool[Tensor, " n"]) -> int:
     return int(mask.nonzero()[0, 0])

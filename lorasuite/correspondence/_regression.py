@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float, Float64
 from torch import Tensor
 
 from lorasuite.adapters import LowRank
@@ -24,19 +25,19 @@ class Moments:
     """Sums over paired rows, ``x (n, a)`` of the old model and ``y (n, b)`` of the new: enough for covariances."""
 
     rows: int
-    x: Tensor
-    y: Tensor
-    xx: Tensor
-    xy: Tensor
-    yy: Tensor
+    x: Float64[Tensor, " a"]
+    y: Float64[Tensor, " b"]
+    xx: Float64[Tensor, "a a"]
+    xy: Float64[Tensor, "a b"]
+    yy: Float64[Tensor, "b b"]
 
     @classmethod
     def empty(cls, a: int, b: int) -> Moments:
         """Of no row yet."""
         return cls(0, zeros(a), zeros(b), zeros(a, a), zeros(a, b), zeros(b, b))
 
-    def add(self, x: Tensor, y: Tensor) -> None:
-        """Add rows, ``(n, a)`` and ``(n, b)``."""
+    def add(self, x: Float[Tensor, "n a"], y: Float[Tensor, "n b"]) -> None:
+        """Add rows, in float64 whatever theirs is."""
         x, y = x.double(), y.double()
         self.rows += x.shape[0]
         self.x += x.sum(0)
@@ -45,8 +46,8 @@ class Moments:
         self.xy += x.T @ y
         self.yy += y.T @ y
 
-    def centred(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Covariances ``(a, a)``, ``(a, b)``, ``(b, b)``."""
+    def centred(self) -> tuple[Float64[Tensor, "a a"], Float64[Tensor, "a b"], Float64[Tensor, "b b"]]:
+        """Covariances: of the old model, of both, of the new model."""
         n = max(self.rows, 1)
         x, y = self.x / n, self.y / n
         return (
@@ -85,17 +86,17 @@ class TargetSums:
     """
 
     rows: int
-    xy: Tensor
-    y: Tensor
-    square: Tensor
+    xy: Float64[Tensor, "a b"]
+    y: Float64[Tensor, " b"]
+    square: Float64[Tensor, ""]
 
     @classmethod
     def empty(cls, a: int, b: int) -> TargetSums:
         """Of no row yet."""
         return cls(0, zeros(a, b), zeros(b), zeros())
 
-    def add(self, x: Tensor, y: Tensor) -> None:
-        """Add rows, ``(n, a)`` and ``(n, b)`` float64."""
+    def add(self, x: Float64[Tensor, "n a"], y: Float64[Tensor, "n b"]) -> None:
+        """Add rows."""
         self.rows += x.shape[0]
         self.xy += x.T @ y
         self.y += y.sum(0)
@@ -106,19 +107,19 @@ class TargetSums:
 class RegressionSums(TargetSums):
     """The same with the inputs' ``xᵀx``: all that a least-squares fit of ``y`` needs, and how well it does."""
 
-    xx: Tensor
+    xx: Float64[Tensor, "a a"]
 
     @classmethod
     def empty(cls, a: int, b: int) -> RegressionSums:
         """Of no row yet."""
         return cls(0, zeros(a, b), zeros(b), zeros(), zeros(a, a))
 
-    def add(self, x: Tensor, y: Tensor) -> None:
-        """Add rows, ``(n, a)`` and ``(n, b)`` float64."""
+    def add(self, x: Float64[Tensor, "n a"], y: Float64[Tensor, "n b"]) -> None:
+        """Add rows."""
         super().add(x, y)
         self.xx += x.T @ x
 
-    def least_squares(self) -> tuple[Tensor, float]:
+    def least_squares(self) -> tuple[Float64[Tensor, "a b"], float]:
         """The minimum-norm map ``(a, b)``, and the share of ``Σ‖y‖²`` that it leaves, at least 0."""
         matrix = least_squares(self.xx, self.xy)
         # ‖XW − Y‖² = ‖Y‖² − 2⟨W, XᵀY⟩ + ⟨W, XᵀX W⟩
@@ -136,22 +137,22 @@ def zeros(*shape: int) -> Tensor:
     return torch.zeros(shape, dtype=torch.float64)
 
 
-def penalty(xx: Tensor, strength: float) -> Tensor:
+def penalty(xx: Float64[Tensor, "a a"], strength: float) -> Float64[Tensor, ""]:
     """λ of a ridge regression ``()``: ``strength`` times the mean of the diagonal of ``xx (a, a)``."""
     return strength * xx.diagonal().mean().clamp(min=torch.finfo(xx.dtype).tiny)
 
 
-def ridge_factor(xx: Tensor, strength: float) -> Tensor:
+def ridge_factor(xx: Float64[Tensor, "a a"], strength: float) -> Float64[Tensor, "a a"]:
     """The lower Cholesky factor ``(a, a)`` of ``xx + λI``, for any number of right-hand sides."""
     factor: Tensor = torch.linalg.cholesky(xx + penalty(xx, strength) * _identity(xx))
     return factor
 
 
-def _identity(xx: Tensor) -> Tensor:
+def _identity(xx: Float64[Tensor, "a a"]) -> Float64[Tensor, "a a"]:
     return torch.eye(xx.shape[0], dtype=xx.dtype, device=xx.device)
 
 
-def least_squares(gram: Tensor, cross: Tensor | None = None) -> Tensor:
+def least_squares(gram: Float64[Tensor, "a a"], cross: Float64[Tensor, "a b"] | None = None) -> Float64[Tensor, "a c"]:
     """The minimum-norm solution of ``gram · X = cross`` in float64, from the eigenvalues of the Gram matrix.
 
     Without ``cross``, the pseudo-inverse itself.
@@ -166,7 +167,12 @@ def least_squares(gram: Tensor, cross: Tensor | None = None) -> Tensor:
     return solution
 
 
-def ridge(xx: Tensor, xy: Tensor, strength: float = RIDGE, prior: Tensor | None = None) -> Tensor:
+def ridge(
+    xx: Float64[Tensor, "a a"],
+    xy: Float64[Tensor, "a b"],
+    strength: float = RIDGE,
+    prior: Float64[Tensor, "a b"] | None = None,
+) -> Float64[Tensor, "a b"]:
     """The minimum of ``‖XM − Y‖² + λ‖M − prior‖²``, that is ``(xx + λI)⁻¹·(xy + λ·prior)``, from second moments.
 
     λ is relative to the mean of the diagonal of ``xx``. Without a prior it is zero.
@@ -177,7 +183,9 @@ def ridge(xx: Tensor, xy: Tensor, strength: float = RIDGE, prior: Tensor | None 
     return solution
 
 
-def reduced_rank(xx: Tensor, xr: Tensor, square: Tensor, *, rank: int) -> tuple[LowRank, float]:
+def reduced_rank(
+    xx: Float64[Tensor, "in in"], xr: Float64[Tensor, "in out"], square: Float64[Tensor, ""], *, rank: int
+) -> tuple[LowRank, float]:
     """``ΔW (out, in)`` of at most ``rank`` that minimises ``‖XΔWᵀ − R‖² + λ‖ΔW‖²``, from second moments.
 
     Args:

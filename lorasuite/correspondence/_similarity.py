@@ -1,4 +1,4 @@
-"""How alike two models' layers are: minibatch CKA with the unbiased HSIC₁ (METHOD section 3; Nguyen et al. 2021,
+"""How alike two models' layers are: minibatch CKA with the unbiased HSIC₁ (Nguyen et al. 2021,
 Song et al. 2012), and the metrics of the paper's ablation: CCA, PWCCA (Morcos et al. 2018) and Procrustes."""
 
 from __future__ import annotations
@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Literal, get_args
 
 import torch
+from jaxtyping import Float, Float64
 from torch import Tensor
 
 from lorasuite.errors import ConfigError, DataError, Problem, did_you_mean
@@ -21,16 +22,19 @@ VARIANCE = 0.99
 SMALLEST_BATCH = 4
 
 
-def grams(features: Tensor) -> Tensor:
-    """Linear-kernel Grams ``(L, n, n)`` of ``(L, n, d)`` features, with the diagonals set to zero, float64."""
+def grams(features: Float[Tensor, "L n d"]) -> Float64[Tensor, "L n n"]:
+    """Linear-kernel Grams of features, with the diagonals set to zero."""
     x = features.double()
     gram = x @ x.transpose(1, 2)
     gram.diagonal(dim1=1, dim2=2).zero_()
     return gram
 
 
-def hsic(k: Tensor, l: Tensor) -> Tensor:  # noqa: E741 - the papers' letter
-    """HSIC₁ of every pair: Grams ``(L_o, n, n)`` and ``(L_n, n, n)`` with zero diagonals → ``(L_o, L_n)``.
+def hsic(
+    k: Float64[Tensor, "L_o n n"],
+    l: Float64[Tensor, "L_n n n"],  # noqa: E741 - the papers' letter
+) -> Float64[Tensor, "L_o L_n"]:
+    """HSIC₁ of every pair of Grams with zero diagonals.
 
     ``tr(K̃L̃)`` of all pairs is one ``(L_o, n²)·(n², L_n)`` product; the other terms need only row sums.
     """
@@ -42,16 +46,18 @@ def hsic(k: Tensor, l: Tensor) -> Tensor:  # noqa: E741 - the papers' letter
     return (trace + total - cross) / (n * (n - 3))
 
 
-def _self_hsic(k: Tensor) -> Tensor:
-    """HSIC₁ of each Gram with itself, ``(L,)``."""
+def _self_hsic(k: Float64[Tensor, "L n n"]) -> Float64[Tensor, " L"]:
+    """HSIC₁ of each Gram with itself."""
     n = k.shape[-1]
     rows = k.sum(2)
     terms = (k**2).sum((1, 2)) + rows.sum(1) ** 2 / ((n - 1) * (n - 2)) - 2 / (n - 2) * (rows**2).sum(1)
     return terms / (n * (n - 3))
 
 
-def minibatch_cka(batches: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
-    """CKA ``(L_o, L_n)`` accumulated over minibatches of features ``(L_o, n, d_o)``, ``(L_n, n, d_n)``.
+def minibatch_cka(
+    batches: Iterable[tuple[Float[Tensor, "L_o _ d_o"], Float[Tensor, "L_n _ d_n"]]],
+) -> Float64[Tensor, "L_o L_n"]:
+    """CKA accumulated over minibatches of features, of as many examples in both models.
 
     Each layer's Gram is formed once a batch. Memory is that of one batch.
 
@@ -76,19 +82,31 @@ def minibatch_cka(batches: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
     return torch.where(scale > 0, cross / scale, torch.zeros_like(cross))
 
 
-def cka(old: Tensor, new: Tensor, batch_size: int = 64) -> Tensor:
-    """Minibatch CKA of stored features ``(L_o, N, d_o)`` and ``(L_n, N, d_n)`` with aligned examples."""
+def cka(
+    old: Float[Tensor, "L_o N_o d_o"], new: Float[Tensor, "L_n N_n d_n"], batch_size: int = 64
+) -> Float64[Tensor, "L_o L_n"]:
+    """Minibatch CKA of stored features with aligned examples.
+
+    Raises:
+        DataError: if the examples do not pair up, or are fewer than 4.
+    """
     _aligned(old, new)
     return minibatch_cka(zip(old.split(batch_size, 1), new.split(batch_size, 1), strict=True))
 
 
-def layer_similarity(old: Tensor, new: Tensor, metric: Metric = "cka", batch_size: int = 64) -> Tensor:
-    """Similarity ``(L_o, L_n)``, larger is more alike, of features ``(L_o, N, d_o)`` and ``(L_n, N, d_n)``.
+def layer_similarity(
+    old: Float[Tensor, "L_o N_o d_o"],
+    new: Float[Tensor, "L_n N_n d_n"],
+    metric: str = "cka",
+    batch_size: int = 64,
+) -> Float64[Tensor, "L_o L_n"]:
+    """Similarity of every old layer's features with every new one's, larger is more alike.
 
     Args:
-        metric: ``cka``; or over all examples at once, after centring: ``cca`` the mean canonical correlation of the
-            directions that hold 99 % of each variance, ``pwcca`` the same weighted by how much of the old layer each
-            direction explains, ``procrustes`` the nuclear norm of the cross-covariance of features scaled to unit norm.
+        metric: one of :data:`Metric`. ``cka``; or over all examples at once, after centring: ``cca`` the mean canonical
+            correlation of the directions that hold 99 % of each variance, ``pwcca`` the same weighted by how much of
+            the old layer each direction explains, ``procrustes`` the nuclear norm of the cross-covariance of features
+            scaled to unit norm.
         batch_size: examples of a CKA minibatch.
 
     Raises:
@@ -106,11 +124,11 @@ def layer_similarity(old: Tensor, new: Tensor, metric: Metric = "cka", batch_siz
     return torch.tensor([[compare(x, y) for y in bases_n] for x in bases_o], dtype=torch.float64)
 
 
-_Thin = tuple[Tensor, Tensor]
+#: Left singular vectors ``(N, k)`` and singular values ``(k,)`` of centred features.
+_Thin = tuple[Float64[Tensor, "N _"], Float64[Tensor, " _"]]
 
 
-def _thin(features: Tensor) -> _Thin:
-    """Left singular vectors ``(N, k)`` and singular values ``(k,)`` of centred features ``(N, d)``."""
+def _thin(features: Float[Tensor, "N d"]) -> _Thin:
     x = features.double()
     u, s, _ = torch.linalg.svd(x - x.mean(0), full_matrices=False)
     return u, s
@@ -142,7 +160,7 @@ def _procrustes(x: _Thin, y: _Thin) -> float:
     return float(torch.linalg.svdvals(s[:, None] * (u.T @ v) * t).sum() / scale) if scale > 0 else 0.0
 
 
-def _aligned(old: Tensor, new: Tensor) -> None:
+def _aligned(old: Float[Tensor, "L_o N_o d_o"], new: Float[Tensor, "L_n N_n d_n"]) -> None:
     if old.shape[1] != new.shape[1]:
         raise DataError(
             Problem(

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Float32, Float64
 from torch import Tensor
 
 from lorasuite.bases import (
@@ -40,7 +41,7 @@ class Features:
 
     def __init__(self, old: LoadedBase, seed: int = 0) -> None:
         self.old, self.seed = old, seed
-        self.sketches: dict[Place, Tensor] = {}
+        self.sketches: dict[Place, Float64[Tensor, "width share"]] = {}
         self.mean = self.scale = torch.zeros(0)
 
     def recorder(self) -> ActivationRecorder:
@@ -53,8 +54,8 @@ class Features:
                     recorder.module(layer, module)
         return recorder
 
-    def raw(self, recorder: ActivationRecorder, batch: Batch) -> Tensor:
-        """A batch's features, not standardised: ``(positions, features)`` float64."""
+    def raw(self, recorder: ActivationRecorder, batch: Batch) -> Float64[Tensor, "positions features"]:
+        """A batch's features, not standardised."""
         seen = recorder.read(batch.old, batch.old_rows)
         last = self.old.dims.layers - 1
         keys = [k for k in seen if k[2] == "in" or k == (last, "block", "out")]
@@ -68,22 +69,22 @@ class Features:
             parts.append(part)
         return torch.cat(parts, 1)
 
-    def _sketch(self, key: Place, width: int, share: int) -> Tensor:
+    def _sketch(self, key: Place, width: int, share: int) -> Float64[Tensor, "{width} {share}"]:
         if key not in self.sketches:
             generator = torch.Generator().manual_seed(self.seed + len(self.sketches))
             self.sketches[key] = torch.randn(width, share, generator=generator, dtype=torch.float64) / share**0.5
         return self.sketches[key]
 
-    def of(self, batches: Sequence[Batch]) -> list[Tensor]:
-        """Each batch's features: ``(positions, features)`` float64."""
+    def of(self, batches: Sequence[Batch]) -> list[Float64[Tensor, "_ features"]]:
+        """Each batch's features at its paired positions."""
         with self.recorder() as recorder:
             return [self.raw(recorder, batch) for batch in batches]
 
-    def standardise(self, rows: Sequence[Tensor]) -> list[Tensor]:
+    def standardise(self, rows: Sequence[Float64[Tensor, "_ features"]]) -> list[Float64[Tensor, "_ features"]]:
         """Features less their mean and over their scale, as learned."""
         return [(row - self.mean) / self.scale for row in rows]
 
-    def learn(self, rows: Sequence[Tensor]) -> None:
+    def learn(self, rows: Sequence[Float64[Tensor, "_ features"]]) -> None:
         """Centre and scale; what varies less than the median feature is scaled as that one.
 
         An MLP unit that is quiet on general texts may be loud on the task's: divided by its own small deviation it
@@ -109,16 +110,14 @@ class Reading:
 
 @dataclass(frozen=True)
 class Map:
-    """An affine map of standardised features, and the share of variance it does not explain.
+    """An affine map of standardised features, and the share of variance it does not explain, in 0 … 1."""
 
-    ``matrix``: ``(features, width)`` float32; ``mean``: ``(width,)`` float64.
-    """
-
-    matrix: Tensor
-    mean: Tensor
+    matrix: Float32[Tensor, "features width"]
+    mean: Float64[Tensor, " width"]
     error: float
 
-    def __call__(self, z: Tensor) -> Tensor:
+    def __call__(self, z: Float64[Tensor, "n features"]) -> Float64[Tensor, "n width"]:
+        """States that go with these features."""
         return (z.float() @ self.matrix).double() + self.mean  # the map is coarser than float32
 
 

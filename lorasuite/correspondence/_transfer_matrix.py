@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from jaxtyping import Float, Float64
 from torch import Tensor
 
 from lorasuite.bases import Checkpoint, CommonTokens
@@ -28,25 +29,26 @@ class TransferMatrix:
     ``residual`` is ``‖E_o W_h − E_n‖ / ‖E_n‖`` over the common tokens: 0 is a perfect map, 1 no better than zero.
     """
 
-    matrix: Tensor | None = None
-    inverse: Tensor | None = None
+    matrix: Float64[Tensor, "d_o d_n"] | None = None
+    inverse: Float64[Tensor, "d_n d_o"] | None = None
     residual: float | None = None
     tokens: int = 0
 
     @property
     def identity(self) -> bool:
+        """Whether hidden states are carried over as they are."""
         return self.matrix is None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``x (…, d_o) · W_h``: rows to the new hidden space."""
+    def forward(self, x: Float[Tensor, "*rows d_o"]) -> Float[Tensor, "*rows d_n"]:
+        """``x · W_h``: rows to the new hidden space."""
         return x if self.matrix is None else x @ self.matrix.to(x.dtype)
 
-    def adjoint(self, x: Tensor) -> Tensor:
-        """``W_hᵀ · x (d_o, …)``: columns to the new hidden space."""
+    def adjoint(self, x: Float[Tensor, "d_o columns"]) -> Float[Tensor, "d_n columns"]:
+        """``W_hᵀ · x``: columns to the new hidden space."""
         return x if self.matrix is None else self.matrix.to(x.dtype).T @ x
 
-    def backward(self, x: Tensor) -> Tensor:
-        """``pinv(W_h) · x (d_o, …)``: columns to the new hidden space, by the pseudo-inverse."""
+    def backward(self, x: Float[Tensor, "d_o columns"]) -> Float[Tensor, "d_n columns"]:
+        """``pinv(W_h) · x``: columns to the new hidden space, by the pseudo-inverse."""
         return x if self.inverse is None else self.inverse.to(x.dtype) @ x
 
 
@@ -76,8 +78,8 @@ def fit_transfer_matrix(old: Checkpoint, new: Checkpoint, common: CommonTokens, 
     return TransferMatrix(matrix, torch.linalg.pinv(matrix), left**0.5, len(common))
 
 
-def mlp_factor(old: Checkpoint, layer: int, role: Literal["gate", "up", "down"]) -> Tensor:
-    """The pseudo-inverse of one MLP weight's small Gram matrix, ``(d_o, d_o)`` float64.
+def mlp_factor(old: Checkpoint, layer: int, role: Literal["gate", "up", "down"]) -> Float64[Tensor, "d_o d_o"]:
+    """The pseudo-inverse of one MLP weight's small Gram matrix.
 
     ``pinv(U_o) = (U_oᵀU_o)⁺·U_oᵀ`` and ``pinv(D_o) = D_oᵀ·(D_oD_oᵀ)⁺``: with this factor kept, an adapter needs only
     ``r`` right-hand sides, and no ``(i, d)`` pseudo-inverse is ever formed.

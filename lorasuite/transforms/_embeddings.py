@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
+from jaxtyping import Float64
 from torch import Tensor
 
 from lorasuite.adapters import Adapter, Extras, LowRank, vocabulary_side, vocabulary_weight
@@ -97,7 +98,7 @@ def _carried(path: str, what: str, rows: int, of: int) -> dict[str, object]:
 def _move_tokens(
     result: Embeddings,
     target: str,
-    rows: Tensor,
+    rows: Float64[Tensor, "tokens d_o"],
     ids: tuple[int, ...],
     common: CommonTokens,
     transfer: TransferMatrix,

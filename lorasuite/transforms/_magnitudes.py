@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Literal
 
 import torch
+from jaxtyping import Float, Float64
 from torch import Tensor
 
 from lorasuite.adapters import Adapter, base_weight
@@ -15,9 +16,14 @@ Rows = Literal["ratio", "shift"]
 
 
 def move_rows(
-    values: Tensor, role: Role, old: Dimensions, new: Dimensions, heads: Mapping[int, int], kind: Rows
-) -> Tensor | None:
-    """Per-output values of one role ``(rows_o,)`` for the new base's rows ``(rows_n,)``.
+    values: Float[Tensor, " rows_o"],
+    role: Role,
+    old: Dimensions,
+    new: Dimensions,
+    heads: Mapping[int, int],
+    kind: Rows,
+) -> Float[Tensor, " rows_n"] | None:
+    """Per-output values of one role for the new base's rows.
 
     Rows of q, k and v go with their heads, place by place within a head; key/value heads are repeated to the query
     heads, mapped, and averaged back, a new head without a partner counting as unchanged. Rows of the others go place
@@ -43,7 +49,7 @@ def move_rows(
 
 def relative_magnitudes(
     adapter: Adapter, modules: Mapping[str, Module], old: Checkpoint, dims: Dimensions
-) -> dict[Role, Tensor]:
+) -> dict[Role, Float64[Tensor, " _"]]:
     """How DoRA training changed the norm of each row, ``m / ‖W_o‖``, by role of one old layer."""
     found: dict[Role, Tensor] = {}
     for path, module in modules.items():
@@ -55,7 +61,7 @@ def relative_magnitudes(
 
 def bias_changes(
     adapter: Adapter, modules: Mapping[str, Module], old: Checkpoint, dims: Dimensions
-) -> dict[Role, Tensor]:
+) -> dict[Role, Float64[Tensor, " _"]]:
     """What training added to each bias, by role of one old layer."""
     found: dict[Role, Tensor] = {}
     for path, module in modules.items():
@@ -67,13 +73,13 @@ def bias_changes(
 
 
 def new_magnitudes(
-    ratios: Mapping[Role, Tensor],
+    ratios: Mapping[Role, Float64[Tensor, " _"]],
     module: Module,
-    weight: Tensor,
+    weight: Float[Tensor, "rows_n in_n"],
     old: Dimensions,
     new: Dimensions,
     heads: Mapping[int, int],
-) -> Tensor:
+) -> Float64[Tensor, " rows_n"]:
     """``‖W_n‖`` of each row times the moved relative change; rows of roles the adapter did not train keep ``‖W_n‖``."""
     moved: dict[Role, Tensor] = {}
     for role in module.roles:
@@ -83,6 +89,6 @@ def new_magnitudes(
     return norms * module.fuse(moved, new)
 
 
-def own_biases(paths: Iterable[str], new: Checkpoint) -> dict[str, Tensor]:
+def own_biases(paths: Iterable[str], new: Checkpoint) -> dict[str, Float[Tensor, " _"]]:
     """The new base's own biases of those modules that have one."""
     return {path: new.tensor(f"{path}.bias") for path in paths if new.find(f"{path}.bias") is not None}

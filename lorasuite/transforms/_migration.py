@@ -9,6 +9,7 @@ from functools import partial
 from typing import Literal
 
 import torch
+from jaxtyping import Float32, Float64
 from torch import Tensor
 
 from lorasuite.adapters import Adapter, Extras, LowRank, fuse_updates, split_update
@@ -37,7 +38,7 @@ class Migrated:
     updates: dict[str, LowRank] = field(default_factory=dict)
     retained: dict[str, float] = field(default_factory=dict)
     dropped: list[dict[str, str]] = field(default_factory=list)
-    fresh: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    fresh: dict[str, tuple[Float32[Tensor, "out r"], Float32[Tensor, "r in"]]] = field(default_factory=dict)
     extras: Extras = field(default_factory=Extras)
     carried: list[dict[str, object]] = field(default_factory=list)
     rank: int = 0
@@ -56,7 +57,7 @@ def migrate(
     layers: Mapping[int, int],
     heads: Mapping[int, Mapping[int, int]],
     transfer: TransferMatrix,
-    mlp_factor: Callable[[int, Role], Tensor],
+    mlp_factor: Callable[[int, Role], Float64[Tensor, "d_o d_o"]],
     alignment: Callable[[int, Role, str], Moments] | None = None,
     rank: int,
     energy: float | None = None,

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Protocol, runtime_checkable
 
+from jaxtyping import Float, Float64
 from torch import Tensor
 
 from lorasuite.adapters import LowRank
@@ -46,13 +47,13 @@ class LayerPair:
     :attr:`Input.MLP_FACTORS`; ``alignment`` gives moments, where it declares :attr:`Input.ALIGNMENT`.
     """
 
-    old: Mapping[Role, Tensor]
-    new: Mapping[Role, Tensor]
+    old: Mapping[Role, Float[Tensor, "_ _"]]
+    new: Mapping[Role, Float[Tensor, "_ _"]]
     old_dims: Dimensions
     new_dims: Dimensions
     heads: Mapping[int, int]
     transfer: TransferMatrix
-    mlp_factors: Mapping[Role, Tensor] = field(default_factory=dict)
+    mlp_factors: Mapping[Role, Float64[Tensor, "d_o d_o"]] = field(default_factory=dict)
     alignment: Callable[[Role, str], Moments] | None = None
 
     def moments(self, role: Role, end: str) -> Moments:

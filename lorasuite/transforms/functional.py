@@ -10,6 +10,7 @@ has no bias to fit a mean with.
 
 from __future__ import annotations
 
+from jaxtyping import Float64
 from torch import Tensor
 
 from lorasuite.bases import Role
@@ -25,7 +26,7 @@ class Functional(Procrustes):
 
     name = "functional"
 
-    def input_map(self, pair: LayerPair, role: Role) -> Tensor:
-        """``T_in (in_o, in_n)`` by ridge regression towards Procrustes' own."""
+    def input_map(self, pair: LayerPair, role: Role) -> Float64[Tensor, "in_o in_n"]:
+        """``T_in`` by ridge regression towards Procrustes' own."""
         reads = pair.moments(role, "in")
         return ridge(reads.yy, reads.xy.T, prior=super().input_map(pair, role).T).T

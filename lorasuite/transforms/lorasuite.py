@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
+from jaxtyping import Float64
 from torch import Tensor
 
 from lorasuite.adapters import LowRank
@@ -49,8 +50,8 @@ class LoRASuite(LayerTransform):
         return moved
 
 
-def _head_rows(pair: LayerPair, role: Role, B: Tensor) -> Tensor:
-    """``P_n[b]·W_hᵀ·P_o[a]ᵀ·B[a]`` for each mapped pair: ``(H_o e_o | K_o e_o, r)`` → ``(H_n e_n | K_n e_n, r)``.
+def _head_rows(pair: LayerPair, role: Role, B: Float64[Tensor, "out_o r"]) -> Float64[Tensor, "out_n r"]:
+    """``P_n[b]·W_hᵀ·P_o[a]ᵀ·B[a]`` for each mapped pair of query heads.
 
     Key/value heads are repeated to the query-head count, mapped, and averaged back over the new model's groups; a new
     head without a partner counts as zero.
@@ -69,8 +70,8 @@ def _head_rows(pair: LayerPair, role: Role, B: Tensor) -> Tensor:
     return result.reshape(count_n, n.heads // count_n, n.head_dim, -1).mean(1).reshape(count_n * n.head_dim, -1)
 
 
-def _head_columns(pair: LayerPair, A: Tensor) -> Tensor:
-    """``A[:, a]·O_o[:, a]ᵀ·W_h·O_n[:, b]`` for each mapped pair; ``(r, H_o e_o)`` → ``(r, H_n e_n)``."""
+def _head_columns(pair: LayerPair, A: Float64[Tensor, "r in_o"]) -> Float64[Tensor, "r in_n"]:
+    """``A[:, a]·O_o[:, a]ᵀ·W_h·O_n[:, b]`` for each mapped pair of query heads."""
     o, n = pair.old_dims, pair.new_dims
     old = heads(pair.old["o"].double().T, o.heads)  # (H_o, e_o, d_o)
     new = heads(pair.new["o"].double().T, n.heads)  # (H_n, e_n, d_n)
@@ -81,13 +82,13 @@ def _head_columns(pair: LayerPair, A: Tensor) -> Tensor:
     return result.reshape(n.heads * n.head_dim, -1).T
 
 
-def _mlp_rows(pair: LayerPair, role: Role, B: Tensor) -> Tensor:
-    """``U_n·pinv(W_h)·pinv(U_o)·B``: ``(i_o, r)`` → ``(i_n, r)``."""
+def _mlp_rows(pair: LayerPair, role: Role, B: Float64[Tensor, "i_o r"]) -> Float64[Tensor, "i_n r"]:
+    """``U_n·pinv(W_h)·pinv(U_o)·B``."""
     hidden = pair.mlp_factors[role] @ (pair.old[role].double().T @ B)
     return pair.new[role].double() @ pair.transfer.backward(hidden)
 
 
-def _mlp_columns(pair: LayerPair, A: Tensor) -> Tensor:
-    """``A·pinv(D_o)·W_h·D_n``: ``(r, i_o)`` → ``(r, i_n)``."""
+def _mlp_columns(pair: LayerPair, A: Float64[Tensor, "r i_o"]) -> Float64[Tensor, "r i_n"]:
+    """``A·pinv(D_o)·W_h·D_n``."""
     hidden = (A @ pair.old["down"].double().T) @ pair.mlp_factors["down"]
     return pair.transfer.forward(hidden) @ pair.new["down"].double()

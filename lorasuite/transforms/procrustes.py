@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+from jaxtyping import Float64
 from torch import Tensor
 
 from lorasuite.adapters import LowRank
@@ -18,8 +19,8 @@ from lorasuite.transforms._protocol import Input, LayerPair, LayerTransform
 from lorasuite.transforms._registry import register
 
 
-def polar(cross: Tensor) -> Tensor:
-    """The orthogonal factor ``U·Vᵀ`` ``(a, b)`` of ``(a, b)``: the partial isometry nearest to it.
+def polar(cross: Float64[Tensor, "a b"]) -> Float64[Tensor, "a b"]:
+    """The orthogonal factor ``U·Vᵀ``: the partial isometry nearest to a matrix.
 
     Directions without any correlation are not turned into noise: singular values below rounding are left out.
     """
@@ -53,10 +54,10 @@ class Procrustes(LayerTransform):
             moved[role] = LowRank(self.output_map(pair, role).T @ update.B, inputs[id(update.A)])
         return moved
 
-    def input_map(self, pair: LayerPair, role: Role) -> Tensor:
-        """``T_in (in_o, in_n)``."""
+    def input_map(self, pair: LayerPair, role: Role) -> Float64[Tensor, "in_o in_n"]:
+        """``T_in``, from what the role reads in the old base to what it reads in the new one."""
         return polar(pair.moments(role, "in").centred()[1])
 
-    def output_map(self, pair: LayerPair, role: Role) -> Tensor:
-        """``T_out (out_o, out_n)``."""
+    def output_map(self, pair: LayerPair, role: Role) -> Float64[Tensor, "out_o out_n"]:
+        """``T_out``, from what the role writes in the old base to what it writes in the new one."""
         return polar(written(pair, role).centred()[1])

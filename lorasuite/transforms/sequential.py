@@ -22,6 +22,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Float64
 from torch import Tensor
 
 from lorasuite.bases import (
@@ -102,7 +103,7 @@ def _fit_block(
     layer: int,
     todo: Sequence[str],
     known: LayerMaps,
-    task: tuple[Reading, list[Tensor]],
+    task: tuple[Reading, list[Float64[Tensor, "_ features"]]],
     rank: int,
     original: dict[str, Tensor],
     result: FittedUpdates,

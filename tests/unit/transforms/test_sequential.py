@@ -19,9 +19,9 @@ from lorasuite.bases import Checkpoint, LoadedBase, load_model, load_tokenizer, 
 from lorasuite.correspondence import FIT_RIDGE, StateMap, reduced_rank
 from lorasuite.correspondence import _state_map as state_map
 from lorasuite.data import Row
-from lorasuite.errors import ConfigError, DataError
+from lorasuite.errors import DataError
 from lorasuite.training import validation_loss
-from lorasuite.transforms import FittedUpdates, ModelTransform, migrate, transform
+from lorasuite.transforms import FittedUpdates, ModelTransform, transform
 from tests import models
 
 
@@ -135,8 +135,3 @@ def test_on_the_same_base_a_state_is_itself() -> None:
     states = StateMap.learned(base, base, ("q",), zoo.texts("llama", 192))
     errors = [m.error for n in range(base.dims.layers) for m in states.layer(n).maps.values()]
     assert max(errors) < 0.15 and sorted(errors)[len(errors) // 2] < 0.03  # what the ridge takes
-
-
-def test_is_no_layer_by_layer_transform() -> None:
-    with pytest.raises(ConfigError, match="whole models"):
-        migrate(None, None, None, method="sequential", layers={}, heads={}, transfer=None, mlp_factor=None, rank=1)  # type: ignore[arg-type]

@@ -373,6 +373,8 @@ def test_what_cannot_be_moved(base: Callable[..., Path], lora: Callable[..., Pat
     with pytest.raises(ConfigError, match=r"Did you mean 'lorasuite'\?"):
         transform("lorasuit")
     assert {"copy", "lorasuite"} <= set(names())
+    with pytest.raises(ConfigError, match="sequential fits whole models"):
+        run(lora(old), old, old, layers, heads, method="sequential")
     zero = models.build_adapter(tmp_path / "zero", old, std=0.0)
     with pytest.raises(AdapterError, match="nothing of it can be moved"):
         run(zero, old, old, layers, heads)
