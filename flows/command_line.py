@@ -135,7 +135,7 @@ def prepare(values: dict[str, Any], config: ConfigFile = None, refresh: Refresh 
         else:
             pair = {name: result[name] for name in reporting.PairRecord.model_fields}
             reporting.show_pair(reporting.PairRecord.model_validate(pair))
-            reporting.show_timings([reporting.StageRun.model_validate(run) for run in result["timings"]])
+            reporting.show_timings([reporting.StageTiming.model_validate(run) for run in result["timings"]])
 
 
 @app.command()

@@ -1,7 +1,7 @@
 from ._answers import extract, extract_choice, extract_letter, extract_number, matches
 from ._arms import PUBLISHED_ARMS, Arm
 from ._comparison import Comparison, compare, compare_arms, mcnemar, metrics, read_samples, sample_id
-from ._gate import BOTH, TASK_METRICS, VERDICTS, Gate, Judgement, Verdict, fails, judge
+from ._gate import BOTH, TASK_METRICS, Gate, Judgement, fails, judge
 from ._held_out import evaluate
 from ._results import EvaluationSettings, EvaluationSummary
 from ._serving import LLAMA_CPP_ARCHITECTURES, TEXT, VLLM_ARCHITECTURES, Served, check, compare_merged
@@ -13,7 +13,6 @@ __all__ = [
     "PUBLISHED_ARMS",
     "TASK_METRICS",
     "TEXT",
-    "VERDICTS",
     "VLLM_ARCHITECTURES",
     "Arm",
     "Comparison",
@@ -24,7 +23,6 @@ __all__ = [
     "Served",
     "TaskScore",
     "TaskSummary",
-    "Verdict",
     "check",
     "check_tasks",
     "compare",

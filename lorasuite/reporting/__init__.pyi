@@ -18,7 +18,7 @@ from ._hub import PushError, check_target, push
 from ._names import wilson
 from ._publication import copy_samples, publish
 from ._published import NEW_START, OWN_ROWS_START, Published
-from ._record import SCHEMA_VERSION, ArmResults, MigrationRecord, PairRecord, StageRun
+from ._record import ArmResults, MigrationRecord, PairRecord, StageTiming
 from ._report import render, write_report
 from ._results import RESULTS, kept, read_results, write_results
 from ._results_tables import Measurement, Score
@@ -31,7 +31,6 @@ __all__ = [
     "RECORD",
     "REPORT",
     "RESULTS",
-    "SCHEMA_VERSION",
     "ArmResults",
     "Measurement",
     "MigrationRecord",
@@ -39,7 +38,7 @@ __all__ = [
     "Published",
     "PushError",
     "Score",
-    "StageRun",
+    "StageTiming",
     "arm_seconds",
     "check_target",
     "comparison",

@@ -12,7 +12,7 @@ from rich.table import Table
 from lorasuite.evaluation import Arm, Comparison, EvaluationSummary, TaskSummary
 from lorasuite.reporting._names import Name, arm_label
 from lorasuite.reporting._published import NEW_START, OWN_ROWS_START
-from lorasuite.reporting._record import MigrationRecord, PairRecord, StageRun
+from lorasuite.reporting._record import MigrationRecord, PairRecord, StageTiming
 from lorasuite.reporting._tables import Label, comparison, task_comparison
 
 #: Stages that give the adapter without fine-tuning: the transforms that were tried, and the choice between them.
@@ -84,7 +84,7 @@ def show_pair(pair: PairRecord) -> None:
         console.print(f"transfer matrix: {fitted.tokens} common tokens, residual {fitted.residual:.3f}")
 
 
-def show_timings(timings: Sequence[StageRun]) -> None:
+def show_timings(timings: Sequence[StageTiming]) -> None:
     """The stages of this run, and which were found in the store."""
     table = Table("stage", "seconds", "state")
     for run in timings:

@@ -173,7 +173,7 @@ class CarriedRows(_Part):
     of: int
 
 
-class StageRun(_Part):
+class StageTiming(_Part):
     """A stage of this run, and what its computation took whenever it was made."""
 
     stage: str
@@ -217,7 +217,7 @@ class MigrationRecord(PairRecord, ArmResults):
     control: TrainingRecord | None = Field(description="the fine-tune of a new LoRA on the same rows")
     verdict: Judgement
     serving: dict[str, Served] = Field({}, description="by loader")
-    timings: list[StageRun]
+    timings: list[StageTiming]
     peak_memory_bytes: dict[str, int] = Field(description="by stage")
     notices: list[str] = Field(description="of the check before the run")
     seed: int

@@ -14,6 +14,7 @@ from lorasuite.reporting import _figures as figures
 from lorasuite.reporting._names import LOADERS
 from lorasuite.reporting._published import Published
 from lorasuite.reporting._record import MigrationRecord
+from lorasuite.transforms import Input, names, transform
 
 
 def decision(record: MigrationRecord) -> dict[str, Any]:
@@ -118,9 +119,15 @@ def head_section(record: MigrationRecord) -> dict[str, Any]:
     bars = {f"{row['old']}→{row['new']}": (row["mean"], None) for row in rows if row["mean"] is not None}
     return {
         "rows": rows,
+        "read": _reads_heads(record.method),
         "columns": columns if len(columns) <= 16 else [],
         "figure": figures.columns(bars, "old → new layer", "mean similarity of matched heads", False) if bars else None,
     }
+
+
+def _reads_heads(method: str) -> bool:
+    """Whether a transform reads the head maps; taken for granted of one that is not installed."""
+    return method not in names(controls=True) or Input.HEAD_MAPPING in transform(method).inputs
 
 
 def energy_section(record: MigrationRecord) -> dict[str, Any]:

@@ -225,3 +225,9 @@ def test_a_fleet(tmp_path: Path) -> None:
     assert write_report(tmp_path).read_text() == before
     with pytest.raises(CheckpointError, match="of a migration or of a fleet"):
         write_report(tmp_path / "new")
+
+
+def test_only_a_transform_that_does_not_read_the_head_maps_is_said_not_to() -> None:
+    for method, said in {"functional": True, "lorasuite": False, "of another package": False, "none": False}.items():
+        page = Page(render(record(method=method), TABLE)).text
+        assert (f"The method used ({method}) does not read it" in page) == said, method
