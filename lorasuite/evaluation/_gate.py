@@ -122,6 +122,7 @@ class _Measure:
 
     @property
     def sign(self) -> int:
+        """-1 where the metric is better when lower, else 1."""
         return -1 if self.metric == "bits_per_byte" else 1
 
     def difference(self, comparison: Comparison | None) -> Interval | None:
