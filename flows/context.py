@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,59 +15,33 @@ from prefect.client.orchestration import get_client
 from prefect.logging.loggers import get_run_logger
 from prefect.runtime import flow_run
 
-from artifacts import Artifact, Store, default_home
+from artifacts import Artifact, Store, default_home, stage_key
 from lorasuite.adapters import materialise
-from lorasuite.bases import Checkpoint, resolve
+from lorasuite.bases import Architecture, Checkpoint, digest_json, resolve
+from lorasuite.data import Row, fingerprint_rows
 from lorasuite.errors import ConfigError, Problem, did_you_mean
-from lorasuite.planning import MigrationConfig, RowCounts, plan_rows, torch_device
-from tasks.adapter_stages import (
-    evaluation,
-    finetune,
-    screening,
-    selection,
-    sequential_fit,
-    serving,
-    soft_labelling,
-    task_evaluation,
-    teacher_worth,
-    teaching,
-    transform,
-)
-from tasks.fingerprints import fingerprint_adapter, fingerprint_bases
-from tasks.pair_stages import (
-    activations,
-    alignment,
-    alignment_fit,
-    head_mapping,
-    layer_mapping,
-    mlp_factors,
-    similarity,
-    state_map,
-    transfer_matrices,
-    vocabulary,
-)
+from lorasuite.planning import MigrationConfig, torch_device
+from tasks.data import rows_files, texts_files
+from tasks.evaluation_stages import evaluation, serving, task_evaluation
+from tasks.fingerprints import fingerprint_bases
+from tasks.pair_stages import PAIR_STAGES
 from tasks.retries import DELAYS, retry_download
-from tasks.stage import Ref, Stage, Where
+from tasks.stage import Recorder, Ref, Stage, Where
+from tasks.teacher_stages import soft_labelling, teacher_worth, teaching
+from tasks.training_stages import finetune, screening, selection, split
+from tasks.transform_stages import model_fit, transform
 
 #: Every cached stage by name, in the order they run.
 STAGES: dict[str, Stage] = {
     stage.name: stage
     for stage in (
-        vocabulary,
-        transfer_matrices,
-        mlp_factors,
-        activations,
-        similarity,
-        layer_mapping,
-        head_mapping,
-        alignment,
-        alignment_fit,
-        state_map,
+        *PAIR_STAGES,
         transform,
         teaching,
         teacher_worth,
+        split,
         soft_labelling,
-        sequential_fit,
+        model_fit,
         selection,
         screening,
         finetune,
@@ -113,51 +87,83 @@ def tag_run(**tags: str) -> None:
 
 @dataclass
 class Context:
-    """One flow run's store, locations and fingerprints."""
+    """One flow run's store, locations and fingerprints.
+
+    ``fingerprints``: of ``old_model``, ``new_model``, ``old_tokenizer`` and ``new_tokenizer``. With ``dry``, data that
+    is kept is only named, and nothing is written.
+    """
 
     where: Where
-    prints: Mapping[str, str]
+    fingerprints: Mapping[str, str]
     refresh: frozenset[str] = frozenset()
     pair: str = ""
+    dry: bool = False
     #: Stages already recomputed in this run: a stage is refreshed once, not for every label that shares a key.
     done: set[str] = field(default_factory=set)
 
     @property
     def store(self) -> Store:
-        """The store that every stage of this run reads and writes."""
+        """The artifact store of this run."""
         return self.where.store()
+
+    def base(self, side: str) -> dict[str, Any]:
+        """One base, ``old`` or ``new``, as the inputs ``model`` and ``tokenizer`` of a stage."""
+        return {name: self.fingerprints[f"{side}_{name}"] for name in ("model", "tokenizer")}
+
+    def base_path(self, side: str) -> dict[str, Path]:
+        """Where one base, ``old`` or ``new``, lies, as the path ``base`` of a stage."""
+        return {"base": self.where.path(f"{side}_base")}
+
+    def both_bases(self) -> dict[str, Any]:
+        """Both bases as the inputs ``old_model``, ``new_model``, ``old_tokenizer`` and ``new_tokenizer`` of a stage."""
+        return dict(self.fingerprints)
+
+    def architecture(self, side: str) -> Architecture:
+        """The family of one base, ``old`` or ``new``."""
+        return Checkpoint(self.where.path(f"{side}_base")).architecture
+
+    def keep_rows(self, rows: Sequence[Row]) -> Ref:
+        """Rows as they are, in their order, as an artifact: what stages read, wherever the rows came from."""
+        return self._keep("rows", fingerprint_rows(rows), rows_files(rows))
+
+    def keep_texts(self, texts: Sequence[str]) -> Ref:
+        """Texts as they are, in their order, as an artifact."""
+        return self._keep("texts", digest_json(list(texts)), texts_files(texts))
+
+    def _keep(self, kind: str, content: str, files: Mapping[str, bytes]) -> Ref:
+        key = stage_key(kind, 1, {}, {"content": content})
+        if not self.dry:
+            self.store.put(key, stage=kind, version=1, inputs={"content": content}, settings={}, files=files)
+        return Ref(stage=kind, key=key)
 
     def run(
         self,
         stage: Stage,
-        inputs: Mapping[str, str | Ref],
+        inputs: Mapping[str, Any],
         settings: Mapping[str, Any],
         label: str | None = None,
-        **paths: Path,
+        paths: Mapping[str, Path] | None = None,
     ) -> Ref:
-        """Run one stage. Inputs given as the name of a fingerprint stand for it."""
-        where = self.where.model_copy(update={"paths": {**self.where.paths, **paths}})
-        values = self.fingerprinted(inputs)
-        key = stage.key(values, settings)
+        """Run one stage, or find what it made.
+
+        Args:
+            inputs: fingerprints and references by the names that the stage gives them.
+            label: tells runs of one stage apart.
+            paths: locations beside those of the run.
+        """
+        where = self.where.model_copy(update={"paths": {**self.where.paths, **(paths or {})}})
+        key = stage.key(inputs, settings)
         refresh = stage.name in self.refresh and key not in self.done
         self.done.add(key)
         log, name = get_run_logger(), f"{stage.name} ({label})" if label else stage.name
         log.info("%s …", name)
         begun = time.perf_counter()
-        ref = stage.run(inputs=values, settings=settings, where=where, refresh=refresh, label=label)
+        ref = stage.run(inputs=inputs, settings=settings, where=where, refresh=refresh, label=label)
         log.info("%s: %.2f s", name, time.perf_counter() - begun)
         return ref
 
-    def fingerprinted(self, inputs: Mapping[str, str | Ref]) -> dict[str, str | Ref]:
-        """A stage's inputs with the names of fingerprints replaced by what they stand for."""
-        return {name: self.prints.get(v, v) if isinstance(v, str) else v for name, v in inputs.items()}
-
     def open(self, ref: Ref) -> Artifact:
-        """The artifact that a stage made.
-
-        Raises:
-            ArtifactMissing, ArtifactDamaged: where it cannot be used.
-        """
+        """The artifact of a reference, checked."""
         return self.store.open(ref.key)
 
 
@@ -170,18 +176,6 @@ def check_stages(names: tuple[str, ...]) -> frozenset[str]:
     if wrong:
         raise ConfigError(wrong)
     return frozenset(names)
-
-
-def fit_settings(settings: MigrationConfig, lora: Mapping[str, Any], method: str) -> dict[str, Any]:
-    """What a fit of whole models is told; ``lora``: the ``rank`` and ``output_type`` of the adapter to write."""
-    return {
-        "method": method,
-        "rank": lora["rank"],
-        "output_type": lora.get("output_type", "lora"),
-        "cutoff": settings.pair.calibration_cutoff,
-        "samples": plan_rows(settings, RowCounts()).requested_rows,
-        "seed": settings.seed,
-    }
 
 
 def base_record(source: str, fingerprint: str) -> dict[str, Any]:
@@ -199,15 +193,6 @@ def migration_context(settings: MigrationConfig, pair: str, refreshed: frozenset
     paths["adapter"] = materialise(
         settings.adapter, Checkpoint(paths["old_base"]), home / "work" / "combined", settings.allow_pickle
     )
-    files = {
-        "calibration": settings.calibration_data,
-        "train_data": settings.train_data,
-        "prompts": settings.prompt_data,
-        "eval_data": settings.eval_data,
-        "eval_dir": settings.eval_dir,
-        "include_path": settings.include_path,
-    }
-    paths |= {name: Path(file) for name, file in files.items() if file}
     where = Where(
         home=home,
         device=torch_device(settings.device),
@@ -218,6 +203,20 @@ def migration_context(settings: MigrationConfig, pair: str, refreshed: frozenset
             "teacher_batch": settings.teacher.batch_size,
         },
     )
-    prints = fingerprint_bases(home, paths["old_base"], paths["new_base"])
-    prints["adapter"] = fingerprint_adapter(paths["adapter"], settings.allow_pickle)
-    return Context(where, prints, refreshed, pair=pair)
+    return Context(where, fingerprint_bases(home, paths["old_base"], paths["new_base"]), refreshed, pair=pair)
+
+
+def timings(recorder: Recorder) -> list[dict[str, Any]]:
+    """Seconds, cached or not, and the memory of the computation, for every stage that ran."""
+    return [
+        {
+            "stage": run.stage,
+            "label": run.label,
+            "cached": run.cached,
+            "seconds": round(run.seconds, 3),
+            "computed_seconds": run.computed.get("seconds", 0.0),
+            "peak_memory_bytes": run.computed.get("max_cuda_bytes") or run.computed.get("max_rss_bytes", 0),
+            "key": run.key,
+        }
+        for run in recorder.runs
+    ]

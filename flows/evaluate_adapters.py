@@ -13,9 +13,8 @@ from typing import Any
 from prefect import flow
 
 from artifacts import default_home
-from flows.context import Context, base_record, check_stages, fetch, tag_run
-from flows.measure import Measured
-from flows.prepare_pair import timings
+from flows.context import Context, base_record, check_stages, fetch, tag_run, timings
+from flows.measure import Asked, Measured
 from lorasuite.bases import Checkpoint, resolve
 from lorasuite.data import Row, read_rows
 from lorasuite.errors import ConfigError, LoRASuiteError, OutputError, PreflightError, Problem
@@ -23,7 +22,7 @@ from lorasuite.evaluation import EvaluationSettings, check_tasks
 from lorasuite.planning import torch_device
 from lorasuite.reporting import copy_samples
 from tasks.fingerprints import fingerprint_any_adapter, fingerprint_bases
-from tasks.stage import Recorder, Ref, Where
+from tasks.stage import Recorder, Where
 
 #: Name of the arm without an adapter.
 BARE = "base"
@@ -57,31 +56,26 @@ def evaluate_adapters(
     refreshed = check_stages(tuple(refresh))
     tag_run(base=Path(base).name)
     fetch(base, *adapters)
-    paths = {"base": resolve(base)}
-    paths |= {n: p for n, p in (("eval_dir", eval_dir), ("include_path", include_path)) if p is not None}
-    if eval_data:
-        paths["eval_data"] = Path(eval_data)
+    path = resolve(base)
     where = Where(
         home=default_home(),
         device=torch_device(device),
-        paths=paths,
+        paths={"new_base": path},
         options={"trust_remote_code": trust_remote_code},
     )
-    both = fingerprint_bases(where.home, paths["base"], paths["base"])
-    fingerprints = {"model": both["new_model"], "tokenizer": both["new_tokenizer"]}
-    measured = Measured(Context(where, fingerprints, refreshed), options, rows, tasks, eval_dir, include_path)
-    model: dict[str, str | Ref] = {"model": "model", "tokenizer": "tokenizer"}
+    context = Context(where, fingerprint_bases(where.home, path, path), refreshed)
+    measured = Measured(context, Asked.of(context, options, rows, tasks, eval_dir, include_path))
     named: dict[str, dict[str, str]] = {}
     with Recorder() as recorder:
-        measured.measure(BARE, model)
+        measured.measure(BARE, "new")
         for adapter in adapters:
             folder = resolve(adapter)
             name = folder.resolve().name
             arm = name if name not in (BARE, *named) else f"{name}-{len(named) + 1}"
             named[arm] = {"id": adapter, "fingerprint": fingerprint_any_adapter(folder)}
-            measured.measure(arm, {**model, "adapter": named[arm]["fingerprint"]}, adapter=folder)
+            measured.measure(arm, "new", named[arm]["fingerprint"], {"adapter": folder})
     record = {
-        "base": base_record(base, fingerprints["model"]),
+        "base": base_record(base, context.fingerprints["new_model"]),
         "adapters": named,
         "results": measured.evaluation,
         "tasks": measured.scores,

@@ -1,8 +1,9 @@
-"""What migrations and evaluations share: arms on held-out rows and on tasks, as cached stages, compared in pairs."""
+"""Arms measured on held-out rows and on tasks, as cached stages, and compared: by migrations and experiments alike."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,57 +21,101 @@ from lorasuite.evaluation import (
     read_samples,
 )
 from lorasuite.evaluation.eval_tasks import GROUPS, expand
-from tasks.adapter_stages import evaluation, task_evaluation
-from tasks.fingerprints import fingerprint_data, fingerprint_task
+from tasks.evaluation_stages import SAMPLES, evaluation, task_evaluation
+from tasks.fingerprints import fingerprint_task
 from tasks.stage import Ref
 
 #: Settings that tasks by name heed; the rest is the tasks' own.
 TASK_SETTINGS = {"batch_size", "limit", "seed"}
 ROWS = "rows"
-SAMPLES = "samples.jsonl"
 BITS = "bits_per_byte"
 
 
-class Measured:
-    """The results of arms: summaries, and where each arm's samples are."""
+@dataclass(frozen=True)
+class Asked:
+    """What arms are measured on: held-out rows, and lm-eval tasks by name with the fingerprint of what each asks."""
 
-    def __init__(
-        self,
+    settings: EvaluationSettings
+    rows: Ref | None = None
+    tasks: Mapping[str, str] = field(default_factory=dict)
+    #: Groups among the names that were asked for: their scores are means over their tasks.
+    groups: tuple[str, ...] = ()
+    #: Where tasks find their files: ``eval_dir``, ``include_path``.
+    folders: Mapping[str, Path] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
         context: Context,
         settings: EvaluationSettings,
         rows: Sequence[Row] = (),
         tasks: Sequence[str] = (),
         eval_dir: Path | None = None,
         include_path: Path | None = None,
-    ) -> None:
-        self.context, self.settings = context, settings
-        self.rows, self.tasks = rows, tuple(tasks)
-        self.task_fingerprints = {task: fingerprint_task(task, eval_dir, include_path) for task in expand(tasks)}
+    ) -> Asked:
+        """Of rows that were read, and of tasks and groups of tasks by name.
+
+        Raises:
+            DataError: if a task lacks its rows.
+        """
+        folders = {n: p for n, p in (("eval_dir", eval_dir), ("include_path", include_path)) if p is not None}
+        asked = {task: fingerprint_task(task, eval_dir, include_path) for task in expand(tasks)}
+        groups = tuple(name for name in tasks if name in GROUPS)
+        return cls(settings, context.keep_rows(rows) if rows else None, asked, groups, folders)
+
+
+def evaluated(
+    context: Context,
+    side: str,
+    adapter: Ref | str | None,
+    asked: Asked,
+    label: str,
+    paths: Mapping[str, Path] | None = None,
+) -> dict[str, Ref]:
+    """One arm's results: by ``rows`` for the held-out rows, and by task.
+
+    Args:
+        side: the base, ``old`` or ``new``.
+        adapter: an artifact, or the fingerprint of the adapter that lies at the path ``adapter``; None: bare.
+    """
+    inputs: dict[str, Any] = context.base(side)
+    if adapter is not None:
+        inputs["adapter"] = adapter
+    paths = {**context.base_path(side), **asked.folders, **(paths or {})}
+    found: dict[str, Ref] = {}
+    if asked.rows is not None:
+        values = asked.settings.model_dump(mode="json")
+        found[ROWS] = context.run(evaluation, {**inputs, "rows": asked.rows}, values, label, paths)
+    common = {**asked.settings.model_dump(mode="json", include=TASK_SETTINGS), "lm_eval": version("lm_eval")}
+    for task, fingerprint in asked.tasks.items():
+        values = {**common, "task": task}
+        found[task] = context.run(task_evaluation, {**inputs, "task": fingerprint}, values, f"{label}, {task}", paths)
+    return found
+
+
+class Measured:
+    """The results of arms: summaries, and where each arm's samples are."""
+
+    def __init__(self, context: Context, asked: Asked) -> None:
+        self.context, self.asked = context, asked
         #: Arm to result on the held-out rows, and arm to task to score.
         self.evaluation: dict[str, Any] = {}
         self.scores: dict[str, dict[str, Any]] = {}
         self._artifacts: dict[str, dict[str, Artifact]] = {}
 
-    def measure(self, arm: str, inputs: Mapping[str, str | Ref], **paths: Path) -> None:
-        """Run every stage of one arm. ``inputs``: its ``model``, ``tokenizer`` and ``adapter`` (none: bare)."""
-        made = self._artifacts.setdefault(arm, {})
-        if self.rows:
-            values = self.settings.model_dump(mode="json")
-            ref = self.context.run(
-                evaluation, {**inputs, "eval_data": fingerprint_data(self.rows)}, values, label=arm, **paths
-            )
-            made[ROWS] = self.context.open(ref)
+    def measure(
+        self, arm: str, side: str, adapter: Ref | str | None = None, paths: Mapping[str, Path] | None = None
+    ) -> None:
+        """Run every stage of one arm; the arguments are those of :func:`evaluated`."""
+        refs = evaluated(self.context, side, adapter, self.asked, arm, paths)
+        made = self._artifacts[arm] = {name: self.context.open(ref) for name, ref in refs.items()}
+        if ROWS in made:
             self.evaluation[arm] = made[ROWS].info
         found: dict[str, Any] = {}
-        for task, fingerprint in self.task_fingerprints.items():
-            values = {**self.settings.model_dump(mode="json", include=TASK_SETTINGS), "task": task}
-            values["lm_eval"] = version("lm_eval")
-            ref = self.context.run(
-                task_evaluation, {**inputs, "task": fingerprint}, values, label=f"{arm}, {task}", **paths
-            )
-            made[task] = self.context.open(ref)
-            found |= made[task].info
-        for group in [name for name in self.tasks if name in GROUPS]:
+        for name, artifact in made.items():
+            if name != ROWS:
+                found |= artifact.info
+        for group in self.asked.groups:
             parts = {task: TaskScore.model_validate(found[task]) for task in GROUPS[group]}
             found[group] = group_score(group, parts).summary()
         if found:

@@ -103,7 +103,7 @@ def migrate_fleet(
     failures |= _prepare(missing, start, refreshed)
     todo = {name: config for name, config in missing.items() if name not in failures}
     if not workers:
-        write_ahead(todo.values(), refreshed)
+        write_ahead(todo.values(), frozenset(refreshed))
     begun = time.perf_counter()
     outcomes = start(
         MIGRATE,

@@ -2,136 +2,154 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from prefect.logging.loggers import get_run_logger
 
+from flows.arms import Source
 from flows.context import Context, fetch, migration_context
-from flows.prepare_pair import pair_name
+from flows.pair import Pair, pair_name
+from lorasuite.adapters import Adapter
+from lorasuite.bases import Checkpoint
 from lorasuite.data import Row, unanswered
 from lorasuite.errors import DataError
 from lorasuite.planning import MigrationConfig, Plan, RowCounts, RowPlan, check, plan_rows
-from tasks.adapter_stages import shared_old_base, soft_labelling, teacher_worth, teaching
-from tasks.fingerprints import fingerprint_data
+from tasks.fingerprints import fingerprint_adapter
 from tasks.stage import Ref
-
-TEACHER: Mapping[str, str] = {"old_model": "old_model", "old_tokenizer": "old_tokenizer", "adapter": "adapter"}
-NEW: Mapping[str, str] = {"new_model": "new_model", "new_tokenizer": "new_tokenizer"}
+from tasks.teacher_stages import soft_labelling, teacher_worth, teaching
+from tasks.training_stages import split
 
 
 @dataclass(frozen=True)
-class Training:
-    """Training rows, as the inputs of a stage."""
+class Rows:
+    """What a migration trains on, fits on and chooses by.
 
-    #: ``train_data`` and ``teacher``, whichever there is.
-    rows: dict[str, str | Ref]
-    #: ``soft_labels``, where the teacher is distilled.
-    soft: dict[str, str | Ref]
-    #: What ``migration.json`` says of the teacher.
-    teacher: dict[str, Any] | None
-    #: What is done with the rows, now that the teacher's were judged.
+    ``plan`` is what was decided, once it was known whether the teacher can be used. ``all`` is the split of every row
+    there is (None: there are none), ``own`` that of the user's rows without those the teacher wrote to train on.
+    """
+
     plan: RowPlan
-    #: The teacher's rows that are only looked at, by ``auto`` and the sequential fit, where few or none are trained on.
-    seen: dict[str, str | Ref] = field(default_factory=dict)
-
-    @property
-    def own(self) -> dict[str, str | Ref]:
-        """The user's rows alone."""
-        return {name: rows for name, rows in self.rows.items() if name == "train_data"}
-
-    @property
-    def written(self) -> bool:
-        """Whether rows of the teacher's are trained on."""
-        return "teacher" in self.rows
-
-    @property
-    def looked_at(self) -> dict[str, str | Ref]:
-        """The rows that transforms may read and candidates are scored by."""
-        return {**self.seen, **self.rows}
-
-    @property
-    def chosen_by(self) -> dict[str, str | Ref]:
-        """Rows that a fine-tune is chosen by and not trained on, beside a part of those it is trained on."""
-        return {"looked_at": self.seen["teacher"]} if self.seen and self.rows else {}
+    all: Ref | None = None
+    own: Ref | None = None
+    soft_labels: Ref | None = None
+    #: What ``migration.json`` says of the teacher.
+    teacher: dict[str, Any] | None = None
 
 
-def training(context: Context, settings: MigrationConfig, plan: Plan, vocabulary: Ref) -> Training:
-    """Gather the training rows; the teacher's only if it is worth copying."""
-    wanted = plan.rows
-    rows: dict[str, str | Ref] = {"train_data": fingerprint_data(plan.train)} if wanted.requested_rows else {}
-    if not wanted.teacher_rows:
-        return Training(rows, {}, None, wanted)
-    unused = plan_rows(settings, replace(plan.counts, teacher_usable=False))
-    drawn = {"samples": wanted.requested_rows, "seed": settings.seed}
-    count = wanted.synthetic_train_rows
+def gather_rows(context: Context, settings: MigrationConfig, plan: Plan, pair: Pair, source: Source) -> Rows:
+    """The training rows, split; the teacher's only if it is worth copying."""
+    own = context.keep_rows(plan.train) if plan.rows.own_rows else None
+    if not plan.rows.teacher_rows:
+        return Rows(plan.rows, *_splits(context, settings, {"own": own}))
     try:
-        written = teacher_rows(context, settings, plan.prompts, wanted.teacher_rows)
+        written = teacher_rows(context, settings, plan.rows.teacher_rows, plan.prompts, source)
     except DataError as error:
-        if settings.teacher_samples is not None or not rows:
+        if settings.teacher_samples is not None or own is None:
             raise
         # nobody asked for these rows, and there are others
         get_run_logger().warning("the teacher's rows are not used: %s", error)
-        reason = {"worth": False, "reason": str(error), "samples": count, "distilled": False}
-        return Training(rows, {}, reason, unused)
-    if not rows and not count:
-        return Training({}, {}, None, wanted, {"teacher": written})
-    worth = context.open(context.run(teacher_worth, {**NEW, **TEACHER, **rows, "teacher": written}, drawn)).info
-    teacher = {**context.open(written).info, **worth, "samples": count, "distilled": False}
+        said = {"worth": False, "reason": str(error), "samples": plan.rows.synthetic_train_rows, "distilled": False}
+        unusable = plan_rows(settings, replace(plan.counts, teacher_usable=False))
+        return Rows(unusable, *_splits(context, settings, {"own": own}), teacher=said)
+    if own is None and not plan.rows.synthetic_train_rows:
+        return Rows(plan.rows, *_splits(context, settings, {"selection": written}))
+    worth = _worth(context, source, written, own)
+    teacher = {
+        **context.open(written).info,
+        **worth,
+        "samples": plan.rows.synthetic_train_rows,
+        "distilled": False,
+    }
     if not worth["worth"]:
         get_run_logger().warning("the teacher's rows are not used: %s", worth["reason"])
-        return Training(rows, {}, teacher, unused, {"teacher": written} if unused.selection_rows else {})
-    if not count:
-        return Training(rows, {}, teacher, wanted, {"teacher": written})
-    rows["teacher"] = written
-    soft: dict[str, str | Ref] = {}
+        unusable = plan_rows(settings, replace(plan.counts, teacher_usable=False))
+        parts = {"own": own} if own is not None else {"selection": written}
+        return Rows(unusable, *_splits(context, settings, parts), teacher=teacher)
+    if not plan.rows.synthetic_train_rows:
+        return Rows(plan.rows, *_splits(context, settings, {"own": own, "selection": written}), teacher=teacher)
+    every, alone = _splits(context, settings, {"own": own, "synthetic": written})
+    soft: Ref | None = None
     tuning = settings.finetune
-    if tuning.distillation and plan.inspection.vocabulary.get("common"):
-        values = {**drawn, "cutoff": tuning.cutoff, "temperature": tuning.distillation_temperature}
-        labelled = context.run(soft_labelling, {**TEACHER, **rows, "vocabulary": vocabulary}, values)
-        soft["soft_labels"] = labelled
-        teacher["distilled"] = context.open(labelled).info
-    return Training(rows, soft, teacher, wanted)
+    if every is not None and tuning.distillation and plan.inspection.vocabulary.get("common"):
+        values = {"cutoff": tuning.cutoff, "temperature": tuning.distillation_temperature}
+        inputs = {**_teacher(context, source), "rows": every, "vocabulary": pair.vocabulary}
+        soft = context.run(soft_labelling, inputs, values, paths=source.paths)
+        teacher["distilled"] = context.open(soft).info
+    return Rows(plan.rows, every, alone, soft, teacher)
 
 
 def teacher_rows(
-    context: Context,
-    settings: MigrationConfig,
-    prompts: Sequence[Row] | None,
-    count: int,
-    adapter: str | Ref = "adapter",
+    context: Context, settings: MigrationConfig, count: int, prompts: Sequence[Row] | None, source: Source
 ) -> Ref:
-    """``count`` rows that the old base with the adapter writes: found, or written now."""
-    inputs: dict[str, str | Ref] = {**TEACHER, "adapter": adapter}
+    """So many rows that the old base with the adapter writes: found, or written now.
+
+    Args:
+        prompts: what it answers; their own answers are not kept. None: it writes from nothing.
+    """
+    inputs = _teacher(context, source)
     if prompts is not None:
         # Without their answers: those are not read, so they must not make another key.
-        asked = [unanswered(row, settings.teacher.text_prefix) for row in prompts]
-        inputs["prompts"] = fingerprint_data(asked)
+        inputs["prompts"] = context.keep_rows([row if row.kind == "text" else unanswered(row) for row in prompts])
     values = {
         "samples": count,
         "seed": settings.seed,
         # How many are written at once changes nothing.
         "teacher": settings.teacher.model_dump(mode="json", exclude={"batch_size"}),
     }
-    return context.run(teaching, inputs, values)
+    return context.run(teaching, inputs, values, paths=source.paths)
 
 
-def write_ahead(configs: Iterable[MigrationConfig], refreshed: Collection[str]) -> None:
-    """Write the teacher's rows of many adapters, one after the other, on old bases that are loaded once.
+def _teacher(context: Context, source: Source) -> dict[str, Any]:
+    """The old base and the adapter, as the inputs of a stage."""
+    names = ("old_model", "old_tokenizer")
+    return {**{name: context.fingerprints[name] for name in names}, "adapter": source.adapter}
+
+
+def _worth(context: Context, source: Source, written: Ref, own: Ref | None) -> dict[str, Any]:
+    """Whether the teacher is worth copying, asked on the user's rows where there are any."""
+    inputs: dict[str, Any] = {**context.both_bases(), "adapter": source.adapter, "teacher": written}
+    if own is not None:
+        inputs["rows"] = own
+    return context.open(context.run(teacher_worth, inputs, {}, paths=source.paths)).info
+
+
+def _splits(
+    context: Context, settings: MigrationConfig, parts: Mapping[str, Ref | None]
+) -> tuple[Ref | None, Ref | None]:
+    """The split of all rows, and that of the user's without the teacher's: one where they are the same."""
+    given = {name: ref for name, ref in parts.items() if ref is not None}
+    if not given:
+        return None, None
+    every = context.run(split, given, {"seed": settings.seed})
+    if "own" not in given:
+        return every, None
+    alone = {name: ref for name, ref in given.items() if name != "synthetic"}
+    return every, every if alone == given else context.run(split, alone, {"seed": settings.seed}, label="own")
+
+
+def write_ahead(configs: Iterable[MigrationConfig], refreshed: frozenset[str]) -> None:
+    """Write the teacher's rows of many adapters one after the other, on old bases that are loaded once.
 
     What fails here fails again in the adapter's own migration, and is reported there.
     """
     if teaching.name in refreshed:  # each migration writes them again
         return
     writing = (config for config in configs if plan_rows(config, RowCounts()).teacher_rows)
-    asking = sorted(writing, key=lambda config: config.old_base)
-    with shared_old_base():
-        for config in asking:
-            try:
-                fetch(config.old_base, config.new_base, config.adapter)
-                pair = pair_name(config.old_base, config.new_base)
-                context, plan = migration_context(config, pair), check(config)
-                teacher_rows(context, config, plan.prompts, plan.rows.teacher_rows)
-            except Exception as error:
-                get_run_logger().warning("the teacher's rows of %s: %s", config.adapter, error)
+    for config in sorted(writing, key=lambda config: config.old_base):
+        try:
+            fetch(config.old_base, config.new_base, config.adapter)
+            plan = check(config)
+            context = migration_context(config, pair_name(config.old_base, config.new_base))
+            teacher_rows(context, config, plan.rows.teacher_rows, plan.prompts, opened_source(context, config))
+        except Exception as error:
+            get_run_logger().warning("the teacher's rows of %s: %s", config.adapter, error)
+
+
+def opened_source(context: Context, settings: MigrationConfig) -> Source:
+    """The adapter of a migration, at the place that the context says it lies."""
+    path = context.where.path("adapter")
+    fingerprint = fingerprint_adapter(path, settings.allow_pickle)
+    old = Checkpoint(context.where.path("old_base")).architecture
+    return Source.opened(Adapter.open(path, settings.allow_pickle), fingerprint, old, settings)

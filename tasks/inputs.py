@@ -27,6 +27,12 @@ class Ref(BaseModel):
     key: str
 
 
+class StageSettings(BaseModel):
+    """Base of the models of stages' settings; by itself that of a stage without any."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
 #: What callers give for one input.
 Input = str | Ref | Mapping[str, Ref] | None
 #: The kinds of an input, and what they are called in messages.

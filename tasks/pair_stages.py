@@ -1,228 +1,270 @@
 """The stages that depend on the pair of base models only: computed once, reused by every adapter.
 
-Names of inputs, the same in every stage: ``old_model``, ``new_model``, ``old_tokenizer``, ``new_tokenizer``,
-``calibration`` are fingerprints; the others are earlier stages. Names of paths: ``old_base``, ``new_base``.
+Inputs named ``…_model`` and ``…_tokenizer`` are fingerprints; the others are artifacts of earlier stages, or of data.
+Names of paths: ``old_base``, ``new_base``, and ``base`` where a stage looks at one of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from lorasuite.bases import Checkpoint, CommonTokens, LoadedBase, Role, common_tokens, load_model, load_tokenizer
+from lorasuite.bases import CommonTokens, Role, common_tokens
 from lorasuite.correspondence import (
-    Moments,
+    Alignment,
+    HeadMaps,
+    LayerMap,
+    Metric,
+    MlpFactors,
+    MlpRole,
+    Pooling,
+    Strategy,
     TransferMatrix,
+    When,
     align,
     fit_transfer_matrix,
     hidden_states,
     layer_similarity,
     learn,
     map_heads,
-    map_layers,
-    mlp_factor,
     tensors,
 )
-from lorasuite.data import calibration_texts
-from tasks.stage import Artifact, StageOutput, Where, stage
+from tasks.bases import checkpoints, loaded, tokenizers
+from tasks.data import stored_texts
+from tasks.stage import Artifact, StageOutput, StageSettings, Where, stage
 
-Inputs = Mapping[str, Any]
-Settings = Mapping[str, Any]
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerInputs:
+    """Both tokenizers."""
+
+    old_tokenizer: str
+    new_tokenizer: str
+
+
+class EmbeddingRows(StageSettings):
+    """Rows of the two embeddings; ids beyond them have no vector."""
+
+    old_rows: int
+    new_rows: int
 
 
 @stage("vocabulary")
-def vocabulary(inputs: Inputs, settings: Settings, where: Where) -> StageOutput:
+def vocabulary(inputs: TokenizerInputs, settings: EmbeddingRows, where: Where) -> StageOutput:
     """Token ids of the two bases that stand for the same string."""
-    old, new = (load_tokenizer(where.path(name), trusted(where)) for name in BASES)
-    common = common_tokens(old, new, settings["old_rows"], settings["new_rows"])
-    info = {"common": len(common), "same": common.same, "old": common.old_size, "new": common.new_size}
-    return StageOutput({"old": common.old, "new": common.new}, info)
+    common = common_tokens(*tokenizers(where), settings.old_rows, settings.new_rows)
+    return StageOutput(common.tensors(), common.info())
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelInputs:
+    """The weights of both bases."""
+
+    old_model: str
+    new_model: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransferInputs(ModelInputs):
+    """Both bases, and the tokens they share."""
+
+    vocabulary: Artifact
+
+
+class TransferSettings(StageSettings):
+    """Whether ``W_h`` is fitted where the hidden sizes agree."""
+
+    when: When
 
 
 @stage("transfer_matrices")
-def transfer_matrices(inputs: Inputs, settings: Settings, where: Where) -> StageOutput:
+def transfer_matrices(inputs: TransferInputs, settings: TransferSettings, where: Where) -> StageOutput:
     """``W_h`` from the embeddings of the common tokens."""
-    common = shared_tokens(inputs["vocabulary"])
-    fitted = fit_transfer_matrix(*_checkpoints(where), common, settings["when"])
-    tensors = {} if fitted.matrix is None or fitted.inverse is None else {
-        "matrix": fitted.matrix, "inverse": fitted.inverse
-    }  # fmt: skip
-    return StageOutput(tensors, {"identity": fitted.identity, "residual": fitted.residual, "tokens": fitted.tokens})
+    fitted = fit_transfer_matrix(*checkpoints(where), CommonTokens.read(inputs.vocabulary), settings.when)
+    return StageOutput(fitted.tensors(), fitted.info())
+
+
+@dataclass(frozen=True, kw_only=True)
+class OldModelInputs:
+    """The weights of the old base."""
+
+    old_model: str
+
+
+class RoleSettings(StageSettings):
+    """One projection of the MLP."""
+
+    role: MlpRole
 
 
 @stage("mlp_factors")
-def mlp_factors(inputs: Inputs, settings: Settings, where: Where) -> StageOutput:
+def mlp_factors(inputs: OldModelInputs, settings: RoleSettings, where: Where) -> StageOutput:
     """One MLP projection's Gram pseudo-inverses, layer by layer, of the old base (for any new one)."""
-    old = Checkpoint(where.path("old_base"))
-    role: Any = settings["role"]
-    held = (layer for layer in range(old.dims.layers) if role in old.roles(layer))
-    return StageOutput((str(layer), mlp_factor(old, layer, role)) for layer in held)
+    return StageOutput(MlpFactors.tensors(checkpoints(where)[0], settings.role))
 
 
-@stage("activations")
-def activations(inputs: Inputs, settings: Settings, where: Where) -> StageOutput:
+@dataclass(frozen=True, kw_only=True)
+class ReadingInputs:
+    """One base, and the texts it reads."""
+
+    model: str
+    tokenizer: str
+    texts: Artifact
+
+
+class ReadingSettings(StageSettings):
+    """How texts are read, and what is kept of each."""
+
+    cutoff: int
+    pooling: Pooling
+
+
+@stage("activations", version=2)
+def activations(inputs: ReadingInputs, settings: ReadingSettings, where: Where) -> StageOutput:
     """One base's hidden states of the calibration texts, pooled by example."""
-    path = where.path("base")
-    base = side(where, "base", load_model(path, where.device, trust_remote_code=trusted(where)))
-    # Chat rows become text through the new base's template, so that both bases read the same texts.
-    reader = load_tokenizer(where.path("new_base"), trusted(where))
-    texts = calibration_texts(where.path("calibration"), reader)[: settings["samples"]]
-    pooled = hidden_states(
-        base,
-        texts,
-        batch_size=int(settings["batch_size"]),
-        cutoff=settings["cutoff"],
-        pooling=settings["pooling"],
-    )
+    with loaded(where, "base") as base:
+        pooled = hidden_states(base, stored_texts(inputs.texts), cutoff=settings.cutoff, pooling=settings.pooling)
     return StageOutput({"pooled": pooled}, {"layers": pooled.shape[0], "texts": pooled.shape[1]})
 
 
+@dataclass(frozen=True, kw_only=True)
+class PooledInputs:
+    """Both bases' pooled hidden states."""
+
+    old: Artifact
+    new: Artifact
+
+
+class SimilaritySettings(StageSettings):
+    """The metric, and for CKA the examples of a minibatch (else 0)."""
+
+    metric: Metric
+    batch_size: int
+
+
 @stage("similarity")
-def similarity(inputs: Inputs, settings: Settings, where: Where) -> StageOutput:
+def similarity(inputs: PooledInputs, settings: SimilaritySettings, where: Where) -> StageOutput:
     """How alike every old layer is to every new one: minibatch CKA, or another metric."""
-    old, new = inputs["old"].tensor("pooled"), inputs["new"].tensor("pooled")
-    table = layer_similarity(old, new, settings["metric"], settings["batch_size"])
-    return StageOutput({"similarity": table}, {"metric": settings["metric"], "mean": float(table.mean())})
+    old, new = inputs.old.tensor("pooled"), inputs.new.tensor("pooled")
+    table = layer_similarity(old, new, settings.metric, settings.batch_size)
+    return StageOutput({"similarity": table}, {"metric": settings.metric, "mean": float(table.mean())})
+
+
+@dataclass(frozen=True, kw_only=True)
+class SimilarityInputs:
+    """The similarities, where there are any."""
+
+    similarity: Artifact | None = None
+
+
+class LayerMappingSettings(StageSettings):
+    """How layers are mapped, and how many there are in each base."""
+
+    strategy: Strategy
+    max_offset: int | None
+    old: int
+    new: int
 
 
 @stage("layer_mapping")
-def layer_mapping(inputs: Inputs, settings: Settings, where: Where) -> StageOutput:
+def layer_mapping(inputs: SimilarityInputs, settings: LayerMappingSettings, where: Where) -> StageOutput:
     """The layer map; without similarities only the strategies that need none, or equal depths."""
-    known: Artifact | None = inputs.get("similarity")
-    table = torch.zeros(settings["old"], settings["new"]) if known is None else known.tensor("similarity")
-    layers = map_layers(table, settings["strategy"], settings["max_offset"])
-    values = {} if known is None else {str(o): float(table[o, n]) for o, n in layers.items()}
-    return StageOutput(info={"layers": {str(o): n for o, n in layers.items()}, "similarity": values})
+    known = None if inputs.similarity is None else inputs.similarity.tensor("similarity")
+    found = LayerMap.chosen(known, settings.old, settings.new, settings.strategy, settings.max_offset)
+    return StageOutput(info=found.info())
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadMappingInputs(ModelInputs):
+    """Both bases, the layer map, and ``W_h``."""
+
+    layer_mapping: Artifact
+    transfer_matrices: Artifact
+
+
+class HeadMappingSettings(StageSettings):
+    """Whether heads are matched by similarity; else head a goes to head a."""
+
+    matching: bool
 
 
 @stage("head_mapping")
-def head_mapping(inputs: Inputs, settings: Settings, where: Where) -> StageOutput:
+def head_mapping(inputs: HeadMappingInputs, settings: HeadMappingSettings, where: Where) -> StageOutput:
     """Matched heads of every mapped layer pair."""
-    layers = layer_map(inputs["layer_mapping"])
-    found = map_heads(*_checkpoints(where), layers, transfer(inputs["transfer_matrices"]), settings["matching"])
-    heads = {str(o): {str(a): b for a, b in match.heads.items()} for o, match in found.items()}
-    return StageOutput({str(o): match.similarity for o, match in found.items()}, {"heads": heads})
+    layers = LayerMap.read(inputs.layer_mapping).layers
+    transfer = TransferMatrix.read(inputs.transfer_matrices)
+    found = HeadMaps.matched(map_heads(*checkpoints(where), layers, transfer, settings.matching))
+    return StageOutput(found.tensors(), found.info())
 
 
-def trusted(where: Where) -> bool:
-    """Whether model repositories may run their own code."""
-    return bool(where.options.get("trust_remote_code"))
+@dataclass(frozen=True, kw_only=True)
+class PairReadingInputs(ModelInputs, TokenizerInputs):
+    """Both bases, and the texts they read."""
+
+    texts: Artifact
 
 
-@stage("alignment")
-def alignment(inputs: Inputs, settings: Settings, where: Where) -> StageOutput:
+@dataclass(frozen=True, kw_only=True)
+class AlignmentInputs(PairReadingInputs):
+    """Both bases, the texts they read, and which of their layers go together."""
+
+    layer_mapping: Artifact
+
+
+class RolesSettings(StageSettings):
+    """The projections that are looked at, and the tokens read of a text."""
+
+    roles: tuple[Role, ...]
+    cutoff: int
+
+
+@stage("alignment", version=2)
+def alignment(inputs: AlignmentInputs, settings: RolesSettings, where: Where) -> StageOutput:
     """What mapped modules of both bases read and write at positions that have read the same text."""
-    old, new = (
-        side(where, base, load_model(where.path(base), where.device, trust_remote_code=trusted(where)))
-        for base in BASES
-    )
-    found = align(
-        old,
-        new,
-        layer_map(inputs["layer_mapping"]),
-        settings["roles"],
-        calibration_texts(where.path("calibration"), new.tokenizer)[: settings["samples"]],
-        cutoff=settings["cutoff"],
-    )
-    tensors = (item for key, moments in found.items() for item in moments.tensors(moments_name(*key)))
-    return StageOutput(tensors, {"rows": next(iter(found.values())).rows})
+    layers = LayerMap.read(inputs.layer_mapping).layers
+    with loaded(where, "old_base") as old, loaded(where, "new_base") as new:
+        found = align(old, new, layers, settings.roles, stored_texts(inputs.texts), cutoff=settings.cutoff)
+    return StageOutput(Alignment.tensors(found), {"rows": next(iter(found.values())).rows})
 
 
-def side(where: Where, base: str, model: Any) -> LoadedBase:
-    """A loaded base with what is needed to read it."""
-    return LoadedBase.of(model, load_tokenizer(where.path(base), trusted(where)), Checkpoint(where.path(base)))
+@dataclass(frozen=True, kw_only=True)
+class AlignedInputs:
+    """Alignments by group of roles."""
 
-
-@stage("state_map", version=2)
-def state_map(inputs: Inputs, settings: Settings, where: Where) -> StageOutput:
-    """Where the new base stands when the old one stands somewhere, at the same text."""
-    old, new = (
-        side(where, base, load_model(where.path(base), where.device, trust_remote_code=trusted(where)))
-        for base in BASES
-    )
-    texts = calibration_texts(where.path("calibration"), new.tokenizer)[: settings["samples"]]
-    info: dict[str, Any] = {}
-    learned = learn(old, new, settings["roles"], texts, cutoff=settings["cutoff"])
-    return StageOutput(tensors(*learned, info), info)
-
-
-#: Spaces wider than this are not looked at: a solve of a space of MLP units costs minutes.
-WIDEST = 8192
+    alignment: dict[str, Artifact]
 
 
 @stage("alignment_fit")
-def alignment_fit(inputs: Inputs, settings: Settings, where: Where) -> StageOutput:
+def alignment_fit(inputs: AlignedInputs, settings: StageSettings, where: Where) -> StageOutput:
     """How much of what each new module reads and writes no linear map from the old one's explains."""
-    artifacts = list(inputs.values())
-    read = moments_reader(artifacts)
-    names = [name.removesuffix(".rows") for a in artifacts for name in a.keys() if name.endswith(".rows")]  # noqa: SIM118
-    found: dict[str, dict[str, float]] = {}
-    rows = 0
-    for name in sorted(names):
-        layer, role, end = name.split(".")
-        if end == "in" and role in ("k", "v", "gate"):  # they read what q and up read
-            continue
-        moments = read(int(layer), role, end)
-        rows = moments.rows
-        if max(moments.xy.shape) <= WIDEST:
-            found.setdefault(layer, {})[f"{role} {end}"] = round(moments.unexplained(), 4)
-    return StageOutput(info={"rows": rows, "residual": found})
+    return StageOutput(info=Alignment(inputs.alignment.values()).unexplained())
 
 
-def moments_name(layer: int, role: Role, end: str) -> str:
-    """How an alignment artifact names the moments of an old layer's role."""
-    return f"{layer}.{role}.{end}"
+@stage("state_map", version=3)
+def state_map(inputs: PairReadingInputs, settings: RolesSettings, where: Where) -> StageOutput:
+    """Where the new base stands when the old one stands somewhere, at the same text."""
+    info: dict[str, Any] = {}
+
+    def named() -> Iterator[tuple[str, Tensor]]:
+        with loaded(where, "old_base") as old, loaded(where, "new_base") as new:
+            texts = stored_texts(inputs.texts)
+            yield from tensors(*learn(old, new, settings.roles, texts, cutoff=settings.cutoff), info)
+
+    return StageOutput(named(), info)
 
 
-def moments_reader(artifacts: Sequence[Artifact]) -> Callable[[int, Role, str], Moments]:
-    """Reads one role's moments at a time from the alignment artifacts."""
-    names = {name: artifact for artifact in artifacts for name in artifact.keys()}  # noqa: SIM118
-
-    def read(layer: int, role: Role, end: str) -> Moments:
-        prefix = moments_name(layer, role, end)
-        return Moments.read(prefix, names[f"{prefix}.rows"].tensor)
-
-    return read
-
-
-BASES = ("old_base", "new_base")
-
-
-def _checkpoints(where: Where) -> tuple[Checkpoint, Checkpoint]:
-    return Checkpoint(where.path("old_base")), Checkpoint(where.path("new_base"))
-
-
-def shared_tokens(artifact: Artifact) -> CommonTokens:
-    """The paired ids of a vocabulary artifact."""
-    info = artifact.info
-    return CommonTokens(artifact.tensor("old"), artifact.tensor("new"), info["same"], info["old"], info["new"])
-
-
-def layer_map(artifact: Artifact) -> dict[int, int]:
-    """``{old: new}`` of a layer_mapping artifact."""
-    return {int(o): n for o, n in artifact.info["layers"].items()}
-
-
-def head_maps(artifact: Artifact) -> dict[int, dict[int, int]]:
-    """``{old layer: {old head: new head}}`` of a head_mapping artifact."""
-    return {int(o): {int(a): b for a, b in heads.items()} for o, heads in artifact.info["heads"].items()}
-
-
-def transfer(artifact: Artifact) -> TransferMatrix:
-    """The fitted ``W_h`` of a transfer_matrices artifact."""
-    info = artifact.info
-    if info["identity"]:
-        return TransferMatrix(tokens=info["tokens"])
-    return TransferMatrix(artifact.tensor("matrix"), artifact.tensor("inverse"), info["residual"], info["tokens"])
-
-
-def factor_reader(artifacts: Mapping[Role, Artifact]) -> Callable[[int, Role], Tensor]:
-    """Reads one MLP factor at a time from the mlp_factors artifacts."""
-
-    def read(layer: int, role: Role) -> Tensor:
-        return artifacts[role].tensor(str(layer))
-
-    return read
+PAIR_STAGES = (
+    vocabulary,
+    transfer_matrices,
+    mlp_factors,
+    activations,
+    similarity,
+    layer_mapping,
+    head_mapping,
+    alignment,
+    alignment_fit,
+    state_map,
+)

@@ -61,12 +61,12 @@ from artifacts import (
     open_store,
     stage_key,
 )
-from tasks.inputs import Input, Models, Ref, input_fingerprints
+from tasks.inputs import Input, Models, Ref, StageSettings, input_fingerprints
 from tasks.locks import FileLockManager
 from tasks.recording import Measure, Recorder, StageRun, current_recorder
 from tasks.retries import DELAYS, halvings, note_out_of_memory, retry_stage
 
-__all__ = ["Artifact", "Recorder", "Ref", "Stage", "StageOutput", "StageRun", "Where", "stage"]
+__all__ = ["Artifact", "Recorder", "Ref", "Stage", "StageOutput", "StageRun", "StageSettings", "Where", "stage"]
 
 #: A stage's function: resolved inputs, settings, locations in; results out.
 StageFunction = Callable[[Any, Any, "Where"], "StageOutput | Mapping[str, Any]"]

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lorasuite.stored import Stored
+
 
 @dataclass(frozen=True, eq=False)
 class CommonTokens:
@@ -31,6 +33,20 @@ class CommonTokens:
     def __len__(self) -> int:
         """How many tokens are shared."""
         return self.old.numel()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The ids, to be stored."""
+        return {"old": self.old, "new": self.new}
+
+    def info(self) -> dict[str, Any]:
+        """What :meth:`read` needs beside the ids, and how many pairs there are."""
+        return {"common": len(self), "same": self.same, "old": self.old_size, "new": self.new_size}
+
+    @classmethod
+    def read(cls, stored: Stored) -> CommonTokens:
+        """What :meth:`tensors` and :meth:`info` gave."""
+        info = stored.info
+        return cls(stored.tensor("old"), stored.tensor("new"), info["same"], info["old"], info["new"])
 
 
 @cache

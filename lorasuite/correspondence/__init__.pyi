@@ -1,7 +1,7 @@
 from ._activations import Pooling, hidden_states
-from ._alignment import align
-from ._head_mapping import head_similarity, heads, index_heads, map_heads, match_heads
-from ._layer_mapping import Strategy, map_layers
+from ._alignment import Alignment, align
+from ._head_mapping import HeadMaps, head_similarity, heads, index_heads, map_heads, match_heads
+from ._layer_mapping import LayerMap, Strategy, map_layers
 from ._regression import (
     FIT_RIDGE,
     RIDGE,
@@ -15,14 +15,19 @@ from ._regression import (
 )
 from ._similarity import SMALLEST_BATCH, Metric, cka, grams, hsic, layer_similarity, minibatch_cka
 from ._state_map import LayerMaps, Reading, StateMap, chosen, learn, tensors
-from ._transfer_matrix import TransferMatrix, When, fit_transfer_matrix, mlp_factor
+from ._transfer_matrix import MlpFactors, MlpRole, TransferMatrix, When, fit_transfer_matrix, mlp_factor
 
 __all__ = [
     "FIT_RIDGE",
     "RIDGE",
     "SMALLEST_BATCH",
+    "Alignment",
+    "HeadMaps",
+    "LayerMap",
     "LayerMaps",
     "Metric",
+    "MlpFactors",
+    "MlpRole",
     "Moments",
     "Pooling",
     "Reading",

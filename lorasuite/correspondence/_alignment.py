@@ -7,14 +7,17 @@ are sums over rows, so memory does not grow with the number of texts.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from lorasuite.bases import ActivationRecorder, LoadedBase, Role, paired_positions
 from lorasuite.correspondence._regression import Moments
 from lorasuite.errors import DataError, Problem
 from lorasuite.progress import Progress
+from lorasuite.stored import Stored
 
 
 def align(
@@ -81,3 +84,48 @@ def _by_role(base: LoadedBase, layers: Iterable[int]) -> ActivationRecorder:
         for module in base.architecture.modules:
             recorder.module(layer, module, by_role=True)
     return recorder
+
+
+#: Spaces wider than this are not looked at: a solve of a space of MLP units costs minutes.
+WIDEST = 8192
+
+
+class Alignment:
+    """Moments of what mapped modules of both bases read and write, from artifacts: one space in memory at a time."""
+
+    def __init__(self, stored: Iterable[Stored]) -> None:
+        self._holders = {name: one for one in stored for name in one.keys()}  # noqa: SIM118 - not a dict
+
+    def __call__(self, layer: int, role: Role, end: str) -> Moments:
+        """The moments of an old layer's role, ``in`` or ``out``."""
+        prefix = _space(layer, role, end)
+        return Moments.read(prefix, self._holders[f"{prefix}.rows"].tensor)
+
+    @staticmethod
+    def tensors(found: Mapping[tuple[int, Role, str], Moments]) -> Iterator[tuple[str, Tensor]]:
+        """What :func:`align` found by name, to be stored."""
+        for key, moments in found.items():
+            yield from moments.tensors(_space(*key))
+
+    def unexplained(self) -> dict[str, Any]:
+        """How much of what each new module reads and writes no linear map from the old one's explains, as JSON data.
+
+        ``rows``, and ``residual`` by old layer and space. Spaces of more than :data:`WIDEST` columns are left out.
+        """
+        spaces = sorted(name.removesuffix(".rows") for name in self._holders if name.endswith(".rows"))
+        found: dict[str, dict[str, float]] = {}
+        rows = 0
+        for name in spaces:
+            layer, role, end = name.split(".")
+            if end == "in" and role in ("k", "v", "gate"):  # they read what q and up read
+                continue
+            moments = Moments.read(name, self._holders[f"{name}.rows"].tensor)
+            rows = moments.rows
+            if max(moments.xy.shape) <= WIDEST:
+                found.setdefault(layer, {})[f"{role} {end}"] = round(moments.unexplained(), 4)
+        return {"rows": rows, "residual": found}
+
+
+def _space(layer: int, role: Role, end: str) -> str:
+    """The name of a space among stored moments."""
+    return f"{layer}.{role}.{end}"

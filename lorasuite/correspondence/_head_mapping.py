@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Float, Float64
@@ -12,6 +13,7 @@ from torch import Tensor
 from lorasuite.bases import ATTENTION, Checkpoint, Dimensions, Role
 from lorasuite.correspondence._transfer_matrix import TransferMatrix
 from lorasuite.progress import Progress
+from lorasuite.stored import Stored
 
 #: One layer's weights ``(out, in)`` by role.
 Weights = Mapping[Role, Float[Tensor, "_ _"]]
@@ -113,3 +115,39 @@ def map_heads(
         if progress is not None:
             progress(done, len(layers))
     return found
+
+
+@dataclass(frozen=True)
+class HeadMaps:
+    """Matched heads of every mapped layer pair, by old layer."""
+
+    heads: dict[int, dict[int, int]]
+    similarity: dict[int, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def matched(cls, matches: Mapping[int, HeadMatch]) -> HeadMaps:
+        """Of what :func:`map_heads` gives."""
+        return cls({o: m.heads for o, m in matches.items()}, {o: m.similarity for o, m in matches.items()})
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The similarities ``(H_o, H_n)`` by old layer, to be stored."""
+        return {str(o): table for o, table in self.similarity.items()}
+
+    def info(self) -> dict[str, Any]:
+        """The maps as JSON data."""
+        return {"heads": {str(o): {str(a): b for a, b in heads.items()} for o, heads in self.heads.items()}}
+
+    @classmethod
+    def read(cls, stored: Stored) -> HeadMaps:
+        """What :meth:`tensors` and :meth:`info` gave."""
+        heads = {int(o): {int(a): b for a, b in heads.items()} for o, heads in stored.info["heads"].items()}
+        return cls(heads, {o: stored.tensor(str(o)) for o in heads})
+
+    def mean_similarity(self) -> dict[str, float]:
+        """Mean similarity of the matched heads, by old layer, to four digits."""
+        means = {}
+        for layer, heads in self.heads.items():
+            table = self.similarity[layer]
+            total = sum(float(table[a, b]) for a, b in heads.items())
+            means[str(layer)] = round(total / max(1, len(heads)), 4)
+        return means

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
 from lorasuite.errors import ConfigError, NumericalError, Problem, did_you_mean
+from lorasuite.stored import Stored
 
 Strategy = Literal["dp", "first", "middle", "last"]
 
@@ -81,3 +83,41 @@ def best_path(table: Float64[Tensor, "short long"], offset: int) -> list[int]:
 
 def _first(mask: Bool[Tensor, " n"]) -> int:
     return int(mask.nonzero()[0, 0])
+
+
+@dataclass(frozen=True)
+class LayerMap:
+    """The chosen map ``{old: new}``, and how alike the layers of each pair are, where that was measured."""
+
+    layers: dict[int, int]
+    similarity: dict[int, float] = field(default_factory=dict)
+
+    @classmethod
+    def chosen(
+        cls, table: Tensor | None, old: int, new: int, strategy: Strategy = "dp", max_offset: int | None = None
+    ) -> LayerMap:
+        """By :func:`map_layers`; without similarities only strategies that need none, or equal depths.
+
+        Args:
+            table: similarities ``(old, new)``, if there are any.
+            old: layers of the old base.
+            new: layers of the new base.
+
+        Raises:
+            ConfigError, NumericalError: as :func:`map_layers`.
+        """
+        layers = map_layers(torch.zeros(old, new) if table is None else table, strategy, max_offset)
+        return cls(layers, {} if table is None else {o: float(table[o, n]) for o, n in layers.items()})
+
+    def info(self) -> dict[str, Any]:
+        """The map as JSON data."""
+        return {
+            "layers": {str(o): n for o, n in self.layers.items()},
+            "similarity": {str(o): value for o, value in self.similarity.items()},
+        }
+
+    @classmethod
+    def read(cls, stored: Stored) -> LayerMap:
+        """What :meth:`info` gave."""
+        layers = {int(o): n for o, n in stored.info["layers"].items()}
+        return cls(layers, {int(o): value for o, value in stored.info["similarity"].items()})

@@ -5,18 +5,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from lorasuite.bases import Checkpoint, CommonTokens
+from lorasuite.bases import Checkpoint, CommonTokens, Role
 from lorasuite.correspondence._regression import RegressionSums, least_squares
 from lorasuite.errors import ConfigError, NumericalError, Problem
+from lorasuite.stored import Stored
 
 When = Literal["auto", "always", "never"]
+#: The projections of an MLP.
+MlpRole = Literal["gate", "up", "down"]
 
 #: Embedding rows brought to float64 at a time.
 CHUNK = 8192
@@ -33,6 +37,24 @@ class TransferMatrix:
     inverse: Float64[Tensor, "d_n d_o"] | None = None
     residual: float | None = None
     tokens: int = 0
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The matrix and its pseudo-inverse, to be stored; nothing for the identity."""
+        if self.matrix is None or self.inverse is None:
+            return {}
+        return {"matrix": self.matrix, "inverse": self.inverse}
+
+    def info(self) -> dict[str, Any]:
+        """What :meth:`read` needs beside the tensors."""
+        return {"identity": self.identity, "residual": self.residual, "tokens": self.tokens}
+
+    @classmethod
+    def read(cls, stored: Stored) -> TransferMatrix:
+        """What :meth:`tensors` and :meth:`info` gave."""
+        info = stored.info
+        if info["identity"]:
+            return cls(tokens=info["tokens"])
+        return cls(stored.tensor("matrix"), stored.tensor("inverse"), info["residual"], info["tokens"])
 
     @property
     def identity(self) -> bool:
@@ -78,7 +100,7 @@ def fit_transfer_matrix(old: Checkpoint, new: Checkpoint, common: CommonTokens, 
     return TransferMatrix(matrix, torch.linalg.pinv(matrix), left**0.5, len(common))
 
 
-def mlp_factor(old: Checkpoint, layer: int, role: Literal["gate", "up", "down"]) -> Float64[Tensor, "d_o d_o"]:
+def mlp_factor(old: Checkpoint, layer: int, role: MlpRole) -> Float64[Tensor, "d_o d_o"]:
     """The pseudo-inverse of one MLP weight's small Gram matrix.
 
     ``pinv(U_o) = (U_oᵀU_o)⁺·U_oᵀ`` and ``pinv(D_o) = D_oᵀ·(D_oD_oᵀ)⁺``: with this factor kept, an adapter needs only
@@ -87,3 +109,21 @@ def mlp_factor(old: Checkpoint, layer: int, role: Literal["gate", "up", "down"])
     weight = old.layer(layer, (role,))[role].double()
     gram = weight @ weight.T if role == "down" else weight.T @ weight
     return least_squares(gram)
+
+
+@dataclass(frozen=True)
+class MlpFactors:
+    """:func:`mlp_factor` of every layer, by role: read from artifacts one at a time."""
+
+    parts: Mapping[str, Stored]
+
+    def __call__(self, layer: int, role: Role) -> Tensor:
+        """The factor of an old layer's weight, ``(d_o, d_o)`` float64."""
+        return self.parts[role].tensor(str(layer))
+
+    @staticmethod
+    def tensors(old: Checkpoint, role: MlpRole) -> Iterator[tuple[str, Tensor]]:
+        """The factors of every layer that has the role, computed one at a time, to be stored."""
+        for layer in range(old.dims.layers):
+            if role in old.roles(layer):
+                yield str(layer), mlp_factor(old, layer, role)

@@ -1,4 +1,4 @@
-from ._drawing import HELD_OUT, MIN_OWN_HOLDOUT_ROWS, RowSplit, draw, split_rows
+from ._drawing import HELD_OUT, MIN_OWN_HOLDOUT_ROWS, SPLIT, RowSplit, draw, split_rows
 from ._encoding import IGNORED, encode, encode_pair, encode_rows, end_tokens, prompt_ids
 from ._reading import calibration_texts, read_prompts, read_rows, rows_to_jsonl
 from ._rows import (
@@ -19,6 +19,7 @@ __all__ = [
     "IGNORED",
     "INSTRUCTION_TEMPLATE",
     "MIN_OWN_HOLDOUT_ROWS",
+    "SPLIT",
     "UNFINISHED",
     "Kind",
     "Message",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -39,7 +39,7 @@ class RowSplit:
     that are held out).
     """
 
-    own: tuple[Row, ...]
+    own: tuple[Row, ...] = ()
     synthetic: tuple[Row, ...] = ()
     selection: tuple[Row, ...] = ()
     held_out: frozenset[int] = frozenset()
@@ -80,21 +80,16 @@ class RowSplit:
         }
 
     @classmethod
-    def read(cls, files: Mapping[str, Path]) -> RowSplit:
-        """What :meth:`files` wrote, from its files by name.
+    def read(cls, folder: Path) -> RowSplit:
+        """What :meth:`files` wrote, from the directory that the files are in.
 
         Raises:
             DataError: if one of them is damaged.
         """
-        parts = {name: tuple(read_rows(files[f"{name}.jsonl"])) for name in PARTS if f"{name}.jsonl" in files}
-        places = json.loads(files[SPLIT].read_text(encoding="utf-8"))
-        return cls(
-            parts.get("own", ()),
-            parts.get("synthetic", ()),
-            parts.get("selection", ()),
-            frozenset(places["held_out"]),
-            frozenset(places["left_out"]),
-        )
+        files = [folder / f"{name}.jsonl" for name in PARTS]
+        own, synthetic, selection = (tuple(read_rows(file)) if file.is_file() else () for file in files)
+        places = json.loads((folder / SPLIT).read_text())
+        return cls(own, synthetic, selection, frozenset(places["held_out"]), frozenset(places["left_out"]))
 
 
 def split_rows(

@@ -1,6 +1,6 @@
 from ._prompts import frame, prompt_frame
 from ._settings import TeacherSettings
-from ._worth import TextLoss, Worth, judge_teacher, text_losses, total
+from ._worth import TextLoss, Worth, judge_teacher, read_losses, text_losses, total, write_losses
 from ._writing import write_rows
 
 __all__ = [
@@ -10,7 +10,9 @@ __all__ = [
     "frame",
     "judge_teacher",
     "prompt_frame",
+    "read_losses",
     "text_losses",
     "total",
+    "write_losses",
     "write_rows",
 ]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -88,6 +90,18 @@ def text_losses(
             index, _, size = examples[n]
             found[index] = TextLoss(nats=nats, bytes=size, rows=1)
     return found
+
+
+def write_losses(losses: Mapping[str, Sequence[TextLoss | None]]) -> bytes:
+    """Losses of the same rows by the model they are of, as JSON, for :func:`read_losses`."""
+    dumped = {name: [loss and loss.model_dump(mode="json") for loss in found] for name, found in losses.items()}
+    return json.dumps(dumped).encode()
+
+
+def read_losses(file: Path) -> dict[str, list[TextLoss | None]]:
+    """What :func:`write_losses` gave, from a file."""
+    kept = json.loads(file.read_text(encoding="utf-8"))
+    return {name: [loss and TextLoss.model_validate(loss) for loss in found] for name, found in kept.items()}
 
 
 def total(losses: Sequence[TextLoss | None]) -> TextLoss:

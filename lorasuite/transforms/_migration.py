@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float32, Float64
@@ -42,6 +42,17 @@ class Migrated:
     extras: Extras = field(default_factory=Extras)
     carried: list[dict[str, object]] = field(default_factory=list)
     rank: int = 0
+
+    def info(self) -> dict[str, Any]:
+        """What happened on the way, as JSON data."""
+        return {
+            "norms": self.norms(),
+            "retained_energy": self.retained,
+            "dropped": self.dropped,
+            "fresh": sorted(self.fresh),
+            "carried": self.carried,
+            "rank": self.rank,
+        }
 
     def norms(self) -> dict[str, float]:
         """‖ΔW‖ of each new module."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from flows.measure import Measured
+from flows.measure import Asked, Measured
 from lorasuite.evaluation import Arm, EvaluationSettings, TaskScore, TaskSummary, judge
 from lorasuite.evaluation.eval_tasks import GROUPS
 
@@ -21,7 +21,13 @@ class FakeContext:
     def __init__(self) -> None:
         self.asked: list[tuple[str, dict[str, Any]]] = []
 
-    def run(self, stage: Any, inputs: Any, settings: dict[str, Any], label: str, **paths: Path) -> str:
+    def base(self, side: str) -> dict[str, Any]:
+        return {"model": side, "tokenizer": side}
+
+    def base_path(self, side: str) -> dict[str, Path]:
+        return {"base": Path(side)}
+
+    def run(self, stage: Any, inputs: Any, settings: dict[str, Any], label: str, paths: dict[str, Path]) -> str:
         self.asked.append((label, settings))
         return str(settings["task"])
 
@@ -45,8 +51,9 @@ class FakeContext:
 def test_groups_are_averages_over_tasks_kept_by_themselves() -> None:
     context: Any = FakeContext()
     settings = EvaluationSettings(batch_size=2, limit=4, max_new_tokens=9)
-    measured = Measured(context, settings, (), ["lorasuite_math", "lorasuite_gsm8k", "lorasuite_boolq"], DATA)
-    measured.measure("new", {"model": "m"})
+    names = ["lorasuite_math", "lorasuite_gsm8k", "lorasuite_boolq"]
+    measured = Measured(context, Asked.of(context, settings, (), names, DATA))
+    measured.measure("new", "new")
     assert [label for label, _ in context.asked] == [
         f"new, {task}" for task in (*GROUPS["lorasuite_math"], "lorasuite_boolq")
     ]

@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 
 from artifacts import Store
-from flows.migrate_adapter import ALONE, migrate_adapter
+from flows.choice import ALONE
+from flows.migrate_adapter import migrate_adapter
 from flows.migrate_fleet import migrate_fleet
 from lorasuite import zoo
+from lorasuite.bases import _cache, release_models
 from lorasuite.errors import DataError, PreflightError
 from lorasuite.training import write_scaled
-from tasks import adapter_stages
+from tasks import teacher_stages
 from tests.flows.small import Small
 
 pytestmark = pytest.mark.usefixtures("home")
@@ -160,17 +162,15 @@ def test_everything_wrong_is_said_at_once(mirror: dict[str, Any], tmp_path: Path
 
 
 def test_a_fleet_shares_the_loaded_old_base(small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pair's stages, both adapters' teachers and both migrations read one load of the old base."""
+    release_models()
     loaded: list[str] = []
-    load = adapter_stages.load_model
+    load = _cache.load_model
+    monkeypatch.setattr(_cache, "load_model", lambda path, *rest: loaded.append(Path(path).name) or load(path, *rest))
+    written: list[list[str]] = []
+    write = teacher_stages.write_rows
     monkeypatch.setattr(
-        adapter_stages,
-        "load_model",
-        lambda path, *rest, **named: loaded.append(path.name) or load(path, *rest, **named),
-    )
-    written: list[int] = []
-    write = adapter_stages.write_rows
-    monkeypatch.setattr(
-        adapter_stages, "write_rows", lambda *given, **named: written.append(len(loaded)) or write(*given, **named)
+        teacher_stages, "write_rows", lambda *given, **named: written.append(list(loaded)) or write(*given, **named)
     )
     file = small.fleet(
         tmp_path / "fleet.yaml",
@@ -184,5 +184,5 @@ def test_a_fleet_shares_the_loaded_old_base(small: Small, tmp_path: Path, monkey
         },
     )
     migrate_fleet(str(file))
-    assert written == [1, 1] and loaded[0] == "small-old" and "small-old" not in loaded[1:]
-    assert not adapter_stages._shared
+    assert len(written) == 2 and all("small-old" in before for before in written)
+    assert loaded.count("small-old") == 1

@@ -1,0 +1,155 @@
+"""Which adapter a migration publishes: its arms, and the choice among transforms, learning rates and starts.
+
+With ``--method auto`` every candidate is scored untrained on rows that are held out; then fine-tunes from a fresh LoRA
+and from the best candidates compete on the same rows, each at its own best learning rate and length.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from flows.arms import Source, Tuning, migrated, tuned
+from flows.context import Context
+from flows.pair import Pair
+from flows.teach import Rows
+from lorasuite.adapters import fresh_lora
+from lorasuite.evaluation import Arm
+from lorasuite.planning import AUTO, MigrationConfig
+from lorasuite.training import NOTHING, loss_order
+from tasks.folders import adapter_folder
+from tasks.stage import Ref
+from tasks.training_stages import screening, selection
+
+#: The start of a fine-tune that no adapter was migrated for.
+FRESH = "fresh"
+#: The same, fine-tuned on the user's rows alone where the teacher wrote others: what the teacher has to beat.
+ALONE = "fresh, without the teacher's rows"
+
+
+@dataclass
+class Chosen:
+    """What came of the choice.
+
+    ``method`` is the transform whose update was chosen, or ``none``; ``moved`` its artifact as the transform made it
+    and ``untrained`` the same at the scale that was chosen. ``candidates`` are all that was scored.
+    """
+
+    method: str
+    moved: Ref
+    untrained: Ref
+    candidates: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass
+class Tuned:
+    """What came of the fine-tunes: the published one, what it began from, the control, and held-out losses by start.
+
+    ``screened`` are held-out losses of candidates after a short fine-tune, where there were more than are swept.
+    ``arms`` are those to measure beside the published one.
+    """
+
+    final: Ref
+    start: str
+    control: Ref | None = None
+    starts: dict[str, float | None] = field(default_factory=dict)
+    screened: dict[str, float | None] = field(default_factory=dict)
+    arms: dict[Arm, Ref] = field(default_factory=dict)
+
+
+def choose_update(
+    context: Context, settings: MigrationConfig, pair: Pair, source: Source, methods: list[str], rows: Rows
+) -> tuple[Chosen, dict[str, Ref]]:
+    """Every candidate's update on the new base, and with ``auto`` the best of them at its best scale.
+
+    Returns:
+        the choice, and every candidate by its method.
+    """
+    several = len(methods) > 1
+    candidates = {
+        method: migrated(context, pair, source, method, settings, rows=rows.all, label=method if several else None)
+        for method in methods
+    }
+    first = candidates[methods[0]]
+    if settings.method != AUTO:
+        return Chosen(methods[0], first, first), candidates
+    inputs = {**context.base("new"), "rows": rows.all, "transforms": candidates}
+    untrained = context.run(selection, inputs, {"cutoff": settings.finetune.cutoff}, paths=context.base_path("new"))
+    info = context.open(untrained).info
+    best = next(entry["method"] for entry in info["candidates"] if entry["method"] != NOTHING)
+    return Chosen(info["method"], candidates[best], untrained, info["candidates"]), candidates
+
+
+def fine_tunes(
+    context: Context, settings: MigrationConfig, chosen: Chosen, candidates: Mapping[str, Ref], rows: Rows
+) -> Tuned | None:
+    """Fine-tune from the chosen start, or with ``auto`` and a sweep from several, and go on with the best.
+
+    What does best untrained is not always the best start: those that do best in a short fine-tune are swept, and a
+    fresh LoRA, all chosen by the same rows. Without a whole sweep, the chosen one and a fresh LoRA are enough.
+
+    Returns:
+        None where there are no rows to train on.
+    """
+    plan = rows.plan
+    if not plan.fine_tunes or rows.all is None:
+        return None
+    tuning = Tuning(settings.finetune, plan.rates, plan.searches_rates)
+    architecture = context.architecture("new")
+    fresh = fresh_lora(adapter_folder(context.open(chosen.moved)), architecture)
+
+    def from_scratch(split: Ref, label: str, soft: Ref | None) -> Ref:
+        return tuned(context, "new", split, tuning, fresh=fresh, soft_labels=soft, label=label)
+
+    def from_adapter(start: Ref, label: str) -> Ref:
+        return tuned(context, "new", rows.all, tuning, start=start, soft_labels=rows.soft_labels, label=label)  # type: ignore[arg-type]
+
+    result = Tuned(chosen.untrained, FRESH if chosen.method == NOTHING else chosen.method)
+    begun: dict[str, Ref] = {}
+    if plan.trains_control or result.start == FRESH:
+        begun[FRESH] = from_scratch(rows.all, "scratch", rows.soft_labels)
+    if plan.trains_control:
+        result.control = result.arms[Arm.SCRATCH] = begun[FRESH]
+    if plan.compares_starts:
+        tried = {chosen.method: chosen.untrained} if chosen.method != NOTHING else {}
+        if not plan.searches_rates:
+            tried = _screened(context, settings, {**candidates, **tried}, rows, result)
+        begun |= {method: from_adapter(ref, method) for method, ref in tried.items()}
+    elif result.start != FRESH:
+        begun[result.start] = from_adapter(chosen.untrained, "migrated")
+    if plan.trains_own_alone and rows.own is not None:
+        alone = from_scratch(rows.own, "alone", None)
+        if plan.own_alone_competes:
+            begun[ALONE] = alone
+        if plan.measures_controls:
+            result.arms[Arm.SCRATCH_OWN] = alone
+    if plan.sweeps:
+        losses = {start: best_validation(context.open(ref).info) for start, ref in begun.items()}
+        result.starts = {start: loss if math.isfinite(loss) else None for start, loss in losses.items()}
+        if plan.compares_starts:
+            result.start = min(losses, key=lambda start: losses[start])
+    result.final = begun[result.start]
+    return result
+
+
+def best_validation(info: Mapping[str, Any]) -> float:
+    """The least held-out loss of a sweep's whole runs; infinite where every rate diverged."""
+    whole = (e["validation_loss"] for e in info["sweep"] if e["epochs"] is not None)
+    return min((loss for loss in whole if loss is not None), default=math.inf)
+
+
+def _screened(
+    context: Context, settings: MigrationConfig, tried: Mapping[str, Ref], rows: Rows, result: Tuned
+) -> dict[str, Ref]:
+    """The ``starts`` best candidates to start from, by a short fine-tune of each."""
+    if len(tried) <= settings.starts:
+        return dict(tried)
+    rates = sorted(settings.learning_rates)
+    values = {"finetune": settings.finetune.model_dump(mode="json"), "learning_rate": rates[len(rates) // 2]}
+    inputs = {**context.base("new"), "rows": rows.all, "transforms": dict(tried)}
+    found = context.open(context.run(screening, inputs, values, paths=context.base_path("new")))
+    result.screened = found.info["losses"]
+    best = sorted(tried, key=lambda method: loss_order(result.screened[method]))
+    return {method: tried[method] for method in best[: settings.starts]}

@@ -1,0 +1,378 @@
+"""What every cell of an experiment is made of: the pair, the tasks' data and the arms, of the stages of a migration."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from artifacts import default_home
+from flows.arms import Source, Tuning, migrated, tuned, with_output
+from flows.context import Context
+from flows.measure import Asked, evaluated
+from flows.pair import Pair
+from flows.teach import teacher_rows
+from lorasuite import zoo
+from lorasuite.adapters import Adapter, untrained
+from lorasuite.bases import Checkpoint, Role, load_tokenizer, resolve
+from lorasuite.data import HELD_OUT, Row, calibration_texts, draw, read_rows
+from lorasuite.errors import AdapterError, NumericalError, Problem
+from lorasuite.evaluation import TASK_METRICS, Arm, check_tasks
+from lorasuite.planning import Cell, Experiment, ExperimentTask, RowCounts, plan_rows, torch_device
+from lorasuite.reporting import Measurement, Score
+from lorasuite.training import FinetuneSettings
+from lorasuite.transforms import ModelTransform, transform
+from tasks.evaluation_stages import evaluation, task_evaluation
+from tasks.fingerprints import fingerprint_adapter, fingerprint_bases
+from tasks.stage import Recorder, Ref, Stage, Where
+from tasks.teacher_stages import teaching
+from tasks.training_stages import finetune, split
+from tasks.transform_stages import model_fit
+from tasks.transform_stages import transform as transform_stage
+
+#: Calibration texts and training rows of a miniature pair; every experiment draws from the same ones.
+ZOO_TEXTS, ZOO_ROWS = 256, 10_000
+
+#: Stages by what their cost is counted as; those not named are the pair's, and evaluations are not counted.
+PARTS: dict[str, str | None] = {
+    transform_stage.name: "transform",
+    model_fit.name: "transform",
+    teaching.name: "transform",
+    split.name: None,
+    finetune.name: "finetune",
+    evaluation.name: None,
+    task_evaluation.name: None,
+}
+#: Label of the training of an adapter to migrate.
+OLD = "old, all rows"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One stage that a cell needs; ``cached``: it was, or would be, taken from the store."""
+
+    stage: str
+    label: str | None
+    key: str
+    cached: bool
+
+
+@dataclass
+class Steps(Context):
+    """A context that says which stages it ran, runs none twice, and with ``dry`` runs none at all."""
+
+    made: dict[str, Step] = field(default_factory=dict)
+    #: of the cell at hand, by key
+    used: dict[str, Step] = field(default_factory=dict)
+
+    def run(
+        self,
+        stage: Stage,
+        inputs: Mapping[str, Any],
+        settings: Mapping[str, Any],
+        label: str | None = None,
+        paths: Mapping[str, Path] | None = None,
+    ) -> Ref:
+        """As :meth:`flows.context.Context.run`; a stage that this context ran before is only noted for the cell."""
+        key = stage.key(inputs, settings)
+        if key in self.made:
+            self.used.setdefault(key, self.made[key])
+            return Ref(stage=stage.name, key=key)
+        if self.dry:
+            cached = self.store.has(key) and stage.name not in self.refresh
+        else:
+            with Recorder() as recorder:
+                super().run(stage, inputs, settings, label, paths)
+            cached = recorder.runs[-1].cached
+        self.made[key] = Step(stage.name, label, key, cached)
+        self.used[key] = self.made[key]
+        return Ref(stage=stage.name, key=key)
+
+
+class Lab:
+    """The pair of an experiment, and what every arm of a cell is made of.
+
+    Args:
+        data: directory for the rows of miniature tasks.
+        dry: name every artifact, compute none.
+    """
+
+    def __init__(self, experiment: Experiment, data: Path, *, dry: bool, refresh: frozenset[str] = frozenset()) -> None:
+        pair = experiment.config.pair
+        first = experiment.cells[0].settings.migration
+        self.dry, self.data = dry, data
+        self.experiment = experiment
+        self.old, self.new = Checkpoint(str(pair.old_base)), Checkpoint(str(pair.new_base))
+        home = default_home()
+        bases = (self.old.path, self.new.path)
+        where = Where(
+            home=home,
+            device=torch_device(first.device),
+            paths={"old_base": self.old.path, "new_base": self.new.path},
+            options={
+                "trust_remote_code": first.trust_remote_code,
+                "allow_pickle": first.allow_pickle,
+                "teacher_batch": first.teacher.batch_size,
+            },
+            # a look must not lock: only a run takes turns with other hosts
+            **({"remote": None} if dry else {}),
+        )
+        fingerprints = fingerprint_bases.fn(home, *bases) if dry else fingerprint_bases(home, *bases)
+        self.steps = Steps(where, fingerprints, refresh, pair=experiment.pair_name, dry=dry)
+        self.trust = first.trust_remote_code
+        self.tasks: dict[str, TaskData] = {}
+
+    def task(self, name: str) -> TaskData:
+        """The data of a task, written and read once."""
+        if name not in self.tasks:
+            config = self.experiment.config
+            task = _miniature(config.pair.zoo, config.tasks[name], self.data / name)
+            self.tasks[name] = TaskData(task, self.new.path, self.trust)
+        return self.tasks[name]
+
+    # ------------------------------------------------------------------------------------------------------ the arms
+
+    def evaluate(self, cell: Cell) -> list[Ref]:
+        """The evaluations of a cell's arm."""
+        side = "old" if cell.arm.startswith("old") else "new"
+        adapter, paths = self.adapter(cell)
+        asked = self.task(cell.task).asked(self.steps, cell)
+        return list(evaluated(self.steps, side, adapter, asked, str(cell.arm), paths).values())
+
+    def adapter(self, cell: Cell) -> tuple[Ref | str | None, dict[str, Path]]:
+        """What an arm puts on its base: an artifact, or the fingerprint of a ready adapter and its place."""
+        task = self.task(cell.task).config
+        match cell.arm:
+            case Arm.OLD_ADAPTER | Arm.RETRAINED:
+                ready = task.adapter if cell.arm == Arm.OLD_ADAPTER else task.retrained
+                if ready is not None:
+                    path = resolve(ready)
+                    return fingerprint_adapter(path, cell.settings.migration.allow_pickle), {"adapter": path}
+                return self.trained(cell, "old" if cell.arm == Arm.OLD_ADAPTER else "new"), {}
+            case Arm.MIGRATED:
+                return self.migrated(cell), {}
+            case Arm.SCRATCH:
+                return self.tuned(cell, None), {}
+            case Arm.MIGRATED_LFT:
+                return self.tuned(cell, self.migrated(cell)), {}
+            case Arm.REFRESHED:
+                return self.refreshed(cell), {}
+            case _:
+                return None, {}
+
+    def trained(self, cell: Cell, side: str) -> Ref:
+        """A LoRA trained on all the rows, on either base."""
+        training = cell.settings.retrain
+        rows = min(training.rows, len(self.task(cell.task).train))
+        return tuned(
+            self.steps,
+            side,
+            self.split(cell, training.rows, training.finetune.seed),
+            Tuning(training.finetune, training.learning_rates),
+            fresh=self._untrained(cell, side, rows, training.finetune),
+            label=OLD if side == "old" else "new, all rows",
+        )
+
+    def tuned(self, cell: Cell, start: Ref | None) -> Ref:
+        """A few steps on a few rows, from a migrated adapter or, as the control, from a fresh one."""
+        settings = cell.settings.migration
+        own = self.split(cell, *self._drawn(cell))
+        rows = min(self._drawn(cell)[0], len(self.task(cell.task).train))
+        if len(settings.learning_rates) > 1:
+            rows -= held_out_rows(rows)  # the shorter run of a sweep: AdaLoRA must be done pruning in it
+        return tuned(
+            self.steps,
+            "new",
+            own,
+            Tuning(settings.finetune, settings.learning_rates),
+            start=start,
+            fresh=self._untrained(cell, "new", rows, settings.finetune) if start is None else None,
+            label="scratch" if start is None else "migrated",
+        )
+
+    def refreshed(self, cell: Cell) -> Ref:
+        """A fresh LoRA fine-tuned on what the old base with the adapter wrote, whether or not it is worth copying."""
+        settings, task = cell.settings.migration, self.task(cell.task)
+        plan = plan_rows(settings, RowCounts.of(task.train, task.train, (), settings.teacher.text_prefix))
+        written = teacher_rows(self.steps, settings, plan.teacher_rows, task.train, self.source(cell))
+        rows = self.steps.run(split, {"synthetic": written}, {"seed": settings.seed})
+        return tuned(
+            self.steps,
+            "new",
+            rows,
+            Tuning(settings.finetune, settings.learning_rates),
+            fresh=self._untrained(cell, "new", plan.synthetic_train_rows, settings.finetune),
+            label="refreshed",
+        )
+
+    def migrated(self, cell: Cell) -> Ref:
+        """The adapter on the new base, not yet fine-tuned."""
+        settings, source = cell.settings.migration, self.source(cell)
+        texts = self.steps.keep_texts(self.task(cell.task).texts[: settings.pair.calibration_samples])
+        pair = Pair(self.steps, settings.pair, texts, source.roles)
+        reads_rows = isinstance(transform(settings.method), ModelTransform)
+        return migrated(
+            self.steps,
+            pair,
+            source,
+            settings.method,
+            settings,
+            rows=self.split(cell, *self._drawn(cell)) if reads_rows else None,
+            # of fresh layers only: one seed, so that other seeds start from the same adapter
+            seed=None if reads_rows else cell.settings.retrain.finetune.seed,
+            label=settings.method,
+        )
+
+    def split(self, cell: Cell, samples: int, seed: int) -> Ref:
+        """So many of the task's training rows, drawn and split by a seed."""
+        own = self.steps.keep_rows(draw(self.task(cell.task).train, samples, seed))
+        return self.steps.run(split, {"own": own}, {"seed": seed})
+
+    def source(self, cell: Cell) -> Source:
+        """The adapter to migrate."""
+        settings, ready = cell.settings.migration, self.task(cell.task).config.adapter
+        if ready is not None:
+            adapter = Adapter.open(resolve(ready), settings.allow_pickle)
+            fingerprint = fingerprint_adapter(adapter.path, settings.allow_pickle)
+            source = Source.opened(adapter, fingerprint, self.old.architecture, settings)
+            if isinstance(transform(settings.method), ModelTransform) and not source.plain:
+                what = f"{settings.method} moves updates of blocks only, and the adapter has more"
+                raise AdapterError(Problem("method", what, "Name another one."))
+            return source
+        lora = cell.settings.lora
+        kept = {"rank": cell.settings.rank, "alpha": cell.settings.rank * lora.scaling, "use_rslora": False}
+        held = {role for m in self.old.architecture.modules if set(m.roles) & set(lora.targets) for role in m.roles}
+        roles: tuple[Role, ...] = tuple(role for role in self.old.architecture.roles if role in held)
+        return Source(self.trained(cell, "old"), roles, with_output(kept, settings))
+
+    def _drawn(self, cell: Cell) -> tuple[int, int]:
+        """Training rows of the light fine-tune, and the seed they are drawn by."""
+        settings = cell.settings.migration
+        return plan_rows(settings, RowCounts()).requested_rows, settings.seed
+
+    def _untrained(self, cell: Cell, side: str, rows: int, tuning: FinetuneSettings) -> dict[str, Any]:
+        lora = cell.settings.lora
+        return untrained(
+            lora.targets,
+            (self.old if side == "old" else self.new).architecture,
+            kind=lora.kind,
+            rank=lora.rank if side == "old" else cell.settings.rank,
+            scaling=lora.scaling,
+            steps=tuning.max_steps or math.ceil(math.ceil(rows / tuning.batch_size) * tuning.epochs),
+        )
+
+    # ------------------------------------------------------------------------------------------------------ measuring
+
+    def measure(self, cell: Cell) -> Measurement:
+        """Run a cell, or with ``dry`` only name its stages. A training that diverges is a result, too."""
+        self.steps.used.clear()
+        failed = ""
+        keys: tuple[str, ...] = ()
+        try:
+            keys = tuple(ref.key for ref in self.evaluate(cell))
+        except NumericalError as error:
+            failed = str(error)
+        steps = tuple(self.steps.used.values())
+        made = Measurement(
+            table=cell.table,
+            arm=cell.arm,
+            task=cell.task,
+            seed=cell.seed,
+            level=dict(cell.level),
+            keys=keys,
+            cached=not failed and all(step.cached for step in steps),
+            failed=failed,
+        )
+        return made if self.dry or not keys else made.model_copy(update=self._measured(cell, keys, steps))
+
+    def _measured(self, cell: Cell, keys: tuple[str, ...], steps: tuple[Step, ...]) -> dict[str, Any]:
+        """What the artifacts of a cell say: its scores, and what its adapter cost."""
+        store = self.steps.store
+        cost: dict[str, float] = {}
+        memory = [0]
+        rate = None
+        for step in steps:
+            part = PARTS.get(step.stage, "pair")
+            # the adapter to migrate was there before anybody asked what migrating it costs
+            if part is None or (step.label == OLD and cell.arm != Arm.OLD_ADAPTER):
+                continue
+            manifest = store.manifest(step.key)
+            cost[part] = round(cost.get(part, 0.0) + manifest.run.get("seconds", 0.0), 3)
+            memory.append(manifest.run.get("max_cuda_bytes") or manifest.run.get("max_rss_bytes", 0))
+            if part == "finetune":
+                rate = manifest.info["learning_rate"]
+        found = _scores(cell, [store.manifest(key).info for key in keys])
+        return {**found, "cost": cost, "peak_memory_bytes": max(memory) or None, "learning_rate": rate}
+
+
+@dataclass
+class TaskData:
+    """A task's files, read when they are needed."""
+
+    config: ExperimentTask
+    new_base: Path
+    trust: bool
+
+    @cached_property
+    def train(self) -> list[Row]:
+        """Rows to train on, and those whose prompts the teacher answers."""
+        return read_rows(str(self.config.train_data))
+
+    @cached_property
+    def held_out(self) -> list[Row]:
+        """Rows to evaluate on; none where the task is measured by lm-eval tasks."""
+        return read_rows(str(self.config.eval_data)) if self.config.eval_data else []
+
+    @cached_property
+    def texts(self) -> list[str]:
+        """Calibration texts, conversations rendered by the new base's template."""
+        reader = load_tokenizer(self.new_base, self.trust)
+        return calibration_texts(str(self.config.calibration or self.config.train_data), reader)
+
+    def asked(self, context: Context, cell: Cell) -> Asked:
+        """What an arm of a cell is measured on."""
+        options = cell.settings.migration.evaluation
+        folders = (self.config.eval_dir, self.config.include_path)
+        eval_dir, include_path = (None if folder is None else Path(folder) for folder in folders)
+        if not self.held_out:
+            check_tasks(self.config.eval_tasks, eval_dir, include_path)
+        return Asked.of(context, options, self.held_out, self.config.eval_tasks, eval_dir, include_path)
+
+
+def held_out_rows(rows: int) -> int:
+    """How many of so many rows a sweep holds out."""
+    return max(1, round(HELD_OUT * rows))
+
+
+def _miniature(pair: str | None, task: ExperimentTask, folder: Path) -> ExperimentTask:
+    """A miniature task with its data written to files; any other task as it is."""
+    if pair is None or task.zoo is None:
+        return task
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {name: folder / f"{name}.jsonl" for name in ("train_data", "eval_data", "calibration")}
+    zoo.write_rows(zoo.rows(pair, task.zoo, "train", ZOO_ROWS), files["train_data"])
+    zoo.write_rows(zoo.rows(pair, task.zoo, "test", task.eval_rows), files["eval_data"])
+    zoo.write_rows([{"text": text} for text in zoo.texts(pair, ZOO_TEXTS)], files["calibration"])
+    return task.model_copy(update={name: str(path) for name, path in files.items()})
+
+
+def _scores(cell: Cell, infos: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The fields of a measurement that its evaluations give."""
+    info = infos[0]
+    if "bits_per_byte" not in info:  # lm-eval tasks by name
+        scores: dict[str, Score] = {}
+        metrics = set()
+        for task, found in (item for part in infos for item in part.items()):
+            values = {name.split(",")[0]: name for name in reversed(found["metrics"])}
+            metric = next((name for name in TASK_METRICS if name in values), next(iter(values), None))
+            if metric is not None:
+                metrics.add(metric)
+                error = found["stderr"].get(values[metric])
+                scores[task] = Score(value=found["metrics"][values[metric]], stderr=error, n=found["n"])
+        return {"metric": ", ".join(sorted(metrics)), "scores": scores}
+    metric = "bits_per_byte" if info["exact_match"] is None else "exact_match"
+    score = Score(value=info[metric], stderr=info[f"{metric}_stderr"], n=info["n"])
+    return {"metric": metric, "scores": {cell.task: score}, "loss": info["loss"]}

@@ -1,0 +1,39 @@
+"""The two bases of a stage: read from their files, or loaded whole and kept for the next stage."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from lorasuite.bases import Checkpoint, LoadedBase, load_tokenizer, loaded_model
+from tasks.stage import Where
+
+BASES = ("old_base", "new_base")
+
+
+def trusted(where: Where) -> bool:
+    """Whether model repositories may run their own code."""
+    return bool(where.options.get("trust_remote_code"))
+
+
+def checkpoints(where: Where) -> tuple[Checkpoint, Checkpoint]:
+    """The weights of both bases, opened lazily."""
+    return Checkpoint(where.path("old_base")), Checkpoint(where.path("new_base"))
+
+
+def tokenizer(where: Where, base: str) -> Any:
+    """The tokenizer of the base at a path of that name."""
+    return load_tokenizer(where.path(base), trusted(where))
+
+
+def tokenizers(where: Where) -> tuple[Any, Any]:
+    """Both bases' tokenizers."""
+    return tokenizer(where, "old_base"), tokenizer(where, "new_base")
+
+
+@contextmanager
+def loaded(where: Where, base: str) -> Iterator[LoadedBase]:
+    """The base at a path of that name, loaded once in a process as long as memory lasts."""
+    with loaded_model(where.path(base), where.device, trust_remote_code=trusted(where)) as model:
+        yield LoadedBase.of(model, tokenizer(where, base), Checkpoint(where.path(base)))

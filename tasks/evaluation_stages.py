@@ -1,0 +1,132 @@
+"""Bases, bare or with an adapter, measured; and the published adapter looked at as a server would load it.
+
+Paths: ``base``, the model that is measured; ``adapter`` where it is given by its fingerprint; ``eval_dir`` and
+``include_path`` of tasks by name.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from lorasuite.evaluation import (
+    EvaluationSettings,
+    compare_merged,
+    evaluate,
+    evaluate_tasks,
+    write_task_samples,
+)
+from tasks.bases import tokenizer, trusted
+from tasks.data import stored_rows
+from tasks.folders import adapter_folder, adapter_path
+from tasks.progress import Progress
+from tasks.retries import halved
+from tasks.stage import Artifact, StageOutput, StageSettings, Where, stage
+
+#: File of an evaluation: one result a line for each sample.
+SAMPLES = "samples.jsonl"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArmInputs:
+    """A base, and the adapter on it if there is one."""
+
+    model: str
+    tokenizer: str
+    adapter: Artifact | str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationInputs(ArmInputs):
+    """An arm, and the rows it is measured on."""
+
+    rows: Artifact
+
+
+@stage("evaluate", version=2)
+def evaluation(inputs: EvaluationInputs, settings: EvaluationSettings, where: Where) -> StageOutput:
+    """One base, bare or with one adapter, on the held-out rows."""
+    result = evaluate(
+        str(where.path("base")),
+        tokenizer(where, "base"),
+        stored_rows(inputs.rows),
+        _smaller(settings, where),
+        adapters={"it": _folder(inputs, where)},
+        progress=Progress("evaluation").evaluation,
+        device=where.device,
+        trust_remote_code=trusted(where),
+    )["it"]
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / SAMPLES
+        result.write_samples(file)
+        return StageOutput(info=result.summary(), files={SAMPLES: file.read_bytes()})
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskInputs(ArmInputs):
+    """An arm, and the fingerprint of what the task asks."""
+
+    task: str
+
+
+class TaskSettings(StageSettings):
+    """The task by name, how it is run, and lm-eval's version, whose own tasks may change with it."""
+
+    task: str
+    lm_eval: str
+    batch_size: int
+    limit: int | None
+    seed: int
+
+
+@stage("evaluate_tasks", version=2)
+def task_evaluation(inputs: TaskInputs, settings: TaskSettings, where: Where) -> StageOutput:
+    """One base, bare or with one adapter, on an lm-eval task (or group, or tag) by name."""
+    options = EvaluationSettings.model_validate(settings.model_dump(exclude={"task", "lm_eval"}))
+    scores = evaluate_tasks(
+        str(where.path("base")),
+        tokenizer(where, "base"),
+        [settings.task],
+        _smaller(options, where),
+        adapters={"it": _folder(inputs, where)},
+        eval_dir=where.paths.get("eval_dir"),
+        include_path=where.paths.get("include_path"),
+        progress=Progress(f"evaluation ({settings.task})").evaluation,
+        device=where.device,
+        trust_remote_code=trusted(where),
+    )["it"]
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / SAMPLES
+        write_task_samples(scores, file)
+        info = {task: score.summary() for task, score in scores.items()}
+        return StageOutput(info=info, files={SAMPLES: file.read_bytes()})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServingInputs:
+    """The base, and the adapter that is published."""
+
+    model: str
+    tokenizer: str
+    adapter: Artifact
+
+
+@stage("serving", version=2)
+def serving(inputs: ServingInputs, settings: StageSettings, where: Where) -> StageOutput:
+    """The published adapter in PEFT, and merged into a plain model: the same logits of one text."""
+    folder = adapter_folder(inputs.adapter)
+    found = compare_merged(where.path("base"), folder, device=where.device, trust_remote_code=trusted(where))
+    return StageOutput(info={loader: served.model_dump(mode="json") for loader, served in found.items()})
+
+
+def _folder(inputs: ArmInputs, where: Where) -> Path | None:
+    """The adapter that is measured: a stored one, the user's own, or none."""
+    return None if inputs.adapter is None else adapter_path(inputs.adapter, where)
+
+
+def _smaller(settings: EvaluationSettings, where: Where) -> EvaluationSettings:
+    """Fewer rows at once after running out of memory; results say how many it were."""
+    if not where.halvings:
+        return settings
+    return settings.model_copy(update={"batch_size": halved(settings.batch_size, where.halvings)})

@@ -1,0 +1,148 @@
+"""Rows that the old base with the adapter writes, whether they are worth copying, and its distributions on them.
+
+Paths: ``old_base``, ``new_base``, and ``adapter`` where it is given by its fingerprint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lorasuite.adapters import attached
+from lorasuite.bases import CommonTokens
+from lorasuite.data import Row
+from lorasuite.teacher import (
+    TeacherSettings,
+    TextLoss,
+    judge_teacher,
+    read_losses,
+    text_losses,
+    write_losses,
+    write_rows,
+)
+from lorasuite.training import soft_labels
+from tasks.bases import loaded
+from tasks.data import rows_files, stored_prompts, stored_rows, stored_split
+from tasks.folders import adapter_path
+from tasks.progress import Progress
+from tasks.retries import halved
+from tasks.stage import Artifact, StageOutput, StageSettings, Where, stage
+
+#: File of a teacher artifact: the losses of the old base on its rows, with and without the adapter.
+LOSSES = "losses.json"
+#: Rows read at once where losses or distributions are taken.
+BATCH = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherInputs:
+    """The old base, and the adapter."""
+
+    old_model: str
+    old_tokenizer: str
+    adapter: Artifact | str
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeachingInputs(TeacherInputs):
+    """The teacher, and the prompts it answers; without any it writes from nothing."""
+
+    prompts: Artifact | None = None
+
+
+class TeachingSettings(StageSettings):
+    """How many rows are written, and how. How many at once changes nothing, and is no setting."""
+
+    samples: int
+    seed: int
+    teacher: TeacherSettings
+
+
+@stage("teacher", version=2)
+def teaching(inputs: TeachingInputs, settings: TeachingSettings, where: Where) -> StageOutput:
+    """The rows that the old base with the adapter writes, and what both make of them. Knows nothing of the new base."""
+    size = int(str(where.options.get("teacher_batch", settings.teacher.batch_size)))
+    wanted = settings.teacher.model_copy(update={"batch_size": halved(size, where.halvings)})
+    prompts = None if inputs.prompts is None else stored_prompts(inputs.prompts)
+    with loaded(where, "old_base") as old:
+        with attached(old.model, adapter_path(inputs.adapter, where), where.device) as teacher:
+            written = write_rows(
+                teacher,
+                old.tokenizer,
+                prompts,
+                settings.samples,
+                wanted,
+                seed=settings.seed,
+                progress=Progress("teacher's rows").step,
+            )
+            own = text_losses(teacher, old.tokenizer, written.rows, batch_size=wanted.batch_size)
+        bare = text_losses(old.model, old.tokenizer, written.rows, batch_size=wanted.batch_size)
+    files = {**rows_files(written.rows), LOSSES: write_losses({"teacher": own, "old": bare})}
+    return StageOutput(info=written.info(), files=files)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorthInputs(TeacherInputs):
+    """The teacher and what it wrote, the new base, and the user's training rows where there are any."""
+
+    new_model: str
+    new_tokenizer: str
+    teacher: Artifact
+    rows: Artifact | None = None
+
+
+@stage("teacher_worth", version=2)
+def teacher_worth(inputs: WorthInputs, settings: StageSettings, where: Where) -> StageOutput:
+    """Whether the teacher is worth copying: on the training rows, or without any on what it wrote."""
+    size = halved(BATCH, where.halvings)
+    old: Sequence[TextLoss | None]
+    own: Sequence[TextLoss | None]
+    rows: list[Row]
+    if inputs.rows is not None:
+        rows = stored_rows(inputs.rows)
+        with loaded(where, "old_base") as base:
+            old = text_losses(base.model, base.tokenizer, rows, batch_size=size)
+            with attached(base.model, adapter_path(inputs.adapter, where), where.device) as teacher:
+                own = text_losses(teacher, base.tokenizer, rows, batch_size=size)
+    else:
+        rows = stored_rows(inputs.teacher)
+        kept = read_losses(inputs.teacher.file(LOSSES))
+        old, own = kept["old"], kept["teacher"]
+    with loaded(where, "new_base") as base:
+        new = text_losses(base.model, base.tokenizer, rows, batch_size=size)
+    return StageOutput(info=judge_teacher(old, own, new, inputs.rows is not None).model_dump(mode="json"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SoftLabelInputs(TeacherInputs):
+    """The teacher, the rows it is asked about, and the tokens both bases share."""
+
+    rows: Artifact
+    vocabulary: Artifact
+
+
+class SoftLabelSettings(StageSettings):
+    """The tokens read of a row, and the temperature of the distributions."""
+
+    cutoff: int
+    temperature: float
+
+
+@stage("soft_labels", version=2)
+def soft_labelling(inputs: SoftLabelInputs, settings: SoftLabelSettings, where: Where) -> StageOutput:
+    """The teacher's distribution at every token of the training rows that both tokenizers cut alike."""
+    common = CommonTokens.read(inputs.vocabulary)
+    with (
+        loaded(where, "old_base") as old,
+        attached(old.model, adapter_path(inputs.adapter, where), where.device) as teacher,
+    ):
+        found = soft_labels(
+            teacher,
+            old.tokenizer,
+            stored_split(inputs.rows).trained,
+            (common.old, common.new),
+            cutoff=settings.cutoff,
+            temperature=settings.temperature,
+            batch_size=halved(BATCH, where.halvings),
+        )
+    return StageOutput(tensors=found.tensors(), info={"rows": len(found.lengths), "tokens": len(found.tokens)})

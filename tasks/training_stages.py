@@ -1,0 +1,164 @@
+"""Rows split, starts chosen and screened, and adapters fine-tuned.
+
+Paths: ``base`` (the model that is trained), ``work`` (checkpoints of a run in progress).
+"""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorasuite.adapters import fresh_config
+from lorasuite.data import split_rows
+from lorasuite.training import (
+    NOTHING,
+    FinetuneSettings,
+    SoftLabels,
+    choose,
+    finetune_swept,
+    screen,
+    write_scaled,
+)
+from tasks.bases import loaded, tokenizer, trusted
+from tasks.data import stored_rows, stored_split
+from tasks.folders import adapter_folder, folder_files
+from tasks.progress import Progress
+from tasks.retries import halved
+from tasks.stage import Artifact, StageOutput, StageSettings, Where, stage
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowInputs:
+    """The user's rows, and the teacher's: to train on, or only to be read and chosen by."""
+
+    own: Artifact | None = None
+    synthetic: Artifact | None = None
+    selection: Artifact | None = None
+
+
+class SeedSettings(StageSettings):
+    """The seed of the split."""
+
+    seed: int
+
+
+@stage("split")
+def split(inputs: RowInputs, settings: SeedSettings, where: Where) -> StageOutput:
+    """Training rows, and which of them are held out: drawn once for everything that trains, fits or chooses."""
+    parts = [[] if part is None else stored_rows(part) for part in (inputs.own, inputs.synthetic, inputs.selection)]
+    found = split_rows(*parts, seed=settings.seed)
+    info = {"trained": len(found.trained), "to_train": len(found.to_train), "to_choose_by": len(found.to_choose_by)}
+    return StageOutput(info=info, files=found.files())
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartInputs:
+    """The base that is trained, the rows, and candidates to start from, by name."""
+
+    model: str
+    tokenizer: str
+    rows: Artifact
+    transforms: dict[str, Artifact]
+
+
+class SelectionSettings(StageSettings):
+    """The tokens read of a row."""
+
+    cutoff: int
+
+
+@stage("select", version=2)
+def selection(inputs: StartInputs, settings: SelectionSettings, where: Where) -> StageOutput:
+    """The candidate and scale with the least loss on the rows held out, or none of them."""
+    candidates = {method: adapter_folder(artifact) for method, artifact in inputs.transforms.items()}
+    with loaded(where, "base") as base:
+        tried = choose(
+            base.model,
+            base.tokenizer,
+            candidates,
+            stored_split(inputs.rows).to_choose_by,
+            cutoff=settings.cutoff,
+            device=where.device,
+        )
+    best = tried[0]
+    source = candidates[next(one.method for one in tried if one.method != NOTHING)]
+    with tempfile.TemporaryDirectory() as folder:
+        files = folder_files(write_scaled(source, Path(folder), best.scale))
+    shown = [one.model_dump(mode="json") for one in tried]
+    return StageOutput(info={"candidates": shown, "method": best.method, "scale": best.scale}, files=files)
+
+
+class ScreeningSettings(StageSettings):
+    """Hyperparameters of the short fine-tunes, and their learning rate."""
+
+    finetune: FinetuneSettings
+    learning_rate: float
+
+
+@stage("screen", version=3)
+def screening(inputs: StartInputs, settings: ScreeningSettings, where: Where) -> StageOutput:
+    """Which candidates are worth a whole sweep: their held-out loss after a short fine-tune."""
+    losses = screen(
+        str(where.path("base")),
+        tokenizer(where, "base"),
+        stored_split(inputs.rows),
+        settings.finetune,
+        settings.learning_rate,
+        {method: adapter_folder(artifact) for method, artifact in inputs.transforms.items()},
+        device=where.device,
+        trust_remote_code=trusted(where),
+    )
+    return StageOutput(info={"losses": losses})
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneInputs:
+    """The base that is trained, the rows, an adapter to start from, and the teacher's distributions."""
+
+    model: str
+    tokenizer: str
+    rows: Artifact
+    transform: Artifact | None = None
+    soft_labels: Artifact | None = None
+
+
+class FinetuneStageSettings(StageSettings):
+    """Hyperparameters, the learning rates to choose from, and settings of a fresh LoRA, where it begins from one."""
+
+    fresh: dict[str, Any] | None
+    finetune: FinetuneSettings
+    learning_rates: tuple[float, ...]
+    briefly: bool = False
+
+
+@stage("finetune", version=3)
+def finetune(inputs: FinetuneInputs, settings: FinetuneStageSettings, where: Where) -> StageOutput:
+    """The light fine-tune of a migrated adapter, or of a fresh LoRA on the same rows."""
+    tuning, start = settings.finetune, inputs.transform
+    if where.halvings:
+        smaller = halved(tuning.micro_batch_size or tuning.batch_size, where.halvings)
+        tuning = tuning.model_copy(update={"micro_batch_size": smaller})
+    soft = None if inputs.soft_labels is None else SoftLabels.from_tensors(inputs.soft_labels.tensors())
+    with tempfile.TemporaryDirectory() as folder:
+        result, sweep = finetune_swept(
+            str(where.path("base")),
+            tokenizer(where, "base"),
+            stored_split(inputs.rows),
+            tuning,
+            settings.learning_rates,
+            briefly=settings.briefly,
+            adapter=None if start is None else adapter_folder(start),
+            lora=None if settings.fresh is None else fresh_config(settings.fresh),
+            output=Path(folder) / "adapter",
+            work_dir=where.path("work"),
+            progress=Progress(f"fine-tuning ({'scratch' if start is None else 'migrated'})").training,
+            device=where.device,
+            trust_remote_code=trusted(where),
+            soft_labels=soft,
+        )
+        files = folder_files(Path(folder) / "adapter")
+    shown = [one.model_dump(mode="json") for one in sweep]
+    info = {**result.model_dump(), "sweep": shown, "micro_batch_size": tuning.micro_batch_size or tuning.batch_size}
+    return StageOutput(info=info, files=files)
