@@ -21,7 +21,10 @@ from flows.command_line import app
 from flows.migrate_adapter import migrate_adapter
 from lorasuite.adapters import Adapter, check_loads
 from lorasuite.bases import Checkpoint, _cache, load_model, release_models
+from lorasuite.data import Row, whole_text
 from lorasuite.errors import ConfigError, PreflightError
+from lorasuite.training import _sweep
+from lorasuite.transforms import transform
 from tests import models
 
 EVAL_DIR = Path(__file__).parents[1] / "data" / "eval_tasks"
@@ -231,6 +234,34 @@ def test_auto_tries_what_may_start_a_finetune_and_no_control(
     record = migrate_adapter(settings(**rows, method="auto"))
     tried = {entry["method"] for entry in record["candidates"]}
     assert "functional-ridge" in tried and not {"logits", "random", "target-mean"} & tried
+
+
+def test_a_sweep_chooses_by_rows_that_no_transform_was_fitted_on(
+    home: Path, settings: Settings, data: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the seed of the fine-tune is: the rows are split once, by the migration's."""
+    kind = type(transform("sequential"))
+    whole = kind.fit
+    fitted: list[str] = []
+    chosen_by: list[str] = []
+
+    class Enough(Exception):
+        pass
+
+    def fit(self: Any, *given: Any, texts: list[str], **named: Any) -> Any:
+        fitted.extend(texts)
+        return whole(self, *given, texts=texts, **named)
+
+    def tune(*_: Any, validation_rows: list[Row], **__: Any) -> Any:
+        chosen_by.extend(whole_text(row) for row in validation_rows)
+        raise Enough
+
+    monkeypatch.setattr(kind, "fit", fit)
+    monkeypatch.setattr(_sweep, "finetune", tune)
+    rows = {"train_data": str(data["train"]), "finetune_samples": 20, "teacher_samples": 0, "controls": False}
+    with pytest.raises(Enough):
+        migrate_adapter(settings(**rows, method="sequential", learning_rates=[1e-3, 1e-2], finetune={"seed": 7}))
+    assert len(fitted) == 16 and len(chosen_by) == 4 and not set(fitted) & set(chosen_by)
 
 
 def test_auto_needs_no_data_of_the_user(home: Path, settings: Settings, pair: tuple[Path, Path]) -> None:

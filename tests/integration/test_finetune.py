@@ -14,15 +14,11 @@ from peft import AdaLoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from lorasuite.adapters import Adapter, attach_adapter, detach_adapter, fresh_config, save_adapter, untrained
-from lorasuite.bases import Checkpoint, load_tokenizer
-from lorasuite.data import IGNORED, MIN_OWN_HOLDOUT_ROWS, Row, encode, split_rows, whole_text
+from lorasuite.bases import Checkpoint
+from lorasuite.data import IGNORED, MIN_OWN_HOLDOUT_ROWS, Row, encode, split_rows
 from lorasuite.errors import AdapterError, ConfigError, DataError, NumericalError, OutputError
 from lorasuite.training import FinetuneResult, FinetuneSettings, collate, finetune, finetune_swept, validation_loss
 from lorasuite.training import _sweep as sweep
-from lorasuite.transforms import transform
-from tasks import adapter_stages
-from tasks.stage import Where
-from tests.flows.small import Small
 from tests.integration.tiny import digit_rows, tiny_lora, tiny_model, tiny_tokenizer
 
 SETTINGS = FinetuneSettings(batch_size=4, epochs=2, learning_rate=5e-3)
@@ -379,47 +375,3 @@ def test_synthetic_rows_are_judged_by_the_users_rows():
     split = split_rows(few, synthetic, seed=3)
     assert len(split.to_train) + len(split.to_choose_by) == both
     assert any(row.completion == " other" for row in split.to_choose_by)
-
-
-def test_a_sweep_chooses_by_rows_that_no_transform_was_fitted_on(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever the seed of the fine-tune is: the rows are split by the migration's."""
-    small = Small.build(tmp_path)
-    paths = {
-        "old_base": small.old,
-        "new_base": small.new,
-        "adapter": tmp_path / "adapters" / "one",
-        "train_data": tmp_path / "train.jsonl",
-        "work": tmp_path / "work",
-    }
-    where = Where(home=tmp_path / "home", paths=paths)
-    fitted: list[str] = []
-    chosen_by: list[Row] = []
-
-    class Enough(Exception):
-        pass
-
-    def fit(*_: Any, texts: list[str], **__: Any) -> Any:
-        fitted.extend(texts)
-        raise Enough
-
-    def tuning(*_: Any, validation_rows: list[Row], **__: Any) -> Any:
-        chosen_by.extend(validation_rows)
-        raise Enough
-
-    monkeypatch.setattr(type(transform("sequential")), "fit", fit)
-    monkeypatch.setattr(sweep, "finetune", tuning)
-    drawn = {"samples": 8, "seed": 0}
-    with pytest.raises(Enough):
-        adapter_stages.sequential_fit.fn(
-            {"train_data": "rows"}, {**drawn, "method": "sequential", "rank": 4, "cutoff": 64}, where
-        )
-    values = {
-        "fresh": untrained(("q",), Checkpoint(small.new).architecture, kind="lora", rank=4, scaling=2.0, steps=1),
-        "learning_rates": [1e-3, 1e-2],
-    }
-    tuned = {**drawn, **values, "finetune": SETTINGS.model_copy(update={"seed": 1}).model_dump(mode="json")}
-    with pytest.raises(Enough):
-        adapter_stages.finetune.fn({"train_data": "rows"}, tuned, where)
-    tokenizer = load_tokenizer(small.new)
-    assert len(fitted) == 6 and len(chosen_by) == 2
-    assert not set(fitted) & {whole_text(row, tokenizer) for row in chosen_by}
