@@ -28,9 +28,9 @@ from lorasuite.correspondence import (
     fit_transfer_matrix,
     hidden_states,
     layer_similarity,
-    learn,
+    learn_state_map,
     map_heads,
-    tensors,
+    state_map_tensors,
 )
 from tasks.bases import checkpoints, loaded, tokenizers
 from tasks.data import stored_texts
@@ -251,7 +251,9 @@ def state_map(inputs: PairReadingInputs, settings: RolesSettings, where: Where) 
     def named() -> Iterator[tuple[str, Tensor]]:
         with loaded(where, "old_base") as old, loaded(where, "new_base") as new:
             texts = stored_texts(inputs.texts)
-            yield from tensors(*learn(old, new, settings.roles, texts, cutoff=settings.cutoff), info)
+            yield from state_map_tensors(
+                *learn_state_map(old, new, settings.roles, texts, cutoff=settings.cutoff), info
+            )
 
     return StageOutput(named(), info)
 

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 from torch import Tensor
 
@@ -25,7 +24,6 @@ from lorasuite.bases import (
     linear_modules,
     text_batches,
 )
-from lorasuite.bases import _pairing as pairing
 from lorasuite.correspondence import (
     Moments,
     fit_transfer_matrix,
@@ -120,8 +118,7 @@ class Texts:
 
     def __init__(self, texts: Sequence[str], old: Base, new: Base) -> None:
         self.texts = list(texts)
-        with mock.patch.object(pairing, "BATCH", len(texts)):
-            (whole,) = text_batches(self.texts, old.loaded, new.loaded, 256)
+        (whole,) = text_batches(self.texts, old.loaded, new.loaded, 256, size=len(texts))
         self.old, self.new, self.old_rows, self.new_rows = whole.old, whole.new, whole.old_rows, whole.new_rows
 
 

@@ -2,34 +2,41 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
 
 from benchmarks.transfer.lab import RANK, TASK, Lab, Row, Task, Updates, Variant
 from benchmarks.transfer.pairs import scores
-from lorasuite.bases import ActivationRecorder, Role
-from lorasuite.correspondence import _state_map as state_map
+from lorasuite.bases import ActivationRecorder, BlockStream, Role, text_batches
+from lorasuite.correspondence import AffineMap, LayerMaps, Reading, StateFeatures, StateMap
 from lorasuite.transforms import Input, ModelTransform, transform
 
 
 def fit_jointly(
-    method: str, lab: Lab, adapted: Callable[[], Any], rows: Sequence[Row], roles: Sequence[Role]
+    method: str,
+    lab: Lab,
+    adapted: Callable[[], Any],
+    rows: Sequence[Row],
+    roles: Sequence[Role],
+    states: StateMap | None = None,
 ) -> Updates:
-    states = None
-    chosen: Any = transform(method)
-    if Input.STATE_MAP in chosen.inputs:
-        states = state_map.StateMap.learned(lab.old.loaded, lab.new.loaded, roles, lab.general.texts)
-    found: Updates = chosen.fit(
-        lab.old.loaded, lab.new.loaded, adapted, roles, states=states,
-        texts=[row["prompt"] + row["completion"] for row in rows], rank=RANK,
-    ).updates  # fmt: skip
-    return found
+    """The updates of a model transform; ``states``: in place of the state map it would have."""
+    chosen = transform(method)
+    assert isinstance(chosen, ModelTransform)
+    if states is None and Input.STATE_MAP in chosen.inputs:
+        states = state_map(lab, roles)
+    texts = [row["prompt"] + row["completion"] for row in rows]
+    return chosen.fit(lab.old.loaded, lab.new.loaded, adapted, roles, states=states, texts=texts, rank=RANK).updates
+
+
+def state_map(lab: Lab, roles: Sequence[Role], kind: type[StateFeatures] = StateFeatures) -> StateMap:
+    """The pair's state map of the general texts."""
+    return StateMap.learned(lab.old.loaded, lab.new.loaded, roles, lab.general.texts, kind=kind)
 
 
 def there_and_back(task: Task, method: str) -> dict[str, float]:
@@ -51,7 +58,7 @@ def there_and_back(task: Task, method: str) -> dict[str, float]:
         return {**scores(lab.old.model, lab.old.tokenizer, task.test), "error": (error / total) ** 0.5}
 
 
-class Fourier(state_map.Features):
+class Fourier(StateFeatures):
     """With random Fourier features (1,024) beside the linear ones: a map that is not linear in the old state."""
 
     count = 1024
@@ -72,56 +79,58 @@ class Fourier(state_map.Features):
         return [torch.cat([row, (self._waves(row) - self.wave_mean) / self.wave_scale], 1) for row in linear]
 
 
-def neighbours(count: int = 8, kept: int = 128) -> Any:
-    """A patch of the state maps: the ridge's own error at the nearest general positions is added back."""
-    original = state_map._maps
-    cache: dict[Any, Any] = {}
+@dataclass(frozen=True)
+class Near(AffineMap):
+    """A map to which its own mean error ``(n, width)`` at the nearest general positions is added."""
 
-    class Near(state_map.Map):
-        errors: Tensor
-        of: Callable[[Tensor], Tensor]
+    errors: Tensor
+    nearest: Callable[[Tensor], Tensor]
 
-        def __call__(self, z: Tensor) -> Tensor:
-            return super().__call__(z) + self.errors[self.of(z)].mean(1)
+    def __call__(self, z: Tensor) -> Tensor:
+        return super().__call__(z) + self.errors[self.nearest(z)].mean(1)
 
-    def maps(new: Any, layer: int, ends: Any, known: Any) -> Any:
-        reading, inputs, _ = known
-        if "basis" not in cache:
-            whole = torch.cat(inputs)
-            cache["basis"] = torch.linalg.eigh(whole.T @ whole)[1][:, -kept:]
-            cache["rows"] = whole @ cache["basis"]
 
-        def of(z: Tensor) -> Tensor:
-            if id(z) not in cache:
-                cache[id(z)] = torch.cdist(z @ cache["basis"], cache["rows"]).topk(count, largest=False).indices
-            found: Tensor = cache[id(z)]
-            return found
+def neighbours(lab: Lab, roles: Sequence[Role], count: int = 8, kept: int = 128) -> StateMap:
+    """The state map with the ridge's own error at the nearest general positions added back."""
+    known, new = state_map(lab, roles), lab.new.loaded
+    batches = text_batches(lab.general.texts, lab.old.loaded, new, 256)
+    inputs = known.features.standardise(known.features.of(batches))
+    whole = torch.cat(inputs)
+    basis = torch.linalg.eigh(whole.T @ whole)[1][:, -kept:]
+    rows = whole @ basis
+    found: dict[int, Tensor] = {}
 
-        found, additive = original(new, layer, ends, known)
-        with ActivationRecorder(new).block_and_modules(layer) as recorder:
+    def nearest(z: Tensor) -> Tensor:
+        if id(z) not in found:
+            found[id(z)] = torch.cdist(z @ basis, rows).topk(count, largest=False).indices
+        return found[id(z)]
+
+    reading = Reading(batches, BlockStream(new, [batch.new for batch in batches]))
+    layers = []
+    for number in range(new.dims.layers):
+        layer, maps = known.layer(number), {}
+        with ActivationRecorder(new).block_and_modules(number) as recorder:
             seen = list(reading.all(recorder))
-        for key, linear in list(found.items()):
-            near = Near(linear.matrix, linear.mean, linear.error)
-            errors = torch.cat([at[key] - linear(z) for at, z in zip(seen, inputs, strict=True)])
-            object.__setattr__(near, "errors", errors)
-            object.__setattr__(near, "of", of)
-            found[key] = near
-        return found, additive
-
-    return mock.patch.object(state_map, "_maps", maps)
+        for place, linear in layer.maps.items():
+            errors = torch.cat([at[place] - linear(z) for at, z in zip(seen, inputs, strict=True)])
+            maps[place] = Near(linear.matrix, linear.mean, linear.error, errors, nearest)
+        layers.append(LayerMaps(maps, layer.additive))
+        reading.stream.advance()
+    return StateMap(known.features, layers.__getitem__)
 
 
 def sequentials(task: Task, more: bool) -> Iterator[Variant]:
     lab = task.lab
     every = lab.new.architecture.roles
 
-    def run(count: int, roles: Sequence[Role], patch: Callable[[], Any] = contextlib.nullcontext) -> Updates:
-        with patch():
-            return fit_jointly("sequential", lab, task.adapted, task.written(count), roles)
+    def run(
+        count: int, roles: Sequence[Role], learned: Callable[[Lab, Sequence[Role]], StateMap] = state_map
+    ) -> Updates:
+        return fit_jointly("sequential", lab, task.adapted, task.written(count), roles, learned(lab, roles))
 
     yield "sequential", "bare", lambda: run(TASK, task.roles)
     yield "sequential, all projections", "sequential", lambda: run(TASK, every)
-    fourier = partial(mock.patch.object, state_map, "Features", Fourier)
+    fourier = partial(state_map, kind=Fourier)
     yield "sequential, Fourier features", "sequential", lambda: run(TASK, task.roles, fourier)
     yield "sequential, nearest neighbours", "sequential", lambda: run(TASK, task.roles, neighbours)
     yield "sequential, 1,500 rows", "sequential", lambda: run(1500, task.roles)

@@ -45,8 +45,12 @@ class Batch:
     new_rows: tuple[Tensor, Tensor]
 
 
-def text_batches(texts: Sequence[str], old: LoadedBase, new: LoadedBase, cutoff: int) -> list[Batch]:
-    """Texts in both tokenizations, at most ``cutoff`` tokens each, by length; those without a pair are left out."""
+def text_batches(texts: Sequence[str], old: LoadedBase, new: LoadedBase, cutoff: int, size: int = BATCH) -> list[Batch]:
+    """Texts in both tokenizations, ``size`` a batch, by length; those without a pair are left out.
+
+    Args:
+        cutoff: tokens of a text read at most, in each tokenization.
+    """
     encoded = []
     for text in texts:
         both = [
@@ -57,8 +61,8 @@ def text_batches(texts: Sequence[str], old: LoadedBase, new: LoadedBase, cutoff:
             encoded.append((both[0]["input_ids"], both[1]["input_ids"], pairs))
     encoded.sort(key=lambda item: len(item[1]))
     found = []
-    for start in range(0, len(encoded), BATCH):
-        part = encoded[start : start + BATCH]
+    for start in range(0, len(encoded), size):
+        part = encoded[start : start + size]
         which = torch.tensor([n for n, (_, _, pairs) in enumerate(part) for _ in pairs])
         at = torch.tensor([pair for _, _, pairs in part for pair in pairs])
         ids = [

@@ -14,13 +14,23 @@ from ._regression import (
     ridge_factor,
 )
 from ._similarity import SMALLEST_BATCH, Metric, cka, grams, hsic, layer_similarity, minibatch_cka
-from ._state_map import LayerMaps, Reading, StateMap, chosen, learn, tensors
+from ._state_map import (
+    AffineMap,
+    LayerMaps,
+    Reading,
+    StateFeatures,
+    StateMap,
+    learn_state_map,
+    modules_of_roles,
+    state_map_tensors,
+)
 from ._transfer_matrix import MlpFactors, MlpRole, TransferMatrix, When, fit_transfer_matrix, mlp_factor
 
 __all__ = [
     "FIT_RIDGE",
     "RIDGE",
     "SMALLEST_BATCH",
+    "AffineMap",
     "Alignment",
     "HeadMaps",
     "LayerMap",
@@ -32,13 +42,13 @@ __all__ = [
     "Pooling",
     "Reading",
     "RegressionSums",
+    "StateFeatures",
     "StateMap",
     "Strategy",
     "TargetSums",
     "TransferMatrix",
     "When",
     "align",
-    "chosen",
     "cka",
     "fit_transfer_matrix",
     "grams",
@@ -48,15 +58,16 @@ __all__ = [
     "hsic",
     "index_heads",
     "layer_similarity",
-    "learn",
+    "learn_state_map",
     "least_squares",
     "map_heads",
     "map_layers",
     "match_heads",
     "minibatch_cka",
     "mlp_factor",
+    "modules_of_roles",
     "reduced_rank",
     "ridge",
     "ridge_factor",
-    "tensors",
+    "state_map_tensors",
 ]

@@ -36,7 +36,7 @@ MAP_RIDGE = 0.1
 FEATURES = 2048
 
 
-class Features:
+class StateFeatures:
     """An old model's state at each position: all layers' streams, attention mixes and MLP activations, standardised."""
 
     def __init__(self, old: LoadedBase, seed: int = 0) -> None:
@@ -109,7 +109,7 @@ class Reading:
 
 
 @dataclass(frozen=True)
-class Map:
+class AffineMap:
     """An affine map of standardised features, and the share of variance it does not explain, in 0 … 1."""
 
     matrix: Float32[Tensor, "features width"]
@@ -125,7 +125,7 @@ class Map:
 class LayerMaps:
     """The maps to one new block's spaces: by ``(layer, module or "block", "in" or "out")``."""
 
-    maps: Mapping[Place, Map]
+    maps: Mapping[Place, AffineMap]
     #: Whether the block adds exactly what its output projections write (not so where a norm follows them).
     additive: bool
 
@@ -134,25 +134,25 @@ class LayerMaps:
 class StateMap:
     """The features of old states, and each new layer's maps from them."""
 
-    features: Features
+    features: StateFeatures
     layer: Callable[[int], LayerMaps]
 
     @classmethod
     def learned(cls, *arguments: Any, **named: Any) -> StateMap:
-        """All of it in memory, with the arguments of :func:`learn`."""
-        features, layers = learn(*arguments, **named)
+        """All of it in memory, with the arguments of :func:`learn_state_map`."""
+        features, layers = learn_state_map(*arguments, **named)
         return cls(features, list(layers).__getitem__)
 
     @classmethod
     def read(cls, old: LoadedBase, tensor: Callable[[str], Tensor], info: Mapping[str, Any]) -> StateMap:
-        """What :func:`tensors` wrote, a layer at a time."""
-        features = Features(old, info["seed"])
+        """What :func:`state_map_tensors` wrote, a layer at a time."""
+        features = StateFeatures(old, info["seed"])
         features.mean, features.scale = tensor("mean"), tensor("scale")
 
         def layer(number: int) -> LayerMaps:
             known = info["layers"][number]
             maps = {
-                (number, name, end): Map(tensor(f"{key}.matrix"), tensor(f"{key}.mean"), error)
+                (number, name, end): AffineMap(tensor(f"{key}.matrix"), tensor(f"{key}.mean"), error)
                 for key, error in known["errors"].items()
                 for name, end in [key.removeprefix(f"{number}.").rsplit(".", 1)]
             }
@@ -161,7 +161,9 @@ class StateMap:
         return cls(features, layer)
 
 
-def tensors(features: Features, layers: Iterable[LayerMaps], info: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
+def state_map_tensors(
+    features: StateFeatures, layers: Iterable[LayerMaps], info: dict[str, Any]
+) -> Iterator[tuple[str, Tensor]]:
     """The map as named tensors, a layer in memory at a time; ``info`` is filled as they are read."""
     info |= {"seed": features.seed, "layers": []}
     yield from (("mean", features.mean), ("scale", features.scale))
@@ -174,9 +176,16 @@ def tensors(features: Features, layers: Iterable[LayerMaps], info: dict[str, Any
         info["layers"].append({"additive": found.additive, "errors": errors})
 
 
-def learn(
-    old: LoadedBase, new: LoadedBase, roles: Sequence[Role], texts: Sequence[str], *, cutoff: int = 256, seed: int = 0
-) -> tuple[Features, Iterator[LayerMaps]]:
+def learn_state_map(
+    old: LoadedBase,
+    new: LoadedBase,
+    roles: Sequence[Role],
+    texts: Sequence[str],
+    *,
+    cutoff: int = 256,
+    seed: int = 0,
+    kind: type[StateFeatures] = StateFeatures,
+) -> tuple[StateFeatures, Iterator[LayerMaps]]:
     """The features, and the maps of one new layer after the other.
 
     Memory: the features ``(positions, ≤ 2,048)`` in float64, the texts' hidden states, and one layer's maps. Time: one
@@ -186,6 +195,7 @@ def learn(
         roles: projections whose outputs are mapped to, beside what blocks read and write.
         texts: general texts, which both bases know.
         seed: of the random projections of wide features.
+        kind: of features.
 
     Raises:
         DataError: if no two positions of the two tokenizations pair.
@@ -193,7 +203,7 @@ def learn(
     batches = text_batches(texts, old, new, cutoff)
     if not batches:
         raise unpaired("calibration")
-    features = Features(old, seed)
+    features = kind(old, seed)
     raw = features.of(batches)
     features.learn(raw)
     inputs = features.standardise(raw)
@@ -204,14 +214,14 @@ def learn(
     return features, _layers(new, roles, known)
 
 
-def chosen(new: LoadedBase, layer: int, roles: Sequence[Role]) -> list[str]:
+def modules_of_roles(new: LoadedBase, layer: int, roles: Sequence[Role]) -> list[str]:
     """The linear modules of a block that hold any of the roles, in order of their names."""
     return sorted(n for n, (module, _) in linear_modules(new, layer).items() if set(module.roles) & set(roles))
 
 
 def _layers(new: LoadedBase, roles: Sequence[Role], known: tuple[Reading, list[Tensor], Tensor]) -> Iterator[LayerMaps]:
     for layer in range(new.dims.layers):
-        names = chosen(new, layer, roles)
+        names = modules_of_roles(new, layer, roles)
         if names:
             ends = [(layer, "block", "in"), (layer, "block", "out"), *((layer, name, "out") for name in names)]
             yield LayerMaps(*_maps(new, layer, ends, known))
@@ -225,7 +235,7 @@ def _maps(
     layer: int,
     ends: Sequence[Place],
     known: tuple[Reading, list[Tensor], Tensor],
-) -> tuple[dict[Place, Map], bool]:
+) -> tuple[dict[Place, AffineMap], bool]:
     """Ridge maps from old features to one new block's spaces in the bare base, and whether the block adds exactly what
     its output projections write (not so where a norm follows them)."""
     reading, inputs, solver = known
@@ -246,5 +256,5 @@ def _maps(
         matrix = torch.cholesky_solve(it.xy, solver)  # the features are centred, so the mean needs no correction
         variance = float(it.square - it.rows * (mean * mean).sum())
         explained = float((matrix * it.xy).sum())
-        maps[key] = Map(matrix.float(), mean, max(0.0, 1 - explained / variance) if variance > 0 else 0.0)
+        maps[key] = AffineMap(matrix.float(), mean, max(0.0, 1 - explained / variance) if variance > 0 else 0.0)
     return maps, additive

@@ -35,7 +35,7 @@ from lorasuite.bases import (
     text_batches,
     unpaired,
 )
-from lorasuite.correspondence import LayerMaps, Reading, RegressionSums, StateMap, chosen
+from lorasuite.correspondence import LayerMaps, Reading, RegressionSums, StateMap, modules_of_roles
 from lorasuite.errors import ConfigError, Problem
 from lorasuite.progress import Progress
 from lorasuite.transforms._protocol import FittedUpdates, Input, ModelTransform
@@ -88,7 +88,7 @@ class Sequential(ModelTransform):
         original: dict[str, Tensor] = {}
         try:
             for layer in range(new.dims.layers):
-                if names := chosen(new, layer, roles):
+                if names := modules_of_roles(new, layer, roles):
                     _fit_block(new, layer, names, states.layer(layer), (task, wanted), rank, original, result)
                 task.stream.advance(again=True)
                 if progress is not None:

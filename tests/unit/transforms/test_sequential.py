@@ -16,7 +16,7 @@ import torch
 from lorasuite import zoo
 from lorasuite.adapters import Adapter, attached
 from lorasuite.bases import Checkpoint, LoadedBase, load_model, load_tokenizer, text_batches
-from lorasuite.correspondence import FIT_RIDGE, StateMap, reduced_rank
+from lorasuite.correspondence import FIT_RIDGE, StateMap, learn_state_map, reduced_rank, state_map_tensors
 from lorasuite.correspondence import _state_map as state_map
 from lorasuite.data import Row
 from lorasuite.errors import DataError
@@ -118,7 +118,7 @@ def test_a_map_is_read_as_it_was_learned(tmp_path: Path) -> None:
     with patch.object(state_map, "FEATURES", 64):
         learned = StateMap.learned(old, new, ("q", "v", "up"), sentences)
         info: dict[str, Any] = {}
-        kept = dict(state_map.tensors(*state_map.learn(old, new, ("q", "v", "up"), sentences), info))
+        kept = dict(state_map_tensors(*learn_state_map(old, new, ("q", "v", "up"), sentences), info))
         found = StateMap.read(old, kept.__getitem__, json.loads(json.dumps(info)))
         batches = text_batches(sentences[:4], old, new, 256)
         states = [of.features.standardise(of.features.of(batches)) for of in (learned, found)]
