@@ -8,7 +8,7 @@ from lorasuite.reporting._names import number, percent, seconds
 
 
 def render_template(template: str, **values: Any) -> str:
-    """A template's HTML; text in ``values`` is escaped, and a name that the template lacks is an error."""
+    """A template's HTML: text in ``values`` is escaped, and a name that is missing from them is an error."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
