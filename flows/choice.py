@@ -18,15 +18,11 @@ from flows.teach import Rows
 from lorasuite.adapters import fresh_lora
 from lorasuite.evaluation import Arm
 from lorasuite.planning import AUTO, MigrationConfig
+from lorasuite.reporting import NEW_START, OWN_ROWS_START
 from lorasuite.training import NOTHING, loss_order
 from tasks.folders import adapter_folder
 from tasks.stage import Ref
 from tasks.training_stages import screening, selection
-
-#: The start of a fine-tune that no adapter was migrated for.
-FRESH = "fresh"
-#: The same, fine-tuned on the user's rows alone where the teacher wrote others: what the teacher has to beat.
-ALONE = "fresh, without the teacher's rows"
 
 
 @dataclass
@@ -106,23 +102,23 @@ def fine_tunes(
     def from_adapter(start: Ref, label: str) -> Ref:
         return tuned(context, "new", rows.all, tuning, start=start, soft_labels=rows.soft_labels, label=label)  # type: ignore[arg-type]
 
-    result = Tuned(chosen.untrained, FRESH if chosen.method == NOTHING else chosen.method)
+    result = Tuned(chosen.untrained, NEW_START if chosen.method == NOTHING else chosen.method)
     begun: dict[str, Ref] = {}
-    if plan.trains_control or result.start == FRESH:
-        begun[FRESH] = from_scratch(rows.all, "scratch", rows.soft_labels)
+    if plan.trains_control or result.start == NEW_START:
+        begun[NEW_START] = from_scratch(rows.all, "scratch", rows.soft_labels)
     if plan.trains_control:
-        result.control = result.arms[Arm.SCRATCH] = begun[FRESH]
+        result.control = result.arms[Arm.SCRATCH] = begun[NEW_START]
     if plan.compares_starts:
         tried = {chosen.method: chosen.untrained} if chosen.method != NOTHING else {}
         if not plan.searches_rates:
             tried = _screened(context, settings, {**candidates, **tried}, rows, result)
         begun |= {method: from_adapter(ref, method) for method, ref in tried.items()}
-    elif result.start != FRESH:
+    elif result.start != NEW_START:
         begun[result.start] = from_adapter(chosen.untrained, "migrated")
     if plan.trains_own_alone and rows.own is not None:
         alone = from_scratch(rows.own, "alone", None)
         if plan.own_alone_competes:
-            begun[ALONE] = alone
+            begun[OWN_ROWS_START] = alone
         if plan.measures_controls:
             result.arms[Arm.SCRATCH_OWN] = alone
     if plan.sweeps:

@@ -16,7 +16,8 @@ from lorasuite.reporting._record import MigrationRecord, PairRecord, StageTiming
 from lorasuite.reporting._tables import Label, comparison, task_comparison
 
 #: Stages that give the adapter without fine-tuning: the transforms that were tried, and the choice between them.
-TRANSFORM_STAGES = ("transform", "sequential", "select")
+#: ``sequential`` is what earlier records call ``model_fit``.
+TRANSFORM_STAGES = ("transform", "model_fit", "sequential", "select")
 #: Labels of fine-tunes that begin from a new LoRA, by ``finetune.start``.
 NEW_LABELS = {NEW_START: "scratch", OWN_ROWS_START: "alone"}
 

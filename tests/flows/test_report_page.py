@@ -9,7 +9,10 @@ import pytest
 
 from flows.migrate_adapter import migrate_adapter
 from lorasuite import zoo
-from lorasuite.reporting import write_fleet
+from lorasuite.evaluation import Arm
+from lorasuite.reporting import RECORD, MigrationRecord, arm_seconds, write_fleet
+from tasks.training_stages import finetune, selection
+from tasks.transform_stages import model_fit, transform
 from tests.browser import Seen, needs_chromium, page
 
 KEPT = Path(__file__).parents[2] / "build" / "screenshots"
@@ -93,6 +96,19 @@ def test_what_the_record_says_of_it(migrated: dict[str, Any]) -> None:
     assert set(migrated["alignment"]["residual"]) == set(migrated["layer_map"])
     assert all(0 <= r <= 1 for ends in migrated["alignment"]["residual"].values() for r in ends.values())
     assert migrated["verdict"]["checks"][0]["name"] == "share of the lead kept"
+
+
+def test_the_seconds_of_an_arm_are_those_of_its_stages(migrated: dict[str, Any]) -> None:
+    """By the names and labels that the flow gives stages, with ``auto``."""
+    record = MigrationRecord.read(Path(migrated["output"]) / RECORD)
+    spent: dict[tuple[str, str | None], float] = {(r.stage, r.label): r.computed_seconds for r in record.timings}
+    made = {transform.name, model_fit.name, selection.name}
+    assert made <= {stage for stage, _ in spent}, "auto tries transforms of both kinds and chooses"
+    moved = sum(seconds for (stage, _), seconds in spent.items() if stage in made)
+    fresh = spent[finetune.name, "scratch"]
+    started = fresh if record.published.is_new else moved + spent[finetune.name, record.published.transform]
+    found = {Arm.MIGRATED: moved, Arm.SCRATCH: fresh, Arm.MIGRATED_LFT: started}
+    assert arm_seconds(record) == pytest.approx(found) and fresh > 0
 
 
 @needs_chromium

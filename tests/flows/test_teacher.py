@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from artifacts import Store
-from flows.choice import ALONE
 from flows.migrate_adapter import migrate_adapter
 from flows.migrate_fleet import migrate_fleet
 from lorasuite import zoo
 from lorasuite.bases import _cache, release_models
 from lorasuite.errors import DataError, PreflightError
+from lorasuite.reporting import OWN_ROWS_START
 from lorasuite.training import write_scaled
 from tasks import teacher_stages
 from tests.flows.small import Small
@@ -99,7 +99,7 @@ def test_auto_makes_the_teacher_earn_its_place(mirror: dict[str, Any], tmp_path:
     assert record["teacher"]["prompts"] == 50 and record["teacher"]["imitated"] == 30
     assert record["teacher"]["temperature"] == 0
     starts = record["finetune"]["starts"]
-    assert ALONE in starts and starts[record["finetune"]["start"]] == min(starts.values())
+    assert OWN_ROWS_START in starts and starts[record["finetune"]["start"]] == min(starts.values())
 
 
 def test_prompts_beside_few_rows_are_read_and_chosen_by(mirror: dict[str, Any], tmp_path: Path) -> None:
