@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import safe_open
 
 from artifacts.errors import ArtifactMissing
 from artifacts.files import DATA, FILES, relative_name
 from artifacts.manifest import Manifest
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Artifact:

@@ -14,15 +14,16 @@ import os
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from artifacts.artifact import Artifact
 from artifacts.errors import ArtifactDamaged, ArtifactMissing
 from artifacts.keys import check_key
 from artifacts.manifest import Manifest
 from artifacts.store import MANIFEST, Store
+
+if TYPE_CHECKING:
+    import torch
 
 logger = logging.getLogger(__name__)
 

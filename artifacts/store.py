@@ -19,9 +19,7 @@ import uuid
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from artifacts.artifact import Artifact
 from artifacts.collection import GcReport, Listed, collect
@@ -29,7 +27,9 @@ from artifacts.errors import ArtifactDamaged, ArtifactMissing
 from artifacts.files import DATA, copy_files, flush, fsync, size
 from artifacts.keys import check_key, plain
 from artifacts.manifest import FileEntry, Manifest, library_versions
-from artifacts.tensors import write_tensors
+
+if TYPE_CHECKING:
+    import torch
 
 MANIFEST = "manifest.json"
 LAST_USED = "last-used"
@@ -176,6 +176,8 @@ class Store:
             return existing
         scratch = self._temporary(f"put-{key[:12]}")
         try:
+            from artifacts.tensors import write_tensors  # torch, which nothing else here needs
+
             digest, sha256 = write_tensors(tensors, scratch / DATA)
             entries = {DATA: FileEntry(size=(scratch / DATA).stat().st_size, sha256=sha256)}
             entries.update(copy_files(files or {}, scratch))

@@ -12,8 +12,7 @@ import typer
 from rich.console import Console
 
 from artifacts import ArtifactError
-from lorasuite import reporting
-from lorasuite.errors import LoRASuiteError, NumericalError
+from lorasuite.errors import LoRASuiteError, NumericalError, PushError
 
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object and nothing else")]
 
@@ -31,7 +30,7 @@ def errors(as_json: bool) -> Iterator[None]:
             print_json({"error": type(error).__name__, "message": str(error), "problems": problems})
         err.print(f"[bold red]{type(error).__name__}[/]", highlight=False)
         err.print(str(error), style="red", markup=False, highlight=False)
-        raise typer.Exit(1 if isinstance(error, (NumericalError, reporting.PushError)) else 2) from None
+        raise typer.Exit(1 if isinstance(error, (NumericalError, PushError)) else 2) from None
 
 
 def print_json(value: Any) -> None:

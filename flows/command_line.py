@@ -152,12 +152,13 @@ def migrate(
     """Move one adapter to a new base, and measure it."""
     with errors(as_json):
         settings = build(MigrationConfig, _merge(config, values))
-        from flows.migrate_adapter import migrate_adapter
         from lorasuite.planning import check
 
-        check(settings)  # before a flow run exists: bad input should cost nothing
+        check(settings)  # before a flow run exists, and before Prefect is there: bad input should cost nothing
         if push_to_hub is not None:
             reporting.check_target(push_to_hub, settings.new_base)
+        from flows.migrate_adapter import migrate_adapter
+
         result = migrate_adapter(settings.model_dump(mode="json"), refresh=tuple(refresh or ()))
         refused = _refused([result["verdict"]["verdict"]], fail_on)
         if push_to_hub is not None and not refused:

@@ -84,6 +84,10 @@ class NumericalError(LoRASuiteError, ArithmeticError):
     """A computation that gave NaN, Inf or an empty result."""
 
 
+class PushError(LoRASuiteError, OSError):
+    """The Hub did not take a finished migration; it is whole where it was published."""
+
+
 def did_you_mean(name: str, choices: Sequence[str]) -> str:
     """``"did you mean 'x'?"`` or the list of choices, for use in a remedy."""
     close = difflib.get_close_matches(name, choices, n=1, cutoff=0.6)

@@ -3,11 +3,11 @@ from ._base_modules import base_weight, vocabulary_side, vocabulary_weight, weig
 from ._combination import materialise, open_adapters, split_sources
 from ._files import CONFIG, PREFIX, WEIGHTS, Tensors
 from ._fused import fuse_updates, split_update
-from ._kinds import REFUSED, config_problems
+from ._kinds import REFUSED, OutputType, config_problems
 from ._lowrank import LowRank
 from ._reader import Adapter
 from ._untrained import fresh_config, fresh_lora, untrained
-from ._writer import Extras, OutputType, check_loads, not_in_adalora, target_modules, write_adapter
+from ._writer import Extras, check_loads, not_in_adalora, target_modules, write_adapter
 
 __all__ = [
     "CONFIG",

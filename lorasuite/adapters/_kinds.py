@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from lorasuite.errors import Problem
+
+#: What an adapter is written as; a DoRA stays one.
+OutputType = Literal["lora", "adalora"]
 
 #: Rank of the new adapter where the old one's method has none.
 DEFAULT_RANK = 16

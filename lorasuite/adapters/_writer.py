@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -16,13 +16,10 @@ from torch import Tensor
 
 from lorasuite.adapters._base_modules import vocabulary_side
 from lorasuite.adapters._files import CONFIG, PREFIX, WEIGHTS, Tensors
-from lorasuite.adapters._kinds import kind_of
+from lorasuite.adapters._kinds import OutputType, kind_of
 from lorasuite.adapters._lowrank import LowRank
 from lorasuite.bases import Architecture, Dimensions, auto_class
 from lorasuite.errors import AdapterError, Problem
-
-#: What an adapter is written as; a DoRA stays one.
-OutputType = Literal["lora", "adalora"]
 
 
 @dataclass(eq=False)

@@ -1,7 +1,8 @@
-from ._activations import Pooling, hidden_states
+from ._activations import hidden_states
 from ._alignment import Alignment, align
 from ._head_mapping import HeadMaps, head_similarity, heads, index_heads, map_heads, match_heads
-from ._layer_mapping import LayerMap, Strategy, map_layers
+from ._layer_mapping import LayerMap, map_layers
+from ._options import Metric, MlpRole, Pooling, Strategy, When
 from ._regression import (
     FIT_RIDGE,
     RIDGE,
@@ -13,7 +14,7 @@ from ._regression import (
     ridge,
     ridge_factor,
 )
-from ._similarity import SMALLEST_BATCH, Metric, cka, grams, hsic, layer_similarity, minibatch_cka
+from ._similarity import SMALLEST_BATCH, cka, grams, hsic, layer_similarity, minibatch_cka
 from ._state_map import (
     AffineMap,
     LayerMaps,
@@ -24,7 +25,7 @@ from ._state_map import (
     modules_of_roles,
     state_map_tensors,
 )
-from ._transfer_matrix import MlpFactors, MlpRole, TransferMatrix, When, fit_transfer_matrix, mlp_factor
+from ._transfer_matrix import MlpFactors, TransferMatrix, fit_transfer_matrix, mlp_factor
 
 __all__ = [
     "FIT_RIDGE",

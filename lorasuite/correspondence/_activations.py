@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from jaxtyping import Float, Float32, Integer
 from torch import Tensor
 
 from lorasuite.bases import ActivationRecorder, LoadedBase
+from lorasuite.correspondence._options import Pooling
 from lorasuite.errors import DataError, Problem
 from lorasuite.progress import Progress
-
-Pooling = Literal["mean", "last"]
 
 
 def hidden_states(

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
+from lorasuite.correspondence._options import Strategy
 from lorasuite.errors import ConfigError, NumericalError, Problem, did_you_mean
 from lorasuite.stored import Stored
-
-Strategy = Literal["dp", "first", "middle", "last"]
 
 
 def map_layers(

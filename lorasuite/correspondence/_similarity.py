@@ -4,15 +4,14 @@ Song et al. 2012), and the metrics of the paper's ablation: CCA, PWCCA (Morcos e
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
+from lorasuite.correspondence._options import Metric
 from lorasuite.errors import ConfigError, DataError, Problem, did_you_mean
-
-Metric = Literal["cka", "cca", "pwcca", "procrustes"]
 
 #: Share of the variance kept before canonical correlations are taken: with fewer examples than dimensions every
 #: direction of noise would correlate perfectly.

@@ -7,20 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
 from lorasuite.bases import Checkpoint, CommonTokens, Role
+from lorasuite.correspondence._options import MlpRole, When
 from lorasuite.correspondence._regression import RegressionSums, least_squares
 from lorasuite.errors import ConfigError, NumericalError, Problem
 from lorasuite.stored import Stored
-
-When = Literal["auto", "always", "never"]
-#: The projections of an MLP.
-MlpRole = Literal["gate", "up", "down"]
 
 #: Embedding rows brought to float64 at a time.
 CHUNK = 8192

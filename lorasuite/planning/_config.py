@@ -125,6 +125,8 @@ class MigrationConfig(Strict):
     @field_validator("method")
     @classmethod
     def _known_method(cls, value: str) -> str:
+        if value == AUTO:
+            return value
         known = [AUTO, *transforms.names()]
         if value not in (*known, *transforms.names(controls=True)):
             raise ValueError(f"unknown method {value!r}. {did_you_mean(value, known)}")

@@ -14,7 +14,7 @@ from ._console import (
 from ._figures import heat_map_png
 from ._files import FLEET_RECORD, RECORD, REPORT
 from ._fleet_report import fleet_rows, write_fleet
-from ._hub import PushError, check_target, push
+from ._hub import check_target, push
 from ._names import wilson
 from ._publication import copy_samples, publish
 from ._published import NEW_START, OWN_ROWS_START, Published
@@ -36,7 +36,6 @@ __all__ = [
     "MigrationRecord",
     "PairRecord",
     "Published",
-    "PushError",
     "Score",
     "StageTiming",
     "arm_seconds",

@@ -6,14 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from lorasuite.adapters import CONFIG, WEIGHTS
-from lorasuite.errors import ConfigError, LoRASuiteError, OutputError, Problem
+from lorasuite.errors import ConfigError, OutputError, Problem, PushError
 
 #: What goes to the Hub. The record, the report and the samples quote training and held-out rows and local paths.
 PUSHED = (WEIGHTS, CONFIG, "README.md")
-
-
-class PushError(LoRASuiteError, OSError):
-    """The Hub did not take a finished migration; it is whole where it was published."""
 
 
 def check_target(repo: str, new_base: str) -> None:

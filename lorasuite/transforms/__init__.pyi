@@ -1,6 +1,7 @@
 from ._embeddings import move_embeddings
 from ._magnitudes import bias_changes, move_rows, new_magnitudes, own_biases, relative_magnitudes
-from ._migration import Migrated, Unmapped, initialise, migrate
+from ._migration import Migrated, initialise, migrate
+from ._options import Unmapped
 from ._protocol import (
     LAYER_INPUTS,
     FittedUpdates,

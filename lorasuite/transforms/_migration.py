@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float32, Float64
@@ -19,10 +19,9 @@ from lorasuite.errors import AdapterError, ConfigError, Problem
 from lorasuite.progress import Progress
 from lorasuite.transforms._embeddings import move_embeddings
 from lorasuite.transforms._magnitudes import bias_changes, move_rows, new_magnitudes, own_biases, relative_magnitudes
+from lorasuite.transforms._options import Unmapped
 from lorasuite.transforms._protocol import Input, LayerPair, LayerTransform
 from lorasuite.transforms._registry import transform
-
-Unmapped = Literal["freeze", "train"]
 
 
 @dataclass(eq=False)

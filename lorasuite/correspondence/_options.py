@@ -1,0 +1,16 @@
+"""The choices that settings name, apart from what computes with them: reading settings loads no torch."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+#: One vector an example: the mean over its tokens, or the last one.
+Pooling = Literal["mean", "last"]
+#: Layer similarities: minibatch CKA, and the metrics of the paper's ablation.
+Metric = Literal["cka", "cca", "pwcca", "procrustes"]
+#: Layer maps: the paper's Algorithm 1, and the strategies of its ablation.
+Strategy = Literal["dp", "first", "middle", "last"]
+#: When ``W_h`` is fitted: only where the hidden sizes differ, always, or never.
+When = Literal["auto", "always", "never"]
+#: The projections of an MLP.
+MlpRole = Literal["gate", "up", "down"]
