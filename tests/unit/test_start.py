@@ -30,7 +30,7 @@ finally:
     ],
 )
 def test_what_is_loaded(arguments: list[str], allowed: set[str]) -> None:
-    """Help and a missing setting need nothing; a directory that is not there is told without Prefect or transformers."""
+    """Help and a missing setting need nothing heavy; a missing directory is told without Prefect or transformers."""
     code = CODE.format(arguments=arguments, heavy=set(HEAVY))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == (0 if "--help" in arguments else 2), done.stderr
