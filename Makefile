@@ -29,7 +29,7 @@ test-unit: $(STAMP)  ## one room at a time
 # For the loop of a person who changes one room, under a minute: make test-fast ROOM=bases
 ROOM ?=
 test-fast: $(STAMP) lint  ## lint, and the quick unit tests of a room, or of all
-	$(BIN)/python -m pytest $(if $(ROOM),,-n 3 --dist loadfile) -m "not slow" tests/unit/$(ROOM)
+	$(PYTEST) -m "not slow" tests/unit/$(ROOM)
 
 lint: $(STAMP)  ## style, types, import rules
 	$(BIN)/ruff check .

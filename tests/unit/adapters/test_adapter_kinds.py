@@ -71,6 +71,7 @@ def test_every_kind(name: str, base: Callable[..., Path], tmp_path: Path) -> Non
     assert cross.cell(kind, old, new, tmp_path) == " + ".join(words) == cross.stored()[name][kind.family]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "name"), cross.some())
 def test_kinds_on_other_architectures(family: str, name: str, base: Callable[..., Path], tmp_path: Path) -> None:
     """A part of the table in docs/adapters.md; ``python -m tests.cross`` runs all of it."""

@@ -147,6 +147,7 @@ def unfused(family: str) -> bool:
     return family not in models.FUSED
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", models.FAMILIES)
 def test_an_adapter_moves_into_the_family(
     family: str, base: Callable[..., Path], lora: Callable[..., Path], tmp_path: Path
