@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-from lorasuite.bases import Checkpoint, LoadedBase, load_tokenizer, loaded_model
+from lorasuite.bases import Checkpoint, LoadedBase, load_tokenizer, loaded_model, streamed_base
 from tasks.stage import Where
 
 BASES = ("old_base", "new_base")
@@ -37,3 +37,9 @@ def loaded(where: Where, base: str) -> Iterator[LoadedBase]:
     """The base at a path of that name, loaded once in a process as long as memory lasts."""
     with loaded_model(where.path(base), where.device, trust_remote_code=trusted(where)) as model:
         yield LoadedBase.of(model, tokenizer(where, base), Checkpoint(where.path(base)))
+
+
+def streamed(where: Where, base: str) -> AbstractContextManager[LoadedBase]:
+    """The base at a path of that name, for :class:`lorasuite.bases.LayerStream`: read layer by layer, unless it is
+    loaded already."""
+    return streamed_base(where.path(base), where.device, trust_remote_code=trusted(where))

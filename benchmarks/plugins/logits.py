@@ -25,7 +25,7 @@ from lorasuite.adapters import LowRank
 from lorasuite.bases import (
     ActivationRecorder,
     Batch,
-    BlockStream,
+    LayerStream,
     LoadedBase,
     Role,
     common_tokens,
@@ -109,7 +109,7 @@ class Logits(ModelTransform):
         layer = new.dims.layers - 1
         modules = linear_modules(new, layer)
         names = [name for role in ("o", "down") for name, (m, _) in modules.items() if m.roles[0] == role]
-        stream = BlockStream(new, [batch.new for batch in batches])
+        stream = LayerStream(new, [batch.new for batch in batches])
         while stream.layer < layer:
             stream.advance()
         result = FittedUpdates()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks.transfer.lab import RANK, TASK, Lab, Row, Task, Updates, Variant
 from benchmarks.transfer.pairs import scores
-from lorasuite.bases import ActivationRecorder, BlockStream, Role, text_batches
+from lorasuite.bases import ActivationRecorder, LayerStream, Role, text_batches
 from lorasuite.correspondence import AffineMap, LayerMaps, Reading, StateFeatures, StateMap
 from lorasuite.transforms import Input, ModelTransform, transform
 
@@ -105,7 +105,7 @@ def neighbours(lab: Lab, roles: Sequence[Role], count: int = 8, kept: int = 128)
             found[id(z)] = torch.cdist(z @ basis, rows).topk(count, largest=False).indices
         return found[id(z)]
 
-    reading = Reading(batches, BlockStream(new, [batch.new for batch in batches]))
+    reading = Reading(batches, LayerStream(new, [batch.new for batch in batches]))
     layers = []
     for number in range(new.dims.layers):
         layer, maps = known.layer(number), {}

@@ -6,9 +6,10 @@ from ._digests import check_finite, digest_json, file_digest, fingerprint_model,
 from ._files import Weights, read_json, resolve
 from ._loading import auto_class, load_model, load_tokenizer, module_order
 from ._meter import METER
-from ._pairing import Batch, paired_positions, text_batches, unpaired
+from ._pairing import Batch, TextBatch, length_batches, paired_positions, text_batches, unpaired
 from ._proposal import propose
-from ._tracing import ActivationRecorder, BlockStream, LoadedBase, Place, linear_modules, put_weights
+from ._streaming import LayerStream, StreamedBase, streamed_base
+from ._tracing import ActivationRecorder, LoadedBase, Place, linear_modules, put_weights
 from ._vocabulary import CommonTokens, common_tokens, convention, surface
 
 __all__ = [
@@ -19,15 +20,17 @@ __all__ = [
     "ActivationRecorder",
     "Architecture",
     "Batch",
-    "BlockStream",
     "Checkpoint",
     "CommonTokens",
     "Dimensions",
+    "LayerStream",
     "LoadedBase",
     "ModelCache",
     "Module",
     "Place",
     "Role",
+    "StreamedBase",
+    "TextBatch",
     "Weights",
     "add_architectures",
     "architecture_for",
@@ -40,6 +43,7 @@ __all__ = [
     "file_digest",
     "fingerprint_model",
     "fingerprint_tokenizer",
+    "length_batches",
     "linear_modules",
     "load",
     "load_model",
@@ -53,6 +57,7 @@ __all__ = [
     "read_json",
     "release_models",
     "resolve",
+    "streamed_base",
     "surface",
     "text_batches",
     "unpaired",

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lorasuite.bases._files import Weights, read_json, resolve
-from lorasuite.bases._loading import load_model
+from lorasuite.bases._files import Weights, resolve
+from lorasuite.bases._loading import BUILDING, known_dtype, load_model
 from lorasuite.errors import CheckpointError, ConfigError, Problem
 
 if TYPE_CHECKING:
@@ -58,7 +58,6 @@ class ModelCache:
         self.budget = budget
         self._models: list[_Kept] = []  # least recently used first
         self._lock = threading.Lock()
-        self._loading = threading.Lock()  # transformers sets global state while it loads
 
     @contextlib.contextmanager
     def loaded(
@@ -99,13 +98,25 @@ class ModelCache:
                     self._models.remove(kept)
                 self._make_room(kept.device, beside=kept)
 
+    def holds(
+        self,
+        source: str | Path,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
+        trust_remote_code: bool = False,
+    ) -> bool:
+        """Whether :meth:`loaded` would give a model that is loaded already, at the moment."""
+        key = _key(resolve(source), _indexed(device), dtype, trust_remote_code)
+        with self._lock:
+            return any(kept.key == key and not kept.lent for kept in self._models)
+
     def release(self) -> None:
         """Drop every model that is not lent."""
         with self._lock:
             self._drop([kept for kept in self._models if not kept.lent])
 
     def _take(self, path: Path, device: torch.device, dtype: torch.dtype | None, trust: bool) -> _Kept:
-        key = (str(path), _identity(path), str(device), _known_dtype(path, device, dtype), trust)
+        key = _key(path, device, dtype, trust)
         with self._lock:
             for kept in self._models:
                 if kept.key == key and not kept.lent:
@@ -115,7 +126,7 @@ class ModelCache:
             self._models.append(kept)
             self._make_room(device, beside=kept)
         try:
-            with self._loading:
+            with BUILDING:
                 kept.model = load_model(path, str(device), dtype, trust)
         except BaseException:
             with self._lock:
@@ -195,19 +206,15 @@ def _indexed(device: str | torch.device) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if str(device) == "cuda" else torch.device(device)
 
 
+def _key(path: Path, device: torch.device, dtype: torch.dtype | None, trust: bool) -> tuple[object, ...]:
+    """What tells one load from another."""
+    return (str(path), _identity(path), str(device), known_dtype(path, device, dtype), trust)
+
+
 def _identity(path: Path) -> tuple[object, ...]:
     """The files a model is loaded from, each with its size, modification time (ns) and inode."""
     files = ((file, file.stat()) for file in sorted(path.iterdir()) if file.suffix in LOADED and file.is_file())
     return tuple((file.name, stat.st_size, stat.st_mtime_ns, stat.st_ino) for file, stat in files)
-
-
-def _known_dtype(path: Path, device: torch.device, dtype: torch.dtype | None) -> torch.dtype | None:
-    """The dtype a load gives, so that asking for it by name or by default is one; None where only the load tells."""
-    if dtype is not None or device.type == "cpu":
-        return dtype or torch.float32
-    config = read_json(path / "config.json")
-    found = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), None)
-    return found if isinstance(found, torch.dtype) else None
 
 
 def _expected_bytes(path: Path, dtype: object) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,6 +70,38 @@ def text_batches(texts: Sequence[str], old: LoadedBase, new: LoadedBase, cutoff:
             torch.nn.utils.rnn.pad_sequence([torch.tensor(p[which_base]) for p in part], True) for which_base in (0, 1)
         ]
         found.append(Batch(ids[0], ids[1], (which, at[:, 0]), (which, at[:, 1])))
+    return found
+
+
+@dataclass(frozen=True)
+class TextBatch:
+    """Some texts of one tokenization, padded on the right.
+
+    ``ids``: token ids ``(texts, tokens)``; ``lengths``: each text's own tokens ``(texts,)``; ``numbers``: which text
+    each is ``(texts,)``.
+    """
+
+    ids: Tensor
+    lengths: Tensor
+    numbers: Tensor
+
+
+def length_batches(texts: Sequence[str], tokenizer: Any, cutoff: int, size: int = BATCH) -> list[TextBatch]:
+    """Texts in one tokenization, at most ``cutoff`` tokens each, by length, ``size`` of them a batch.
+
+    Raises:
+        DataError: naming each text that has no token.
+    """
+    encoded = [ids[:cutoff] for ids in tokenizer(list(texts))["input_ids"]]
+    empty = [number for number, ids in enumerate(encoded) if not ids]
+    if empty:
+        raise DataError([Problem(f"calibration text {number}", "has no token", "Remove it.") for number in empty])
+    order = sorted(range(len(encoded)), key=lambda number: len(encoded[number]))
+    found = []
+    for start in range(0, len(order), size):
+        part = order[start : start + size]
+        ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(encoded[number]) for number in part], True)
+        found.append(TextBatch(ids, torch.tensor([len(encoded[number]) for number in part]), torch.tensor(part)))
     return found
 
 

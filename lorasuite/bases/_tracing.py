@@ -1,14 +1,9 @@
-"""Base models read from inside: what their blocks and modules read and write, and blocks run one at a time.
-
-A fit that goes through a model block by block would pass every text through all the blocks before it again and again.
-:class:`BlockStream` keeps the texts' hidden states between blocks instead, so that the whole costs a few passes,
-whatever the depth.
-"""
+"""Base models read from inside: what their blocks and modules read and write."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +42,18 @@ class LoadedBase:
         """Where the model's weights are."""
         device: torch.device = next(self.model.parameters()).device
         return device
+
+    def fetch(self, layer: int) -> Any:
+        """A block with its weights in memory, which it has until :meth:`free`."""
+        return self.blocks[layer]
+
+    def free(self, layer: int) -> None:
+        """Let go of a block's weights, where they came with :meth:`fetch`."""
+
+    @contextlib.contextmanager
+    def entered(self, texts: Sequence[Tensor]) -> Iterator[None]:
+        """What the model computes before its first block can be computed for these token ids while this lasts."""
+        yield
 
 
 class ActivationRecorder:
@@ -152,14 +159,28 @@ class ActivationRecorder:
         self.run(ids)
         return self.at(ids, rows)
 
-    def at(self, ids: Tensor, rows: tuple[Tensor, Tensor]) -> dict[Place, Tensor]:
-        """What the last run of these texts saw at some of their positions: ``(rows, width)`` float64 on the CPU.
+    def at(
+        self,
+        ids: Tensor,
+        rows: tuple[Tensor, Tensor],
+        *,
+        dtype: torch.dtype = torch.float64,
+        device: torch.device | str | None = "cpu",
+    ) -> dict[Place, Tensor]:
+        """What the last run of these texts saw at some of their positions: ``(rows, width)``.
+
+        Rows are chosen where the model left them, so that only these are converted and moved.
 
         Args:
             ids: the token ids ``(texts, tokens)`` that were run, for their shape.
             rows: the texts' and the positions' numbers, ``(rows,)`` each.
+            device: None leaves each where the model computed it.
         """
-        return {place: value.reshape(*ids.shape, -1).cpu()[rows].double() for place, value in self.seen.items()}
+        found = {}
+        for place, value in self.seen.items():
+            chosen = tuple(index.to(value.device) for index in rows)
+            found[place] = value.reshape(*ids.shape, -1)[chosen].to(device=device, dtype=dtype)
+        return found
 
 
 def linear_modules(base: LoadedBase, layer: int) -> dict[str, tuple[Module, Any]]:
@@ -169,75 +190,6 @@ def linear_modules(base: LoadedBase, layer: int) -> dict[str, tuple[Module, Any]
         with contextlib.suppress(AttributeError):  # some layers lack it: experts where others have an MLP
             found[module.name] = module, base.model.get_submodule(base.architecture.path(layer, module))
     return found
-
-
-class _Stop(Exception):
-    """Raised by a hook once a forward pass has gone far enough."""
-
-
-class BlockStream:
-    """Texts on their way through a base, block by block: the states before block :attr:`layer`, whatever its weights.
-
-    Memory: two states ``(texts, tokens, d)`` on the CPU, in the model's own dtype, and what the model hands its blocks
-    beside them (masks, rotary tables). Time: one pass to find the latter, then a block at a time; never the head.
-    """
-
-    def __init__(self, base: LoadedBase, texts: Sequence[Tensor]) -> None:
-        """
-        Args:
-            texts: token ids, ``(texts, tokens)`` each.
-        """
-        self.base, self.texts, self.layer = base, list(texts), 0
-        self.states: list[Tensor] = []
-        self._outputs: list[Tensor | None] = [None] * len(self.texts)
-        self._beside: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = []
-        # before other hooks: what those do to the state is done again when the block is run
-        handles = [
-            block.register_forward_pre_hook(self._before, with_kwargs=True, prepend=True) for block in base.blocks
-        ]
-        try:
-            with torch.inference_mode():
-                for ids in self.texts:
-                    self._beside.append([])
-                    with contextlib.suppress(_Stop):
-                        base.model(input_ids=ids.to(base.device), use_cache=False)
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _before(self, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = self._beside[-1]
-        if not given:
-            self.states.append((args[0] if args else kwargs["hidden_states"]).to("cpu", copy=True))
-        given.append((args[1:], {name: value for name, value in kwargs.items() if name != "hidden_states"}))
-        if len(given) == len(self.base.blocks):
-            raise _Stop  # before the last block and the head, whose logits may be larger than all states
-
-    def run(self, number: int) -> Tensor:
-        """The next block's output for the texts of one batch, ``(texts, tokens, d)``; hooks on the block fire."""
-        args, kwargs = self._beside[number][self.layer]
-        state = self.states[number].to(self.base.device, copy=True)  # a block may write into what it is given
-        with torch.inference_mode():
-            found = self.base.blocks[self.layer](state, *args, **kwargs)
-        output: Tensor = found[0] if isinstance(found, tuple) else found
-        self._outputs[number] = output.cpu()
-        return output
-
-    def read(self, recorder: ActivationRecorder, number: int, rows: tuple[Tensor, Tensor]) -> dict[Place, Tensor]:
-        """:meth:`run`, and what was seen at some positions, float64 on the CPU."""
-        recorder.seen = {}
-        self.run(number)
-        return recorder.at(self.texts[number], rows)
-
-    def advance(self, again: bool = False) -> None:
-        """Go on behind the block, with what it gave last; ``again``: with what it gives now."""
-        for number in range(len(self.texts)):
-            if again or self._outputs[number] is None:
-                self.run(number)
-            output = self._outputs[number]
-            assert output is not None
-            self.states[number], self._outputs[number] = output, None
-        self.layer += 1
 
 
 def put_weights(base: LoadedBase, weights: Mapping[str, Tensor]) -> None:

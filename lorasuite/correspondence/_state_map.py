@@ -19,7 +19,7 @@ from torch import Tensor
 from lorasuite.bases import (
     ActivationRecorder,
     Batch,
-    BlockStream,
+    LayerStream,
     LoadedBase,
     Place,
     Role,
@@ -100,7 +100,7 @@ class Reading:
     """Batches of texts on their way through the new base."""
 
     batches: list[Batch]
-    stream: BlockStream
+    stream: LayerStream
 
     def all(self, recorder: ActivationRecorder) -> Iterator[dict[Place, Tensor]]:
         """What the next block reads and writes at the paired positions of each batch."""
@@ -210,7 +210,7 @@ def learn_state_map(
     del raw
     gram = sum((z.T @ z for z in inputs), zeros(inputs[0].shape[1], inputs[0].shape[1]))
     solver = ridge_factor(gram, MAP_RIDGE)
-    known = Reading(batches, BlockStream(new, [batch.new for batch in batches])), inputs, solver
+    known = Reading(batches, LayerStream(new, [batch.new for batch in batches])), inputs, solver
     return features, _layers(new, roles, known)
 
 

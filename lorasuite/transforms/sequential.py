@@ -27,7 +27,7 @@ from torch import Tensor
 
 from lorasuite.bases import (
     ActivationRecorder,
-    BlockStream,
+    LayerStream,
     LoadedBase,
     Role,
     linear_modules,
@@ -83,7 +83,7 @@ class Sequential(ModelTransform):
             raise unpaired("texts")
         with adapted():
             wanted = states.features.standardise(states.features.of(batches))
-        task = Reading(batches, BlockStream(new, [batch.new for batch in batches]))
+        task = Reading(batches, LayerStream(new, [batch.new for batch in batches]))
         result = FittedUpdates()
         original: dict[str, Tensor] = {}
         try:
