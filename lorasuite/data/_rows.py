@@ -83,7 +83,8 @@ class Row:
                 prompt = self.prompt.rstrip(" ")
                 return prompt, self.prompt[len(prompt) :] + self.completion
             case "messages":
-                return _render_chat(self.messages, tokenizer)
+                prompt, answer, suffix = _render_chat(self.messages, tokenizer)
+                return prompt, answer + suffix
 
     def target(self, tokenizer: PreTrainedTokenizerBase | None = None) -> tuple[str, str, str]:
         """``(prompt, scored, suffix)``: what evaluation conditions on, scores, and what only ends the turn.
@@ -94,19 +95,21 @@ class Row:
         Raises:
             DataError: as :meth:`prompt_and_completion`.
         """
-        prompt, completion = self.prompt_and_completion(tokenizer)
-        if self.kind != "messages":
-            return prompt, completion, ""
-        content = self.messages[-1].content.strip()
-        start = completion.rfind(content)
-        if start < 0:  # the template rewrote the content; score all it wrote
-            return prompt, completion, ""
-        end = start + len(content)
-        return prompt, completion[:end], completion[end:]
+        if self.kind == "messages":
+            return _render_chat(self.messages, tokenizer)
+        return *self.prompt_and_completion(tokenizer), ""
 
 
-def _render_chat(messages: tuple[Message, ...], tokenizer: PreTrainedTokenizerBase | None) -> tuple[str, str]:
-    """Prompt (with generation prompt) and completion of a conversation, by the tokenizer's chat template."""
+#: Stands for the answer while a template is asked where it puts one: nothing of a template's own, nothing to strip.
+_PLACEHOLDER = "\u241f\u241e\u241f"
+
+
+def _render_chat(messages: tuple[Message, ...], tokenizer: PreTrainedTokenizerBase | None) -> tuple[str, str, str]:
+    """Prompt (with generation prompt), answer and end of turn of a conversation, by the tokenizer's chat template.
+
+    Where the answer is, the template itself says, with a placeholder in the answer's place: searched for, a short
+    answer might be found in the words of the prompt or in an end-of-turn token.
+    """
     where = "messages row"
     if tokenizer is None:
         raise DataError([Problem(where, "needs a tokenizer with a chat template", "Pass the base's tokenizer")])
@@ -125,31 +128,49 @@ def _render_chat(messages: tuple[Message, ...], tokenizer: PreTrainedTokenizerBa
             [Problem(where, "the last message is not the assistant's", "End each conversation with the answer")]
         )
     turns = [{"role": message.role, "content": message.content} for message in messages]
+    marked_turns = [*turns[:-1], {**turns[-1], "content": _PLACEHOLDER}]
     try:
         prompt = str(tokenizer.apply_chat_template(turns[:-1], tokenize=False, add_generation_prompt=True))
-        whole = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=False))
+        whole, marked = (
+            str(tokenizer.apply_chat_template(rendered, tokenize=False, add_generation_prompt=False))
+            for rendered in (turns, marked_turns)
+        )
     except Exception as error:  # a template is code of the checkpoint's author and raises what it likes
         raise DataError(
             [Problem(where, f"the chat template refused it ({error})", "Use the roles and order it accepts")]
         ) from error
-    if whole.startswith(prompt):
-        return prompt, whole[len(prompt) :]
-    # Some templates open a block in the generation prompt that they drop from finished turns (a reasoning
-    # tag, say). The prompt of generation is then the one that matters: what follows it is the content and the
-    # end of the turn.
-    content = messages[-1].content.strip()
-    start = whole.rfind(content)
-    if start < 0:
-        raise DataError(
-            [
-                Problem(
-                    where,
-                    "the chat template does not render the assistant's answer",
-                    "Use a template that does, or rows of prompt and completion",
-                )
-            ]
-        )
-    return prompt, whole[start:]
+    continues = whole.startswith(prompt)
+    span = _answer_span(whole, marked)
+    answer = messages[-1].content.strip()
+    if span is None and not continues and answer in whole:
+        span = whole.rfind(answer), whole.rfind(answer) + len(answer)
+    if span is not None:
+        # Some templates open a block in the generation prompt that they drop from finished turns (a reasoning
+        # tag, say). The prompt of generation is then the one that matters: what follows it is the answer and the
+        # end of the turn.
+        return prompt, whole[len(prompt) if continues else span[0] : span[1]], whole[span[1] :]
+    if continues:  # the template rewrote the answer: score all it wrote
+        return prompt, whole[len(prompt) :], ""
+    raise DataError(
+        [
+            Problem(
+                where,
+                "the chat template does not render the assistant's answer",
+                "Use a template that does, or rows of prompt and completion",
+            )
+        ]
+    )
+
+
+def _answer_span(whole: str, marked: str) -> tuple[int, int] | None:
+    """Where the answer stands in a rendered conversation; ``marked`` is the same one with the placeholder in its place.
+
+    None where the template writes something else around this answer than around the placeholder.
+    """
+    before, found, behind = marked.rpartition(_PLACEHOLDER)
+    if found and whole.startswith(before) and whole.endswith(behind) and len(before) + len(behind) <= len(whole):
+        return len(before), len(whole) - len(behind)
+    return None
 
 
 def whole_text(row: Row, tokenizer: PreTrainedTokenizerBase | None = None) -> str:

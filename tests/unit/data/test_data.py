@@ -216,6 +216,67 @@ def test_a_generation_prompt_that_finished_turns_lack():
     assert completion == "hello to you<|im_end|>\n"
 
 
+#: How families write a conversation, in few words each: what a template does around and to an answer.
+TEMPLATES = {
+    "chatml": CHATML,
+    "llama3": (
+        "{{ '<|begin_of_text|>' }}{% for m in messages %}"
+        "{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' "
+        "+ m['content'] | trim + '<|eot_id|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+    ),
+    "gemma": (
+        "{{ '<bos>' }}{% for m in messages %}"
+        "{{ '<start_of_turn>' + ('model' if m['role'] == 'assistant' else m['role']) "
+        "+ '\n' + m['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+    ),
+    "mistral": (
+        "{{ '<s>' }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"
+        "{% else %}{{ ' ' + m['content'] | trim + '</s>' }}{% endif %}{% endfor %}"
+    ),
+    "phi3": (
+        "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + '<|end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ '<|endoftext|>' }}{% endif %}"
+    ),
+    "zephyr": (
+        "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + '</s>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+    ),
+    "thinking": (
+        "{% for m in messages %}{% set text = m['content'].split('</think>')[-1] %}"
+        "{{ '<|im_start|>' + m['role'] + '\n' + text + '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@settings(deadline=None, max_examples=60)
+@given(
+    answer=st.one_of(
+        st.sampled_from(
+            [*"abcdeimnst|<>_/[]:", "end", "assistant", "</s>", "hello", "hi d ", " x", "a\n", "<|im_end|>"]
+        ),
+        st.text(st.characters(codec="utf-8", exclude_categories=["C"]), min_size=1, max_size=4),
+    )
+)
+def test_what_is_scored_is_the_answer(name, answer):
+    """Every short answer under every template: never a piece of the prompt, or of the token that ends a turn."""
+    tokenizer = bpe(template=TEMPLATES[name])
+    ending = chat_row("hello to you").target(tokenizer)[2]
+    prompt, scored, suffix = chat_row(answer).target(tokenizer)
+    assert scored.strip() == answer.strip() and suffix == ending
+    assert chat_row(answer).prompt_and_completion(tokenizer) == (prompt, scored + suffix)
+
+
+def test_an_answer_that_the_template_rewrites():
+    tokenizer = bpe(template=TEMPLATES["thinking"])
+    assert chat_row("<think>why</think>so").target(tokenizer)[1:] == ("so", "<|im_end|>\n")
+    upper = CHATML.replace("m['content']", "m['content'] | upper")
+    assert chat_row("d").target(bpe(template=upper))[1].strip() == "D"
+
+
 def test_calibration_texts(tmp_path):
     path = write(tmp_path / "a.jsonl", RECORDS)
     texts = calibration_texts(path)
