@@ -17,6 +17,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from artifacts import default_home
 from flows.cli_output import Json, errors, print_json
 from flows.options import with_settings
 from flows.store_commands import store_app
@@ -60,6 +61,9 @@ PAIR_FLAGS = (
     "head_matching", "transfer_matrix",
 )  # fmt: skip
 
+#: In place of what ``inspect`` and ``prepare`` can do without: they validate their settings as a migration's.
+UNNAMED = {"adapter": "none", "output": "none"}
+
 
 def _merge(config: Path | None, values: dict[str, Any]) -> dict[str, Any]:
     """Settings of a file, overridden by the flags given."""
@@ -75,32 +79,19 @@ def _quiet_libraries() -> None:
 
 
 @app.command()
-def inspect(
-    old_base: Annotated[str, typer.Option(help="base the adapter was trained on")],
-    new_base: Annotated[str, typer.Option(help="base to move it to")],
-    adapter: Annotated[str | None, typer.Option(help="PEFT adapter, or several as A:0.7,B:0.3")] = None,
-    method: Annotated[str, typer.Option(help="transform that would be used")] = "lorasuite",
-    trust_remote_code: Annotated[bool, typer.Option(help="let model repositories run their own code")] = False,
-    allow_pickle: Annotated[
-        bool, typer.Option(help="read adapter_model.bin, a pickle file, with weights_only")
-    ] = False,
-    architectures: Annotated[str | None, typer.Option(help="directory of architecture files of your own")] = None,
-    as_json: Json = False,
-) -> None:
-    """Compare two bases and say what of an adapter would move, with every problem at once."""
-    from lorasuite import planning
+@with_settings(MigrationConfig)
+def inspect(values: dict[str, Any], config: ConfigFile = None, as_json: Json = False) -> None:
+    """Compare two bases, say what of an adapter would move, with every problem at once, and what it would cost here.
 
+    It takes the flags of ``migrate``: every stage that they would run is shown with its time, memory and disk. Only the
+    two bases must be given.
+    """
     with errors(as_json):
-        found = planning.inspect(
-            old_base,
-            new_base,
-            adapter,
-            method,
-            trust_remote_code,
-            allow_pickle,
-            timed=True,
-            architectures=architectures,
-        )
+        merged = _merge(config, values)
+        settings = build(MigrationConfig, {**UNNAMED, **merged})
+        from lorasuite.planning import survey
+
+        found = survey(settings, default_home(), adapter="adapter" in merged)
         if as_json:
             print_json(found.to_dict())
         else:
@@ -115,8 +106,10 @@ def prepare(values: dict[str, Any], config: ConfigFile = None, refresh: Refresh 
     """Compute, or find, everything about a pair of bases that every adapter shares."""
     with errors(as_json):
         merged = _merge(config, values)
-        # Validated as a migration's settings, which name the two bases in the same way.
-        settings = build(MigrationConfig, {"adapter": "none", "output": "none", **merged})
+        settings = build(MigrationConfig, {**UNNAMED, **merged})
+        from lorasuite.planning import fits
+
+        fits(settings, default_home())  # before a flow run exists
         from flows.prepare_pair import prepare_pair
 
         result = prepare_pair(
@@ -154,7 +147,9 @@ def migrate(
         settings = build(MigrationConfig, _merge(config, values))
         from lorasuite.planning import check
 
-        check(settings)  # before a flow run exists, and before Prefect is there: bad input should cost nothing
+        check(
+            settings, default_home()
+        )  # before a flow run exists, and before Prefect is there: bad input should cost nothing
         if push_to_hub is not None:
             reporting.check_target(push_to_hub, settings.new_base)
         from flows.migrate_adapter import migrate_adapter

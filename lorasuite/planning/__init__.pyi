@@ -1,11 +1,15 @@
 from ._config import AUTO, MigrationConfig, PairSettings, torch_device
-from ._estimate import Throughput, active, estimate, measure
+from ._cost import Cost, Ops, Shape, Work, active
+from ._cost_adapter import adapter_costs
+from ._cost_pair import pair_costs
+from ._estimate import estimate, gib, shortages, unfit
 from ._experiment import Cell, Experiment, read_experiment
 from ._experiment_file import ARMS, ExperimentArm, ExperimentTable, ExperimentTask
 from ._fleet import chosen, fleet_output, read_fleet
 from ._inspection import inspect
+from ._machine import Machine, Throughput, measure
 from ._policy import RowCounts, RowPlan, plan_rows
-from ._preflight import Plan, check
+from ._preflight import Plan, check, fits, survey
 from ._reading import build, merged, read_config
 from ._thresholds import LFT_SAMPLES
 
@@ -14,28 +18,40 @@ __all__ = [
     "AUTO",
     "LFT_SAMPLES",
     "Cell",
+    "Cost",
     "Experiment",
     "ExperimentArm",
     "ExperimentTable",
     "ExperimentTask",
+    "Machine",
     "MigrationConfig",
+    "Ops",
     "PairSettings",
     "Plan",
     "RowCounts",
     "RowPlan",
+    "Shape",
     "Throughput",
+    "Work",
     "active",
+    "adapter_costs",
     "build",
     "check",
     "chosen",
     "estimate",
+    "fits",
     "fleet_output",
+    "gib",
     "inspect",
     "measure",
     "merged",
+    "pair_costs",
     "plan_rows",
     "read_config",
     "read_experiment",
     "read_fleet",
+    "shortages",
+    "survey",
     "torch_device",
+    "unfit",
 ]

@@ -1,153 +1,253 @@
-"""How long the stages of a migration would take here: counted operations and bytes over a short measurement.
+"""What a migration would need here, stage by stage: seconds, RAM, GPU memory and disk, beside what this machine has.
 
-An order of magnitude, not a promise. What is counted is the arithmetic of the large products and the bytes read; what
-is measured is how fast this machine does such work when it does nothing else. Tiny models take longer (overhead), texts
-shorter than the cut-off less.
+Operations and bytes are counted (:mod:`lorasuite.planning._cost`) and divided by what a short measurement found
+(:class:`Throughput`). An estimate, meant to be within a factor of two on real models when nothing else runs
+(``benchmarks/estimate.py`` compares); models of a few million weights take longer, for what a call costs then counts.
 """
 
 from __future__ import annotations
 
-import hashlib
-import math
-import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import torch
-
 from lorasuite.adapters import Adapter, weight_shape
-from lorasuite.bases import ATTENTION, Checkpoint
-from lorasuite.planning._config import PairSettings, torch_device
+from lorasuite.bases import ROLES, Checkpoint, Role
+from lorasuite.data import IGNORED, Row, encode_rows
+from lorasuite.errors import LoRASuiteError, Problem
+from lorasuite.planning._config import AUTO, MigrationConfig
+from lorasuite.planning._cost import FLOAT, HALF, Cost, Shape, Work
+from lorasuite.planning._cost_adapter import adapter_costs
+from lorasuite.planning._cost_pair import pair_costs
+from lorasuite.planning._machine import Machine, Throughput
+from lorasuite.planning._policy import RowPlan
 from lorasuite.planning._thresholds import LFT_SAMPLES
-from lorasuite.training import FinetuneSettings
+from lorasuite.transforms import names, transform
 
-#: Bytes of a base's file that are read to time it.
-SAMPLE = 32 * 2**20
-ASSUMES = (
-    "large products and bytes read, over what this machine did in a short measurement; texts and rows of full length, "
-    "nothing cached, evaluation left out (it depends on the rows)"
-)
-
-
-@dataclass(frozen=True)
-class Throughput:
-    """What a machine does in a second.
-
-    ``device``: where forward passes run, and ``forward`` its floating-point operations in their precision;
-    ``double``: those of float64 products on the CPU; ``eigen``, ``svd``: the ``d³`` of such a decomposition of a
-    ``d × d`` float64 matrix; ``read``: bytes of a weight file read and hashed.
-    """
-
-    device: str
-    forward: float
-    double: float
-    eigen: float
-    svd: float
-    read: float
+#: Texts or rows that are tokenized to learn how long they are.
+SAMPLED = 64
+#: What is over this share of all there is of a resource cannot fit, whatever is freed.
+MARGIN = 1.25
+#: Whole fine-tunes that a search of learning rates from one start comes to: three short runs and two whole ones.
+SEARCHED = 2.75
+#: Arms measured on the old base (bare, and with its adapter), and on the new one without a fine-tune.
+OLD_ARMS, NEW_ARMS = 2, 2
 
 
-def measure(base: Checkpoint, size: int = 512) -> Throughput:
-    """Time one product and decomposition of each kind, and the start of a weight file: about a second."""
-    device = torch_device("auto")
-    x = torch.randn(2 * size, 2 * size, device=device, dtype=torch.bfloat16 if device != "cpu" else torch.float32)
-    y = torch.randn(size, size, dtype=torch.float64)
-    small = y[: size // 2, : size // 2]
+@dataclass
+class Data:
+    """What is known of a run's data: texts and rows that were read, with the tokenizer of the new base, or nothing."""
 
-    def product() -> None:
-        (x @ x).sum().item()  # waits for the device
+    texts: Sequence[str] = ()
+    train: Sequence[Row] = ()
+    evaluation: Sequence[Row] = ()
+    tokenizer: Any = None
+    #: What had to be assumed.
+    assumed: list[str] = field(default_factory=list)
 
-    start, read = time.perf_counter(), 0
-    with base.weight_files[0].open("rb") as handle:
-        digest = hashlib.sha256()
-        while read < SAMPLE and (chunk := handle.read(2**20)):
-            digest.update(chunk)
-            read += len(chunk)
-    seconds = max(time.perf_counter() - start, 1e-9)
-    return Throughput(
-        device=device,
-        forward=2 * x.shape[0] ** 3 / _best(product),
-        double=2 * size**3 / _best(lambda: y @ y),
-        eigen=small.shape[0] ** 3 / _best(lambda: torch.linalg.eigh(small + small.T)),
-        svd=small.shape[0] ** 3 / _best(lambda: torch.linalg.svd(small)),
-        read=read / seconds,
+
+def planned_work(
+    config: MigrationConfig,
+    old: Checkpoint,
+    new: Checkpoint,
+    adapter: Adapter | None,
+    device: str,
+    rows: RowPlan,
+    data: Data,
+) -> Work:
+    """What the settings would run, as counts; what is not known is assumed at its default, and said in
+    ``data.assumed``."""
+    roles: tuple[Role, ...] = ROLES if adapter is None else tuple(adapter.roles(old.architecture))
+    if adapter is None:
+        data.assumed.append("an adapter of every linear module, rank 16")
+    gpu = device != "cpu"
+    item = HALF if gpu else FLOAT
+    methods = [config.method] if config.method != AUTO else list(_tried(old, new, roles, rows))
+    text_tokens, texts = float(config.pair.calibration_cutoff), len(data.texts)
+    if data.texts and data.tokenizer is not None:
+        text_tokens = _mean_tokens(data.tokenizer, data.texts, config.pair.calibration_cutoff)
+    elif not data.texts and config.calibration_data is None:
+        texts = config.pair.calibration_samples
+        data.assumed.append(f"{texts} calibration texts of {config.pair.calibration_cutoff} tokens")
+    row_tokens, label_tokens = _row_tokens(config, data)
+    trained = rows.own_rows + rows.synthetic_train_rows
+    if not trained and config.train_data is None and config.finetune_samples is None:
+        trained = LFT_SAMPLES
+        data.assumed.append(f"{trained} training rows of {row_tokens:.0f} tokens")
+    tuning = config.finetune
+    epochs = tuning.epochs if tuning.max_steps is None else tuning.max_steps * tuning.batch_size / max(trained, 1)
+    starts = 1 + rows.trains_control + (config.starts - 1 if rows.compares_starts else 0)
+    return Work(
+        roles=roles,
+        methods=tuple(methods),
+        rank=config.rank or (16 if adapter is None else adapter.rank),
+        dense=() if adapter is None or adapter.stored else tuple(_dense(old, adapter)),
+        gpu=gpu,
+        item=item,
+        training_item=item,
+        texts=texts,
+        text_tokens=text_tokens,
+        cka_batch=config.pair.cka_batch,
+        rows=trained,
+        row_tokens=row_tokens,
+        label_tokens=label_tokens,
+        epochs=epochs,
+        batch=tuning.batch_size,
+        micro_batch=tuning.micro_batch_size or tuning.batch_size,
+        checkpointing=tuning.gradient_checkpointing,
+        fine_tunes=starts * (SEARCHED if rows.searches_rates else max(len(rows.rates), 1)),
+        chosen_by=max(rows.selection_rows, trained // 5),
+        teacher_rows=rows.teacher_rows,
+        teacher_tokens=min(label_tokens, config.teacher.max_new_tokens),
+        teacher_batch=config.teacher.batch_size,
+        evaluation_rows=min(len(data.evaluation), config.evaluation.limit or len(data.evaluation)),
+        evaluation_new_tokens=config.evaluation.max_new_tokens if config.evaluation.generate else 0,
+        evaluation_batch=config.evaluation.batch_size,
+        old_arms=OLD_ARMS,
+        new_arms=NEW_ARMS + rows.fine_tunes + rows.trains_control,
     )
 
 
-def _best(action: Callable[[], object], repeats: int = 3) -> float:
-    """Seconds of the fastest of some runs, after one to warm up."""
-    action()
-    found = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        action()
-        found.append(time.perf_counter() - start)
-    return max(min(found), 1e-9)
+def _tried(old: Checkpoint, new: Checkpoint, roles: Sequence[Role], rows: RowPlan) -> Iterator[str]:
+    """The transforms that ``auto`` tries between these bases."""
+    moved = tuple(role for role in roles if role in new.architecture.roles)
+    for name in names():
+        one = transform(name)
+        if not one.problems(old.dims, new.dims, moved) and (one.starts_finetune or not rows.fine_tunes):
+            yield name
 
 
-def estimate(old: Checkpoint, new: Checkpoint, adapter: Adapter | None, speed: Throughput) -> dict[str, Any]:
-    """Seconds a stage at default settings, with the measured numbers and what was assumed. JSON-able."""
-    pair, tuning = PairSettings(), FinetuneSettings()
-    tokens = pair.calibration_samples * pair.calibration_cutoff
-    d_o, d_n = old.dims.hidden_size, new.dims.hidden_size
-    depth = min(old.dims.layers, new.dims.layers)
-    roles = tuple(adapter.roles(old.architecture)) if adapter is not None else ATTENTION
-    moved = [role for role in roles if role in new.architecture.roles]
-    reading = sum(f.stat().st_size for base in (old, new) for f in base.weight_files) / speed.read
-    stages = {
-        # read and hashed, and once more to look for damaged tensors
-        "fingerprint": 2 * reading,
-        "transfer_matrices": _hidden_map(old, new, speed),
-        "mlp_factors": depth * sum(_factor(old, speed) for role in moved if role not in ATTENTION),
-        "activations": 2 * tokens * (active(old) + active(new)) / speed.forward,
-        "head_mapping": 2 * depth * _heads(old, new) / speed.double,
+def _dense(old: Checkpoint, adapter: Adapter) -> Iterator[tuple[int, int]]:
+    for path in adapter.modules:
+        if old.architecture.locate(path):
+            a, b = weight_shape(old, path)
+            yield a, b
+
+
+def _mean_tokens(tokenizer: Any, texts: Sequence[str], cutoff: int) -> float:
+    sample = texts[:: max(len(texts) // SAMPLED, 1)]
+    return sum(min(len(ids), cutoff) for ids in tokenizer(list(sample))["input_ids"]) / len(sample)
+
+
+def _row_tokens(config: MigrationConfig, data: Data) -> tuple[float, float]:
+    """Mean tokens of a training row, and those of them that are labels; the cut-off where nothing is known."""
+    for rows in (data.train, data.evaluation):
+        sample = list(rows[:: max(len(rows) // SAMPLED, 1)])
+        if sample and data.tokenizer is not None:
+            try:
+                found = encode_rows(sample, data.tokenizer, config.finetune.cutoff).examples
+            except LoRASuiteError:  # said where the rows are checked
+                continue
+            labels = sum(label != IGNORED for one in found for label in one["labels"])
+            return sum(len(one["input_ids"]) for one in found) / len(found), labels / len(found)
+    return float(config.finetune.cutoff), config.finetune.cutoff / 2
+
+
+def estimate(
+    old: Shape, new: Shape, work: Work, machine: Machine, speed: Throughput | None = None, adapter: bool = True
+) -> dict[str, Any]:
+    """Every stage's seconds and bytes, their totals, and what this machine has. JSON-able.
+
+    Args:
+        speed: what it does in a second; None leaves seconds out.
+        adapter: also the stages that run for an adapter, beside the pair's.
+    """
+    costs = pair_costs(old, new, work) + (adapter_costs(old, new, work) if adapter else [])
+    stages: list[dict[str, Any]] = [
+        {
+            "stage": name,
+            "seconds": None if speed is None else sum(speed.seconds(one.ops) for one in group),
+            "ram_bytes": int(max(one.ram for one in group)),
+            "gpu_bytes": int(max(one.gpu for one in group)),
+            "disk_bytes": int(sum(one.disk for one in group)),
+        }
+        for name, group in _grouped(costs).items()
+    ]
+    return {
+        "stages": stages,
+        "total": {
+            "seconds": None if speed is None else sum(row["seconds"] for row in stages),
+            "ram_bytes": max(row["ram_bytes"] for row in stages),
+            "gpu_bytes": max(row["gpu_bytes"] for row in stages),
+            "disk_bytes": sum(row["disk_bytes"] for row in stages),
+        },
+        "machine": asdict(machine),
+        "measured": None if speed is None else asdict(speed),
     }
-    if adapter is not None:
-        dense = [path for path in adapter.modules if old.architecture.locate(path)] if not adapter.stored else []
-        shapes = [weight_shape(old, path) for path in dense]
-        stages["read_adapter"] = sum(min(shape) ** 2 * max(shape) for shape in shapes) / speed.svd
-        # W_h and each projection's weight once, times the rank; at a small rank, reading the weights takes longer
-        carried = sum(2 * old.dims.rows(role) * old.dims.columns(role) + 2 * d_o * d_n for role in moved)
-        stages["transform"] = 2 * depth * adapter.rank * carried / speed.double + reading
-    rows = LFT_SAMPLES * tuning.cutoff * tuning.epochs
-    stages["finetune"] = 6 * rows * active(new) / speed.forward
-    stages["finetune (control)"] = stages["finetune"]
-    return {"seconds": stages, "total": sum(stages.values()), "measured": asdict(speed), "assumes": ASSUMES}
 
 
-def active(base: Checkpoint) -> int:
-    """Weights that one token is multiplied with: all matrices but the input embedding, experts by their share."""
-    settings = base.architecture.settings(base.config)
-    experts = next((n for key in ("num_local_experts", "num_experts") if (n := settings.get(key))), 0)
-    share = settings.get("num_experts_per_tok", 1) / experts if experts else 1
-    embedding = base.find(base.architecture.embedding + ".weight")
-    total = 0.0
-    for name, shape in base.shapes().items():
-        if len(shape) > 1 and (name != embedding or base.architecture.tied(base.config)):
-            total += math.prod(shape) * (share if ".experts." in name else 1)
-    return int(total)
+def _grouped(costs: Sequence[Cost]) -> dict[str, list[Cost]]:
+    """Costs by stage, in the order of each one's first."""
+    found: dict[str, list[Cost]] = {}
+    for one in costs:
+        found.setdefault(one.stage, []).append(one)
+    return found
 
 
-def _hidden_map(old: Checkpoint, new: Checkpoint, speed: Throughput) -> float:
-    """Gram and cross products over the vocabulary, an eigenvalue problem, a pseudo-inverse; nothing for equal sizes."""
-    d_o, d_n = old.dims.hidden_size, new.dims.hidden_size
-    if d_o == d_n:
-        return 0.0
-    tokens = min(old.dims.vocab_size, new.dims.vocab_size)
-    products = 2 * tokens * d_o * (d_o + d_n) + 2 * d_o**2 * d_n
-    return products / speed.double + d_o**3 / speed.eigen + min(d_o, d_n) ** 2 * max(d_o, d_n) / speed.svd
+#: The flags that make a stage need less RAM or GPU memory, in the order they help; others are those of every model.
+SMALLER = {
+    "finetune": "--finetune-micro-batch-size 1, --finetune-gradient-checkpointing",
+    "teacher": "--teacher-batch-size 1, --teacher-samples 0",
+    "teacher_worth": "--teacher-samples 0",
+    "evaluate": "--evaluation-batch-size 1",
+    "select": "--method procrustes",
+    "model_fit": "--method procrustes",
+    "alignment": "--calibration-samples 64, --method lorasuite",
+    "state_map": "--method procrustes",
+    "activations": "--calibration-samples 64",
+    "mlp_factors": "--method procrustes",
+}
+#: What helps where a model is loaded whole.
+LOADED = ("finetune", "teacher", "teacher_worth", "evaluate", "select", "model_fit", "serving")
+#: The flags that make artifacts smaller.
+DISK = "LORASUITE_HOME on a larger disk, or --method procrustes (no state map), --method lorasuite (no maps)"
 
 
-def _factor(old: Checkpoint, speed: Throughput) -> float:
-    """The Gram matrix of one layer's MLP weight and its pseudo-inverse."""
-    d, i = old.dims.hidden_size, old.dims.intermediate_size
-    return (2 * i * d * d + 2 * d**3) / speed.double + d**3 / speed.eigen
+def shortages(found: dict[str, Any], free: bool = True) -> list[dict[str, Any]]:
+    """Stages that need more than there is, each with ``what``, ``need``, ``have`` (bytes) and the flag that helps.
+
+    Args:
+        free: set against what is free now; else only what is clearly above all that this machine has is named (of
+            disks, whose content nothing frees by itself, what is clearly above their free space).
+    """
+    machine, result = found["machine"], []
+    margin = 1.0 if free else MARGIN
+    for row in found["stages"]:
+        for what, have in (("RAM", "ram"), ("GPU memory", "gpu")):
+            limit = machine[f"{have}_free" if free else have]
+            need = row[f"{have}_bytes"]
+            if limit is not None and need > margin * limit:
+                result.append(
+                    {"stage": row["stage"], "what": what, "need": need, "have": limit, "remedy": _remedy(row, what)}
+                )
+    disk = machine["disk_free"]
+    if disk is not None and found["total"]["disk_bytes"] > margin * disk:
+        largest = max(found["stages"], key=lambda row: row["disk_bytes"])
+        need = {"what": "disk", "need": found["total"]["disk_bytes"], "have": disk, "remedy": DISK}
+        result.append({"stage": largest["stage"], **need})
+    return result
 
 
-def _heads(old: Checkpoint, new: Checkpoint) -> int:
-    """Multiplications of one layer pair's head similarity: four products, and ``W_h`` on the old side."""
-    d_n = new.dims.hidden_size
-    inner = [(b.dims.columns(r) if r == "o" else b.dims.rows(r)) for b in (old, new) for r in ATTENTION]
-    sides = list(zip(inner[:4], inner[4:], strict=True))
-    carried = 0 if old.dims.hidden_size == d_n else sum(a for a, _ in sides) * old.dims.hidden_size * d_n
-    return sum(a * b * d_n for a, b in sides) + carried
+def _remedy(row: dict[str, Any], what: str) -> str:
+    own = SMALLER.get(row["stage"], "")
+    if row["stage"] not in LOADED:
+        return own
+    models = "--device cpu" if what == "GPU memory" else "a machine with more RAM, or a GPU"
+    return f"{own}, {models}" if own else models
+
+
+def unfit(found: dict[str, Any]) -> list[Problem]:
+    """What cannot fit on this machine, whatever is freed: why a run is refused before it begins."""
+    return [
+        Problem(
+            one["stage"],
+            f"needs {gib(one['need'])} of {one['what']}, and there are {gib(one['have'])}",
+            f"Try {one['remedy']}." if one["remedy"] else "",
+        )
+        for one in shortages(found, free=False)
+    ]
+
+
+def gib(size: float) -> str:
+    """Bytes as people read them: ``1.2 GiB``."""
+    return f"{size / 2**30:.3g} GiB" if size >= 2**30 else f"{size / 2**20:.3g} MiB"

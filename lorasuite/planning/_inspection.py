@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from lorasuite import bases
-from lorasuite.adapters import Adapter, OutputType, not_in_adalora, open_adapters, weight_shape
+from lorasuite.adapters import Adapter, OutputType, not_in_adalora, open_adapters
 from lorasuite.bases import ROLES, Checkpoint, Role, Weights, add_architectures, common_tokens, load_tokenizer, propose
 from lorasuite.errors import LoRASuiteError, PreflightError, Problem
 from lorasuite.planning._config import AUTO
-from lorasuite.planning._estimate import estimate, measure
 from lorasuite.transforms import ModelTransform, transform
-
-#: Bytes of a float32.
-FLOAT = 4
 
 
 @dataclass
@@ -32,20 +27,22 @@ class Inspection:
     vocabulary: dict[str, Any] = field(default_factory=dict)
     adapter: dict[str, Any] = field(default_factory=dict)
     modules: list[dict[str, Any]] = field(default_factory=list)
-    #: Bytes of weights that a stage holds at once, by stage.
-    memory: dict[str, int] = field(default_factory=dict)
-    #: Seconds by stage, see :func:`lorasuite.planning.estimate`.
-    time: dict[str, Any] = field(default_factory=dict)
+    #: Seconds and bytes by stage, and what this machine has: see :func:`lorasuite.planning.survey`.
+    cost: dict[str, Any] = field(default_factory=dict)
     notices: list[str] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     #: For a base of an unknown architecture: ``{"old_base": {"yaml": a draft of its file, "questions": […]}}``
     proposal: dict[str, Any] = field(default_factory=dict)
     old_tokenizer: Any = field(default=None, repr=False)
     new_tokenizer: Any = field(default=None, repr=False)
+    #: What was opened, where it could be.
+    old: Checkpoint | None = field(default=None, repr=False)
+    new: Checkpoint | None = field(default=None, repr=False)
+    opened: Adapter | None = field(default=None, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """All but the tokenizers, as JSON-able values."""
-        shown = [f.name for f in fields(self) if not f.name.endswith("_tokenizer")]
+        """All but the tokenizers and what was opened, as JSON-able values."""
+        shown = [f.name for f in fields(self) if f.repr]
         return {name: getattr(self, name) for name in shown} | {"problems": [p.to_dict() for p in self.problems]}
 
     def attempt(self, action: Callable[[], Any]) -> Any:
@@ -74,33 +71,29 @@ def inspect(
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
     output_type: OutputType = "lora",
-    timed: bool = False,
     architectures: str | None = None,
 ) -> Inspection:
     """Compare two bases, and say what of an adapter would move. Headers and configs only: no weight is read.
 
     Args:
-        timed: also estimate the time, which takes a second to measure this machine.
         architectures: a directory of architecture files, known from here on as by
             :func:`lorasuite.bases.add_architectures`.
     """
     result = Inspection(old_base, new_base)
     if architectures is not None:
         result.attempt(lambda: add_architectures(architectures))
-    old = result.attempt(lambda: Checkpoint(old_base))
-    new = result.attempt(lambda: Checkpoint(new_base))
+    old = result.old = result.attempt(lambda: Checkpoint(old_base))
+    new = result.new = result.attempt(lambda: Checkpoint(new_base))
     for side, source, checkpoint in (("old_base", old_base, old), ("new_base", new_base, new)):
         if checkpoint is None:
             _propose(result, side, source)
-    opened = result.attempt(lambda: open_adapters(adapter, allow_pickle)) if adapter else None
+    opened = result.opened = result.attempt(lambda: open_adapters(adapter, allow_pickle)) if adapter else None
     for checkpoint in (old, new):
         if checkpoint is not None:
             result.problems += checkpoint.check() + _own_code(checkpoint, trust_remote_code)
     if old is not None and new is not None:
         _factors(result, old, new)
         _vocabulary(result, old, new, trust_remote_code)
-        with contextlib.suppress(LoRASuiteError):  # what cannot be read has been noted
-            _memory(result, old, new)
     if old is not None and opened is not None:
         result.problems += opened.check(old) or result.attempt(lambda: _something_to_move(opened)) or []
         if output_type == "adalora":
@@ -118,8 +111,6 @@ def inspect(
         if new is not None and not result.problems:
             _modules(result, old, new, opened, method)
             _outside_factors(result, old, opened)
-    if timed and old is not None and new is not None and not result.problems:
-        result.time = estimate(old, new, opened, measure(old))
     return result
 
 
@@ -195,32 +186,6 @@ def _vocabulary(result: Inspection, old: Checkpoint, new: Checkpoint, trust_remo
         )
 
 
-def _memory(result: Inspection, old: Checkpoint, new: Checkpoint) -> None:
-    """Bytes of weights each kind of stage holds at once, in float32."""
-
-    def layer(checkpoint: Checkpoint) -> int:
-        sizes = []
-        for n in range(checkpoint.dims.layers):
-            dims = checkpoint.layer_dims(n)
-            sizes.append(sum(dims.rows(role) * dims.columns(role) for role in checkpoint.roles(n)))
-        return FLOAT * max(sizes)
-
-    def embedding(checkpoint: Checkpoint) -> int:
-        return FLOAT * checkpoint.dims.vocab_size * checkpoint.dims.hidden_size
-
-    def model(checkpoint: Checkpoint) -> int:
-        # on disk in half precision as a rule; a forward pass on a CPU is in float32
-        return FLOAT * sum(math.prod(shape) for shape in checkpoint.shapes().values())
-
-    result.memory = {
-        "transfer_matrices": embedding(old) + embedding(new),
-        "head_mapping": layer(old) + layer(new),
-        "transform": layer(old) + layer(new),
-        "activations": max(model(old), model(new)),
-        "finetune": model(new),
-    }
-
-
 def _modules(result: Inspection, old: Checkpoint, new: Checkpoint, adapter: Adapter, method: str) -> None:
     """One row a role: how many modules have it, and where it goes."""
     counts: Counter[Role] = Counter()
@@ -262,9 +227,6 @@ def _modules(result: Inspection, old: Checkpoint, new: Checkpoint, adapter: Adap
 def _outside_factors(result: Inspection, old: Checkpoint, adapter: Adapter) -> None:
     """What of an adapter is not stored as factors of block weights: what that costs, and what becomes of it."""
     if not adapter.stored:
-        largest = max(math.prod(weight_shape(old, path)) for path in adapter.modules if old.architecture.locate(path))
-        # the dense ΔW, its base weight, both in float32, and an SVD of it in float64
-        result.memory["read_adapter"] = 10 * FLOAT * largest
         result.notices.append(
             f"{adapter.kind}: ΔW is computed and decomposed for each of {len(adapter.modules)} modules, one at a time"
         )

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from lorasuite.bases import Checkpoint
 from lorasuite.correspondence import SMALLEST_BATCH
 from lorasuite.data import Row, calibration_texts, draw, encode_rows, read_prompts, read_rows, unanswered
-from lorasuite.errors import LoRASuiteError, Problem
+from lorasuite.errors import Problem
 from lorasuite.evaluation import check_tasks
 from lorasuite.planning._config import AUTO, MigrationConfig, torch_device
-from lorasuite.planning._inspection import FLOAT, Inspection, inspect
+from lorasuite.planning._cost import Shape
+from lorasuite.planning._estimate import Data, estimate, planned_work, shortages, unfit
+from lorasuite.planning._inspection import Inspection, inspect
+from lorasuite.planning._machine import Machine, measure
 from lorasuite.planning._policy import RowCounts, RowPlan, plan_rows, too_few_to_sweep
 from lorasuite.planning._thresholds import MIN_SWEEP_ROWS
 from lorasuite.teacher import prompt_frame
@@ -36,23 +36,16 @@ class Plan:
     prompts: list[Row] | None = None
 
 
-def check(config: MigrationConfig) -> Plan:
+def check(config: MigrationConfig, home: Path | None = None) -> Plan:
     """Find everything that can be known to be wrong with a migration before it runs; nothing is written.
 
+    Args:
+        home: where artifacts go, whose disk they must fit on; None does not look at any disk.
+
     Raises:
-        PreflightError: with every problem.
+        PreflightError: with every problem; among them every stage that needs more memory or disk than there is.
     """
-    result = inspect(
-        config.old_base,
-        config.new_base,
-        config.adapter,
-        config.method,
-        config.trust_remote_code,
-        config.allow_pickle,
-        config.output_type,
-        architectures=config.architectures,
-    )
-    result.attempt(lambda: torch_device(config.device))
+    result = _inspected(config)
     texts = _calibration(result, config)
     wanted = plan_rows(config, RowCounts())
     train = _training_rows(result, config, wanted)
@@ -66,8 +59,91 @@ def check(config: MigrationConfig) -> Plan:
     elif config.eval_tasks:
         result.attempt(lambda: check_tasks(config.eval_tasks, *config.task_folders))
     _output(result, Path(config.output))
+    if not result.problems:
+        _count(
+            result, config, rows, Data(texts, train, held_out, result.new_tokenizer), home, adapter=True, timed=False
+        )
+        result.problems += unfit(result.cost)
     result.raise_problems()
     return Plan(result, texts, train, held_out, rows, counts, prompts)
+
+
+def survey(
+    config: MigrationConfig, home: Path, adapter: bool = True, pair_only: bool = False, timed: bool = True
+) -> Inspection:
+    """What ``lorasuite inspect`` shows: two bases compared, and what every stage that these settings run would need.
+
+    Data that no setting names is no problem here: its size is assumed, which ``cost["assumed"]`` says.
+
+    Args:
+        home: where artifacts go.
+        adapter: whether the settings name one; without it, the stages of any adapter of rank 16 are counted.
+        pair_only: count only the stages that all adapters of the pair share.
+        timed: also estimate seconds, which takes about one to measure this machine.
+    """
+    result = _inspected(config, adapter)
+    source, train, held_out = config.calibration_data, config.train_data, config.eval_data
+    data = Data(tokenizer=result.new_tokenizer)
+    if source is not None:
+        texts = result.attempt(lambda: calibration_texts(source, result.new_tokenizer)) or []
+        data.texts = texts[: config.pair.calibration_samples]
+    wanted = plan_rows(config, RowCounts())
+    if train is not None:
+        data.train = draw(result.attempt(lambda: read_rows(train)) or [], wanted.requested_rows, config.seed)
+    if held_out is not None:
+        data.evaluation = result.attempt(lambda: read_rows(held_out)) or []
+    if not result.problems:
+        counts = RowCounts.of(data.train, None, data.evaluation, config.teacher.text_prefix)
+        rows = plan_rows(config, counts if train is not None else RowCounts(evaluation=len(data.evaluation)))
+        _count(result, config, rows, data, home, not pair_only, timed)
+    return result
+
+
+def fits(config: MigrationConfig, home: Path) -> None:
+    """Find what of a pair's stages alone cannot fit on this machine.
+
+    Raises:
+        PreflightError: with every stage that needs more memory or disk than there is, and every other problem.
+    """
+    result = survey(config, home, adapter=False, pair_only=True, timed=False)
+    if not result.problems:
+        result.problems += unfit(result.cost)
+    result.raise_problems()
+
+
+def _inspected(config: MigrationConfig, adapter: bool = True) -> Inspection:
+    result = inspect(
+        config.old_base,
+        config.new_base,
+        config.adapter if adapter else None,
+        config.method,
+        config.trust_remote_code,
+        config.allow_pickle,
+        config.output_type,
+        architectures=config.architectures,
+    )
+    result.attempt(lambda: torch_device(config.device))
+    return result
+
+
+def _count(
+    result: Inspection,
+    config: MigrationConfig,
+    rows: RowPlan,
+    data: Data,
+    home: Path | None,
+    adapter: bool,
+    timed: bool,
+) -> None:
+    """What every stage needs, into ``result.cost``."""
+    old, new = result.old, result.new
+    assert old is not None and new is not None
+    device = torch_device(config.device)
+    work = planned_work(config, old, new, result.opened, device, rows, data)
+    machine = Machine.here(device, home)
+    speed = measure(old, device, work.item) if timed else None
+    found = estimate(Shape.of(old), Shape.of(new), work, machine, speed, adapter)
+    result.cost = {**found, "assumed": data.assumed, "shortages": shortages(found)}
 
 
 def _calibration(result: Inspection, config: MigrationConfig) -> list[str]:
@@ -127,9 +203,6 @@ def _training_rows(result: Inspection, config: MigrationConfig, wanted: RowPlan)
 
 def _teacher(result: Inspection, config: MigrationConfig, wanted: RowPlan) -> list[Row] | None:
     """What the old base with the adapter is to answer; None where nobody says."""
-    with contextlib.suppress(LoRASuiteError):  # what cannot be read has been noted
-        old = Checkpoint(config.old_base)
-        result.memory["teacher"] = FLOAT * sum(math.prod(shape) for shape in old.shapes().values())
     tokenizer = result.old_tokenizer
     if tokenizer is not None and tokenizer.eos_token_id is None:
         result.problems.append(

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -25,7 +26,8 @@ NEW_LABELS = {NEW_START: "scratch", OWN_ROWS_START: "alone"}
 def show_inspection(found: Mapping[str, Any]) -> None:
     """What :func:`lorasuite.planning.inspect` found, as JSON."""
     console = Console()
-    table = Table("", "old", "new", "", title=f"{found['old_base']} → {found['new_base']}")
+    console.print(f"{found['old_base']} → {found['new_base']}", highlight=False, soft_wrap=True)
+    table = Table("", "old", "new", "", box=SIMPLE_HEAD)
     for row in found["factors"]:
         table.add_row(row["name"], str(row["old"]), str(row["new"]), "changed" if row["changed"] else "")
     if found["factors"]:
@@ -36,25 +38,14 @@ def show_inspection(found: Mapping[str, Any]) -> None:
         examples = ", ".join(f"{e['token']!r} {e['old']}→{e['new']}" for e in words["examples"])
         console.print(text + (f" ({examples} …)" if examples else ""), highlight=False)
     if found["modules"]:
-        table = Table("role", "modules", "old name", "new name", "moves")
+        table = Table("role", "modules", "old name", "new name", "moves", box=SIMPLE_HEAD)
         for row in found["modules"]:
             table.add_row(
                 row["role"], str(row["count"]), row["old"], row["new"] or "–", "yes" if row["moves"] else row["why"]
             )
         console.print(table)
-    if found["memory"]:
-        table = Table("stage", "weights held at once, MiB")
-        for stage, size in found["memory"].items():
-            table.add_row(stage, f"{size / 2**20:.1f}")
-        console.print(table)
-    if found["time"]:
-        table = Table("stage", "time, about")
-        for stage, seconds in [*found["time"]["seconds"].items(), ("all", found["time"]["total"])]:
-            table.add_row(stage, _duration(seconds))
-        console.print(table)
-        speed = found["time"]["measured"]
-        text = f"{speed['forward'] / 1e9:.3g} GFLOP/s on {speed['device']}, {speed['read'] / 2**20:.3g} MiB/s read"
-        console.print(f"times: an order of magnitude, from {found['time']['assumes']} ({text})", highlight=False)
+    if found["cost"]:
+        _show_cost(console, found["cost"])
     for notice in found["notices"]:
         console.print(f"note: {notice}", highlight=False)
     for problem in found["problems"]:
@@ -64,6 +55,55 @@ def show_inspection(found: Mapping[str, Any]) -> None:
     for side, draft in found["proposal"].items():
         console.print(f"\na first draft of an architecture file for {side.replace('_', ' ')}:", highlight=False)
         console.print(draft["yaml"], highlight=False, markup=False)
+
+
+def _show_cost(console: Console, cost: Mapping[str, Any]) -> None:
+    """What every stage needs, beside what there is; stages that need next to nothing are one row."""
+    total, machine, gpu = cost["total"], cost["machine"], cost["machine"]["gpu"] is not None
+    short = {(one["stage"], one["what"]) for one in cost["shortages"]}
+    small = [row for row in cost["stages"] if row["seconds"] < total["seconds"] / 1000 and not _large(row, total)]
+    shown = [row for row in cost["stages"] if row not in small]
+    table = Table("stage", "time, about", "RAM", *(["GPU"] if gpu else []), "disk", box=SIMPLE_HEAD, title="cost, here")
+
+    def cells(name: str, row: Mapping[str, Any]) -> list[str]:
+        sizes = [("RAM", row["ram_bytes"]), ("GPU memory", row["gpu_bytes"]), ("disk", row["disk_bytes"])]
+        marked = [
+            _size(n) + (" !" if (name, what) in short else "") for what, n in sizes if gpu or what != "GPU memory"
+        ]
+        return [name, _duration(row["seconds"]), *marked]
+
+    for row in shown:
+        table.add_row(*cells(row["stage"], row))
+    if small:
+        merged = {key: max(row[key] for row in small) for key in ("ram_bytes", "gpu_bytes")}
+        sums = {key: sum(row[key] for row in small) for key in ("seconds", "disk_bytes")}
+        table.add_row(*cells("others", merged | sums))
+    table.add_section()
+    table.add_row(*cells("all", total))
+    here = {"seconds": None, **{f"{what}_bytes": machine[f"{what}_free"] or 0 for what in ("ram", "gpu", "disk")}}
+    table.add_row("free here", "", *cells("", {**here, "seconds": 0})[2:])
+    console.print(table)
+    for one in cost["shortages"]:
+        what = f"{one['stage']} needs {_size(one['need'])} of {one['what']}, {_size(one['have'])} are free"
+        console.print(f"[red]does not fit:[/] {what}: {one['remedy']}", highlight=False, soft_wrap=True)
+    speed = cost["measured"]
+    text = (
+        f"{speed['forward'] / 1e9:.3g} GFLOP/s on {speed['device']}, {speed['read'] / 2**20:.3g} MiB/s read and hashed"
+    )
+    assumed = f"; assumed: {', '.join(cost['assumed'])}" if cost["assumed"] else ""
+    console.print(f"within about a factor of two, nothing cached ({text}){assumed}", highlight=False, soft_wrap=True)
+
+
+def _large(row: Mapping[str, Any], total: Mapping[str, Any]) -> bool:
+    """Whether a stage's memory or disk is a part of the whole worth a row of its own."""
+    return any(row[key] > total[key] / 2 for key in ("ram_bytes", "gpu_bytes") if total[key]) or (
+        row["disk_bytes"] > total["disk_bytes"] / 20
+    )
+
+
+def _size(size: float) -> str:
+    """Bytes to the precision of an estimate."""
+    return f"{size / 2**30:.2g} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB" if size >= 2**20 else "–"
 
 
 def _duration(seconds: float) -> str:

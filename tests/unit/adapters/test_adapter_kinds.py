@@ -403,7 +403,7 @@ def test_fingerprints_tell_what_an_adapter_computes(made: Callable[..., Any], tm
 def test_inspect_says_what_a_kind_takes(made: Callable[..., Any]) -> None:
     model, path = made("LoHa")
     found = inspect(str(model), str(model), str(path))
-    assert not found.problems and found.adapter["kind"] == "LOHA" and found.memory["read_adapter"] > 0
+    assert not found.problems and found.adapter["kind"] == "LOHA"
     assert any("LOHA: ΔW is computed and decomposed for each of 12 modules" in notice for notice in found.notices)
     model, path = made("LoRA on embeddings")
     found = inspect(str(model), str(model), f"{path},{path}:0.5")

@@ -1,61 +1,193 @@
-"""The time estimate: what is counted, and that it says what it rests on."""
+"""The cost model: what is counted, what it says does not fit, and what a run is refused for."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from lorasuite.adapters import Adapter
 from lorasuite.bases import Checkpoint
-from lorasuite.planning import Throughput, active, estimate, inspect, measure
+from lorasuite.errors import PreflightError
+from lorasuite.planning import (
+    Machine,
+    MigrationConfig,
+    Ops,
+    Shape,
+    Throughput,
+    Work,
+    active,
+    adapter_costs,
+    check,
+    estimate,
+    measure,
+    pair_costs,
+    shortages,
+    survey,
+    unfit,
+)
 from tests import kinds, models
 
-SPEED = Throughput("cpu", forward=1e6, double=1e6, eigen=1e6, svd=1e6, read=1e6)
+SPEED = Throughput("cpu", *[1e6] * 7)
+ROOMY = Machine(2**50, 2**50, None, None, 2**50)
+ALL = ("copy", "functional", "lorasuite", "procrustes", "sequential")
+BUSY = Work(
+    methods=ALL, texts=64, text_tokens=32, rows=100, row_tokens=40, label_tokens=8, chosen_by=20, teacher_rows=300,
+    teacher_tokens=8, evaluation_rows=50,
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma", "mixtral"])
 def test_active_weights(family: str, base: Callable[..., Path]) -> None:
     """Every matrix but the input embedding, unless it is the output one too; half of two experts."""
     model = models.load(base(family))
-    embedding = model.get_input_embeddings().weight
-    tied = embedding is model.get_output_embeddings().weight
-    expected = 0
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    expected = head.numel()
     for name, parameter in model.named_parameters():
-        if parameter.ndim > 1 and (parameter is not embedding or tied):
+        if parameter.ndim > 1 and parameter is not embedding and parameter is not head:
             expected += parameter.numel() // (2 if "experts" in name else 1)
     assert active(Checkpoint(base(family))) == expected
 
 
-def test_stages_follow_what_has_to_be_done(
+def test_a_shape_is_the_same_from_headers_and_from_the_configuration(base: Callable[..., Path]) -> None:
+    checkpoint = Checkpoint(base("llama"))
+    found = Shape.of(checkpoint)
+    expected = Shape.configured(checkpoint.architecture, checkpoint.config, found.stored)
+    norms = found.total - expected.total
+    assert 0 < norms <= (2 * found.dims.layers + 1) * found.dims.hidden_size
+    assert replace(found, total=0, stored=0) == replace(expected, total=0, stored=0)
+
+
+def shapes(base: Callable[..., Path]) -> tuple[Shape, Shape]:
+    return Shape.of(Checkpoint(base("llama"))), Shape.of(Checkpoint(base("llama", hidden=48, seed=1)))
+
+
+def stages(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {row["stage"]: row for row in found["stages"]}
+
+
+def test_every_stage_that_has_work_is_counted(base: Callable[..., Path]) -> None:
+    old, new = shapes(base)
+    found = estimate(old, new, BUSY, ROOMY, SPEED)
+    assert list(stages(found)) == [
+        "fingerprint", "vocabulary", "transfer_matrices", "mlp_factors", "activations", "similarity", "head_mapping",
+        "alignment", "state_map", "transform", "teacher", "teacher_worth", "model_fit", "select", "finetune",
+        "evaluate", "serving",
+    ]  # fmt: skip
+    assert found["total"]["seconds"] == pytest.approx(sum(row["seconds"] for row in found["stages"]))
+    assert all(row["seconds"] > 0 and row["ram_bytes"] > 0 for row in found["stages"])
+    assert json.loads(json.dumps(found)) == found
+    # what nothing asks for is not there
+    plain = stages(estimate(old, new, Work(methods=("lorasuite",)), ROOMY))
+    assert not {"alignment", "state_map", "activations", "teacher", "finetune", "evaluate"} & set(plain)
+    assert plain["mlp_factors"]["seconds"] is None
+    assert "mlp_factors" not in stages(estimate(old, new, Work(methods=("procrustes",)), ROOMY))
+
+
+def ops(costs: list[Any], stage: str) -> Ops:
+    return sum((one.ops for one in costs if one.stage == stage), Ops())
+
+
+def test_counts_follow_tokens_rows_and_rank(base: Callable[..., Path]) -> None:
+    old, new = shapes(base)
+    pair, own = pair_costs(old, new, BUSY), adapter_costs(old, new, BUSY)
+    d, layers = old.dims.hidden_size, old.dims.layers
+    # one pass of each base: two operations a weight and token, attention, and no head
+    tokens = 64 * 32
+    expected = sum(tokens * (2 * s.active + 4 * 32 * s.dims.hidden_size * s.dims.layers) for s in (old, new))
+    assert ops(pair, "activations").forward == pytest.approx(expected)
+    more = pair_costs(old, new, replace(BUSY, texts=128))
+    assert ops(more, "activations").forward == pytest.approx(2 * expected)
+    assert ops(more, "head_mapping") == ops(pair, "head_mapping")
+    # frozen weights: four operations a weight, and not six, and the head at labels alone
+    n, rank = new.dims, BUSY.rank
+    factors = rank * n.layers * (4 * 2 * n.hidden_size + 3 * (n.hidden_size + n.intermediate_size))
+    step = 40 * (4 * new.active + 2 * 4 * 40 * n.hidden_size * n.layers + 6 * factors) + 4 * 8 * new.head
+    assert ops(own, "finetune").forward == pytest.approx(100 * 3 * step)
+    assert ops(adapter_costs(old, new, replace(BUSY, fine_tunes=2.5)), "finetune").forward == pytest.approx(
+        2.5 * ops(own, "finetune").forward
+    )
+    # equal hidden sizes need no map
+    assert ops(pair_costs(old, old, BUSY), "transfer_matrices") == Ops()
+    assert next(c.disk for c in pair if c.stage == "mlp_factors") == 3 * layers * 8 * d * d
+    loha = adapter_costs(old, new, replace(BUSY, dense=((32, 32), (32, 48))))
+    assert ops(loha, "read_adapter").svd == 32**3 + 32**2 * 48
+
+
+def test_memory_lies_where_models_run(base: Callable[..., Path]) -> None:
+    old, new = shapes(base)
+    cpu, gpu = (stages(estimate(old, new, replace(BUSY, gpu=g), ROOMY)) for g in (False, True))
+    assert all(row["gpu_bytes"] == 0 for row in cpu.values())
+    for stage in ("finetune", "teacher", "evaluate", "alignment"):
+        assert gpu[stage]["gpu_bytes"] > 0 and gpu[stage]["ram_bytes"] < cpu[stage]["ram_bytes"]
+
+
+def test_what_does_not_fit_is_named_with_a_remedy(base: Callable[..., Path]) -> None:
+    old, new = shapes(base)
+    found = estimate(old, new, replace(BUSY, gpu=True), replace(ROOMY, gpu=2**20, gpu_free=2**19, disk_free=10))
+    what = {(one["stage"], one["what"]) for one in shortages(found)}
+    assert ("finetune", "GPU memory") in what and any(name == "disk" for _, name in what)
+    assert all(one["need"] > one["have"] and one["remedy"] for one in shortages(found))
+    problems = unfit(found)
+    assert any("--finetune-micro-batch-size" in problem.remedy for problem in problems)
+    assert any("LORASUITE_HOME" in problem.remedy for problem in problems)
+    # tight now, and not refused: what is in use may be freed
+    need = max(row["ram_bytes"] for row in found["stages"])
+    tight = estimate(old, new, BUSY, replace(ROOMY, ram=need, ram_free=need // 2))
+    assert shortages(tight) and not unfit(tight)
+
+
+def config(old: Path, new: Path, adapter: Path, output: Path, **more: Any) -> MigrationConfig:
+    return MigrationConfig(old_base=str(old), new_base=str(new), adapter=str(adapter), output=str(output), **more)
+
+
+def test_a_run_that_cannot_fit_is_refused(
+    base: Callable[..., Path], lora: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new = base("llama"), base("llama", hidden=48, seed=1)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": f"w{n}", "completion": " w1"}) + "\n" for n in range(20)))
+    settings = config(old, new, lora(old), tmp_path / "out", train_data=str(rows), pair={"cka_batch": 4})
+    assert check(settings, tmp_path / "home").inspection.cost["stages"]
+    small = Machine(2**30, 2**29, None, None, 2**10)
+    monkeypatch.setattr(Machine, "here", lambda device, home: small)
+    with pytest.raises(PreflightError, match="disk") as refused:
+        check(settings, tmp_path / "home")
+    assert any("LORASUITE_HOME" in problem.remedy for problem in refused.value.problems)
+
+
+def test_survey_reads_the_data_there_is_and_says_what_it_assumes(
     base: Callable[..., Path], lora: Callable[..., Path], tmp_path: Path
 ) -> None:
-    old, new = Checkpoint(base("llama")), Checkpoint(base("llama", hidden=48, seed=1))
-    adapter = Adapter.open(lora(old.path))
-    found = estimate(old, new, adapter, SPEED)
-    assert found["total"] == pytest.approx(sum(found["seconds"].values())) and "measurement" in found["assumes"]
-    # 100 rows of 256 tokens, 3 times: 6 operations a weight
-    assert found["seconds"]["finetune"] == pytest.approx(6 * 100 * 256 * 3 * active(new) / 1e6)
-    assert found["seconds"]["activations"] == pytest.approx(2 * 256 * 256 * (active(old) + active(new)) / 1e6)
-    assert all(found["seconds"][name] > 0 for name in ("fingerprint", "transfer_matrices", "mlp_factors", "transform"))
-    same = estimate(old, old, adapter, SPEED)["seconds"]
-    assert same["transfer_matrices"] == 0 and same["read_adapter"] == 0
-    attention = Adapter.open(lora(old.path, targets=["q_proj"]))
-    assert estimate(old, new, attention, SPEED)["seconds"]["mlp_factors"] == 0
-    faster = estimate(old, new, adapter, replace(SPEED, forward=2e6))["seconds"]
-    assert faster["finetune"] == pytest.approx(found["seconds"]["finetune"] / 2)
-    assert faster["head_mapping"] == found["seconds"]["head_mapping"]
-    loha = Adapter.open(kinds.build(kinds.MIGRATED["LoHa"], tmp_path / "a", old.path))
-    sizes = 3 * (2 * 32**3 + 32**3 + 32**2 * 48)  # q, v, o and down of three layers
-    assert estimate(old, new, loha, SPEED)["seconds"]["read_adapter"] == pytest.approx(sizes / 1e6)
+    old, new = base("llama"), base("llama", hidden=48, seed=1)
+    bare = survey(config(old, new, Path("none"), Path("none")), tmp_path, adapter=False)
+    assert not bare.problems and len(bare.cost["assumed"]) == 3
+    assert {"alignment", "state_map", "finetune", "select"} <= set(stages(bare.cost))
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": f"w{n}", "completion": " w1"}) + "\n" for n in range(40)))
+    known = survey(config(old, new, lora(old), Path("none"), train_data=str(rows)), tmp_path)
+    assert not known.cost["assumed"]
+    short, full = (stages(one.cost)["finetune"] for one in (known, bare))
+    assert short["ram_bytes"] < full["ram_bytes"]  # short rows instead of the cut-off
+    untimed = survey(config(old, new, lora(old), Path("none")), tmp_path, timed=False)
+    assert untimed.cost["measured"] is None and untimed.cost["total"]["seconds"] is None
+    pair = survey(config(old, new, Path("none"), Path("none")), tmp_path, adapter=False, pair_only=True, timed=False)
+    assert "alignment" in stages(pair.cost) and "finetune" not in stages(pair.cost)
 
 
-def test_inspect_shows_it_where_nothing_is_wrong(base: Callable[..., Path], lora: Callable[..., Path]) -> None:
-    old, new = str(base("llama")), str(base("llama", hidden=48, seed=1))
-    speed = measure(Checkpoint(old), size=32)
-    assert min(speed.forward, speed.double, speed.eigen, speed.svd, speed.read) > 0
-    found = inspect(old, new, str(lora(Path(old))), timed=True)
-    assert found.time["total"] > 0 and found.time["measured"]["device"] in ("cpu", "cuda")
-    assert not inspect(old, new, str(lora(Path(old)))).time  # the checks before a migration measure nothing
+def test_what_no_factors_are_stored_of_is_counted(base: Callable[..., Path], tmp_path: Path) -> None:
+    old = Path(base("llama"))
+    loha = kinds.build(kinds.MIGRATED["LoHa"], tmp_path / "a", old)
+    found = survey(config(old, old, loha, Path("none")), tmp_path, timed=False)
+    assert stages(found.cost)["read_adapter"]["ram_bytes"] > 0
+
+
+def test_a_machine_is_measured(base: Callable[..., Path], tmp_path: Path) -> None:
+    speed = measure(Checkpoint(base("llama")), size=32)
+    assert min(speed.forward, speed.single, speed.double, speed.eigen, speed.svd, speed.read, speed.streamed) > 0
+    here = Machine.here("cpu", tmp_path / "not" / "there")
+    assert 0 < here.ram_free <= here.ram and here.disk_free and here.gpu is None
+    assert speed.seconds(Ops(forward=3.0)) == pytest.approx(3 / speed.forward)

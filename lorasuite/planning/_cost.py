@@ -1,0 +1,228 @@
+"""The one cost model behind ``inspect``, the refusals before a run, and ``benchmarks/scale.py``: counts, no seconds.
+
+A :class:`Shape` holds what costs depend on of a base (weights of a block, widths, depth), a :class:`Work` what a run
+does (texts, rows, tokens), and a :class:`Cost` what one stage then needs: operations of each kind, bytes moved, and
+bytes held in RAM, on the GPU and on disk. Seconds come from :mod:`lorasuite.planning._machine`, which measures how many
+operations of each kind a machine does in one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from lorasuite.bases import ATTENTION, ROLES, Architecture, Checkpoint, Dimensions, Role
+
+#: Bytes of a float32, of a float64, and of a weight in half precision.
+FLOAT, DOUBLE, HALF = 4, 8, 2
+#: Resident bytes of a process that has imported torch, transformers, PEFT and Prefect, before it reads a weight.
+PROCESS = 800 * 2**20
+
+
+@dataclass(frozen=True)
+class Ops:
+    """Work of one stage by kind; what each is measured as says :class:`lorasuite.planning.Throughput`.
+
+    ``forward``, ``single`` and ``double`` are floating-point operations: of models in the dtype and on the device they
+    run in, of float32 and of float64 products on the CPU. ``eigen`` and ``svd`` are the ``d³`` of decompositions of
+    ``d × d`` float64 matrices. ``read`` and ``written`` are bytes of files, ``streamed`` bytes of weights read from
+    memory by the steps of a generation, ``items`` entries that Python handles one by one.
+    """
+
+    forward: float = 0.0
+    single: float = 0.0
+    double: float = 0.0
+    eigen: float = 0.0
+    svd: float = 0.0
+    read: float = 0.0
+    written: float = 0.0
+    streamed: float = 0.0
+    items: float = 0.0
+
+    def __add__(self, other: Ops) -> Ops:
+        """The work of both."""
+        return Ops(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    def __mul__(self, times: float) -> Ops:
+        """So many times the work."""
+        return Ops(*(times * getattr(self, f.name) for f in fields(self)))
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one stage needs: work, and the bytes it holds at most in RAM and on the GPU and leaves on disk."""
+
+    stage: str
+    ops: Ops
+    ram: float = 0.0
+    gpu: float = 0.0
+    disk: float = 0.0
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What costs depend on of one base.
+
+    ``block`` is the number of weights of its largest block, ``blocks`` of all blocks, ``active`` those of all blocks
+    that one token is multiplied with (of experts a share), ``total`` all weights, and ``stored`` the bytes of a weight
+    in its files.
+    """
+
+    dims: Dimensions
+    roles: tuple[Role, ...]
+    block: int
+    blocks: int
+    active: int
+    total: int
+    stored: float
+
+    @property
+    def head(self) -> int:
+        """Weights of the language-model head, which may be those of the embedding."""
+        return self.dims.vocab_size * self.dims.hidden_size
+
+    @property
+    def files(self) -> float:
+        """Bytes of its files."""
+        return self.total * self.stored
+
+    @classmethod
+    def of(cls, base: Checkpoint) -> Shape:
+        """Of a checkpoint, by its headers."""
+        embedding = base.find(base.architecture.embedding + ".weight")
+        outside = [embedding, base.find(base.architecture.unembedding + ".weight")]
+        share = _expert_share(base.architecture.settings(base.config))
+        blocks = active = total = 0.0
+        for name, shape in base.shapes().items():
+            size = math.prod(shape)
+            total += size
+            if name not in outside and len(shape) > 1:
+                blocks += size
+                active += size * (share if ".experts." in name else 1)
+        block = 0
+        for n in range(base.dims.layers):
+            dims = base.layer_dims(n)
+            block = max(block, sum(dims.rows(role) * dims.columns(role) for role in base.roles(n)))
+        block = max(block, int(blocks / base.dims.layers))  # experts, which no role names
+        files = sum(file.stat().st_size for file in base.weight_files)
+        return cls(
+            base.dims, tuple(base.architecture.roles), block, int(blocks), int(active), int(total), files / total
+        )
+
+    @classmethod
+    def configured(cls, architecture: Architecture, config: Mapping[str, Any], stored: float = HALF) -> Shape:
+        """Of a configuration alone, of a dense model."""
+        dims, roles = architecture.dimensions(config), tuple(architecture.roles)
+        block = sum(dims.rows(role) * dims.columns(role) for role in roles)
+        blocks = block * dims.layers
+        embeddings = (1 if architecture.tied(config) else 2) * dims.vocab_size * dims.hidden_size
+        return cls(dims, roles, block, blocks, blocks, blocks + embeddings, stored)
+
+
+def _expert_share(settings: Mapping[str, Any]) -> float:
+    """The share of a mixture's experts that read a token; 1 where there are none."""
+    experts = next((n for key in ("num_local_experts", "num_experts") if (n := settings.get(key))), 0)
+    return settings.get("num_experts_per_tok", 1) / experts if experts else 1.0
+
+
+def active(base: Checkpoint) -> int:
+    """Weights that one token is multiplied with: all matrices but the input embedding, experts by their share."""
+    shape = Shape.of(base)
+    return shape.active + shape.head
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a run does, as counts. Tokens are means a text or row, padding left out; rows are those there are.
+
+    ``gpu``: whether models run on one. ``item``: bytes of a weight where models run (4 in float32 on a CPU, 2 in half
+    precision, about 0.6 in four bits). ``training_item``: the same where they are fine-tuned.
+    """
+
+    roles: tuple[Role, ...] = ROLES
+    methods: tuple[str, ...] = ()
+    rank: int = 16
+    #: Shapes ``(out, in)`` of the weights whose update the adapter does not store as factors.
+    dense: tuple[tuple[int, int], ...] = ()
+    gpu: bool = False
+    item: float = FLOAT
+    training_item: float = FLOAT
+    texts: int = 0
+    text_tokens: float = 256
+    #: Paired positions that wide spaces are mapped by.
+    map_positions: int = 512
+    cka_batch: int = 64
+    rows: int = 0
+    row_tokens: float = 256
+    label_tokens: float = 64
+    epochs: float = 3
+    batch: int = 16
+    micro_batch: int = 16
+    checkpointing: bool = False
+    #: Whole fine-tunes that all runs of the search come to, the control's among them.
+    fine_tunes: float = 1.0
+    chosen_by: int = 0
+    teacher_rows: int = 0
+    teacher_tokens: float = 256
+    teacher_batch: int = 32
+    evaluation_rows: int = 0
+    evaluation_new_tokens: float = 64
+    evaluation_batch: int = 16
+    #: Arms that are evaluated on the old base, and on the new one.
+    old_arms: int = 2
+    new_arms: int = 3
+
+    @property
+    def positions(self) -> float:
+        """Tokens of all calibration texts, in one base."""
+        return self.texts * self.text_tokens
+
+    def held(self, on_device: float, on_host: float = 0.0) -> dict[str, float]:
+        """Bytes by place, as :class:`Cost` names them: what models hold lies on the GPU, where there is one."""
+        if self.gpu:
+            return {"ram": PROCESS + on_host, "gpu": on_device}
+        return {"ram": PROCESS + on_host + on_device, "gpu": 0.0}
+
+
+def shared_roles(old: Shape, new: Shape, roles: tuple[Role, ...]) -> list[Role]:
+    """Those of some roles that both bases have."""
+    return [role for role in roles if role in old.roles and role in new.roles]
+
+
+def depth(old: Shape, new: Shape) -> int:
+    """Layer pairs."""
+    return min(old.dims.layers, new.dims.layers)
+
+
+def pass_ops(shape: Shape, tokens: float, length: float, heads: float = 0.0) -> Ops:
+    """One forward pass over so many tokens, in texts of a length: the blocks, attention, and the head at some tokens.
+
+    A token costs two operations a weight, and attention over a text of T tokens ``4·T·d`` a layer and token.
+    """
+    attention = 4 * length * shape.dims.heads * shape.dims.head_dim * shape.dims.layers
+    return Ops(forward=tokens * (2 * shape.active + attention) + 2 * heads * shape.head)
+
+
+def inner(shape: Shape, role: Role) -> int:
+    """Rows of a projection's weight on the side of the heads."""
+    return shape.dims.columns(role) if role == "o" else shape.dims.rows(role)
+
+
+def activation_bytes(shape: Shape, tokens: float, length: float, item: float, kept: bool) -> float:
+    """Bytes of activations of a batch of so many tokens: of one block, or of all that a backward pass keeps.
+
+    A block keeps its streams and norms (8·d), what its projections write, and its attention weights (heads·T).
+    """
+    dims = shape.dims
+    written = sum(dims.rows(role) for role in shape.roles)
+    block = item * tokens * (8 * dims.hidden_size + 2 * written + dims.heads * length)
+    return block * (dims.layers if kept else 1)
+
+
+def heads_product(old: Shape, new: Shape) -> float:
+    """Multiplications of one layer pair's head similarity: four products, and ``W_h`` on the old side."""
+    d_o, d_n = old.dims.hidden_size, new.dims.hidden_size
+    carried = 0 if d_o == d_n else sum(inner(old, role) for role in ATTENTION) * d_o * d_n
+    return sum(inner(old, role) * inner(new, role) for role in ATTENTION) * d_n + carried

@@ -1,0 +1,148 @@
+"""What this machine has, and does in a second: measured, in about a second in all."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from lorasuite.bases import Checkpoint
+from lorasuite.planning._cost import FLOAT, Ops
+
+#: Bytes of a base's file that are read to time it.
+SAMPLE = 32 * 2**20
+#: Tokens, and widths at most, of the block that forward passes are timed on.
+TOKENS, WIDTH, INNER = 256, 1024, 4096
+#: Seconds that Python takes for an entry of a vocabulary: split, normalised and compared.
+ITEM_SECONDS = 5e-6
+#: Where Linux says how much memory a control group may use, and uses.
+CGROUP = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+@dataclass(frozen=True)
+class Throughput:
+    """What a machine does in a second.
+
+    ``device``: where forward passes run, and ``forward`` the floating-point operations of an MLP block in the dtype
+    they run in; ``single`` and ``double`` those of float32 and float64 products on the CPU; ``eigen`` and ``svd`` the
+    ``d³`` of a decomposition of a ``d × d`` float64 matrix; ``read`` bytes of a weight file read and hashed;
+    ``streamed`` bytes of weights that a product with one vector reads from memory.
+    """
+
+    device: str
+    forward: float
+    single: float
+    double: float
+    eigen: float
+    svd: float
+    read: float
+    streamed: float
+
+    def seconds(self, ops: Ops) -> float:
+        """How long such work takes when nothing else runs."""
+        spent = (
+            ops.forward / self.forward
+            + ops.single / self.single
+            + ops.double / self.double
+            + ops.eigen / self.eigen
+            + ops.svd / self.svd
+            + (ops.read + ops.written) / self.read
+            + ops.streamed / self.streamed
+        )
+        return spent + ops.items * ITEM_SECONDS
+
+
+def measure(base: Checkpoint, device: str = "cpu", item: float = FLOAT, size: int = 512) -> Throughput:
+    """Time a block, products and decompositions of each kind, and the start of a weight file: about a second.
+
+    Args:
+        base: whose widths the block has, up to 1,024 and 4,096, and whose file is read.
+        device: where models run.
+        item: bytes of a weight there: float32 for 4, else bfloat16.
+        size: columns of the matrices that are multiplied.
+    """
+    dtype = torch.float32 if item >= FLOAT else torch.bfloat16
+    d, i = min(base.dims.hidden_size, WIDTH), min(base.dims.intermediate_size, INNER)
+    x = torch.randn(TOKENS, d, device=device, dtype=dtype)
+    up, gate, down = (torch.randn(a, b, device=device, dtype=dtype) / a for a, b in ((d, i), (d, i), (i, d)))
+    wide = torch.randn(4 * size, 4 * size, device=device, dtype=dtype)
+    single = torch.randn(2 * size, 2 * size)
+    y = torch.randn(size, size, dtype=torch.float64)
+    small = y[: size // 2, : size // 2]
+
+    def block() -> None:
+        h = torch.nn.functional.layer_norm(x, (d,))
+        (x + (torch.nn.functional.silu(h @ gate) * (h @ up)) @ down).sum().item()  # waits for the device
+
+    return Throughput(
+        device=device,
+        forward=6 * TOKENS * d * i / _best(block),
+        single=2 * single.shape[0] ** 3 / _best(lambda: single @ single),
+        double=2 * size**3 / _best(lambda: y @ y),
+        eigen=small.shape[0] ** 3 / _best(lambda: torch.linalg.eigh(small + small.T)),
+        svd=small.shape[0] ** 3 / _best(lambda: torch.linalg.svd(small)),
+        read=_reading(base.weight_files[0]),
+        streamed=wide.nbytes / _best(lambda: (wide[:1] @ wide).sum().item()),
+    )
+
+
+def _reading(file: Path) -> float:
+    """Bytes of a file that are read and hashed in a second."""
+    start, read = time.perf_counter(), 0
+    with file.open("rb") as handle:
+        digest = hashlib.sha256()
+        while read < SAMPLE and (chunk := handle.read(2**20)):
+            digest.update(chunk)
+            read += len(chunk)
+    return read / max(time.perf_counter() - start, 1e-9)
+
+
+def _best(action: Callable[[], object], repeats: int = 3) -> float:
+    """Seconds of the fastest of some runs, after one to warm up."""
+    action()
+    found = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        action()
+        found.append(time.perf_counter() - start)
+    return max(min(found), 1e-9)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Bytes that this machine has: RAM in all and free, the same of the GPU (None without one), and free on the disk
+    that the artifacts go to (None where no disk was named)."""
+
+    ram: int
+    ram_free: int
+    gpu: int | None = None
+    gpu_free: int | None = None
+    disk_free: int | None = None
+
+    @classmethod
+    def here(cls, device: str, home: Path | None) -> Machine:
+        """Of this machine or control group, with the GPU of ``device`` and the disk of ``home``."""
+        page = os.sysconf("SC_PAGE_SIZE")
+        ram = page * os.sysconf("SC_PHYS_PAGES")
+        free = page * os.sysconf("SC_AVPHYS_PAGES")
+        with contextlib.suppress(OSError, StopIteration, ValueError):  # Linux: caches count as free
+            line = next(one for one in Path("/proc/meminfo").read_text().splitlines() if one.startswith("MemAvailable"))
+            free = 1024 * int(line.split()[1])
+        for file in CGROUP:
+            with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+                ram = min(ram, int(Path(file).read_text()))
+        gpu = gpu_free = None
+        if device.startswith("cuda"):
+            gpu_free, gpu = torch.cuda.mem_get_info(torch.device(device))
+        disk = None
+        if home is not None:
+            standing = next(one for one in (home.absolute(), *home.absolute().parents) if one.exists())
+            disk = shutil.disk_usage(standing).free
+        return cls(ram, min(free, ram), gpu, gpu_free, disk)
