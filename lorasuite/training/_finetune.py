@@ -48,6 +48,7 @@ def finetune(
     trust_remote_code: bool = False,
     soft_labels: SoftLabels | None = None,
     stop_after: int | None = None,
+    pause_at: int | None = None,
 ) -> FinetuneResult:
     """Fine-tune an existing adapter (``adapter``) or a freshly initialised one (``lora``).
 
@@ -75,6 +76,9 @@ def finetune(
         soft_labels: with ``settings.distillation`` the loss of the rows they know is :func:`distilled_loss`;
             ``validation_loss`` never is.
         stop_after: ends the run after so many epochs, on the schedule of the whole run; 0 writes the start itself.
+        pause_at: leaves the run after so many optimizer steps of it, without ``output``: called again with the same
+            arguments but this one, it goes on from there. ``validation_loss`` is then that at the pause, and
+            ``validation`` has the epochs of this call.
 
     Raises:
         ConfigError: not exactly one of ``adapter`` and ``lora``, or a device or precision that is not there.
@@ -122,9 +126,14 @@ def finetune(
         started = time.perf_counter()
         curve: list[Validation] = []
 
+        def held_out() -> float | None:
+            if not validation_rows:
+                return None
+            return validation_loss(wrapped, tokenizer, validation_rows, settings.cutoff, plan.micro_batch)
+
         def validate(epoch: int) -> None:
-            if validation_rows:
-                loss = validation_loss(wrapped, tokenizer, validation_rows, settings.cutoff, plan.micro_batch)
+            loss = held_out()
+            if loss is not None:
                 curve.append(Validation(epoch=epoch, loss=loss))
 
         def after_epoch(epoch: int) -> bool:
@@ -134,16 +143,25 @@ def finetune(
         if checkpoint is None:
             validate(0)
 
-        trainer = build_trainer(wrapped, encoded.examples, settings, plan, work_dir, progress, soft_labels, after_epoch)
-        if stop_after != 0:
+        trainer = build_trainer(
+            wrapped, encoded.examples, settings, plan, work_dir, progress, soft_labels, after_epoch, pause_at
+        )
+        done = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
+        paused = pause_at is not None
+        if checkpoint is not None and pause_at is not None and done >= pause_at:
+            _read_checkpoint(wrapped, checkpoint)
+        elif stop_after != 0:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        steps = max(int(trainer.state.global_step), done)
+        reached = curve[-1]["loss"] if curve else None
+        if paused and not (curve and curve[-1]["epoch"] == trainer.state.epoch):
+            reached = held_out()
         seconds = time.perf_counter() - started
         losses = [
             Loss(step=entry["step"], loss=entry["loss"], learning_rate=entry["learning_rate"])
             for entry in trainer.state.log_history
             if "loss" in entry
         ]
-        steps = int(trainer.state.global_step)
         # The last step's gradient can be bad after a good loss, and no later loss would tell.
         bad = [name for name, value in wrapped.named_parameters() if value.requires_grad and not value.isfinite().all()]
         if bad:
@@ -153,7 +171,7 @@ def finetune(
             steps=steps,
             learning_rate=settings.learning_rate,
             losses=losses,
-            validation_loss=curve[-1]["loss"] if curve else None,
+            validation_loss=reached,
             validation=curve,
             seconds=seconds,
             peak_memory_bytes=peak_memory(plan.device),
@@ -162,12 +180,21 @@ def finetune(
             distilled=sum(e["input_ids"] in soft_labels for e in encoded.examples) if soft_labels else 0,
             trainable_parameters=trainable,
             precision="bf16" if plan.bf16 else "fp32",
-            resumed_from=int(checkpoint.name.rpartition("-")[2]) if checkpoint else None,
+            resumed_from=done if checkpoint else None,
         )
+        if paused:
+            return result
         save_adapter(wrapped, output)
     # Only now: until the output is in place the last checkpoint is the run's only trace.
     clear_work_dir(work_dir)
     return result
+
+
+def _read_checkpoint(wrapped: PeftModel, checkpoint: Path) -> None:
+    """Give the adapter the weights of a checkpoint."""
+    from peft import load_peft_weights, set_peft_model_state_dict
+
+    set_peft_model_state_dict(wrapped, load_peft_weights(str(checkpoint), device="cpu"))
 
 
 def _wrap(model: PreTrainedModel, adapter: Path | None, lora: LoraConfig | None, plan: DevicePlan) -> PeftModel:

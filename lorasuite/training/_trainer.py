@@ -31,6 +31,7 @@ def build_trainer(
     progress: TrainingProgress | None,
     soft_labels: SoftLabels | None,
     after_epoch: Callable[[int], bool],
+    pause_at: int | None = None,
 ) -> AdapterTrainer:
     """A trainer of an adapter that reports to nobody and prints nothing.
 
@@ -43,6 +44,7 @@ def build_trainer(
         progress: called after each optimizer step.
         soft_labels: the teacher's distributions, where the run distils.
         after_epoch: called with the epochs done; True ends the run.
+        pause_at: optimizer step after which a checkpoint is written and the run left.
     """
     from peft import PeftType
 
@@ -58,7 +60,7 @@ def build_trainer(
         args=_arguments(settings, plan, work_dir, resumable=not adaptive),
         train_dataset=examples,
         data_collator=collated,
-        callbacks=[RunCallback(work_dir, progress, after_epoch, wrapped if adaptive else None)],
+        callbacks=[RunCallback(work_dir, progress, after_epoch, wrapped if adaptive else None, pause_at)],
         soft_labels=soft_labels,
         distillation=settings.distillation,
     )
@@ -120,19 +122,33 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
         progress: TrainingProgress | None,
         after_epoch: Callable[[int], bool],
         adaptive: PeftModel | None,
+        pause_at: int | None,
     ) -> None:
         self._work_dir, self._progress, self._after_epoch = work_dir, progress, after_epoch
-        self._adaptive = adaptive
+        self._adaptive, self._pause_at = adaptive, pause_at
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Report a step."""
         if self._progress is not None and logs and "loss" in logs:
             self._progress(state.global_step, state.max_steps, float(logs["loss"]))
 
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Leave the run, with a checkpoint to go on from, where it is to pause here."""
+        if self._pauses(state):
+            control.should_save = args.save_strategy != "no"
+            control.should_training_stop = True
+
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """End the run where it is to end here."""
+        """End the run where it is to end here; a pause within an epoch comes here, too."""
+        if self._pauses(state):
+            control.should_save = False  # done after the step
+            if state.epoch != round(state.epoch):
+                return
         if self._after_epoch(round(state.epoch)):
             control.should_training_stop = True
+
+    def _pauses(self, state: Any) -> bool:
+        return self._pause_at is not None and state.global_step >= self._pause_at
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Mark a checkpoint as complete."""

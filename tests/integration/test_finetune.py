@@ -315,6 +315,22 @@ def test_a_run_can_stop_after_some_epochs_of_its_schedule(tmp_path) -> None:
         assert stopped.losses == whole.losses[: len(stopped.losses)] and bool(stopped.losses) == bool(epochs)
 
 
+def test_a_run_that_is_paused_goes_on_to_the_same_bits(tmp_path) -> None:
+    """Within an epoch, at its end, and asked twice for the same pause: then nothing is trained."""
+    held_out = digit_rows()[:4]
+    whole = tune(tmp_path, "whole", validation_rows=held_out)
+    after: dict[int, float | None] = {}
+    for step in (1, 2, 2, 3):  # of four, two an epoch
+        paused = tune(tmp_path, "never", validation_rows=held_out, work_dir=tmp_path / "paused", pause_at=step)
+        assert paused.steps == step and not (tmp_path / "never").exists()
+        assert after.setdefault(step, paused.validation_loss) == paused.validation_loss
+    assert after[2] == whole.validation[1]["loss"] and len(set(after.values())) == 3
+    last = tune(tmp_path, "last", validation_rows=held_out, work_dir=tmp_path / "paused")
+    assert (last.resumed_from, last.steps, last.validation_loss) == (3, 4, whole.validation_loss)
+    assert_equal(tensors(tmp_path / "last"), tensors(tmp_path / "whole"))
+    assert not (tmp_path / "paused").exists()
+
+
 @pytest.mark.parametrize("helps", [True, False])
 def test_a_sweep_is_never_worse_than_its_start(tmp_path, helps: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not helps:  # every epoch makes the held-out rows worse, whatever the rate
