@@ -10,6 +10,7 @@ from ._rows import (
     Row,
     fingerprint_rows,
     unanswered,
+    unread_keys,
     whole_text,
 )
 
@@ -38,5 +39,6 @@ __all__ = [
     "rows_to_jsonl",
     "split_rows",
     "unanswered",
+    "unread_keys",
     "whole_text",
 ]

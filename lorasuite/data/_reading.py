@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _SHAPES = 'Use {"instruction","input","output"}, {"prompt","completion"}, {"messages":[{"role","content"}]} or {"text"}'
+#: Keys of instruction rows that some trainers put into the prompt, and that the rendering here has no place for.
+UNRENDERED = ("system", "history")
 _KNOWN_KEYS: dict[Kind, frozenset[str]] = {
     "instruction": frozenset({"instruction", "input", "output"}),
     "completion": frozenset({"prompt", "completion"}),
@@ -181,6 +183,10 @@ def _to_row(where: str, record: Any, problems: list[Problem]) -> Row | None:
         both = record["prompt"] + completion if isinstance(completion, list) else record["prompt"]
         messages = _messages(where, both, problems)
         return Row(kind="messages", messages=messages, extra=extra) if len(problems) == before else None
+    if kind == "instruction":
+        for name in (key for key in UNRENDERED if extra.get(key)):
+            what = f"has {name!r}, for which an instruction row has no place in its prompt"
+            problems.append(Problem(where, what, "Write it as messages, or take the key out"))
     values: dict[str, Any] = {
         name: _string(where, name, record.get(name), problems, required=name != "input")
         for name in sorted(_KNOWN_KEYS[kind])
@@ -225,21 +231,34 @@ def _messages(where: str, value: Any, problems: list[Problem]) -> tuple[Message,
         return ()
     messages: list[Message] = []
     for number, item in enumerate(value, start=1):
-        if (
-            not isinstance(item, dict)
-            or not isinstance(item.get("role"), str)
-            or not isinstance(item.get("content"), str)
-        ):
+        message = _message(item)
+        if message is None:
             problems.append(Problem(where, f"message {number} has no text role and content", remedy))
             return ()
-        messages.append(Message(role=item["role"], content=item["content"]))
+        messages.append(message)
     if messages[-1].role != "assistant":
         problems.append(Problem(where, "the last message is not the assistant's", "End with the answer to learn"))
-    elif not messages[-1].content.strip():
+    elif not messages[-1].content.strip() and not messages[-1].fields.get("tool_calls"):
         problems.append(Problem(where, "the assistant's last message is empty", "Fill it in, or drop it"))
     elif len(messages) < 2:
         problems.append(Problem(where, "has an answer but no question", "Put the user's message before it"))
     return tuple(messages)
+
+
+def _message(item: Any) -> Message | None:
+    """One message; None where its content is neither text, nor text in parts, nor null beside other keys."""
+    if not isinstance(item, dict) or not isinstance(item.get("role"), str):
+        return None
+    content, fields = item.get("content"), {k: v for k, v in item.items() if k not in ("role", "content")}
+    if isinstance(content, str):
+        return Message(item["role"], content, fields)
+    if content is None and any(fields.values()):
+        return Message(item["role"], "", {**fields, "content": None})
+    parts = content if isinstance(content, list) else []
+    texts = [p.get("text") if isinstance(p, dict) and p.get("type") == "text" else None for p in parts]
+    if texts and all(isinstance(text, str) for text in texts):
+        return Message(item["role"], "".join(map(str, texts)), {**fields, "content": content})
+    return None
 
 
 def _json_type(value: Any) -> str:
@@ -261,7 +280,7 @@ def _record(row: Row) -> dict[str, Any]:
         case "completion":
             fields = {"prompt": row.prompt, "completion": row.completion}
         case "messages":
-            fields = {"messages": [{"role": m.role, "content": m.content} for m in row.messages]}
+            fields = {"messages": [message.turn() for message in row.messages]}
         case "text":
             fields = {"text": row.text}
     return {**fields, **row.extra}

@@ -6,7 +6,9 @@ It has any of four shapes, which may be mixed in a file:
   ``Question: …\\nAnswer: …`` with ``input``, where there is one, on a ``Context: …`` line first (LoRASuite,
   arXiv 2505.13515, and its released scripts);
 * ``{"prompt", "completion"}`` — used verbatim;
-* ``{"messages": [{"role", "content"}, …]}`` — rendered by the tokenizer's chat template;
+* ``{"messages": [{"role", "content"}, …]}`` — rendered by the tokenizer's chat template, which is given the messages'
+  other keys (``tool_calls``, ``reasoning_content``, …) as they are, and the row's ``tools``, ``documents`` and
+  ``chat_template_kwargs`` as its arguments;
 * ``{"text"}`` — plain text.
 
 Where the prompt ends and the completion starts, the space belongs to the completion: ``"…\\nAnswer:"`` and
@@ -19,6 +21,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -33,6 +36,9 @@ Kind = Literal["instruction", "completion", "messages", "text"]
 #: Key of a row whose text is cut off before its end: in training no EOS follows it.
 UNFINISHED = "unfinished"
 
+#: Keys of a conversation's row that its chat template takes as arguments.
+TEMPLATE_ARGUMENTS = ("tools", "documents", "chat_template_kwargs")
+
 #: How an instruction row is rendered; its hash is recorded with every evaluation.
 CONTEXT_TEMPLATE = "Context: {input}\n"
 INSTRUCTION_TEMPLATE = "Question: {instruction}\nAnswer:"
@@ -40,10 +46,19 @@ INSTRUCTION_TEMPLATE = "Question: {instruction}\nAnswer:"
 
 @dataclass(frozen=True)
 class Message:
-    """One turn of a conversation."""
+    """One turn of a conversation.
+
+    ``fields`` are its other keys, for the chat template (and ``content`` where that is null or in parts, of which the
+    attribute holds the text).
+    """
 
     role: str
     content: str
+    fields: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+    def turn(self) -> dict[str, Any]:
+        """The message as a chat template takes it."""
+        return {"role": self.role, "content": self.content, **self.fields}
 
 
 @dataclass(frozen=True)
@@ -83,7 +98,7 @@ class Row:
                 prompt = self.prompt.rstrip(" ")
                 return prompt, self.prompt[len(prompt) :] + self.completion
             case "messages":
-                prompt, answer, suffix = _render_chat(self.messages, tokenizer)
+                prompt, answer, suffix = _render_chat(self, tokenizer)
                 return prompt, answer + suffix
 
     def target(self, tokenizer: PreTrainedTokenizerBase | None = None) -> tuple[str, str, str]:
@@ -96,7 +111,7 @@ class Row:
             DataError: as :meth:`prompt_and_completion`.
         """
         if self.kind == "messages":
-            return _render_chat(self.messages, tokenizer)
+            return _render_chat(self, tokenizer)
         return *self.prompt_and_completion(tokenizer), ""
 
 
@@ -104,13 +119,13 @@ class Row:
 _PLACEHOLDER = "\u241f\u241e\u241f"
 
 
-def _render_chat(messages: tuple[Message, ...], tokenizer: PreTrainedTokenizerBase | None) -> tuple[str, str, str]:
+def _render_chat(row: Row, tokenizer: PreTrainedTokenizerBase | None) -> tuple[str, str, str]:
     """Prompt (with generation prompt), answer and end of turn of a conversation, by the tokenizer's chat template.
 
     Where the answer is, the template itself says, with a placeholder in the answer's place: searched for, a short
     answer might be found in the words of the prompt or in an end-of-turn token.
     """
-    where = "messages row"
+    where, messages = "messages row", row.messages
     if tokenizer is None:
         raise DataError([Problem(where, "needs a tokenizer with a chat template", "Pass the base's tokenizer")])
     if getattr(tokenizer, "chat_template", None) is None:
@@ -127,14 +142,17 @@ def _render_chat(messages: tuple[Message, ...], tokenizer: PreTrainedTokenizerBa
         raise DataError(
             [Problem(where, "the last message is not the assistant's", "End each conversation with the answer")]
         )
-    turns = [{"role": message.role, "content": message.content} for message in messages]
-    marked_turns = [*turns[:-1], {**turns[-1], "content": _PLACEHOLDER}]
+    turns = [message.turn() for message in messages]
+    marked_turns = [*turns[:-1], {"role": messages[-1].role, "content": _PLACEHOLDER}]
+    given = {name: row.extra[name] for name in TEMPLATE_ARGUMENTS[:2] if row.extra.get(name)}
+    given |= row.extra.get(TEMPLATE_ARGUMENTS[2]) or {}
+
+    def rendered(conversation: list[dict[str, Any]], answering: bool = False) -> str:
+        found = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=answering, **given)
+        return str(found)
+
     try:
-        prompt = str(tokenizer.apply_chat_template(turns[:-1], tokenize=False, add_generation_prompt=True))
-        whole, marked = (
-            str(tokenizer.apply_chat_template(rendered, tokenize=False, add_generation_prompt=False))
-            for rendered in (turns, marked_turns)
-        )
+        prompt, whole, marked = rendered(turns[:-1], True), rendered(turns), rendered(marked_turns)
     except Exception as error:  # a template is code of the checkpoint's author and raises what it likes
         raise DataError(
             [Problem(where, f"the chat template refused it ({error})", "Use the roles and order it accepts")]
@@ -184,10 +202,20 @@ def whole_text(row: Row, tokenizer: PreTrainedTokenizerBase | None = None) -> st
     return "".join(row.prompt_and_completion(tokenizer))
 
 
+def unread_keys(rows: Sequence[Row]) -> dict[str, int]:
+    """Keys of rows that nothing reads, such as identifiers, and in how many rows each is."""
+    found: Counter[str] = Counter()
+    for row in rows:
+        read = {UNFINISHED, *(TEMPLATE_ARGUMENTS if row.kind == "messages" else ())}
+        found.update(key for key in row.extra if key not in read)
+    return dict(found)
+
+
 def unanswered(row: Row, words: int = 0) -> Row:
     """The row without its answer, and without keys of its own, which might hold one.
 
-    Of a text row the first ``words`` words are kept, with the spaces between them.
+    What a conversation's template takes as arguments stays. Of a text row the first ``words`` words are kept, with the
+    spaces between them.
     """
     match row.kind:
         case "instruction":
@@ -196,7 +224,8 @@ def unanswered(row: Row, words: int = 0) -> Row:
             return replace(row, completion="", extra={})
         case "messages":
             answered = bool(row.messages) and row.messages[-1].role == "assistant"
-            return replace(row, messages=row.messages[:-1] if answered else row.messages, extra={})
+            arguments = {name: row.extra[name] for name in TEMPLATE_ARGUMENTS if name in row.extra}
+            return replace(row, messages=row.messages[:-1] if answered else row.messages, extra=arguments)
         case "text":
             found = re.match(rf"\s*(?:\S+\s*){{0,{words}}}", row.text)
             return replace(row, text=found.group().rstrip() if found else "", extra={})
@@ -209,7 +238,7 @@ def fingerprint_rows(rows: Sequence[Row]) -> str:
         content = {
             "kind": row.kind,
             "fields": [row.instruction, row.input, row.output, row.prompt, row.completion, row.text],
-            "messages": [[message.role, message.content] for message in row.messages],
+            "messages": [[m.role, m.content, *([m.fields] if m.fields else [])] for m in row.messages],
             "extra": row.extra,
         }
         line = json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=str)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lorasuite.correspondence import SMALLEST_BATCH
-from lorasuite.data import Row, calibration_texts, draw, encode_rows, read_prompts, read_rows, unanswered
+from lorasuite.data import Row, calibration_texts, draw, encode_rows, read_prompts, read_rows, unanswered, unread_keys
 from lorasuite.errors import Problem
 from lorasuite.evaluation import check_tasks
 from lorasuite.planning._config import AUTO, MigrationConfig, torch_device
@@ -176,6 +176,13 @@ def _calibration(result: Inspection, config: MigrationConfig) -> list[str]:
     return texts[: config.pair.calibration_samples]
 
 
+def _unread(result: Inspection, subject: str, rows: list[Row]) -> None:
+    """A notice of keys that nothing reads."""
+    keys = ", ".join(f"{key!r} (in {count})" for key, count in unread_keys(rows).items())
+    if keys:
+        result.notices.append(f"{subject}: not read: {keys}")
+
+
 def _training_rows(result: Inspection, config: MigrationConfig, wanted: RowPlan) -> list[Row]:
     source, samples = config.train_data, wanted.requested_rows
     if source is None:
@@ -193,6 +200,7 @@ def _training_rows(result: Inspection, config: MigrationConfig, wanted: RowPlan)
     rows: list[Row] = draw(result.attempt(lambda: read_rows(source)) or [], samples, config.seed)
     if not rows:
         return []
+    _unread(result, "training rows", rows)
     if len(config.learning_rates) > 1 and len(rows) + wanted.synthetic_train_rows < MIN_SWEEP_ROWS:
         result.problems.append(too_few_to_sweep(len(rows), "learning_rates"))
     tokenizer = result.new_tokenizer
@@ -236,6 +244,7 @@ def _held_out_rows(result: Inspection, config: MigrationConfig) -> list[Row]:
     if source is None:
         return []
     rows: list[Row] = result.attempt(lambda: read_rows(source)) or []
+    _unread(result, "held-out rows", rows)
     tokenizers = [t for t in (result.old_tokenizer, result.new_tokenizer) if t is not None]
     result.attempt(lambda: [row.target(tokenizer) for tokenizer in tokenizers for row in rows])
     return rows
