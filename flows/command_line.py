@@ -22,6 +22,7 @@ from flows.cli_output import Json, errors, print_json
 from flows.options import with_settings
 from flows.store_commands import store_app
 from lorasuite import reporting
+from lorasuite.bases import LoadSettings
 from lorasuite.evaluation import EvaluationSettings
 from lorasuite.planning import MigrationConfig, build, merged, read_config
 
@@ -272,7 +273,9 @@ def up(
 
 
 @app.command()
+@with_settings(LoadSettings)
 def evaluate(
+    values: dict[str, Any],
     base: Annotated[str, typer.Option(help="base model: directory or hub-id[@revision]")],
     adapter: Annotated[list[str] | None, typer.Option(help="PEFT adapter (repeatable)")] = None,
     tasks: Annotated[
@@ -298,12 +301,13 @@ def evaluate(
     """Evaluate a base, bare and with adapters, on held-out rows or lm-eval tasks, in one model load; compare them."""
     with errors(as_json):
         given = {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "limit": limit}
+        loading = build(LoadSettings, values)
         options = build(EvaluationSettings, {name: value for name, value in given.items() if value is not None})
         names = tuple(t.strip() for t in (tasks or "").split(",") if t.strip())
         from flows.evaluate_adapters import check, evaluate_adapters
 
         # before a flow run exists: bad input should cost nothing
-        check(base, tuple(adapter or ()), eval_data, names, eval_dir, include_path, output, device)
+        check(base, tuple(adapter or ()), eval_data, names, eval_dir, include_path, output, device, loading)
         results = evaluate_adapters(
             base,
             tuple(adapter or ()),
@@ -316,6 +320,7 @@ def evaluate(
             output,
             tuple(refresh or ()),
             trust_remote_code,
+            loading.model_dump(mode="json"),
         )
         if as_json:
             print_json(results)

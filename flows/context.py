@@ -17,7 +17,7 @@ from prefect.runtime import flow_run
 
 from artifacts import Artifact, Store, default_home, stage_key
 from lorasuite.adapters import materialise
-from lorasuite.bases import Architecture, Checkpoint, digest_json, resolve
+from lorasuite.bases import Architecture, Checkpoint, LoadSettings, digest_json, resolve
 from lorasuite.data import Row, fingerprint_rows
 from lorasuite.errors import ConfigError, Problem, did_you_mean
 from lorasuite.planning import MigrationConfig, torch_device
@@ -107,8 +107,16 @@ class Context:
         return self.where.store()
 
     def base(self, side: str) -> dict[str, Any]:
-        """One base, ``old`` or ``new``, as the inputs ``model`` and ``tokenizer`` of a stage."""
-        return {name: self.fingerprints[f"{side}_{name}"] for name in ("model", "tokenizer")}
+        """One base, ``old`` or ``new``, as the inputs ``model`` and ``tokenizer`` of a stage that runs it."""
+        return {"model": self.as_loaded(f"{side}_model"), "tokenizer": self.fingerprints[f"{side}_tokenizer"]}
+
+    def as_loaded(self, name: str) -> str:
+        """The fingerprint of a model, ``old_model`` or ``new_model``, as it is loaded to be run.
+
+        Precision and quantization change what it computes; where nothing is asked for, it is that of its files.
+        """
+        loading = LoadSettings.model_validate(self.where.options.get("loading", {})).key()
+        return digest_json([self.fingerprints[name], loading]) if loading else self.fingerprints[name]
 
     def base_path(self, side: str) -> dict[str, Path]:
         """Where one base, ``old`` or ``new``, lies, as the path ``base`` of a stage."""
@@ -201,6 +209,7 @@ def migration_context(settings: MigrationConfig, pair: str, refreshed: frozenset
             "trust_remote_code": settings.trust_remote_code,
             "allow_pickle": settings.allow_pickle,
             "teacher_batch": settings.teacher.batch_size,
+            "loading": settings.loading.model_dump(mode="json"),
         },
     )
     return Context(where, fingerprint_bases(home, paths["old_base"], paths["new_base"]), refreshed, pair=pair)

@@ -15,7 +15,7 @@ from prefect import flow
 from artifacts import default_home
 from flows.context import Context, base_record, check_stages, fetch, tag_run, timings
 from flows.measure import Asked, Measured
-from lorasuite.bases import Checkpoint, resolve
+from lorasuite.bases import Checkpoint, LoadSettings, resolve
 from lorasuite.data import Row, read_rows
 from lorasuite.errors import ConfigError, LoRASuiteError, OutputError, PreflightError, Problem
 from lorasuite.evaluation import EvaluationSettings, check_tasks
@@ -42,6 +42,7 @@ def evaluate_adapters(
     output: Path | None = None,
     refresh: tuple[str, ...] = (),
     trust_remote_code: bool = False,
+    loading: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Results by arm (``base`` and each adapter's directory name) on rows and on lm-eval tasks, and arms compared.
 
@@ -52,7 +53,8 @@ def evaluate_adapters(
         PreflightError: with everything that is wrong with the input, before a model is loaded.
     """
     options = EvaluationSettings.model_validate(settings or {})
-    rows = check(base, tuple(adapters), eval_data, tuple(tasks), eval_dir, include_path, output, device)
+    asked = LoadSettings.model_validate(loading or {})
+    rows = check(base, tuple(adapters), eval_data, tuple(tasks), eval_dir, include_path, output, device, asked)
     refreshed = check_stages(tuple(refresh))
     tag_run(base=Path(base).name)
     fetch(base, *adapters)
@@ -61,7 +63,7 @@ def evaluate_adapters(
         home=default_home(),
         device=torch_device(device),
         paths={"new_base": path},
-        options={"trust_remote_code": trust_remote_code},
+        options={"trust_remote_code": trust_remote_code, "loading": asked.model_dump(mode="json")},
     )
     context = Context(where, fingerprint_bases(where.home, path, path), refreshed)
     measured = Measured(context, Asked.of(context, options, rows, tasks, eval_dir, include_path))
@@ -97,6 +99,7 @@ def check(
     include_path: Path | None,
     output: Path | None,
     device: str,
+    loading: LoadSettings,
 ) -> list[Row]:
     """The held-out rows, if there are any.
 
@@ -113,8 +116,8 @@ def check(
 
     if not eval_data and not tasks:
         problems.append(Problem("evaluate", "there is nothing to evaluate on", "Give --eval-data or --tasks."))
-    attempt(lambda: torch_device(device))
-    attempt(lambda: Checkpoint(base))
+    attempt(lambda: loading.check(torch_device(device)))
+    attempt(lambda: Checkpoint(base).check_readable())
     for adapter in adapters:
         attempt(partial(_adapter, adapter))
     rows: list[Row] = (attempt(lambda: read_rows(eval_data)) if eval_data else None) or []

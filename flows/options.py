@@ -12,8 +12,15 @@ import typer
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-#: Nested settings whose flags carry their name; those of the pair stand alone.
-PREFIX = {"pair": "", "finetune": "finetune_", "teacher": "teacher_", "evaluation": "evaluation_", "gate": "gate_"}
+#: Nested settings whose flags carry their name; those of the pair and of loading stand alone.
+PREFIX = {
+    "loading": "",
+    "pair": "",
+    "finetune": "finetune_",
+    "teacher": "teacher_",
+    "evaluation": "evaluation_",
+    "gate": "gate_",
+}
 
 
 def flags(model: type[BaseModel], prefix: str = "", path: tuple[str, ...] = ()) -> Iterator[tuple[str, Any, FieldInfo]]:

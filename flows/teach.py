@@ -103,13 +103,14 @@ def teacher_rows(
 
 def _teacher(context: Context, source: Source) -> dict[str, Any]:
     """The old base and the adapter, as the inputs of a stage."""
-    names = ("old_model", "old_tokenizer")
-    return {**{name: context.fingerprints[name] for name in names}, "adapter": source.adapter}
+    model, tokenizer = context.as_loaded("old_model"), context.fingerprints["old_tokenizer"]
+    return {"old_model": model, "old_tokenizer": tokenizer, "adapter": source.adapter}
 
 
 def _worth(context: Context, source: Source, written: Ref, own: Ref | None) -> dict[str, Any]:
     """Whether the teacher is worth copying, asked on the user's rows where there are any."""
-    inputs: dict[str, Any] = {**context.both_bases(), "adapter": source.adapter, "teacher": written}
+    models = {name: context.as_loaded(name) for name in ("old_model", "new_model")}
+    inputs: dict[str, Any] = {**context.both_bases(), **models, "adapter": source.adapter, "teacher": written}
     if own is not None:
         inputs["rows"] = own
     return context.open(context.run(teacher_worth, inputs, {}, paths=source.paths)).info

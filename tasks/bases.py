@@ -6,7 +6,16 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-from lorasuite.bases import Checkpoint, LoadedBase, load_tokenizer, loaded_model, streamed_base
+import torch
+
+from lorasuite.bases import (
+    Checkpoint,
+    LoadedBase,
+    LoadSettings,
+    load_tokenizer,
+    loaded_model,
+    streamed_base,
+)
 from tasks.stage import Where
 
 BASES = ("old_base", "new_base")
@@ -32,9 +41,29 @@ def tokenizers(where: Where) -> tuple[Any, Any]:
     return tokenizer(where, "old_base"), tokenizer(where, "new_base")
 
 
+def loading(where: Where) -> LoadSettings:
+    """How bases that are run are loaded."""
+    return LoadSettings.model_validate(where.options.get("loading", {}))
+
+
+@contextmanager
+def running(where: Where, base: str, dtype: torch.dtype | None = None) -> Iterator[LoadedBase]:
+    """The base at a path of that name, loaded as the settings say, for the stages whose keys say so too.
+
+    Args:
+        dtype: where the settings name none.
+    """
+    settings = loading(where)
+    wanted = dtype if settings.dtype == "auto" and not settings.quantized else None
+    with loaded_model(
+        where.path(base), where.device, dtype=wanted, trust_remote_code=trusted(where), loading=settings
+    ) as model:
+        yield LoadedBase.of(model, tokenizer(where, base), Checkpoint(where.path(base)))
+
+
 @contextmanager
 def loaded(where: Where, base: str) -> Iterator[LoadedBase]:
-    """The base at a path of that name, loaded once in a process as long as memory lasts."""
+    """The base at a path of that name as its files give it, loaded once in a process as long as memory lasts."""
     with loaded_model(where.path(base), where.device, trust_remote_code=trusted(where)) as model:
         yield LoadedBase.of(model, tokenizer(where, base), Checkpoint(where.path(base)))
 

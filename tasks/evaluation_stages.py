@@ -17,7 +17,7 @@ from lorasuite.evaluation import (
     evaluate_tasks,
     write_task_samples,
 )
-from tasks.bases import tokenizer, trusted
+from tasks.bases import loading, running, trusted
 from tasks.data import stored_rows
 from tasks.folders import adapter_folder, adapter_path
 from tasks.progress import Progress
@@ -47,16 +47,16 @@ class EvaluationInputs(ArmInputs):
 @stage("evaluate", version=2)
 def evaluation(inputs: EvaluationInputs, settings: EvaluationSettings, where: Where) -> StageOutput:
     """One base, bare or with one adapter, on the held-out rows."""
-    result = evaluate(
-        str(where.path("base")),
-        tokenizer(where, "base"),
-        stored_rows(inputs.rows),
-        _smaller(settings, where),
-        adapters={"it": _folder(inputs, where)},
-        progress=Progress("evaluation").evaluation,
-        device=where.device,
-        trust_remote_code=trusted(where),
-    )["it"]
+    with running(where, "base") as base:
+        result = evaluate(
+            base.model,
+            base.tokenizer,
+            stored_rows(inputs.rows),
+            _smaller(settings, where),
+            adapters={"it": _folder(inputs, where)},
+            progress=Progress("evaluation").evaluation,
+            device=where.device,
+        )["it"]
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / SAMPLES
         result.write_samples(file)
@@ -84,18 +84,18 @@ class TaskSettings(StageSettings):
 def task_evaluation(inputs: TaskInputs, settings: TaskSettings, where: Where) -> StageOutput:
     """One base, bare or with one adapter, on an lm-eval task (or group, or tag) by name."""
     options = EvaluationSettings.model_validate(settings.model_dump(exclude={"task", "lm_eval"}))
-    scores = evaluate_tasks(
-        str(where.path("base")),
-        tokenizer(where, "base"),
-        [settings.task],
-        _smaller(options, where),
-        adapters={"it": _folder(inputs, where)},
-        eval_dir=where.paths.get("eval_dir"),
-        include_path=where.paths.get("include_path"),
-        progress=Progress(f"evaluation ({settings.task})").evaluation,
-        device=where.device,
-        trust_remote_code=trusted(where),
-    )["it"]
+    with running(where, "base") as base:
+        scores = evaluate_tasks(
+            base.model,
+            base.tokenizer,
+            [settings.task],
+            _smaller(options, where),
+            adapters={"it": _folder(inputs, where)},
+            eval_dir=where.paths.get("eval_dir"),
+            include_path=where.paths.get("include_path"),
+            progress=Progress(f"evaluation ({settings.task})").evaluation,
+            device=where.device,
+        )["it"]
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / SAMPLES
         write_task_samples(scores, file)
@@ -116,7 +116,9 @@ class ServingInputs:
 def serving(inputs: ServingInputs, settings: StageSettings, where: Where) -> StageOutput:
     """The published adapter in PEFT, and merged into a plain model: the same logits of one text."""
     folder = adapter_folder(inputs.adapter)
-    found = compare_merged(where.path("base"), folder, device=where.device, trust_remote_code=trusted(where))
+    found = compare_merged(
+        where.path("base"), folder, device=where.device, trust_remote_code=trusted(where), loading=loading(where)
+    )
     return StageOutput(info={loader: served.model_dump(mode="json") for loader, served in found.items()})
 
 

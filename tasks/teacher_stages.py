@@ -21,7 +21,7 @@ from lorasuite.teacher import (
     write_rows,
 )
 from lorasuite.training import soft_labels
-from tasks.bases import loaded
+from tasks.bases import running
 from tasks.data import rows_files, stored_prompts, stored_rows, stored_split
 from tasks.folders import adapter_path
 from tasks.progress import Progress
@@ -64,7 +64,7 @@ def teaching(inputs: TeachingInputs, settings: TeachingSettings, where: Where) -
     size = int(str(where.options.get("teacher_batch", settings.teacher.batch_size)))
     wanted = settings.teacher.model_copy(update={"batch_size": halved(size, where.halvings)})
     prompts = None if inputs.prompts is None else stored_prompts(inputs.prompts)
-    with loaded(where, "old_base") as old:
+    with running(where, "old_base") as old:
         with attached(old.model, adapter_path(inputs.adapter, where), where.device) as teacher:
             written = write_rows(
                 teacher,
@@ -100,7 +100,7 @@ def teacher_worth(inputs: WorthInputs, settings: StageSettings, where: Where) ->
     rows: list[Row]
     if inputs.rows is not None:
         rows = stored_rows(inputs.rows)
-        with loaded(where, "old_base") as base:
+        with running(where, "old_base") as base:
             old = text_losses(base.model, base.tokenizer, rows, batch_size=size)
             with attached(base.model, adapter_path(inputs.adapter, where), where.device) as teacher:
                 own = text_losses(teacher, base.tokenizer, rows, batch_size=size)
@@ -108,7 +108,7 @@ def teacher_worth(inputs: WorthInputs, settings: StageSettings, where: Where) ->
         rows = stored_rows(inputs.teacher)
         kept = read_losses(inputs.teacher.file(LOSSES))
         old, own = kept["old"], kept["teacher"]
-    with loaded(where, "new_base") as base:
+    with running(where, "new_base") as base:
         new = text_losses(base.model, base.tokenizer, rows, batch_size=size)
     return StageOutput(info=judge_teacher(old, own, new, inputs.rows is not None).model_dump(mode="json"))
 
@@ -133,7 +133,7 @@ def soft_labelling(inputs: SoftLabelInputs, settings: SoftLabelSettings, where: 
     """The teacher's distribution at every token of the training rows that both tokenizers cut alike."""
     common = CommonTokens.read(inputs.vocabulary)
     with (
-        loaded(where, "old_base") as old,
+        running(where, "old_base") as old,
         attached(old.model, adapter_path(inputs.adapter, where), where.device) as teacher,
     ):
         found = soft_labels(

@@ -16,12 +16,13 @@ from lorasuite.training import (
     NOTHING,
     FinetuneSettings,
     SoftLabels,
+    base_dtype,
     choose,
     finetune_swept,
     screen,
     write_scaled,
 )
-from tasks.bases import loaded, tokenizer, trusted
+from tasks.bases import running
 from tasks.data import stored_rows, stored_split
 from tasks.folders import adapter_folder, folder_files
 from tasks.progress import Progress
@@ -73,7 +74,7 @@ class SelectionSettings(StageSettings):
 def selection(inputs: StartInputs, settings: SelectionSettings, where: Where) -> StageOutput:
     """The candidate and scale with the least loss on the rows held out, or none of them."""
     candidates = {method: adapter_folder(artifact) for method, artifact in inputs.transforms.items()}
-    with loaded(where, "base") as base:
+    with running(where, "base") as base:
         tried = choose(
             base.model,
             base.tokenizer,
@@ -100,16 +101,16 @@ class ScreeningSettings(StageSettings):
 @stage("screen", version=3)
 def screening(inputs: StartInputs, settings: ScreeningSettings, where: Where) -> StageOutput:
     """Which candidates are worth a whole sweep: their held-out loss after a short fine-tune."""
-    losses = screen(
-        str(where.path("base")),
-        tokenizer(where, "base"),
-        stored_split(inputs.rows),
-        settings.finetune,
-        settings.learning_rate,
-        {method: adapter_folder(artifact) for method, artifact in inputs.transforms.items()},
-        device=where.device,
-        trust_remote_code=trusted(where),
-    )
+    with running(where, "base", base_dtype(settings.finetune, where.device)) as base:
+        losses = screen(
+            base.model,
+            base.tokenizer,
+            stored_split(inputs.rows),
+            settings.finetune,
+            settings.learning_rate,
+            {method: adapter_folder(artifact) for method, artifact in inputs.transforms.items()},
+            device=where.device,
+        )
     return StageOutput(info={"losses": losses})
 
 
@@ -141,10 +142,13 @@ def finetune(inputs: FinetuneInputs, settings: FinetuneStageSettings, where: Whe
         smaller = halved(tuning.micro_batch_size or tuning.batch_size, where.halvings)
         tuning = tuning.model_copy(update={"micro_batch_size": smaller})
     soft = None if inputs.soft_labels is None else SoftLabels.from_tensors(inputs.soft_labels.tensors())
-    with tempfile.TemporaryDirectory() as folder:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        running(where, "base", base_dtype(tuning, where.device)) as base,
+    ):
         result, sweep = finetune_swept(
-            str(where.path("base")),
-            tokenizer(where, "base"),
+            base.model,
+            base.tokenizer,
             stored_split(inputs.rows),
             tuning,
             settings.learning_rates,
@@ -155,7 +159,6 @@ def finetune(inputs: FinetuneInputs, settings: FinetuneStageSettings, where: Whe
             work_dir=where.path("work"),
             progress=Progress(f"fine-tuning ({'scratch' if start is None else 'migrated'})").training,
             device=where.device,
-            trust_remote_code=trusted(where),
             soft_labels=soft,
         )
         files = folder_files(Path(folder) / "adapter")

@@ -4,10 +4,11 @@ from ._cache import ModelCache, loaded_model, model_cache, release_models
 from ._checkpoint import Checkpoint
 from ._digests import check_finite, digest_json, file_digest, fingerprint_model, fingerprint_tokenizer
 from ._files import Weights, read_json, resolve
-from ._loading import auto_class, load_model, load_tokenizer, module_order
+from ._loading import auto_class, load_model, load_tokenizer, module_order, placed
 from ._meter import METER
 from ._pairing import Batch, TextBatch, length_batches, paired_positions, text_batches, unpaired
 from ._proposal import propose
+from ._settings import LoadSettings
 from ._streaming import LayerStream, StreamedBase, streamed_base
 from ._tracing import ActivationRecorder, LoadedBase, Place, linear_modules, put_weights
 from ._vocabulary import CommonTokens, common_tokens, convention, surface
@@ -24,6 +25,7 @@ __all__ = [
     "CommonTokens",
     "Dimensions",
     "LayerStream",
+    "LoadSettings",
     "LoadedBase",
     "ModelCache",
     "Module",
@@ -52,6 +54,7 @@ __all__ = [
     "model_cache",
     "module_order",
     "paired_positions",
+    "placed",
     "propose",
     "put_weights",
     "read_json",

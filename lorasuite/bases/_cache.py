@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lorasuite.bases._files import Weights, resolve
-from lorasuite.bases._loading import BUILDING, known_dtype, load_model
+from lorasuite.bases._loading import BUILDING, DEFAULT, known_dtype, load_model
+from lorasuite.bases._settings import LoadSettings
 from lorasuite.errors import CheckpointError, ConfigError, Problem
 
 if TYPE_CHECKING:
@@ -68,6 +69,7 @@ class ModelCache:
         dtype: torch.dtype | None = None,
         trust_remote_code: bool = False,
         keep: bool = True,
+        loading: LoadSettings = DEFAULT,
     ) -> Iterator[PreTrainedModel]:
         """The whole model as :func:`load_model` gives it, loaded before or now; kept afterwards for the next caller.
 
@@ -77,14 +79,17 @@ class ModelCache:
 
         Args:
             source: a local directory or ``hub-id[@revision]``.
-            dtype: None means float32 on the CPU and the checkpoint's own elsewhere.
+            dtype: goes before that of ``loading``; None in both means float32 on the CPU and the checkpoint's own
+                elsewhere.
             keep: False for a caller that changes the weights: the model is not kept afterwards.
+            loading: precision, quantization while loading, and devices. Models that differ in it are kept apart.
 
         Raises:
             CheckpointError: if it cannot be loaded.
-            ConfigError: if ``LORASUITE_MODEL_CACHE_BYTES`` is no number of bytes.
+            ConfigError: if ``LORASUITE_MODEL_CACHE_BYTES`` is no number of bytes, or for quantization while loading
+                that this machine cannot do.
         """
-        kept = self._take(resolve(source), _indexed(device), dtype, trust_remote_code)
+        kept = self._take(resolve(source), _indexed(device), dtype, trust_remote_code, loading)
         before = _state(kept.model) if keep else None
         try:
             yield kept.model
@@ -115,8 +120,10 @@ class ModelCache:
         with self._lock:
             self._drop([kept for kept in self._models if not kept.lent])
 
-    def _take(self, path: Path, device: torch.device, dtype: torch.dtype | None, trust: bool) -> _Kept:
-        key = _key(path, device, dtype, trust)
+    def _take(
+        self, path: Path, device: torch.device, dtype: torch.dtype | None, trust: bool, loading: LoadSettings
+    ) -> _Kept:
+        key = _key(path, device, dtype, trust, loading)
         with self._lock:
             for kept in self._models:
                 if kept.key == key and not kept.lent:
@@ -127,7 +134,7 @@ class ModelCache:
             self._make_room(device, beside=kept)
         try:
             with BUILDING:
-                kept.model = load_model(path, str(device), dtype, trust)
+                kept.model = load_model(path, str(device), dtype, trust, loading)
         except BaseException:
             with self._lock:
                 self._models.remove(kept)
@@ -186,14 +193,18 @@ def loaded_model(
     dtype: torch.dtype | None = None,
     trust_remote_code: bool = False,
     keep: bool = True,
+    loading: LoadSettings = DEFAULT,
 ) -> contextlib.AbstractContextManager[PreTrainedModel]:
     """A model of this process's cache while the context lasts: see :meth:`ModelCache.loaded`.
 
     Raises:
         CheckpointError: if it cannot be loaded.
-        ConfigError: if ``LORASUITE_MODEL_CACHE_BYTES`` is no number of bytes.
+        ConfigError: if ``LORASUITE_MODEL_CACHE_BYTES`` is no number of bytes, or for quantization while loading that
+            this machine cannot do.
     """
-    return model_cache.loaded(source, device, dtype=dtype, trust_remote_code=trust_remote_code, keep=keep)
+    return model_cache.loaded(
+        source, device, dtype=dtype, trust_remote_code=trust_remote_code, keep=keep, loading=loading
+    )
 
 
 def release_models() -> None:
@@ -206,9 +217,13 @@ def _indexed(device: str | torch.device) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if str(device) == "cuda" else torch.device(device)
 
 
-def _key(path: Path, device: torch.device, dtype: torch.dtype | None, trust: bool) -> tuple[object, ...]:
+def _key(
+    path: Path, device: torch.device, dtype: torch.dtype | None, trust: bool, loading: LoadSettings = DEFAULT
+) -> tuple[object, ...]:
     """What tells one load from another."""
-    return (str(path), _identity(path), str(device), known_dtype(path, device, dtype), trust)
+    known = known_dtype(path, device, dtype or loading.torch_dtype(device))
+    asked = (loading.device_map, loading.load_in_4bit, loading.load_in_8bit)
+    return (str(path), _identity(path), str(device), known, trust, *asked)
 
 
 def _identity(path: Path) -> tuple[object, ...]:

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from lorasuite.bases._architecture import ROLES, Architecture, Dimensions, Module, Role
 from lorasuite.bases._architecture_files import architecture_for
-from lorasuite.bases._files import DAMAGED, Weights, is_finite, open_safetensors
+from lorasuite.bases._files import DAMAGED, Weights, is_finite, missing, open_safetensors
 from lorasuite.bases._meter import METER
+from lorasuite.bases._quantized import declared
 from lorasuite.errors import CheckpointError, Problem
 
 
@@ -17,7 +18,8 @@ class Checkpoint(Weights):
     """A base model's weights on disk, opened lazily.
 
     Tensors come one at a time, in float32, and are freed when the caller drops them; only the headers of the shards
-    are kept.
+    are kept. Quantized ones are dequantized as they are read, where that is a multiplication; a checkpoint in another
+    quantized format is refused, never read as if it were plain.
 
     Attributes:
         architecture: what the names of its family are.
@@ -31,10 +33,14 @@ class Checkpoint(Weights):
             source: a local directory or ``hub-id[@revision]``.
 
         Raises:
-            CheckpointError: if the directory or its ``config.json`` is missing or cannot be read.
+            CheckpointError: if the directory or its ``config.json`` is missing or cannot be read, or the config names
+                a quantized format that is not dequantized here.
             ArchitectureError: if no architecture file describes the model, or its config lacks a number.
         """
         super().__init__(source)
+        said = declared(self.config)
+        if said is not None and said.why:
+            raise CheckpointError(said.problem(self.source))
         where = str(self.path / "config.json")
         self.architecture: Architecture = architecture_for(self.config, where)
         self.dims: Dimensions = self.architecture.dimensions(self.config, where)
@@ -86,10 +92,7 @@ class Checkpoint(Weights):
             CheckpointError: if it is missing, or holds NaN or Inf.
         """
         stored = self._stored(name)
-        with open_safetensors(self.shards[stored]) as handle:
-            if stored not in handle.keys():  # noqa: SIM118 - not a dict
-                raise CheckpointError(self._missing(stored))
-            tensor: Tensor = handle.get_tensor(stored).float()
+        tensor = self.read(stored).float()
         if not is_finite(tensor):
             raise CheckpointError(Problem(str(self.shards[stored]), f"{stored} holds NaN or Inf", DAMAGED))
         return METER.watch(tensor)
@@ -131,10 +134,14 @@ class Checkpoint(Weights):
         return rows if scale == 1 else rows.mul_(scale)
 
     def check(self) -> list[Problem]:
-        """Everything the architecture file expects that the checkpoint does not have, from headers only."""
+        """Everything the architecture file expects that the checkpoint does not have, from headers only.
+
+        Of a quantized checkpoint that cannot be read that alone: its tensors are not the family's.
+        """
         problems: list[Problem] = []
         expected: list[tuple[str, tuple[int, int]]] = []
         try:
+            self.check_readable()
             shapes = self.shapes()
             for layer in range(self.dims.layers):
                 dims, modules = self.layer_dims(layer), self.modules(layer)
@@ -180,7 +187,7 @@ class Checkpoint(Weights):
         ]
 
     def _missing(self, name: str) -> Problem:
-        return Problem(str(self.path), f"tensor {name} is missing", "The checkpoint is incomplete: download it again.")
+        return missing(self.path, name)
 
     def _stored(self, name: str) -> str:
         """The name a tensor has in this checkpoint; CheckpointError where it has none."""

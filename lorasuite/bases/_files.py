@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from lorasuite.bases import _quantized
 from lorasuite.errors import CheckpointError, Problem
 
 #: Patterns of the files that are fetched from the Hub.
@@ -30,6 +31,8 @@ def resolve(source: str | Path, revision: str | None = None) -> Path:
     path = Path(source).expanduser()
     if path.is_dir():
         return path
+    if path.suffix == ".gguf" and path.is_file():
+        raise CheckpointError(_quantized.gguf_problem(path))
     if path.is_file():
         raise CheckpointError(
             Problem(str(source), "is a file, not a model directory", f"Give its directory, {path.parent}.")
@@ -71,6 +74,9 @@ class Weights:
         """
         self.source = str(source)
         self.path = resolve(source)
+        gguf = _quantized.gguf_files(self.path)
+        if gguf and not (self.path / "config.json").is_file():
+            raise CheckpointError(_quantized.gguf_problem(gguf[0]))
         self.config = read_json(self.path / "config.json")
 
     @property
@@ -116,6 +122,9 @@ class Weights:
         files = [single] if single.is_file() else sorted(self.path.glob("*.safetensors"))
         if files:
             return files
+        gguf = _quantized.gguf_files(self.path)
+        if gguf:
+            raise CheckpointError(_quantized.gguf_problem(gguf[0]))
         pickles = sorted(p.name for p in self.path.glob("*.bin"))
         if pickles:
             raise CheckpointError(
@@ -129,15 +138,64 @@ class Weights:
             Problem(str(self.path), "has no safetensors weights", "Give a directory with model.safetensors.")
         )
 
+    @cached_property
+    def _headers(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Tensor name → shape and dtype as safetensors names it, from the headers alone."""
+        tables = {file: dict(_entries(file)) for file in sorted(set(self.shards.values()))}
+        # a name counts where the index says it is, as it does when it is read
+        return {name: tables[file][name] for name, file in self.shards.items() if name in tables[file]}
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Tensor name → shape, from the headers alone.
+        """Tensor name → shape, from the headers alone; without what only says how quantized ones are to be read.
 
         Raises:
             CheckpointError: if index, shards or safetensors weights are missing or cannot be read.
         """
-        tables = {file: dict(_shapes(file)) for file in sorted(set(self.shards.values()))}
-        # a name counts where the index says it is, as it does when it is read
-        return {name: tables[file][name] for name, file in self.shards.items() if name in tables[file]}
+        quantized = self.quantization is not None
+        return {
+            name: shape for name, (shape, _) in self._headers.items() if not (quantized and _quantized.is_beside(name))
+        }
+
+    @cached_property
+    def quantization(self) -> _quantized.Quantization | None:
+        """How the checkpoint is quantized, by its config and headers; None for a plain one.
+
+        Raises:
+            CheckpointError: if index, shards or safetensors weights are missing or cannot be read.
+        """
+        return _quantized.found(self.config, {name: dtype for name, (_, dtype) in self._headers.items()})
+
+    def check_readable(self) -> None:
+        """Refuse a checkpoint in a quantized format that is not dequantized here.
+
+        Raises:
+            CheckpointError: for one, and if headers cannot be read.
+        """
+        if self.quantization is not None and self.quantization.why:
+            raise CheckpointError(self.quantization.problem(str(self.path)))
+
+    def read(self, stored: str) -> Tensor:
+        """One tensor by its name in the files: in its own dtype, or in float32 what a quantized one stands for.
+
+        Raises:
+            CheckpointError: if it is missing, or of a quantized format that is not dequantized here.
+        """
+        with open_safetensors(self.shards[stored]) as handle:
+            if stored not in handle.keys():  # noqa: SIM118 - not a dict
+                raise CheckpointError(missing(self.path, stored))
+            tensor: Tensor = handle.get_tensor(stored)
+        said = _quantized.declared(self.config)
+        return _quantized.dequantized(stored, tensor, self.shards, self._raw, said.blocks if said else ())
+
+    def _raw(self, stored: str) -> Tensor:
+        with open_safetensors(self.shards[stored]) as handle:
+            tensor: Tensor = handle.get_tensor(stored)
+        return tensor
+
+
+def missing(path: Path, name: str) -> Problem:
+    """What a user is told of a tensor that is not there."""
+    return Problem(str(path), f"tensor {name} is missing", "The checkpoint is incomplete: download it again.")
 
 
 def open_safetensors(file: Path) -> Any:
@@ -154,11 +212,12 @@ def open_safetensors(file: Path) -> Any:
         ) from error
 
 
-def _shapes(file: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Names and shapes of a file's tensors, from its header."""
+def _entries(file: Path) -> Iterator[tuple[str, tuple[tuple[int, ...], str]]]:
+    """Names of a file's tensors with their shapes and dtypes, from its header."""
     with open_safetensors(file) as handle:
         for name in handle.keys():  # noqa: SIM118 - not a dict
-            yield name, tuple(handle.get_slice(name).get_shape())
+            entry = handle.get_slice(name)
+            yield name, (tuple(entry.get_shape()), str(entry.get_dtype()))
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -9,8 +9,13 @@ from typing import Any
 import torch
 
 from lorasuite.bases._checkpoint import Checkpoint
-from lorasuite.bases._files import read_json, resolve
-from lorasuite.errors import CheckpointError, Problem
+from lorasuite.bases._files import Weights, read_json, resolve
+from lorasuite.bases._quantized import FIELDS
+from lorasuite.bases._settings import LoadSettings
+from lorasuite.errors import CheckpointError, LoRASuiteError, Problem
+
+#: How a base is loaded where nobody says.
+DEFAULT = LoadSettings()
 
 #: transformers and accelerate set global state while they build a model: one at a time in a process.
 BUILDING = threading.Lock()
@@ -109,28 +114,54 @@ def known_dtype(path: Path, device: torch.device, dtype: torch.dtype | None) -> 
 
 
 def load_model(
-    source: str | Path, device: str = "cpu", dtype: torch.dtype | None = None, trust_remote_code: bool = False
+    source: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
+    loading: LoadSettings = DEFAULT,
 ) -> Any:
-    """The whole model on a device, in evaluation mode, with frozen weights.
+    """The whole model on its devices, in evaluation mode, with frozen weights.
 
-    It is loaded anew: :func:`lorasuite.bases.loaded_model` keeps what it has loaded.
+    It is loaded anew: :func:`lorasuite.bases.loaded_model` keeps what it has loaded. Each tensor is read, made the
+    dtype that is wanted and put on its device before the next: beside the model itself memory holds the tensors that
+    are in work. A quantized checkpoint is dequantized in the same way (:mod:`lorasuite.bases._quantized`).
 
     Args:
         source: a local directory or ``hub-id[@revision]``.
-        dtype: None means float32 on the CPU and the checkpoint's own elsewhere.
+        device: of the whole model, unless ``loading`` spreads it.
+        dtype: goes before that of ``loading``; None in both means float32 on the CPU and the checkpoint's own
+            elsewhere.
+        loading: precision, quantization while loading, and devices.
 
     Raises:
         CheckpointError: if it cannot be loaded.
+        ConfigError: for quantization while loading that this machine cannot do.
     """
     from transformers import AutoConfig
 
+    loading.check(device)
     path = resolve(source)
-    wanted = dtype or (torch.float32 if torch.device(device).type == "cpu" else "auto")
+    wanted = dtype or loading.torch_dtype(torch.device(device)) or "auto"
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if torch.device(device).type != "cpu":  # else there is one place, and PEFT takes a map to it for offloading
+        options["device_map"] = "auto" if loading.device_map == "auto" else {"": str(device)}
     try:
         config = AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code)
         loader = auto_class(config)
-        model = loader.from_pretrained(str(path), dtype=wanted, trust_remote_code=trust_remote_code)
+        read = _dequantized(path, config)
+        if loading.quantized:
+            options["quantization_config"] = _bitsandbytes(loading, wanted)
+        if read is None:
+            model = loader.from_pretrained(str(path), dtype=wanted, **options)
+        else:
+            own = torch.bfloat16 if wanted == "auto" else wanted
+            with torch.device("meta"):
+                empty = loader.from_config(config, trust_remote_code=options.pop("trust_remote_code"))
+            model = type(empty).from_pretrained(None, config=empty.config, state_dict=read, dtype=own, **options)
+            _generation(model, path)
     except (OSError, ValueError, RuntimeError) as error:
+        if isinstance(error, LoRASuiteError):
+            raise
         raise CheckpointError(
             Problem(
                 str(path),
@@ -139,4 +170,67 @@ def load_model(
                 "trust_remote_code.",
             )
         ) from error
-    return model.to(device).eval().requires_grad_(False)
+    return model.eval().requires_grad_(False)
+
+
+def placed(model: Any, device: str | torch.device) -> Any:
+    """A loaded model on a device; one that is spread over several, or quantized, stays where it was loaded."""
+    places = set((getattr(model, "hf_device_map", None) or {}).values())
+    return model if len(places) > 1 or getattr(model, "is_quantized", False) else model.to(device)
+
+
+class _Later:
+    """A tensor that transformers' loader reads when it comes to it, as it does slices of safetensors files."""
+
+    def __init__(self, weights: Weights, name: str) -> None:
+        self.weights, self.name = weights, name
+
+    def __getitem__(self, _whole: Any) -> torch.Tensor:
+        return self.weights.read(self.name)
+
+
+def _dequantized(path: Path, config: Any) -> dict[str, _Later] | None:
+    """The tensors of a quantized checkpoint, to be read one at a time; None for a plain one, which transformers reads.
+
+    Args:
+        config: is changed: it says afterwards that the model is plain.
+
+    Raises:
+        CheckpointError: for a quantized format that is not dequantized here.
+    """
+    weights = Weights(path)
+    if not [*path.glob("*.safetensors"), *path.glob("*.gguf")]:
+        return None  # transformers says what is wrong, or reads it
+    weights.check_readable()
+    said = [part for part in (config, config.get_text_config()) if any(hasattr(part, field) for field in FIELDS)]
+    if not said and weights.quantization is None:
+        return None
+    for part in said:
+        for field in FIELDS:
+            if hasattr(part, field):
+                delattr(part, field)
+    return {name: _Later(weights, name) for name in weights.shapes()}
+
+
+def _generation(model: Any, path: Path) -> None:
+    """The checkpoint's generation settings, which transformers reads itself where it reads the weights."""
+    from transformers import GenerationConfig
+
+    if model.can_generate() and (path / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(str(path))
+    model.config._name_or_path = str(path)  # PEFT writes it into an adapter's config
+
+
+def _bitsandbytes(loading: LoadSettings, dtype: torch.dtype | str) -> Any:
+    """Quantization while loading: NF4 with double quantization as in QLoRA (arXiv 2305.14314), or LLM.int8()."""
+    from transformers import BitsAndBytesConfig
+
+    if loading.load_in_8bit:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    computed = torch.bfloat16 if isinstance(dtype, str) else dtype
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=computed,
+    )

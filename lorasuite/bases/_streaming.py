@@ -89,8 +89,8 @@ class StreamedBase(LoadedBase):
 
         Raises:
             CheckpointError: if the model cannot be built, or its blocks cannot be filled tensor by tensor: where it is
-                quantized, or where transformers makes its parameters of several tensors when it loads them, as it
-                does with the experts of a mixture.
+                quantized in a format that is not dequantized here, or where transformers makes its parameters of
+                several tensors when it loads them, as it does with the experts of a mixture.
         """
         where = torch.device(device)
         wanted = known_dtype(checkpoint.path, where, dtype)
@@ -148,9 +148,8 @@ class StreamedBase(LoadedBase):
 
     def _find(self) -> None:
         """Which tensor of the checkpoint each parameter of the model is."""
-        config, shapes = self.checkpoint.config, self.checkpoint.shapes()
-        if config.get("quantization_config") or self.architecture.settings(config).get("quantization_config"):
-            raise CheckpointError(_unstreamable(self.checkpoint, "it is quantized"))
+        shapes = self.checkpoint.shapes()
+        self.checkpoint.check_readable()
         stack = self.architecture.layers + "."
         lacking = []
         converts = _converters(self.model)
@@ -179,15 +178,20 @@ class StreamedBase(LoadedBase):
         for file, here in files.items():
             with open_safetensors(file) as handle:
                 for slot in here:
-                    slot.put(self._cast(handle.get_tensor(slot.stored)))
+                    slot.put(self._cast(self._read(handle, slot)))
 
     def _rows(self, slot: _Slot, rows: Tensor) -> None:
         """Fill these rows of the embedding; the others hold anything, and on a CPU take no memory."""
         with open_safetensors(slot.file) as handle:
-            stored = handle.get_tensor(slot.stored)  # mapped from the file: what is not touched is not read
+            stored = self._read(handle, slot)  # mapped from the file: what is not touched is not read
             weight = torch.empty(stored.shape, dtype=self.dtype, device=self.at)
             weight[rows.to(self.at)] = self._cast(stored[rows.cpu()])
         slot.put(weight)
+
+    def _read(self, handle: Any, slot: _Slot) -> Tensor:
+        """A tensor of an open file; dequantized where the checkpoint is quantized."""
+        tensor: Tensor = handle.get_tensor(slot.stored)
+        return tensor if self.checkpoint.quantization is None else self.checkpoint.read(slot.stored)
 
     def _cast(self, value: Tensor) -> Tensor:
         return value.to(self.at, self.dtype if value.is_floating_point() else value.dtype)

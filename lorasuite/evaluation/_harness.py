@@ -75,7 +75,7 @@ def base_model(
     import torch
 
     from lorasuite.adapters import restored
-    from lorasuite.bases import loaded_model
+    from lorasuite.bases import loaded_model, placed
 
     if not adapters:
         raise ConfigError([Problem("adapters", "there are none", "Name at least one, or None for the bare base")])
@@ -86,7 +86,7 @@ def base_model(
             yield model
         return
     with restored(base):
-        yield base.to(device).eval()
+        yield placed(base, device).eval()
 
 
 @contextlib.contextmanager

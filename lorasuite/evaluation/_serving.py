@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from lorasuite.adapters import CONFIG, PREFIX, WEIGHTS, Tensors
-from lorasuite.bases import load_tokenizer, loaded_model, read_json
+from lorasuite.bases import LoadSettings, load_tokenizer, loaded_model, read_json
 from lorasuite.errors import AdapterError
 
 if TYPE_CHECKING:
@@ -205,7 +205,12 @@ def _scale(config: Mapping[str, Any], path: str | None, rank: int) -> float:
 
 
 def compare_merged(
-    base: Path, adapter: Path, *, device: str = "cpu", trust_remote_code: bool = False
+    base: Path,
+    adapter: Path,
+    *,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+    loading: LoadSettings | None = None,
 ) -> dict[str, Served]:
     """Load base and adapter in PEFT, merge them, and compare the logits of :data:`TEXT`.
 
@@ -217,6 +222,7 @@ def compare_merged(
         adapter: the PEFT directory.
         device: ``cpu`` or ``cuda``.
         trust_remote_code: whether code of the base's own may run.
+        loading: how the base is loaded, by default as its files give it.
 
     Returns:
         ``peft`` and ``transformers``.
@@ -226,7 +232,8 @@ def compare_merged(
     """
     tokenizer = load_tokenizer(base, trust_remote_code)
     # not kept: merging changes the weights
-    with loaded_model(base, device, trust_remote_code=trust_remote_code, keep=False) as model:
+    asked = loading or LoadSettings()
+    with loaded_model(base, device, trust_remote_code=trust_remote_code, keep=False, loading=asked) as model:
         return _compared(model, tokenizer, adapter, device)
 
 

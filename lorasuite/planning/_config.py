@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from lorasuite import transforms
 from lorasuite.adapters import OutputType
+from lorasuite.bases import LoadSettings
 from lorasuite.correspondence import Metric, Pooling, Strategy, When
 from lorasuite.errors import ConfigError, Problem, did_you_mean
 from lorasuite.evaluation import EvaluationSettings, Gate
@@ -99,6 +100,7 @@ class MigrationConfig(Strict):
     trust_remote_code: bool = Field(False, description="let model repositories run their own code")
     allow_pickle: bool = Field(False, description="read adapter_model.bin, a pickle file, with weights_only")
     architectures: str | None = Field(None, description="directory of architecture files of your own")
+    loading: LoadSettings = LoadSettings()
     pair: PairSettings = PairSettings()
     finetune: FinetuneSettings = FinetuneSettings()
     teacher: TeacherSettings = TeacherSettings()

@@ -91,6 +91,9 @@ def inspect(
     for checkpoint in (old, new):
         if checkpoint is not None:
             result.problems += checkpoint.check() + _own_code(checkpoint, trust_remote_code)
+            with contextlib.suppress(LoRASuiteError):  # what cannot be read has been noted
+                if checkpoint.quantization is not None and not checkpoint.quantization.why:
+                    result.notices.append(f"{checkpoint.source}: {checkpoint.quantization.notice()}")
     if old is not None and new is not None:
         _factors(result, old, new)
         _vocabulary(result, old, new, trust_remote_code)
@@ -119,6 +122,7 @@ def _propose(result: Inspection, side: str, source: str) -> None:
     with contextlib.suppress(LoRASuiteError):  # noted already
         weights = Weights(source)
         if weights.config.get("model_type") not in bases.architectures():
+            weights.check_readable()
             draft = propose(weights.config, weights.shapes())
             result.proposal[side] = {"yaml": draft.text, "questions": draft.questions}
 

@@ -122,7 +122,7 @@ def _inspected(config: MigrationConfig, adapter: bool = True) -> Inspection:
         config.output_type,
         architectures=config.architectures,
     )
-    result.attempt(lambda: torch_device(config.device))
+    result.attempt(lambda: config.loading.check(torch_device(config.device)))
     return result
 
 

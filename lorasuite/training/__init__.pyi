@@ -1,3 +1,4 @@
+from ._device import base_dtype
 from ._distillation import SoftLabels, distilled_loss, soft_labels
 from ._finetune import finetune
 from ._loss import collate, read_batches, validation_loss
@@ -12,6 +13,7 @@ __all__ = [
     "FinetuneSettings",
     "SoftLabels",
     "TriedRate",
+    "base_dtype",
     "choose",
     "collate",
     "distilled_loss",

@@ -51,6 +51,15 @@ def plan_device(settings: FinetuneSettings, device: str | torch.device) -> Devic
     )
 
 
+def base_dtype(settings: FinetuneSettings, device: str | torch.device) -> torch.dtype:
+    """The dtype of a base that is fine-tuned on a device, where nothing else is asked for.
+
+    Raises:
+        ConfigError: a device or precision that is not there.
+    """
+    return torch.bfloat16 if plan_device(settings, device).bf16 else torch.float32
+
+
 def peak_memory(device: torch.device) -> int:
     """Peak bytes: allocated on the GPU since the run began, or resident in this process since it started."""
     if device.type == "cuda":

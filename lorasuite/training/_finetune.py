@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from lorasuite.adapters import attach_adapter, restored, save_adapter, unwrap
-from lorasuite.bases import loaded_model
+from lorasuite.bases import loaded_model, placed
 from lorasuite.data import Row, encode_rows
 from lorasuite.errors import AdapterError, ConfigError, NumericalError, OutputError, Problem
 from lorasuite.progress import TrainingProgress
 from lorasuite.training._checkpoints import claim_work_dir, clear_work_dir
-from lorasuite.training._device import DevicePlan, peak_memory, plan_device
+from lorasuite.training._device import DevicePlan, base_dtype, peak_memory, plan_device
 from lorasuite.training._loss import validation_loss
 from lorasuite.training._settings import FinetuneResult, FinetuneSettings, Loss, Validation
 
@@ -106,17 +106,17 @@ def finetune(
 
     with contextlib.ExitStack() as stack:
         if isinstance(base, str):
-            dtype = torch.bfloat16 if plan.bf16 else torch.float32
+            dtype = base_dtype(settings, plan.device)
             kept = loaded_model(base, plan.device, dtype=dtype, trust_remote_code=trust_remote_code)
             model = stack.enter_context(kept)
         else:
-            model = base.to(plan.device)
+            model = placed(base, plan.device)
         if plan.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(plan.device)
         stack.enter_context(restored(model, checkpointing=settings.gradient_checkpointing))
         # Seeded here too: a fresh LoRA's A is drawn before the Trainer seeds.
         set_seed(settings.seed)
-        wrapped = _wrap(model, adapter, lora, plan)
+        wrapped = _wrap(model, adapter, lora, plan, settings.gradient_checkpointing)
         trainable = sum(parameter.numel() for parameter in wrapped.parameters() if parameter.requires_grad)
         if not trainable:
             raise AdapterError(
@@ -197,10 +197,14 @@ def _read_checkpoint(wrapped: PeftModel, checkpoint: Path) -> None:
     set_peft_model_state_dict(wrapped, load_peft_weights(str(checkpoint), device="cpu"))
 
 
-def _wrap(model: PreTrainedModel, adapter: Path | None, lora: LoraConfig | None, plan: DevicePlan) -> PeftModel:
+def _wrap(
+    model: PreTrainedModel, adapter: Path | None, lora: LoraConfig | None, plan: DevicePlan, checkpointing: bool
+) -> PeftModel:
     """The model with its trainable adapter, the base frozen."""
-    from peft import get_peft_model
+    from peft import get_peft_model, prepare_model_for_kbit_training
 
+    if getattr(model, "is_quantized", False):  # QLoRA: norms and embeddings in float32 (arXiv 2305.14314)
+        prepare_model_for_kbit_training(model, use_gradient_checkpointing=checkpointing)
     if adapter is not None:
         return attach_adapter(model, Path(adapter), device=plan.device, trainable=True)
     try:

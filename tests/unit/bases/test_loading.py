@@ -1,0 +1,59 @@
+"""How a base is put into memory: precision, quantization while loading, devices; and what of it makes another key."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from flows.context import Context
+from lorasuite.bases import LoadSettings, ModelCache, load_model
+from lorasuite.errors import ConfigError
+from tasks.bases import running
+from tasks.stage import Where
+
+
+@pytest.mark.parametrize(
+    ("dtype", "found"),
+    [("auto", torch.float32), ("bfloat16", torch.bfloat16), ("float16", torch.float16), ("float32", torch.float32)],
+)
+def test_the_dtype_is_the_one_asked_for(dtype: str, found: torch.dtype, base: Callable[..., Path]) -> None:
+    model = load_model(base("llama"), loading=LoadSettings.model_validate({"dtype": dtype, "device_map": "auto"}))
+    assert {parameter.dtype for parameter in model.parameters()} == {found}
+    assert model(input_ids=torch.arange(4)[None]).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("width", ["load_in_4bit", "load_in_8bit"])
+def test_quantization_without_a_gpu_is_refused_with_the_remedy(width: str, base: Callable[..., Path]) -> None:
+    loading = LoadSettings.model_validate({width: True})
+    with pytest.raises(ConfigError, match=f"{width}: needs a CUDA GPU, and the device is cpu.*--dtype bfloat16"):
+        load_model(base("llama"), loading=loading)
+    with pytest.raises(ValidationError, match="not both"):
+        LoadSettings(load_in_4bit=True, load_in_8bit=True)
+
+
+def test_the_cache_keeps_loads_apart(base: Callable[..., Path]) -> None:
+    cache, path = ModelCache(), base("llama")
+    half = LoadSettings(dtype="bfloat16")
+    with cache.loaded(path) as first, cache.loaded(path, loading=half) as second:
+        assert first is not second and second.dtype == torch.bfloat16
+    with cache.loaded(path, loading=half) as again, cache.loaded(path, dtype=torch.float32) as plain:
+        assert again is second and plain is first
+
+
+def test_precision_makes_another_key_and_devices_do_not(base: Callable[..., Path], tmp_path: Path) -> None:
+    def context(**loading: object) -> Context:
+        where = Where(home=tmp_path, paths={"base": base("llama")}, options={"loading": loading})  # type: ignore[dict-item]
+        return Context(where, {"new_model": "m", "new_tokenizer": "t"})
+
+    plain = context().base("new")
+    assert plain == {"model": "m", "tokenizer": "t"} == context(device_map="auto").base("new")
+    others = [context(dtype="bfloat16"), context(load_in_4bit=True), context(load_in_8bit=True)]
+    assert len({one.base("new")["model"] for one in others} | {"m"}) == 4
+    with running(others[0].where, "base", torch.float32) as found:  # what is asked for goes before what a stage wants
+        assert found.model.dtype == torch.bfloat16
+    with running(context().where, "base", torch.bfloat16) as found:
+        assert found.model.dtype == torch.bfloat16
