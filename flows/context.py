@@ -191,7 +191,8 @@ def base_record(source: str, fingerprint: str) -> dict[str, Any]:
     if Path(source).is_dir():
         return {"id": source, "name": Path(source).resolve().name, "revision": None, "fingerprint": fingerprint}
     name, _, revision = source.partition("@")
-    return {"id": name, "name": name, "revision": revision or resolve(source).name, "fingerprint": fingerprint}
+    snapshot = (resolve(source), *resolve(source).parents)[max(0, name.count("/") - 1)]
+    return {"id": name, "name": name, "revision": revision or snapshot.name, "fingerprint": fingerprint}
 
 
 def migration_context(settings: MigrationConfig, pair: str, refreshed: frozenset[str] = frozenset()) -> Context:

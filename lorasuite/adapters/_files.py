@@ -80,3 +80,9 @@ class Tensors:
 def initial_adapter(folder: Path) -> Path | None:
     """The adapter as it was before training, kept in ``*_init`` inside the adapter's directory."""
     return next((path.parent for path in sorted(folder.glob(f"*_init/{WEIGHTS}"))), None)
+
+
+def elsewhere(folder: Path) -> str:
+    """The adapters in subfolders, such as named ones of PEFT and those of a trainer's checkpoints, for a message."""
+    found = [f"{path.parent.relative_to(folder)}/" for path in sorted(folder.glob(f"*/{CONFIG}"))]
+    return ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")

@@ -16,7 +16,7 @@ from lorasuite.adapters._adalora_format import read_adalora
 from lorasuite.adapters._base_modules import vocabulary_shape, vocabulary_side
 from lorasuite.adapters._contents import Contents, Read
 from lorasuite.adapters._delta_format import read_delta
-from lorasuite.adapters._files import CONFIG, PICKLE, WEIGHTS, Tensors, initial_adapter
+from lorasuite.adapters._files import CONFIG, PICKLE, WEIGHTS, Tensors, elsewhere, initial_adapter
 from lorasuite.adapters._kinds import ORDERED, config_problems, kind_of
 from lorasuite.adapters._lora_format import read_lora
 from lorasuite.adapters._lowrank import LowRank
@@ -66,6 +66,10 @@ class Adapter:
             AdapterError: with every reason why it cannot be migrated.
         """
         path = resolve(source)
+        if not (path / CONFIG).is_file() and (found := elsewhere(path)):
+            raise AdapterError(
+                [Problem(str(path / CONFIG), "is missing", f"There is one in {found}: give that directory.")]
+            )
         config = read_json(path / CONFIG)
         problems = config_problems(config, str(path / CONFIG), initial_adapter(path) is not None)
         file = path / WEIGHTS

@@ -78,7 +78,7 @@ class ModelCache:
         flags, hooks, configuration or tensors are seen to differ is not kept.
 
         Args:
-            source: a local directory or ``hub-id[@revision]``.
+            source: a local directory or ``hub-id[/subfolder][@revision]``.
             dtype: goes before that of ``loading``; None in both means float32 on the CPU and the checkpoint's own
                 elsewhere.
             keep: False for a caller that changes the weights: the model is not kept afterwards.

@@ -30,7 +30,7 @@ class Checkpoint(Weights):
         """Find the directory and read its config.
 
         Args:
-            source: a local directory or ``hub-id[@revision]``.
+            source: a local directory or ``hub-id[/subfolder][@revision]``.
 
         Raises:
             CheckpointError: if the directory or its ``config.json`` is missing or cannot be read, or the config names

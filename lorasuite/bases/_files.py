@@ -23,7 +23,7 @@ DAMAGED = "The file is damaged: download it again."
 
 
 def resolve(source: str | Path, revision: str | None = None) -> Path:
-    """The local directory of a model or adapter: a directory as it is, or ``hub-id[@revision]`` downloaded.
+    """The local directory of a model or adapter: a directory as it is, or ``hub-id[/subfolder][@revision]`` downloaded.
 
     Raises:
         CheckpointError: if it is neither, or the Hub cannot be reached and has no local copy.
@@ -38,18 +38,21 @@ def resolve(source: str | Path, revision: str | None = None) -> Path:
             Problem(str(source), "is a file, not a model directory", f"Give its directory, {path.parent}.")
         )
     hub_id, _, at = str(source).partition("@")
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", hub_id) or hub_id.startswith("."):
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)*", hub_id):
         raise CheckpointError(
             Problem(
                 str(source),
                 "no such directory, and not a Hub id",
-                "Give a local directory or hub-id[@revision].",
+                "Give a local directory or hub-id[/subfolder][@revision].",
             )
         )
     from huggingface_hub import snapshot_download
 
+    parts = hub_id.split("/")
+    hub_id, inside = "/".join(parts[:2]), "".join(f"{part}/" for part in parts[2:])
+    patterns = [inside + pattern for pattern in FILES]
     try:
-        return Path(snapshot_download(hub_id, revision=revision or at or None, allow_patterns=FILES))
+        path = Path(snapshot_download(hub_id, revision=revision or at or None, allow_patterns=patterns)) / inside
     except Exception as error:  # the Hub client raises many kinds; each is one and the same problem here
         raise CheckpointError(
             Problem(
@@ -58,6 +61,9 @@ def resolve(source: str | Path, revision: str | None = None) -> Path:
                 "Check the path or the id and revision; for private models log in with `hf auth login`.",
             )
         ) from error
+    if not path.is_dir():
+        raise CheckpointError(Problem(str(source), f"{hub_id} has no folder {inside}", "Check its name."))
+    return path
 
 
 class Weights:
@@ -67,7 +73,7 @@ class Weights:
         """Find the directory and read its config; files of weights are read when asked for.
 
         Args:
-            source: a local directory or ``hub-id[@revision]``.
+            source: a local directory or ``hub-id[/subfolder][@revision]``.
 
         Raises:
             CheckpointError: if the directory or its ``config.json`` is missing or cannot be read.

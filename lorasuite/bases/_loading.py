@@ -127,7 +127,7 @@ def load_model(
     are in work. A quantized checkpoint is dequantized in the same way (:mod:`lorasuite.bases._quantized`).
 
     Args:
-        source: a local directory or ``hub-id[@revision]``.
+        source: a local directory or ``hub-id[/subfolder][@revision]``.
         device: of the whole model, unless ``loading`` spreads it.
         dtype: goes before that of ``loading``; None in both means float32 on the CPU and the checkpoint's own
             elsewhere.
@@ -152,7 +152,9 @@ def load_model(
         if loading.quantized:
             options["quantization_config"] = _bitsandbytes(loading, wanted)
         if read is None:
-            model = loader.from_pretrained(str(path), dtype=wanted, **options)
+            # transformers attaches an adapter whose files lie beside a base's, unless it is to look for one elsewhere.
+            nowhere = {"subfolder": "no adapter of its own"}
+            model = loader.from_pretrained(str(path), dtype=wanted, adapter_kwargs=nowhere, **options)
         else:
             own = torch.bfloat16 if wanted == "auto" else wanted
             with torch.device("meta"):

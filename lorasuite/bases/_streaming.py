@@ -224,7 +224,7 @@ def streamed_base(
     A checkpoint whose blocks cannot be filled tensor by tensor (see :meth:`StreamedBase.open`) is loaded whole.
 
     Args:
-        source: a local directory or ``hub-id[@revision]``.
+        source: a local directory or ``hub-id[/subfolder][@revision]``.
         dtype: None means float32 on the CPU and the checkpoint's own elsewhere.
         tokenizer: None loads the model's own.
 

@@ -6,6 +6,7 @@ import contextlib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from lorasuite import bases
@@ -111,6 +112,7 @@ def inspect(
             "modules": len(opened.modules),
             "trained_on": opened.config.get("base_model_name_or_path"),
         }
+        _other_base(result, old, opened)
         if new is not None and not result.problems:
             _modules(result, old, new, opened, method)
             _outside_factors(result, old, opened)
@@ -137,6 +139,20 @@ def _own_code(checkpoint: Checkpoint, trust_remote_code: bool) -> list[Problem]:
         return []
     what = "is a model with code of its own, which running it takes"
     return [Problem(checkpoint.source, what, "Read that code, and give --trust-remote-code if you trust it.")]
+
+
+def _other_base(result: Inspection, old: Checkpoint, adapter: Adapter) -> None:
+    """A notice where the adapter's config names another base than the old one, or another revision of it.
+
+    Of paths and ids the last parts are compared: a copy of a base is the same base.
+    """
+    named = str(adapter.config.get("base_model_name_or_path") or "")
+    given, _, at = old.source.partition("@")
+    known = {given, str(old.path), str(old.config.get("_name_or_path") or "")}
+    if named and Path(named).name.lower() not in {Path(name).name.lower() for name in known}:
+        result.notices.append(f"{adapter.path}: trained on {named}, as its config says, and the old base is {given}")
+    elif (revision := adapter.config.get("revision")) and at and revision != at:
+        result.notices.append(f"{adapter.path}: trained on revision {revision}, as its config says, and not on {at}")
 
 
 def _something_to_move(adapter: Adapter) -> list[Problem]:

@@ -160,7 +160,7 @@ CASES: dict[str, tuple[Break, type[LoRASuiteError], tuple[str, ...]]] = {
     "unknown device": (setting(device="tpu"), PreflightError, ("tpu", "cpu, cuda, cuda:N or auto")),
     "absent GPU": (setting(device="cuda:63"), PreflightError, ("cuda:63", "Use cpu or auto")),
     # bases
-    "no such base": (setting(old_base="./nowhere"), PreflightError, ("./nowhere", "hub-id[@revision]")),
+    "no such base": (setting(old_base="./nowhere"), PreflightError, ("./nowhere", "hub-id[/subfolder][@revision]")),
     "unreachable Hub id": (setting(new_base="nobody/nothing"), PreflightError, ("nobody/nothing", "Check the path or")),
     "base is a file": (
         lambda w: w.set(old_base=str(w.old / "model.safetensors")), PreflightError, ("is a file", "Give its directory"),

@@ -27,6 +27,10 @@ def digest(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
+def listed(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
 class Hub(BaseHTTPRequestHandler):
     """``org/old`` and ``org/adapter`` at two revisions each, from the directories in ``repos``."""
 
@@ -48,13 +52,18 @@ class Hub(BaseHTTPRequestHandler):
         if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/revision/([^/]+)", path):
             folder, revision = self.repos.get(match[1]), match[2]
             if folder is not None and revision in COMMIT:
-                files = [{"rfilename": file.name} for file in sorted(folder.iterdir())]
+                files = [{"rfilename": str(file.relative_to(folder))} for file in listed(folder)]
                 info = {"id": match[1], "sha": COMMIT[revision], "siblings": files}
                 return self.send(200, json.dumps(info).encode(), {"Content-Type": "application/json"}, body)
         if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/([^/]+)", path):
             entries = [
-                {"type": "file", "path": file.name, "size": file.stat().st_size, "oid": digest(file)}
-                for file in sorted(self.repos[match[1]].iterdir())
+                {
+                    "type": "file",
+                    "path": str(file.relative_to(self.repos[match[1]])),
+                    "size": file.stat().st_size,
+                    "oid": digest(file),
+                }
+                for file in listed(self.repos[match[1]])
             ]
             return self.send(200, json.dumps(entries).encode(), {"Content-Type": "application/json"}, body)
         if match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
@@ -104,7 +113,10 @@ def hub(base: Callable[..., Path], lora: Callable[..., Path], tmp_path: Path) ->
     """The environment of a process that uses the server as its Hub."""
     old = base("llama")
     Hub.commits = []
-    Hub.repos, Hub.asked = {"org/old": old, "org/adapter": lora(old)}, []
+    adapter = tmp_path / "adapter"
+    shutil.copytree(lora(old), adapter)
+    shutil.copytree(lora(old), adapter / "runs" / "second")
+    Hub.repos, Hub.asked = {"org/old": old, "org/adapter": adapter}, []
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     env = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
@@ -136,6 +148,17 @@ def test_bases_and_adapters_by_id_and_revision(hub: dict[str, str]) -> None:
     Hub.repos = {}  # the Hub is gone: what was downloaded still serves
     again = lorasuite({**hub, "HF_HUB_OFFLINE": "1"}, *arguments)
     assert again.returncode == 0, again.stdout + again.stderr
+
+
+def test_an_adapter_in_a_subfolder_at_a_revision(hub: dict[str, str]) -> None:
+    bases = ("--old-base", "org/old", "--new-base", "org/old")
+    done = lorasuite(hub, "inspect", "--json", *bases, "--adapter", "org/adapter/runs/second@v1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    fetched = {path.rpartition("/resolve/")[2] for path in Hub.asked if "/org/adapter/resolve/" in path}
+    assert f"{COMMIT['v1']}/runs/second/adapter_config.json" in fetched
+    assert all("/runs/second/" in path for path in fetched), "nothing but the folder"
+    done = lorasuite(hub, "inspect", "--json", *bases, "--adapter", "org/adapter/runs/third")
+    assert "has no folder runs/third" in json.loads(done.stdout)["problems"][0]["what"]
 
 
 def test_what_the_hub_does_not_have(hub: dict[str, str]) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from pydantic import ValidationError
 
 from flows.context import Context
@@ -57,3 +59,13 @@ def test_precision_makes_another_key_and_devices_do_not(base: Callable[..., Path
         assert found.model.dtype == torch.bfloat16
     with running(context().where, "base", torch.bfloat16) as found:
         assert found.model.dtype == torch.bfloat16
+
+
+def test_an_adapter_left_in_a_base_folder_is_not_attached(base: Callable[..., Path], tmp_path: Path) -> None:
+    path = Path(shutil.copytree(base("llama"), tmp_path / "base"))
+    bare = load_model(path)
+    adapted = get_peft_model(load_model(path), LoraConfig(target_modules="all-linear", init_lora_weights=False))
+    adapted.save_pretrained(str(path))
+    assert (path / "adapter_config.json").is_file()
+    names = [name for name, _ in bare.named_parameters()]
+    assert [name for name, _ in load_model(path).named_parameters()] == names

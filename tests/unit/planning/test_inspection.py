@@ -1,0 +1,38 @@
+"""What inspect says of an adapter that is not where, or of what, it is said to be."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from lorasuite.planning import inspect
+
+
+def test_an_adapter_of_another_base_is_named(
+    base: Callable[..., Path], lora: Callable[..., Path], tmp_path: Path
+) -> None:
+    old = base("llama")
+    adapter = Path(shutil.copytree(lora(old), tmp_path / "adapter"))
+    config = json.loads((adapter / "adapter_config.json").read_text())
+
+    def notices(named: str) -> list[str]:
+        (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": named}))
+        return [notice for notice in inspect(str(old), str(old), str(adapter)).notices if "trained on" in notice]
+
+    assert notices(str(old)) == notices(f"org/{old.name}") == notices("") == []
+    (notice,) = notices("org/another")
+    assert "org/another" in notice and str(old) in notice
+
+
+@pytest.mark.parametrize("folder", ["sql_v2", "checkpoint-10"])
+def test_an_adapter_in_a_subfolder_is_pointed_to(
+    folder: str, base: Callable[..., Path], lora: Callable[..., Path], tmp_path: Path
+) -> None:
+    old = base("llama")
+    shutil.copytree(lora(old), tmp_path / "run" / folder)
+    (problem,) = inspect(str(old), str(old), str(tmp_path / "run")).problems
+    assert problem.what == "is missing" and f"There is one in {folder}/" in problem.remedy
