@@ -4,8 +4,8 @@
     benchmarks/gpu_check.sh --cpu-tiny             # the same script on miniature shapes, without a GPU
 
 Both bases are made on the spot (bfloat16 safetensors, 9.9 GB in a temporary directory, see ``TMPDIR``) with a tokenizer
-of made-up words; weights are random, so losses mean nothing and seconds do. Then ``migrate`` runs as it does for a user,
-with ``--method auto``, a teacher, a fine-tune and an evaluation, and once more for a second adapter, which finds the
+of made-up words; weights are random, so losses mean nothing and seconds do. Then ``migrate`` runs as for a user, with
+``--method auto``, a teacher, a fine-tune and an evaluation, and once more for a second adapter, which finds the
 pair's stages in the store. Without a GPU it says so and ends with 0.
 """
 

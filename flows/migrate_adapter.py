@@ -13,6 +13,7 @@ from prefect.logging.loggers import get_run_logger
 from prefect.runtime import flow_run
 from torch import Tensor
 
+from artifacts import default_home
 from flows.arms import Source
 from flows.choice import Chosen, Tuned, choose_update, fine_tunes
 from flows.context import Context, base_record, check_stages, fetch, migration_context, tag_run, timings
@@ -61,7 +62,7 @@ def migrate_adapter(config: dict[str, Any], refresh: tuple[str, ...] = ()) -> di
     name = pair_name(settings.old_base, settings.new_base)
     tag_run(pair=name, adapter=Path(settings.adapter).name)
     fetch(settings.old_base, settings.new_base, settings.adapter)
-    plan = check(settings)
+    plan = check(settings, default_home())
     context = migration_context(settings, name, refreshed)
     with Recorder() as recorder:
         source = opened_source(context, settings)

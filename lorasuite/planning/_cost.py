@@ -137,8 +137,9 @@ def active(base: Checkpoint) -> int:
 class Work:
     """What a run does, as counts. Tokens are means a text or row, padding left out; rows are those there are.
 
-    ``gpu``: whether models run on one. ``item``: bytes of a weight where models run (4 in float32 on a CPU, 2 in half
-    precision, about 0.6 in four bits). ``training_item``: the same where they are fine-tuned.
+    ``gpu``: whether models run on one. ``item``: bytes of a weight where texts are read for the pair (4 in float32 on a
+    CPU, 2 in half precision), ``run_item`` where models answer and are scored, ``training_item`` where they are
+    fine-tuned: 1 in eight bits, about 0.6 in four.
     """
 
     roles: tuple[Role, ...] = ROLES
@@ -148,6 +149,7 @@ class Work:
     dense: tuple[tuple[int, int], ...] = ()
     gpu: bool = False
     item: float = FLOAT
+    run_item: float = FLOAT
     training_item: float = FLOAT
     texts: int = 0
     text_tokens: float = 256
@@ -210,6 +212,11 @@ def inner(shape: Shape, role: Role) -> int:
     return shape.dims.columns(role) if role == "o" else shape.dims.rows(role)
 
 
+def weight_bytes(shape: Shape, item: float) -> float:
+    """Bytes of a model that is loaded whole; what is quantized are the linear modules of its blocks."""
+    return item * shape.blocks + max(item, HALF) * (shape.total - shape.blocks)
+
+
 def activation_bytes(shape: Shape, tokens: float, length: float, item: float, kept: bool) -> float:
     """Bytes of activations of a batch of so many tokens: of one block, or of all that a backward pass keeps.
 
@@ -217,7 +224,7 @@ def activation_bytes(shape: Shape, tokens: float, length: float, item: float, ke
     """
     dims = shape.dims
     written = sum(dims.rows(role) for role in shape.roles)
-    block = item * tokens * (8 * dims.hidden_size + 2 * written + dims.heads * length)
+    block = max(item, HALF) * tokens * (8 * dims.hidden_size + 2 * written + dims.heads * length)
     return block * (dims.layers if kept else 1)
 
 

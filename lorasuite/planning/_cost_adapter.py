@@ -17,6 +17,7 @@ from lorasuite.planning._cost import (
     depth,
     pass_ops,
     shared_roles,
+    weight_bytes,
 )
 from lorasuite.planning._cost_pair import FEATURES, spaces
 from lorasuite.transforms import Input, ModelTransform, transform
@@ -108,7 +109,9 @@ def _fitting(old: Shape, new: Shape, work: Work, disk: float) -> Cost:
     largest = max((a * a + a * b for a, b in widths), default=0)
     block = FLOAT * FEATURES * (2 * new.dims.hidden_size + sum(b for _, b in widths))
     held = DOUBLE * (3 * largest + 2 * tokens * FEATURES) + block
-    return Cost("model_fit", ops, **work.held(work.item * (old.total + new.total), held), disk=disk)
+    return Cost(
+        "model_fit", ops, **work.held(weight_bytes(old, work.item) + weight_bytes(new, work.item), held), disk=disk
+    )
 
 
 def teacher(old: Shape, new: Shape, work: Work) -> Cost:
@@ -116,32 +119,32 @@ def teacher(old: Shape, new: Shape, work: Work) -> Cost:
     tokens = work.row_tokens + work.teacher_tokens
     batches = -(-work.teacher_rows // work.teacher_batch)
     ops = pass_ops(old, work.teacher_rows * tokens, tokens, work.teacher_rows * work.teacher_tokens)
-    ops += Ops(streamed=batches * work.teacher_tokens * work.item * (old.active + old.head))
+    ops += Ops(streamed=batches * work.teacher_tokens * work.run_item * (old.active + old.head))
     batch = min(work.teacher_batch, work.teacher_rows)
-    kv = 2 * work.item * batch * tokens * old.dims.layers * old.dims.kv_heads * old.dims.head_dim
+    kv = 2 * max(work.run_item, HALF) * batch * tokens * old.dims.layers * old.dims.kv_heads * old.dims.head_dim
     logits = 3 * FLOAT * batch * old.dims.vocab_size
-    batch_bytes = activation_bytes(old, batch * work.row_tokens, work.row_tokens, work.item, kept=False)
-    return Cost("teacher", ops, **work.held(work.item * old.total + kv + logits + batch_bytes))
+    batch_bytes = activation_bytes(old, batch * work.row_tokens, work.row_tokens, work.run_item, kept=False)
+    return Cost("teacher", ops, **work.held(weight_bytes(old, work.run_item) + kv + logits + batch_bytes))
 
 
 def _scoring(shape: Shape, work: Work, rows: float, item: float) -> tuple[Ops, float]:
     """Losses of so many rows, at most 16 at once with the head at every token: work, and bytes on the device."""
     tokens = min(work.evaluation_batch, rows) * work.row_tokens
     logits = 3 * FLOAT * min(work.evaluation_batch, rows) * work.label_tokens * shape.dims.vocab_size
-    held = item * shape.total + logits + activation_bytes(shape, tokens, work.row_tokens, item, kept=False)
+    held = weight_bytes(shape, item) + logits + activation_bytes(shape, tokens, work.row_tokens, item, kept=False)
     return pass_ops(shape, rows * work.row_tokens, work.row_tokens, rows * work.label_tokens), held
 
 
 def teacher_worth(old: Shape, new: Shape, work: Work) -> Cost:
     """The loss of the new base on the rows that were written, those of the old base with and without its adapter."""
-    first, held = _scoring(old, work, work.teacher_rows, work.item)
-    second, other = _scoring(new, work, work.teacher_rows, work.item)
+    first, held = _scoring(old, work, work.teacher_rows, work.run_item)
+    second, other = _scoring(new, work, work.teacher_rows, work.run_item)
     return Cost("teacher_worth", first * 2 + second, **work.held(max(held, other)))
 
 
 def select(new: Shape, work: Work) -> Cost:
     """The held-out loss of the bare base, of every candidate, and of the best one at other scales."""
-    ops, held = _scoring(new, work, work.chosen_by, work.item)
+    ops, held = _scoring(new, work, work.chosen_by, work.run_item)
     return Cost("select", ops * (len(work.methods) + OTHER_SCALES), **work.held(held))
 
 
@@ -159,7 +162,7 @@ def finetune(old: Shape, new: Shape, work: Work) -> Cost:
     ops = step_ops(new, work, work.rows * work.epochs) * work.fine_tunes
     trained, rows = lora_weights(new, work), min(work.micro_batch, work.rows)
     tokens = rows * work.row_tokens
-    held = work.training_item * new.total + (FLOAT + TRAINED) * trained
+    held = weight_bytes(new, work.training_item) + (FLOAT + TRAINED) * trained
     held += activation_bytes(new, tokens, work.row_tokens, work.training_item, kept=not work.checkpointing)
     held += 3 * FLOAT * rows * work.label_tokens * new.dims.vocab_size
     disk = work.fine_tunes * 3 * FLOAT * trained
@@ -170,13 +173,13 @@ def evaluate(old: Shape, new: Shape, work: Work) -> Cost:
     """Every arm on the held-out rows: the loss of each answer, and an answer written to compare with it."""
     ops, held = Ops(), 0.0
     for shape, arms in ((old, work.old_arms), (new, work.new_arms)):
-        scored, needs = _scoring(shape, work, work.evaluation_rows, work.item)
+        scored, needs = _scoring(shape, work, work.evaluation_rows, work.run_item)
         held = max(held, needs)
         written = work.evaluation_new_tokens
         tokens = work.row_tokens + written
         batches = -(-work.evaluation_rows // work.evaluation_batch)
         writing = pass_ops(shape, work.evaluation_rows * tokens, tokens, work.evaluation_rows * written)
-        writing += Ops(streamed=batches * written * work.item * (shape.active + shape.head))
+        writing += Ops(streamed=batches * written * work.run_item * (shape.active + shape.head))
         ops += (scored + writing) * arms
     return Cost("evaluate", ops, **work.held(held))
 
@@ -185,4 +188,4 @@ def serving(new: Shape, work: Work) -> Cost:
     """The published adapter beside the base, and merged into it: the base read once, every ΔW added to its weight."""
     merged = 2 * work.rank * new.active
     ops = Ops(forward=merged + 4 * 32 * new.active, read=new.files)
-    return Cost("serving", ops, **work.held(work.item * new.total, work.item * new.head))
+    return Cost("serving", ops, **work.held(weight_bytes(new, work.run_item), work.run_item * new.head))

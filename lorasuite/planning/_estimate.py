@@ -22,6 +22,7 @@ from lorasuite.planning._cost_pair import pair_costs
 from lorasuite.planning._machine import Machine, Throughput
 from lorasuite.planning._policy import RowPlan
 from lorasuite.planning._thresholds import LFT_SAMPLES
+from lorasuite.training import base_dtype
 from lorasuite.transforms import names, transform
 
 #: Texts or rows that are tokenized to learn how long they are.
@@ -61,7 +62,7 @@ def planned_work(
     if adapter is None:
         data.assumed.append("an adapter of every linear module, rank 16")
     gpu = device != "cpu"
-    item = HALF if gpu else FLOAT
+    item, run_item, training_item = weight_items(config, device)
     methods = [config.method] if config.method != AUTO else list(_tried(old, new, roles, rows))
     text_tokens, texts = float(config.pair.calibration_cutoff), len(data.texts)
     if data.texts and data.tokenizer is not None:
@@ -84,7 +85,8 @@ def planned_work(
         dense=() if adapter is None or adapter.stored else tuple(_dense(old, adapter)),
         gpu=gpu,
         item=item,
-        training_item=item,
+        run_item=run_item,
+        training_item=training_item,
         texts=texts,
         text_tokens=text_tokens,
         cka_batch=config.pair.cka_batch,
@@ -106,6 +108,17 @@ def planned_work(
         old_arms=OLD_ARMS,
         new_arms=NEW_ARMS + rows.fine_tunes + rows.trains_control,
     )
+
+
+def weight_items(config: MigrationConfig, device: str) -> tuple[float, float, float]:
+    """Bytes of a weight where a pair's texts are read, where models are run, and where they are fine-tuned."""
+    item = HALF if device != "cpu" else FLOAT
+    named: float | None = {"auto": None, "float32": FLOAT, "bfloat16": HALF, "float16": HALF}[config.loading.dtype]
+    if config.loading.quantized:
+        named = 0.6 if config.loading.load_in_4bit else 1
+    if named is not None:
+        return item, named, named
+    return item, item, base_dtype(config.finetune, device).itemsize
 
 
 def _tried(old: Checkpoint, new: Checkpoint, roles: Sequence[Role], rows: RowPlan) -> Iterator[str]:
@@ -207,8 +220,8 @@ def shortages(found: dict[str, Any], free: bool = True) -> list[dict[str, Any]]:
     """Stages that need more than there is, each with ``what``, ``need``, ``have`` (bytes) and the flag that helps.
 
     Args:
-        free: set against what is free now; else only what is clearly above all that this machine has is named (of
-            disks, whose content nothing frees by itself, what is clearly above their free space).
+        free: set against what is free now; else only what is clearly above all that this machine has is named. Of the
+            disk that is its free space and what the store holds already, which may be these very artifacts.
     """
     machine, result = found["machine"], []
     margin = 1.0 if free else MARGIN
@@ -221,6 +234,8 @@ def shortages(found: dict[str, Any], free: bool = True) -> list[dict[str, Any]]:
                     {"stage": row["stage"], "what": what, "need": need, "have": limit, "remedy": _remedy(row, what)}
                 )
     disk = machine["disk_free"]
+    if disk is not None and not free:
+        disk += machine["disk_stored"]
     if disk is not None and found["total"]["disk_bytes"] > margin * disk:
         largest = max(found["stages"], key=lambda row: row["disk_bytes"])
         need = {"what": "disk", "need": found["total"]["disk_bytes"], "have": disk, "remedy": DISK}
@@ -232,7 +247,7 @@ def _remedy(row: dict[str, Any], what: str) -> str:
     own = SMALLER.get(row["stage"], "")
     if row["stage"] not in LOADED:
         return own
-    models = "--device cpu" if what == "GPU memory" else "a machine with more RAM, or a GPU"
+    models = "--load-in-4bit, --device-map auto" if what == "GPU memory" else "--dtype bfloat16"
     return f"{own}, {models}" if own else models
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from lorasuite.bases import Checkpoint
+from lorasuite.bases import Dimensions
 from lorasuite.planning._cost import FLOAT, Ops
 
 #: Bytes of a base's file that are read to time it.
@@ -59,17 +59,18 @@ class Throughput:
         return spent + ops.items * ITEM_SECONDS
 
 
-def measure(base: Checkpoint, device: str = "cpu", item: float = FLOAT, size: int = 512) -> Throughput:
+def measure(dims: Dimensions, file: Path, device: str = "cpu", item: float = FLOAT, size: int = 512) -> Throughput:
     """Time a block, products and decompositions of each kind, and the start of a weight file: about a second.
 
     Args:
-        base: whose widths the block has, up to 1,024 and 4,096, and whose file is read.
+        dims: whose widths the block has, up to 1,024 and 4,096.
+        file: what is read, up to 32 MiB: of the weights.
         device: where models run.
         item: bytes of a weight there: float32 for 4, else bfloat16.
         size: columns of the matrices that are multiplied.
     """
     dtype = torch.float32 if item >= FLOAT else torch.bfloat16
-    d, i = min(base.dims.hidden_size, WIDTH), min(base.dims.intermediate_size, INNER)
+    d, i = min(dims.hidden_size, WIDTH), min(dims.intermediate_size, INNER)
     x = torch.randn(TOKENS, d, device=device, dtype=dtype)
     up, gate, down = (torch.randn(a, b, device=device, dtype=dtype) / a for a, b in ((d, i), (d, i), (i, d)))
     wide = torch.randn(4 * size, 4 * size, device=device, dtype=dtype)
@@ -88,7 +89,7 @@ def measure(base: Checkpoint, device: str = "cpu", item: float = FLOAT, size: in
         double=2 * size**3 / _best(lambda: y @ y),
         eigen=small.shape[0] ** 3 / _best(lambda: torch.linalg.eigh(small + small.T)),
         svd=small.shape[0] ** 3 / _best(lambda: torch.linalg.svd(small)),
-        read=_reading(base.weight_files[0]),
+        read=_reading(file),
         streamed=wide.nbytes / _best(lambda: (wide[:1] @ wide).sum().item()),
     )
 
@@ -117,14 +118,15 @@ def _best(action: Callable[[], object], repeats: int = 3) -> float:
 
 @dataclass(frozen=True)
 class Machine:
-    """Bytes that this machine has: RAM in all and free, the same of the GPU (None without one), and free on the disk
-    that the artifacts go to (None where no disk was named)."""
+    """Bytes that this machine has: RAM in all and free, the same of the GPU (None without one), free on the disk that
+    the artifacts go to (None where no disk was named), and of artifacts that lie there already."""
 
     ram: int
     ram_free: int
     gpu: int | None = None
     gpu_free: int | None = None
     disk_free: int | None = None
+    disk_stored: int = 0
 
     @classmethod
     def here(cls, device: str, home: Path | None) -> Machine:
@@ -141,8 +143,9 @@ class Machine:
         gpu = gpu_free = None
         if device.startswith("cuda"):
             gpu_free, gpu = torch.cuda.mem_get_info(torch.device(device))
-        disk = None
+        disk, stored = None, 0
         if home is not None:
             standing = next(one for one in (home.absolute(), *home.absolute().parents) if one.exists())
             disk = shutil.disk_usage(standing).free
-        return cls(ram, min(free, ram), gpu, gpu_free, disk)
+            stored = sum(file.stat().st_size for file in (home / "objects").glob("*/*/data.safetensors"))
+        return cls(ram, min(free, ram), gpu, gpu_free, disk, stored)

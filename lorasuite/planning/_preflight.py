@@ -141,7 +141,7 @@ def _count(
     device = torch_device(config.device)
     work = planned_work(config, old, new, result.opened, device, rows, data)
     machine = Machine.here(device, home)
-    speed = measure(old, device, work.item) if timed else None
+    speed = measure(old.dims, old.weight_files[0], device, work.item) if timed else None
     found = estimate(Shape.of(old), Shape.of(new), work, machine, speed, adapter)
     result.cost = {**found, "assumed": data.assumed, "shortages": shortages(found)}
 

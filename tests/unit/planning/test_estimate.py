@@ -138,6 +138,20 @@ def test_what_does_not_fit_is_named_with_a_remedy(base: Callable[..., Path]) -> 
     need = max(row["ram_bytes"] for row in found["stages"])
     tight = estimate(old, new, BUSY, replace(ROOMY, ram=need, ram_free=need // 2))
     assert shortages(tight) and not unfit(tight)
+    # nor what may lie in the store already
+    cached = estimate(old, new, BUSY, replace(ROOMY, disk_free=10, disk_stored=found["total"]["disk_bytes"]))
+    assert shortages(cached) and not unfit(cached)
+
+
+def test_weights_take_what_the_settings_say(base: Callable[..., Path], tmp_path: Path) -> None:
+    old, new = base("llama"), base("llama", hidden=48, seed=1)
+    sizes = {}
+    for dtype in ("float32", "bfloat16"):
+        settings = config(old, new, Path("none"), Path("none"), loading={"dtype": dtype})
+        found = survey(settings, tmp_path, adapter=False, timed=False)
+        sizes[dtype] = stages(found.cost)["serving"]["ram_bytes"]
+    total = Shape.of(Checkpoint(new)).total
+    assert sizes["float32"] - sizes["bfloat16"] >= 2 * total
 
 
 def config(old: Path, new: Path, adapter: Path, output: Path, **more: Any) -> MigrationConfig:
@@ -186,7 +200,8 @@ def test_what_no_factors_are_stored_of_is_counted(base: Callable[..., Path], tmp
 
 
 def test_a_machine_is_measured(base: Callable[..., Path], tmp_path: Path) -> None:
-    speed = measure(Checkpoint(base("llama")), size=32)
+    checkpoint = Checkpoint(base("llama"))
+    speed = measure(checkpoint.dims, checkpoint.weight_files[0], size=32)
     assert min(speed.forward, speed.single, speed.double, speed.eigen, speed.svd, speed.read, speed.streamed) > 0
     here = Machine.here("cpu", tmp_path / "not" / "there")
     assert 0 < here.ram_free <= here.ram and here.disk_free and here.gpu is None
