@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorasuite.data._containers import read_text, records, suffix
 from lorasuite.data._rows import Kind, Message, Row, unanswered, whole_text
 from lorasuite.errors import DataError, Problem
 
@@ -16,6 +17,12 @@ if TYPE_CHECKING:
 _SHAPES = 'Use {"instruction","input","output"}, {"prompt","completion"}, {"messages":[{"role","content"}]} or {"text"}'
 #: Keys of instruction rows that some trainers put into the prompt, and that the rendering here has no place for.
 UNRENDERED = ("system", "history")
+#: Who speaks in ShareGPT's conversations, as roles of chat templates.
+SPEAKERS = {
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "assistant", "model"), "assistant"),
+    **{name: name for name in ("system", "tool")},
+}
 _KNOWN_KEYS: dict[Kind, frozenset[str]] = {
     "instruction": frozenset({"instruction", "input", "output"}),
     "completion": frozenset({"prompt", "completion"}),
@@ -25,25 +32,25 @@ _KNOWN_KEYS: dict[Kind, frozenset[str]] = {
 
 
 def read_rows(path: str | Path) -> list[Row]:
-    """Read a JSON array, a JSONL file or, for ``.txt``, paragraphs separated by blank lines.
+    """Read rows of JSON, JSON Lines, CSV, Parquet, a data set saved to disk or, for ``.txt``, paragraphs.
 
-    A file that starts with ``[`` is an array whatever its suffix; any other file that is not ``.txt`` is JSONL.
+    The suffix tells CSV, TSV, Parquet and text; of other files one that starts with ``[`` is a JSON array, and any
+    else JSON Lines. Each may be packed with gzip. Paragraphs are separated by blank lines.
 
     Raises:
         DataError: the file is missing, empty or not UTF-8, or some rows are malformed or empty. Every bad row is
-            reported, with its line (JSONL) or its number counted from 1 (array).
+            reported, with its line (JSONL) or its number counted from 1.
     """
     return _rows(Path(path), lambda record: record)
 
 
 def _rows(path: Path, prepare: Callable[[Any], Any]) -> list[Row]:
     """The rows of a file, each record prepared before it is checked; raises as :func:`read_rows`."""
-    text = _read_text(path)
-    if path.suffix.lower() == ".txt":
-        return _paragraphs(path, text)
+    if suffix(path) == ".txt":
+        return _paragraphs(read_text(path))
     rows: list[Row] = []
     problems: list[Problem] = []
-    for where, record in _records(path, text, problems):
+    for where, record in records(path, problems):
         row = _to_row(where, prepare(record), problems)
         if row is not None:
             rows.append(row)
@@ -82,6 +89,7 @@ def _with_answer(record: Any) -> Any:
     """The record with something in the place of its answer, so that it passes for a row."""
     if not isinstance(record, dict):
         return record
+    record = _conversation(record)
     messages = record.get("messages")
     if isinstance(messages, list) and messages:
         last = messages[-1]
@@ -95,26 +103,7 @@ def _with_answer(record: Any) -> Any:
     return record
 
 
-def _read_text(path: Path) -> str:
-    """The file's text without its byte-order mark; DataError where there is none to read."""
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        what = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
-        raise DataError([Problem(str(path), what, "Give a JSON, JSONL or text file")]) from error
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise DataError(
-            [Problem(f"{path}, line {line}", f"is not UTF-8 (byte {error.start})", "Save the file as UTF-8")]
-        ) from error
-    if not text.strip():
-        raise DataError([Problem(str(path), "is empty", _SHAPES)])
-    return text
-
-
-def _paragraphs(path: Path, text: str) -> list[Row]:
+def _paragraphs(text: str) -> list[Row]:
     """Text rows of the blocks between blank lines."""
     rows: list[Row] = []
     block: list[str] = []
@@ -127,46 +116,12 @@ def _paragraphs(path: Path, text: str) -> list[Row]:
     return rows
 
 
-def _records(path: Path, text: str, problems: list[Problem]) -> Iterator[tuple[str, Any]]:
-    """``(where, value)`` of each record; what cannot be parsed goes to ``problems``."""
-    if text.lstrip().startswith("["):
-        try:
-            values = json.loads(text)
-        except json.JSONDecodeError as error:
-            what = f"is not valid JSON ({error.msg}, column {error.colno})"
-            problems.append(Problem(f"{path}, line {error.lineno}", what, "Correct it, or use JSONL"))
-            return
-        for number, value in enumerate(values, start=1):
-            yield f"{path}, row {number}", value
-        return
-    if path.suffix.lower() == ".json":
-        # One object spread over several lines is a legal .json file, but not JSONL.
-        try:
-            value = json.loads(text)
-        except json.JSONDecodeError:
-            pass
-        else:
-            yield f"{path}, row 1", value
-            return
-    # Not splitlines(): JSON strings may hold U+2028 and others that it would split at.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            value = json.loads(line)
-        except json.JSONDecodeError as error:
-            what = f"is not valid JSON ({error.msg}, column {error.colno})"
-            problems.append(Problem(where, what, "Write one JSON object a line"))
-            continue
-        yield where, value
-
-
 def _to_row(where: str, record: Any, problems: list[Problem]) -> Row | None:
     """One record as a row, or None with the reasons appended to ``problems``."""
     if not isinstance(record, dict):
         problems.append(Problem(where, f"is a {_json_type(record)}, not an object", _SHAPES))
         return None
+    record = _conversation(record)
     kind = _kind_of(record)
     if kind is None:
         keys = ", ".join(repr(key) for key in list(record)[:8]) or "none"
@@ -220,6 +175,36 @@ def _string(where: str, name: str, value: Any, problems: list[Problem], *, requi
     else:
         return value
     return ""
+
+
+def _conversation(record: dict[str, Any]) -> dict[str, Any]:
+    """A ShareGPT record, ``{"conversations": [{"from", "value"}], "system"}``, as one of messages; others as they are.
+
+    Left alone are conversations whose turns have other keys, or speakers that ShareGPT does not name.
+    """
+    turns = record.get("conversations")
+    if "messages" in record or not isinstance(turns, list):
+        return record
+    messages = [_turn(turn) for turn in turns]
+    if not messages or None in messages:
+        return record
+    if isinstance(system := record.get("system"), str) and system:
+        messages.insert(0, {"role": "system", "content": system})
+    rest = {name: value for name, value in record.items() if name not in ("conversations", "system")}
+    return {"messages": messages, **rest}
+
+
+def _turn(turn: Any) -> dict[str, Any] | None:
+    """One turn of a ShareGPT conversation as a message (some tools write messages under its name); None for others."""
+    if not isinstance(turn, dict):
+        return None
+    if {"role", "content"} <= turn.keys():
+        return turn
+    role = SPEAKERS.get(str(turn.get("from")))
+    if role is None or "value" not in turn:
+        return None
+    rest = {name: value for name, value in turn.items() if name not in ("from", "value")}
+    return {"role": role, "content": turn["value"], **rest}
 
 
 def _messages(where: str, value: Any, problems: list[Problem]) -> tuple[Message, ...]:

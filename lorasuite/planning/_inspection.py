@@ -51,7 +51,9 @@ class Inspection:
         try:
             return action()
         except LoRASuiteError as error:
-            self.problems += error.problems or [Problem("input", str(error), "")]
+            known = set(self.problems)  # a file may be read twice, as rows and as calibration texts
+            found = error.problems or [Problem("input", str(error), "")]
+            self.problems += [problem for problem in found if problem not in known]
             return None
 
     def raise_problems(self) -> None:
