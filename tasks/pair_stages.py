@@ -32,7 +32,7 @@ from lorasuite.correspondence import (
     map_heads,
     state_map_tensors,
 )
-from tasks.bases import checkpoints, loaded, tokenizers
+from tasks.bases import checkpoints, loaded, streamed, tokenizers
 from tasks.data import stored_texts
 from tasks.stage import Artifact, StageOutput, StageSettings, Where, stage
 
@@ -125,7 +125,7 @@ class ReadingSettings(StageSettings):
 @stage("activations", version=2)
 def activations(inputs: ReadingInputs, settings: ReadingSettings, where: Where) -> StageOutput:
     """One base's hidden states of the calibration texts, pooled by example."""
-    with loaded(where, "base") as base:
+    with streamed(where, "base") as base:
         pooled = hidden_states(base, stored_texts(inputs.texts), cutoff=settings.cutoff, pooling=settings.pooling)
     return StageOutput({"pooled": pooled}, {"layers": pooled.shape[0], "texts": pooled.shape[1]})
 

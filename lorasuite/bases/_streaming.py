@@ -232,7 +232,7 @@ def streamed_base(
         CheckpointError: if it cannot be read.
     """
     checkpoint = Checkpoint(source)
-    tokenizer = tokenizer or load_tokenizer(source, trust_remote_code)
+    tokenizer = load_tokenizer(source, trust_remote_code) if tokenizer is None else tokenizer
     if not model_cache.holds(source, device, dtype, trust_remote_code):
         try:
             opened = StreamedBase.open(checkpoint, tokenizer, device, dtype, trust_remote_code)

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Float32, Integer
 from torch import Tensor
 
-from lorasuite.bases import ActivationRecorder, LoadedBase
+from lorasuite.bases import LayerStream, LoadedBase, length_batches
 from lorasuite.correspondence._options import Pooling
 from lorasuite.errors import DataError, Problem
 from lorasuite.progress import Progress
@@ -18,7 +18,7 @@ def hidden_states(
     base: LoadedBase,
     texts: Sequence[str],
     *,
-    batch_size: int = 16,
+    batch_size: int = 32,
     cutoff: int = 256,
     pooling: Pooling = "mean",
     progress: Progress | None = None,
@@ -26,45 +26,38 @@ def hidden_states(
     """Each block's output, pooled over an example's own tokens, on the CPU.
 
     Every model reads the texts through its own tokenizer, so rows are *examples*, never token positions: two models
-    with different tokenizers give rows that pair up. Only one batch of token-level states is alive at a time.
+    with different tokenizers give rows that pair up. Texts go through the base block by block, in batches of like
+    length (:class:`lorasuite.bases.LayerStream`, which has what that costs), and are summed on the device in float32.
+    The result is ``4·L·N·d`` bytes: 134 MB for 256 texts at 8B.
 
     Args:
+        batch_size: texts of a forward pass.
         pooling: ``mean`` over the example's tokens, or the ``last`` one (which a causal model computed from the whole
             example).
+        progress: told of each block.
 
     Raises:
         DataError: if there is no text, or a text has no token.
     """
     if not texts:
         raise DataError(Problem("calibration", "no texts", "Give at least a few dozen lines of text."))
-    tokenizer, layers = base.tokenizer, range(len(base.blocks))
-    recorder = ActivationRecorder(base)
-    for layer in layers:
-        recorder.block(layer)
-    pooled: list[Tensor] = []
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    with recorder:
-        for start in range(0, len(texts), batch_size):
-            batch = list(texts[start : start + batch_size])
-            encoded = [ids[:cutoff] for ids in tokenizer(batch)["input_ids"]]
-            empty = [start + n for n, ids in enumerate(encoded) if not ids]
-            if empty:
-                raise DataError([Problem(f"calibration text {n}", "has no token", "Remove it.") for n in empty])
-            width = max(map(len, encoded))
-            ids = torch.tensor([row + [pad] * (width - len(row)) for row in encoded])
-            mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in encoded], device=base.device)
-            recorder.run(ids, mask)
-            states = [recorder.seen[layer, "block", "out"] for layer in layers]
-            pooled.append(torch.stack([_pool(h, mask, pooling) for h in states]).cpu())
+    batches = length_batches(texts, base.tokenizer, cutoff, batch_size)
+    layers = len(base.blocks)
+    pooled = torch.empty(layers, len(texts), base.dims.hidden_size)
+    with LayerStream(base, [batch.ids for batch in batches]) as stream:
+        for layer in range(layers):
+            for number, batch in enumerate(batches):
+                pooled[layer, batch.numbers] = _pool(stream.run(number), batch.lengths, pooling).cpu()
+            stream.advance()
             if progress is not None:
-                progress(min(start + batch_size, len(texts)), len(texts))
-    return torch.cat(pooled, 1).clone()
+                progress(layer + 1, layers)
+    return pooled
 
 
-def _pool(hidden: Float[Tensor, "n t d"], mask: Integer[Tensor, "n t"], pooling: Pooling) -> Float32[Tensor, "n d"]:
+def _pool(hidden: Float[Tensor, "n t d"], lengths: Integer[Tensor, " n"], pooling: Pooling) -> Float32[Tensor, "n d"]:
     """Over the tokens of each example, which are padded on the right."""
-    hidden = hidden.float()
+    lengths = lengths.to(hidden.device)
     if pooling == "last":
-        return hidden[torch.arange(hidden.shape[0], device=hidden.device), mask.sum(1) - 1]
-    weights = mask.unsqueeze(-1).to(hidden.dtype)
-    return (hidden * weights).sum(1) / weights.sum(1)
+        return hidden[torch.arange(len(hidden), device=hidden.device), lengths - 1].float()
+    own = torch.arange(hidden.shape[1], device=hidden.device) < lengths[:, None]
+    return (hidden.float() * own[:, :, None]).sum(1) / lengths[:, None]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from lorasuite.bases import Checkpoint, LoadedBase, load_model
+from lorasuite.bases import Checkpoint, LoadedBase, load_model, streamed_base
 from lorasuite.correspondence import Pooling, hidden_states
 from lorasuite.errors import DataError
 from tests import models
@@ -20,8 +20,9 @@ TEXTS = [
 
 
 def states(path: Path, texts: list[str] = TEXTS, **settings: Any) -> torch.Tensor:
-    model = load_model(path, trust_remote_code=models.needs_code(path))
-    return hidden_states(LoadedBase.of(model, models.tokenizer_of(path), Checkpoint(path)), texts, **settings)
+    """Those of the base read layer by layer, where it can be."""
+    with streamed_base(path, trust_remote_code=models.needs_code(path), tokenizer=models.tokenizer_of(path)) as base:
+        return hidden_states(base, texts, **settings)
 
 
 def one_at_a_time(path: Path, pooling: str, cutoff: int = 256) -> torch.Tensor:
@@ -86,7 +87,7 @@ def test_hooks_are_removed_and_progress_is_told(base: Callable[..., Path]) -> No
         LoadedBase.of(model, models.tokenizer_of(path), Checkpoint(path)), TEXTS, batch_size=3,
         progress=lambda done, of: seen.append((done, of)),
     )  # fmt: skip
-    assert seen == [(3, 7), (6, 7), (7, 7)]
+    assert seen == [(1, 3), (2, 3), (3, 3)]
     assert not any(block._forward_hooks for block in model.model.layers)
 
 
