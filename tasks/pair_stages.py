@@ -83,7 +83,7 @@ class TransferSettings(StageSettings):
 @stage("transfer_matrices")
 def transfer_matrices(inputs: TransferInputs, settings: TransferSettings, where: Where) -> StageOutput:
     """``W_h`` from the embeddings of the common tokens."""
-    fitted = fit_transfer_matrix(*checkpoints(where), CommonTokens.read(inputs.vocabulary), settings.when)
+    fitted = fit_transfer_matrix(*checkpoints(where), CommonTokens.read(inputs.vocabulary), settings.when, where.device)
     return StageOutput(fitted.tensors(), fitted.info())
 
 
@@ -100,10 +100,11 @@ class RoleSettings(StageSettings):
     role: MlpRole
 
 
-@stage("mlp_factors")
+@stage("mlp_factors", version=2)
 def mlp_factors(inputs: OldModelInputs, settings: RoleSettings, where: Where) -> StageOutput:
     """One MLP projection's Gram pseudo-inverses, layer by layer, of the old base (for any new one)."""
-    return StageOutput(MlpFactors.tensors(checkpoints(where)[0], settings.role))
+    old = checkpoints(where)[0]
+    return StageOutput(MlpFactors.tensors(old, settings.role, where.device), MlpFactors.info(old))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,7 +197,7 @@ def head_mapping(inputs: HeadMappingInputs, settings: HeadMappingSettings, where
     """Matched heads of every mapped layer pair."""
     layers = LayerMap.read(inputs.layer_mapping).layers
     transfer = TransferMatrix.read(inputs.transfer_matrices)
-    found = HeadMaps.matched(map_heads(*checkpoints(where), layers, transfer, settings.matching))
+    found = HeadMaps.matched(map_heads(*checkpoints(where), layers, transfer, settings.matching, device=where.device))
     return StageOutput(found.tensors(), found.info())
 
 

@@ -85,14 +85,15 @@ class Checkpoint(Weights):
                 raise CheckpointError(self._missing(stored))
             return tuple(handle.get_slice(stored).get_shape())
 
-    def tensor(self, name: str) -> Tensor:
-        """One tensor in float32.
+    def tensor(self, name: str, rows: Tensor | None = None) -> Tensor:
+        """One tensor in float32, or some of its rows.
 
         Raises:
             CheckpointError: if it is missing, or holds NaN or Inf.
         """
         stored = self._stored(name)
-        tensor = self.read(stored).float()
+        whole = self.read(stored)  # mapped from the file: rows that are not touched are not read
+        tensor = (whole if rows is None else whole[rows]).float()
         if not is_finite(tensor):
             raise CheckpointError(Problem(str(self.shards[stored]), f"{stored} holds NaN or Inf", DAMAGED))
         return METER.watch(tensor)
@@ -123,13 +124,16 @@ class Checkpoint(Weights):
                         found[role] = part if shared else METER.watch(part)
         return found
 
-    def embedding(self) -> Tensor:
+    def embedding(self, ids: Tensor | None = None) -> Tensor:
         """The input embedding ``(V, d)`` as the first block reads it, with the family's scale; float32.
+
+        Args:
+            ids: the rows of these tokens alone, ``(n, d)``: no others are read from the file.
 
         Raises:
             CheckpointError: if it is missing, or holds NaN or Inf.
         """
-        rows = self.tensor(self.architecture.embedding + ".weight")
+        rows = self.tensor(self.architecture.embedding + ".weight", ids)
         scale = self.architecture.scale(self.config)
         return rows if scale == 1 else rows.mul_(scale)
 

@@ -25,7 +25,15 @@ from ._state_map import (
     modules_of_roles,
     state_map_tensors,
 )
-from ._transfer_matrix import MlpFactors, TransferMatrix, fit_transfer_matrix, mlp_factor
+from ._transfer_matrix import (
+    MlpFactors,
+    TransferMatrix,
+    fit_transfer_matrix,
+    mlp_factor,
+    pack,
+    pseudo_inverse,
+    unpack,
+)
 
 __all__ = [
     "FIT_RIDGE",
@@ -67,8 +75,11 @@ __all__ = [
     "minibatch_cka",
     "mlp_factor",
     "modules_of_roles",
+    "pack",
+    "pseudo_inverse",
     "reduced_rank",
     "ridge",
     "ridge_factor",
     "state_map_tensors",
+    "unpack",
 ]

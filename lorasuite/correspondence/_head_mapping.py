@@ -102,15 +102,25 @@ def map_heads(
     transfer: TransferMatrix,
     matching: bool = True,
     progress: Progress | None = None,
+    device: str | torch.device = "cpu",
 ) -> dict[int, HeadMatch]:
     """Match the heads of every mapped layer pair, two layers' attention weights at a time: ``{old layer: match}``.
 
+    A layer pair costs ``2·d·(H_o·e_o)·(H_n·e_n)`` FLOP for q and o each, and the same of key/value heads for k and v:
+    0.34 TFLOP at Llama-2-7B to Llama-3-8B, 11 TFLOP for the bases; another ``2·d_o·d_n`` a row of the old weights where
+    ``W_h`` is no identity.
+
     Args:
         matching: False maps head ``a`` to head ``a`` (the paper's ablation).
+        device: where the products are taken, in float32, and summed, in float64.
     """
     found: dict[int, HeadMatch] = {}
+    device = device if torch.device(device).type == "cuda" else "cpu"
     for done, (o, n) in enumerate(layers.items(), 1):
-        table = head_similarity(old.layer(o, ATTENTION), new.layer(n, ATTENTION), old.dims, new.dims, transfer)
+        a, b = (
+            {role: w.to(device) for role, w in base.layer(at, ATTENTION).items()} for base, at in ((old, o), (new, n))
+        )
+        table = head_similarity(a, b, old.dims, new.dims, transfer).cpu()
         found[o] = HeadMatch(match_heads(table) if matching else index_heads(old.dims, new.dims), table)
         if progress is not None:
             progress(done, len(layers))

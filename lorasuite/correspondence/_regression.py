@@ -110,9 +110,10 @@ class RegressionSums(TargetSums):
     xx: Float64[Tensor, "a a"]
 
     @classmethod
-    def empty(cls, a: int, b: int) -> RegressionSums:
-        """Of no row yet."""
-        return cls(0, zeros(a, b), zeros(b), zeros(), zeros(a, a))
+    def empty(cls, a: int, b: int, device: str | torch.device = "cpu") -> RegressionSums:
+        """Of no row yet; on the device where its rows will be."""
+        xy, y, square, xx = (zeros(*shape).to(device) for shape in ((a, b), (b,), (), (a, a)))
+        return cls(0, xy, y, square, xx)
 
     def add(self, x: Float64[Tensor, "n a"], y: Float64[Tensor, "n b"]) -> None:
         """Add rows."""

@@ -22,9 +22,12 @@ SMALLEST_BATCH = 4
 
 
 def grams(features: Float[Tensor, "L n d"]) -> Float64[Tensor, "L n n"]:
-    """Linear-kernel Grams of features, with the diagonals set to zero."""
-    x = features.double()
-    gram = x @ x.transpose(1, 2)
+    """Linear-kernel Grams of features, with the diagonals set to zero.
+
+    In float64, a layer at a time: HSIC₁ is a small difference of large sums. It is cheap all the same: 80 layers of 256
+    examples of 8,192 features in minibatches of 64 are 21 GFLOP.
+    """
+    gram = torch.stack([(x := layer.double()) @ x.T for layer in features])
     gram.diagonal(dim1=1, dim2=2).zero_()
     return gram
 

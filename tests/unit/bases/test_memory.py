@@ -46,15 +46,18 @@ FAMILIES = [("llama", "llama"), ("gpt_neox", "bloom"), ("qwen2", "gpt_neox"), ("
 
 
 @pytest.mark.parametrize(("f_o", "f_n"), FAMILIES)
-def test_two_layers_at_a_time(f_o: str, f_n: str, base: Callable[..., Path], lora: Callable[..., Path]) -> None:
+def test_two_layers_at_a_time(
+    f_o: str, f_n: str, base: Callable[..., Path], lora: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     old_path = base(f_o, layers=SHALLOW, **NUMBERS)
     new_path = base(f_n, layers=DEEP, seed=1, **{**NUMBERS, "hidden": 48})
     old, new, adapter = Checkpoint(old_path), Checkpoint(new_path), Adapter.open(lora(old_path))
-    # Fitting W_h holds the two embeddings, and nothing else.
+    # Fitting W_h holds some rows of the two embeddings, and nothing else.
     start = METER.current
+    monkeypatch.setattr("lorasuite.correspondence._transfer_matrix.CHUNK", 10)
     W = fit_transfer_matrix(old, new, ids(96))
     embeddings = 4 * 96 * (32 + 48)
-    assert METER.peak - start == embeddings
+    assert 0 < METER.peak - start <= 4 * 10 * (32 + 48)
     layers = {n: n + 2 for n in range(SHALLOW)}
 
     gc.collect()
