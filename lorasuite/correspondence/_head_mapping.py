@@ -95,6 +95,11 @@ class HeadMatch:
     similarity: Float64[Tensor, "H_o H_n"]
 
 
+def _on(device: str | torch.device, base: Checkpoint, layer: int) -> Weights:
+    """A layer's attention weights on a device."""
+    return {role: weight.to(device) for role, weight in base.layer(layer, ATTENTION).items()}
+
+
 def map_heads(
     old: Checkpoint,
     new: Checkpoint,
@@ -117,10 +122,7 @@ def map_heads(
     found: dict[int, HeadMatch] = {}
     device = device if torch.device(device).type == "cuda" else "cpu"
     for done, (o, n) in enumerate(layers.items(), 1):
-        a, b = (
-            {role: w.to(device) for role, w in base.layer(at, ATTENTION).items()} for base, at in ((old, o), (new, n))
-        )
-        table = head_similarity(a, b, old.dims, new.dims, transfer).cpu()
+        table = head_similarity(_on(device, old, o), _on(device, new, n), old.dims, new.dims, transfer).cpu()
         found[o] = HeadMatch(match_heads(table) if matching else index_heads(old.dims, new.dims), table)
         if progress is not None:
             progress(done, len(layers))
