@@ -19,7 +19,6 @@ import os
 import sys
 import tempfile
 import time
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -45,17 +44,16 @@ TEXTS, ROWS = 8, 4
 
 def compare(title: str, cost: dict[str, Any], timings: list[dict[str, Any]], extra: dict[str, float]) -> None:
     """Print every stage's estimate beside its measurement."""
-    measured: dict[str, float] = defaultdict(float, extra)
-    memory: dict[str, int] = defaultdict(int)
-    for row in timings:
-        measured[row["stage"]] += row["computed_seconds"]
-        memory[row["stage"]] = max(memory[row["stage"]], row["peak_memory_bytes"])
+    from benchmarks.scale_table import spent
+
+    took, memory = spent(timings)
+    measured = {**took, **extra}
     print(f"\n{title}")
     print("| stage | seconds, estimated | measured | ratio | MiB, estimated | measured | ratio |")
     print("|---|---|---|---|---|---|---|")
     rows = [row for row in cost["stages"] if row["stage"] in measured]
     for row in rows:
-        seconds, size = measured[row["stage"]], memory[row["stage"]] / 2**20
+        seconds, size = measured[row["stage"]], memory.get(row["stage"], 0) / 2**20
         held = max(row["ram_bytes"], row["gpu_bytes"]) / 2**20
         share = f"{size:.0f} | {size / held:.2f}" if size else "– | –"
         cells = (

@@ -15,6 +15,8 @@ from lorasuite.planning import Machine, Ops, Shape, Throughput, Work, estimate, 
 from lorasuite.transforms import names, transform
 
 CELLS = Path(__file__).parent / "scale"
+#: Stages that the cost model counts as part of another.
+PART_OF = {"search": "finetune", "screen": "finetune"}
 #: What the table is of: so many calibration texts and training rows of 64 tokens, an all-linear LoRA of rank 16.
 FULL = Work(texts=256, text_tokens=64, rows=100, row_tokens=64, label_tokens=8, chosen_by=20)
 #: Bytes without end: what fits is for ``inspect`` to say.
@@ -57,14 +59,23 @@ def counted(old: str, new: str, *, layers: int, words: int, texts: int, rows: in
 
 def factors(cell: dict[str, Any]) -> dict[str, float]:
     """How much longer each stage of a cell took than was counted."""
-    took: dict[str, float] = {}
-    for row in cell["timings"]:
-        took[row["stage"]] = took.get(row["stage"], 0.0) + row["computed_seconds"]
+    took = spent(cell["timings"])[0]
     return {
         row["stage"]: took[row["stage"]] / row["seconds"]
         for row in cell["cost"]["stages"]
         if row["stage"] in took and row["seconds"] > 1e-3
     }
+
+
+def spent(timings: list[dict[str, Any]]) -> tuple[dict[str, float], dict[str, int]]:
+    """Seconds and peak bytes by stage, as the cost model names them."""
+    took: dict[str, float] = {}
+    peak: dict[str, int] = {}
+    for row in timings:
+        stage = PART_OF.get(row["stage"], row["stage"])
+        took[stage] = took.get(stage, 0.0) + row["computed_seconds"]
+        peak[stage] = max(peak.get(stage, 0), row["peak_memory_bytes"])
+    return took, peak
 
 
 def published_ops(old: Shape, new: Shape) -> tuple[Ops, Ops]:
@@ -168,11 +179,7 @@ def gib(sizes: dict[str, int], stages: tuple[str, ...] = ()) -> str:
 
 def real_rows(cell: dict[str, Any]) -> list[str]:
     """A real pair's stages, as measured and as counted."""
-    took: dict[str, float] = {}
-    peak: dict[str, int] = {}
-    for row in cell["timings"]:
-        took[row["stage"]] = took.get(row["stage"], 0.0) + row["computed_seconds"]
-        peak[row["stage"]] = max(peak.get(row["stage"], 0), row["peak_memory_bytes"])
+    took, peak = spent(cell["timings"])
     lines = ["| stage | seconds | counted | GiB | counted |", "|---|---|---|---|---|"]
     for row in cell["cost"]["stages"]:
         if row["stage"] in took:

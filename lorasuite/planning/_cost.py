@@ -52,13 +52,17 @@ class Ops:
 
 @dataclass(frozen=True)
 class Cost:
-    """What one stage needs: work, and the bytes it holds at most in RAM and on the GPU and leaves on disk."""
+    """What one stage needs: work, and the bytes it holds at most in RAM and on the GPU and leaves on disk.
+
+    ``spare``: bytes of those where models run that it does without, where there are fewer.
+    """
 
     stage: str
     ops: Ops
     ram: float = 0.0
     gpu: float = 0.0
     disk: float = 0.0
+    spare: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -161,7 +165,8 @@ class Work:
     label_tokens: float = 64
     epochs: float = 3
     batch: int = 16
-    micro_batch: int = 16
+    #: Rows of a forward pass of the fine-tune; None: as many of a step's as fit.
+    micro_batch: int | None = None
     checkpointing: bool = False
     #: Whole fine-tunes that all runs of the search come to, the control's among them.
     fine_tunes: float = 1.0

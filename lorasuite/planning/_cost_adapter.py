@@ -24,6 +24,8 @@ from lorasuite.transforms import Input, ModelTransform, transform
 
 #: Scales that ``auto`` tries on the best transform, and the bare base.
 OTHER_SCALES = 6
+#: Logits computed at once.
+LOGITS = 2**26
 #: Bytes a trained weight takes beside itself: gradient and AdamW's two means, in float32, and its master copy.
 TRAINED = 4 * FLOAT
 
@@ -128,9 +130,9 @@ def teacher(old: Shape, new: Shape, work: Work) -> Cost:
 
 
 def _scoring(shape: Shape, work: Work, rows: float, item: float) -> tuple[Ops, float]:
-    """Losses of so many rows, at most 16 at once with the head at every token: work, and bytes on the device."""
+    """Losses of so many rows, a batch at once with the head at the label tokens: work, and bytes on the device."""
     tokens = min(work.evaluation_batch, rows) * work.row_tokens
-    logits = 3 * FLOAT * min(work.evaluation_batch, rows) * work.label_tokens * shape.dims.vocab_size
+    logits = 3 * FLOAT * min(min(work.evaluation_batch, rows) * work.label_tokens * shape.dims.vocab_size, LOGITS)
     held = weight_bytes(shape, item) + logits + activation_bytes(shape, tokens, work.row_tokens, item, kept=False)
     return pass_ops(shape, rows * work.row_tokens, work.row_tokens, rows * work.label_tokens), held
 
@@ -160,13 +162,18 @@ def step_ops(shape: Shape, work: Work, rows: float) -> Ops:
 def finetune(old: Shape, new: Shape, work: Work) -> Cost:
     """All runs of the search together, as whole fine-tunes; the bytes are those of one, which run one after another."""
     ops = step_ops(new, work, work.rows * work.epochs) * work.fine_tunes
-    trained, rows = lora_weights(new, work), min(work.micro_batch, work.rows)
-    tokens = rows * work.row_tokens
-    held = weight_bytes(new, work.training_item) + (FLOAT + TRAINED) * trained
-    held += activation_bytes(new, tokens, work.row_tokens, work.training_item, kept=not work.checkpointing)
-    held += 3 * FLOAT * rows * work.label_tokens * new.dims.vocab_size
+    trained, rows = lora_weights(new, work), min(work.micro_batch or work.batch, work.rows)
+    always = weight_bytes(new, work.training_item) + (FLOAT + TRAINED) * trained
+
+    def passing(rows: int, kept: bool) -> float:
+        """Bytes of the activations of a pass over so many rows, and of their logits."""
+        logits = min(3 * FLOAT * rows * work.label_tokens * new.dims.vocab_size, 3 * FLOAT * LOGITS)
+        return logits + activation_bytes(new, rows * work.row_tokens, work.row_tokens, work.training_item, kept=kept)
+
+    held = passing(rows, not work.checkpointing)
+    spare = held - passing(1, False) if work.micro_batch is None else 0.0
     disk = work.fine_tunes * 3 * FLOAT * trained
-    return Cost("finetune", ops, **work.held(held), disk=disk)
+    return Cost("finetune", ops, **work.held(always + held), disk=disk, spare=spare)
 
 
 def evaluate(old: Shape, new: Shape, work: Work) -> Cost:

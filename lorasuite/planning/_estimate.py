@@ -95,8 +95,8 @@ def planned_work(
         label_tokens=label_tokens,
         epochs=epochs,
         batch=tuning.batch_size,
-        micro_batch=tuning.micro_batch_size or tuning.batch_size,
-        checkpointing=tuning.gradient_checkpointing,
+        micro_batch=tuning.micro_batch_size if isinstance(tuning.micro_batch_size, int) else None,
+        checkpointing=tuning.gradient_checkpointing is True,
         fine_tunes=starts * (SEARCHED if rows.searches_rates else max(len(rows.rates), 1)),
         chosen_by=max(rows.selection_rows, trained // 5),
         teacher_rows=rows.teacher_rows,
@@ -173,6 +173,7 @@ def estimate(
             "ram_bytes": int(max(one.ram for one in group)),
             "gpu_bytes": int(max(one.gpu for one in group)),
             "disk_bytes": int(sum(one.disk for one in group)),
+            "spare_bytes": int(min(one.spare for one in group)),
         }
         for name, group in _grouped(costs).items()
     ]
@@ -228,7 +229,8 @@ def shortages(found: dict[str, Any], free: bool = True) -> list[dict[str, Any]]:
     for row in found["stages"]:
         for what, have in (("RAM", "ram"), ("GPU memory", "gpu")):
             limit = machine[f"{have}_free" if free else have]
-            need = row[f"{have}_bytes"]
+            runs_here = (what == "GPU memory") == (machine["gpu"] is not None)
+            need = row[f"{have}_bytes"] - (row["spare_bytes"] if runs_here else 0)
             if limit is not None and need > margin * limit:
                 result.append(
                     {"stage": row["stage"], "what": what, "need": need, "have": limit, "remedy": _remedy(row, what)}

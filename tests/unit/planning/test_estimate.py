@@ -112,7 +112,7 @@ def test_counts_follow_tokens_rows_and_rank(base: Callable[..., Path]) -> None:
     )
     # equal hidden sizes need no map
     assert ops(pair_costs(old, old, BUSY), "transfer_matrices") == Ops()
-    assert next(c.disk for c in pair if c.stage == "mlp_factors") == 3 * layers * 8 * d * d
+    assert next(c.disk for c in pair if c.stage == "mlp_factors") == 3 * layers * 2 * d * d
     loha = adapter_costs(old, new, replace(BUSY, dense=((32, 32), (32, 48))))
     assert ops(loha, "read_adapter").svd == 32**3 + 32**2 * 48
 
@@ -127,13 +127,18 @@ def test_memory_lies_where_models_run(base: Callable[..., Path]) -> None:
 
 def test_what_does_not_fit_is_named_with_a_remedy(base: Callable[..., Path]) -> None:
     old, new = shapes(base)
-    found = estimate(old, new, replace(BUSY, gpu=True), replace(ROOMY, gpu=2**20, gpu_free=2**19, disk_free=10))
+    found = estimate(
+        old, new, replace(BUSY, gpu=True, micro_batch=16), replace(ROOMY, gpu=2**20, gpu_free=2**19, disk_free=10)
+    )
     what = {(one["stage"], one["what"]) for one in shortages(found)}
     assert ("finetune", "GPU memory") in what and any(name == "disk" for _, name in what)
     assert all(one["need"] > one["have"] and one["remedy"] for one in shortages(found))
     problems = unfit(found)
     assert any("--finetune-micro-batch-size" in problem.remedy for problem in problems)
     assert any("LORASUITE_HOME" in problem.remedy for problem in problems)
+    # rows of a pass that are not named adapt to the memory there is
+    fixed, free = (estimate(old, new, replace(BUSY, micro_batch=n), ROOMY) for n in (16, None))
+    assert stages(free)["finetune"]["spare_bytes"] > 0 == stages(fixed)["finetune"]["spare_bytes"]
     # tight now, and not refused: what is in use may be freed
     need = max(row["ram_bytes"] for row in found["stages"])
     tight = estimate(old, new, BUSY, replace(ROOMY, ram=need, ram_free=need // 2))
