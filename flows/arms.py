@@ -89,7 +89,7 @@ def migrated(
     chosen = transform(method)
     drawn = settings.seed if seed is None else seed
     if isinstance(chosen, ModelTransform):
-        inputs = {**context.both_bases(), "adapter": source.adapter, "rows": rows, **pair.inputs(chosen.inputs)}
+        inputs = {**context.both_bases(), "adapter": source.adapter, "rows": rows, **pair.inputs(method)}
         told = {
             "method": method,
             "rank": source.lora["rank"],
@@ -102,7 +102,7 @@ def migrated(
         "old_model": context.fingerprints["old_model"],
         "new_model": context.fingerprints["new_model"],
         "adapter": source.adapter,
-        **pair.inputs(LAYER_INPUTS | chosen.inputs),
+        **pair.inputs(method, LAYER_INPUTS),
     }
     if source.changes_embeddings:
         inputs["vocabulary"] = pair.vocabulary

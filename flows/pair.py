@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,12 @@ from prefect.exceptions import ObjectAlreadyExists
 
 from flows.context import Context
 from lorasuite.bases import ATTENTION, Checkpoint, Role, digest_json
-from lorasuite.correspondence import HeadMaps
+from lorasuite.correspondence import FUNCTIONAL, ORTHOGONAL, End, HeadMaps, MapKind
 from lorasuite.planning import PairSettings
-from lorasuite.transforms import Input, transform
+from lorasuite.transforms import Input, LayerTransform, transform
 from tasks.pair_stages import (
     activations,
     alignment,
-    alignment_fit,
     head_mapping,
     layer_mapping,
     mlp_factors,
@@ -34,8 +33,10 @@ from tasks.stage import Ref
 
 #: A host that dies while it computes a pair's artifacts holds the others up for so long.
 LEASE_SECONDS = 60
-#: Roles aligned together: their moments are one artifact, and adapters of attention alone do not pay for the MLP's.
+#: Roles aligned together: adapters of attention alone do not pay for the MLP's.
 GROUPS: dict[str, tuple[Role, ...]] = {"attention": ATTENTION, "mlp": ("gate", "up", "down")}
+#: The kinds of map that every pair's alignment has, of what projections read and of what they write.
+SHARED: dict[End, tuple[MapKind, ...]] = {"in": (FUNCTIONAL, ORTHOGONAL), "out": (ORTHOGONAL,)}
 
 
 class Pair:
@@ -48,6 +49,8 @@ class Pair:
 
     def __init__(self, context: Context, settings: PairSettings, texts: Ref | None, roles: Sequence[Role]) -> None:
         self.context, self.settings, self.texts, self.roles = context, settings, texts, tuple(roles)
+        #: By label; ``maps`` has the shared kinds, others those of one transform alone.
+        self.alignments: dict[str, Ref] = {}
         self.old = Checkpoint(context.where.path("old_base"))
         self.new = Checkpoint(context.where.path("new_base"))
 
@@ -107,23 +110,6 @@ class Pair:
         return {role: self.context.run(mlp_factors, inputs, {"role": role}, label=role) for role in roles}
 
     @cached_property
-    def alignment(self) -> dict[str, Ref]:
-        """What mapped modules of both bases read and write, by group of roles; nothing without texts."""
-        if self.texts is None:
-            return {}
-        inputs = {**self._models, **self._tokenizers, "layer_mapping": self.layer_mapping, "texts": self.texts}
-        cutoff = self.settings.calibration_cutoff
-        return {
-            group: self.context.run(alignment, inputs, {"roles": roles, "cutoff": cutoff}, label=group)
-            for group, roles in self._groups.items()
-        }
-
-    @cached_property
-    def alignment_fit(self) -> Ref:
-        """How much of each space a linear map from its partner explains."""
-        return self.context.run(alignment_fit, {"alignment": self.alignment}, {})
-
-    @cached_property
     def state_map(self) -> Ref | None:
         """Where the new base stands when the old one stands somewhere; None without texts.
 
@@ -142,19 +128,20 @@ class Pair:
 
         On one host, locks see to it that each stage is computed once; hosts that share a store take turns at a pair.
         """
-        needed = {one for method in methods for one in transform(method).inputs}
         with self._one_host_at_a_time():
             for name in ("vocabulary", "transfer_matrices", "similarity", "layer_mapping", "head_mapping"):
                 getattr(self, name)
-            for one in Input:
-                if one in needed:
-                    getattr(self, one.value)
-            if Input.ALIGNMENT in needed and self.alignment:
-                _ = self.alignment_fit
+            for method in sorted(methods):
+                self.inputs(method)
 
-    def inputs(self, needed: Iterable[Input]) -> dict[str, Any]:
-        """What a transform reads, as inputs of its stage, those that there are none of left out."""
-        found = {one.value: getattr(self, one.value) for one in needed}
+    def inputs(self, method: str, more: Iterable[Input] = ()) -> dict[str, Any]:
+        """What a transform reads, and ``more``, as inputs of its stage, those that there are none of left out."""
+        chosen = transform(method)
+        found = {
+            one.value: self._alignment(chosen) if one is Input.ALIGNMENT else getattr(self, one.value)
+            for one in Input
+            if one in chosen.inputs or one in more
+        }
         return {name: ref for name, ref in found.items() if ref}
 
     def made(self) -> dict[str, Ref]:
@@ -163,9 +150,9 @@ class Pair:
         for name, value in vars(self).items():
             if isinstance(value, Ref) and name != "texts":
                 found[name] = value
-            elif name in ("mlp_factors", "alignment"):
+            elif name == "mlp_factors":
                 found |= {f"{name}_{part}": ref for part, ref in value.items()}
-        return found
+        return found | {f"alignment_{part}": ref for part, ref in self.alignments.items()}
 
     def record(self) -> dict[str, Any]:
         """The pair's maps as ``migration.json`` keeps them."""
@@ -173,17 +160,39 @@ class Pair:
         layers = context.open(self.layer_mapping).info
         heads = context.open(self.head_mapping)
         fitted = context.open(self.transfer_matrices).info
-        aligned = "alignment_fit" in vars(self)
+        aligned = self.alignments.get("maps")
         return {
             "layer_map": layers["layers"],
             "layer_similarity": layers["similarity"],
             "head_map": {f"{o}->{n}": heads.info["heads"][o] for o, n in layers["layers"].items()},
             "transfer_matrix": {name: fitted[name] for name in ("identity", "residual", "tokens")},
             "head_similarity": HeadMaps.read(heads).mean_similarity(),
-            "alignment": context.open(self.alignment_fit).info if aligned else None,
+            "alignment": None if aligned is None else _fit(context.open(aligned).info),
         }
 
     # -------------------------------------------------------------------------------------------------------- private
+
+    def _alignment(self, chosen: Any) -> dict[str, Ref]:
+        """The maps of the spaces that mapped modules read and write, for a transform; nothing without texts."""
+        if self.texts is None or not isinstance(chosen, LayerTransform):
+            return {}
+        own: dict[End, tuple[MapKind, ...]] = {
+            end: tuple(kind for kind in [chosen.maps[end]] if kind not in shared) if end in chosen.maps else ()
+            for end, shared in SHARED.items()
+        }
+        labels = {"maps": SHARED} | ({chosen.name: own} if any(own.values()) else {})
+        inputs = {**self._models, **self._tokenizers, "layer_mapping": self.layer_mapping, "texts": self.texts}
+        for label, kinds in labels.items():
+            if label not in self.alignments:
+                settings = {
+                    "roles": [role for group in self._groups.values() for role in group],
+                    "cutoff": self.settings.calibration_cutoff,
+                    "read": [kind.name for kind in kinds["in"]],
+                    "written": [kind.name for kind in kinds["out"]],
+                    "positions": self.settings.map_positions,
+                }
+                self.alignments[label] = self.context.run(alignment, inputs, settings, label=label)
+        return {label: self.alignments[label] for label in labels}
 
     @property
     def _models(self) -> dict[str, str]:
@@ -225,6 +234,11 @@ class Pair:
         # could not be renewed stops nothing, for computing a stage twice gives the same object twice.
         with concurrency(name, strict=True, lease_duration=LEASE_SECONDS, raise_on_lease_renewal_failure=False):
             yield
+
+
+def _fit(info: Mapping[str, Any]) -> dict[str, Any]:
+    """What the record of a migration keeps of an alignment."""
+    return {name: info[name] for name in ("rows", "residual")}
 
 
 def pair_name(old_base: str, new_base: str) -> str:

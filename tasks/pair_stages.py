@@ -14,9 +14,10 @@ from torch import Tensor
 
 from lorasuite.bases import CommonTokens, Role, common_tokens
 from lorasuite.correspondence import (
-    Alignment,
+    End,
     HeadMaps,
     LayerMap,
+    MapKind,
     Metric,
     MlpFactors,
     MlpRole,
@@ -32,6 +33,7 @@ from lorasuite.correspondence import (
     map_heads,
     state_map_tensors,
 )
+from lorasuite.transforms import map_kind
 from tasks.bases import checkpoints, loaded, streamed, tokenizers
 from tasks.data import stored_texts
 from tasks.stage import Artifact, StageOutput, StageSettings, Where, stage
@@ -222,26 +224,41 @@ class RolesSettings(StageSettings):
     cutoff: int
 
 
-@stage("alignment", version=2)
-def alignment(inputs: AlignmentInputs, settings: RolesSettings, where: Where) -> StageOutput:
-    """What mapped modules of both bases read and write at positions that have read the same text."""
+class AlignmentSettings(RolesSettings):
+    """Kinds of map by name, of what projections read and write; the positions that wide spaces are mapped by."""
+
+    read: tuple[str, ...]
+    written: tuple[str, ...]
+    positions: int
+
+
+@stage("alignment", version=3)
+def alignment(inputs: AlignmentInputs, settings: AlignmentSettings, where: Where) -> StageOutput:
+    """Maps between what mapped modules of both bases read and write at positions that have read the same text."""
     layers = LayerMap.read(inputs.layer_mapping).layers
-    with loaded(where, "old_base") as old, loaded(where, "new_base") as new:
-        found = align(old, new, layers, settings.roles, stored_texts(inputs.texts), cutoff=settings.cutoff)
-    return StageOutput(Alignment.tensors(found), {"rows": next(iter(found.values())).rows})
+    kinds: dict[End, list[MapKind]] = {
+        "in": [map_kind(name) for name in settings.read],
+        "out": [map_kind(name) for name in settings.written],
+    }
+    info: dict[str, Any] = {}
 
+    def named() -> Iterator[tuple[str, Tensor]]:
+        with streamed(where, "old_base") as old, streamed(where, "new_base") as new:
+            texts = stored_texts(inputs.texts)
+            found, known = align(
+                old,
+                new,
+                layers,
+                settings.roles,
+                texts,
+                kinds,
+                positions=settings.positions,
+                cutoff=settings.cutoff,
+            )
+            yield from found
+            info.update(known)
 
-@dataclass(frozen=True, kw_only=True)
-class AlignedInputs:
-    """Alignments by group of roles."""
-
-    alignment: dict[str, Artifact]
-
-
-@stage("alignment_fit")
-def alignment_fit(inputs: AlignedInputs, settings: StageSettings, where: Where) -> StageOutput:
-    """How much of what each new module reads and writes no linear map from the old one's explains."""
-    return StageOutput(info=Alignment(inputs.alignment.values()).unexplained())
+    return StageOutput(named(), info)
 
 
 @stage("state_map", version=3)
@@ -250,7 +267,7 @@ def state_map(inputs: PairReadingInputs, settings: RolesSettings, where: Where) 
     info: dict[str, Any] = {}
 
     def named() -> Iterator[tuple[str, Tensor]]:
-        with loaded(where, "old_base") as old, loaded(where, "new_base") as new:
+        with streamed(where, "old_base") as old, streamed(where, "new_base") as new:
             texts = stored_texts(inputs.texts)
             yield from state_map_tensors(
                 *learn_state_map(old, new, settings.roles, texts, cutoff=settings.cutoff), info
@@ -268,6 +285,5 @@ PAIR_STAGES = (
     layer_mapping,
     head_mapping,
     alignment,
-    alignment_fit,
     state_map,
 )

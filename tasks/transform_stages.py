@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from lorasuite.adapters import OutputType, attached
 from lorasuite.bases import METER, Checkpoint, CommonTokens
-from lorasuite.correspondence import Alignment, HeadMaps, LayerMap, MlpFactors, StateMap, TransferMatrix
+from lorasuite.correspondence import AlignedMaps, HeadMaps, LayerMap, MlpFactors, StateMap, TransferMatrix
 from lorasuite.data import whole_text
 from lorasuite.transforms import Migrated, ModelTransform, Unmapped, initialise, migrate
 from lorasuite.transforms import transform as transform_named
@@ -54,7 +54,7 @@ class TransformSettings(OutputSettings):
     seed: int
 
 
-@stage("transform", version=2)
+@stage("transform", version=3)
 def transform(inputs: TransformInputs, settings: TransformSettings, where: Where) -> StageOutput:
     """The adapter moved to the new base, layer by layer."""
     METER.reset()
@@ -69,7 +69,7 @@ def transform(inputs: TransformInputs, settings: TransformSettings, where: Where
         heads=HeadMaps.read(inputs.head_mapping).heads,
         transfer=TransferMatrix.read(inputs.transfer_matrices),
         mlp_factor=MlpFactors(inputs.mlp_factors),
-        alignment=Alignment(inputs.alignment.values()) if inputs.alignment else None,
+        alignment=AlignedMaps(inputs.alignment.values()) if inputs.alignment else None,
         rank=settings.rank,
         energy=settings.energy,
         unmapped=settings.unmapped,

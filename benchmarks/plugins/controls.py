@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lorasuite.adapters import LowRank
 from lorasuite.bases import Role
+from lorasuite.correspondence import ORTHOGONAL, End, MapKind, Moments
 from lorasuite.transforms import Input, LayerPair, LayerTransform
 from lorasuite.transforms.procrustes import Procrustes
 
@@ -47,6 +48,16 @@ def _normal(shape: tuple[int, int], seed: Tensor) -> Tensor:
     return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
+def _mean(sums: Moments) -> Tensor:
+    """From the mean old row to the multiple of the mean new row that is nearest to 1 on all new rows, ``(a, b)``."""
+    rows = max(sums.rows, 1)
+    mean = sums.y / rows
+    # min over c of Σ(c·mᵀy − 1)²: c = n‖m‖² / mᵀ(Σyyᵀ)m
+    square = mean @ sums.yy @ mean
+    factor = rows * (mean @ mean) / square if square > 0 else square
+    return torch.outer(sums.x / rows, factor * mean)
+
+
 class TargetMean(Procrustes):
     """Only the mean of what the update adds on the calibration texts, as a function of the mean input.
 
@@ -56,21 +67,4 @@ class TargetMean(Procrustes):
 
     name = "target-mean"
     control = True
-
-    def move(self, pair: LayerPair, updates: Mapping[Role, LowRank]) -> dict[Role, LowRank]:
-        """One direction a role: the mapped mean change, read by the mean new input."""
-        moved = {}
-        inputs: dict[int, tuple[Tensor, Tensor]] = {}
-        for role, update in updates.items():
-            if id(update.A) not in inputs:
-                reads = pair.moments(role, "in")
-                rows = max(reads.rows, 1)
-                mean = reads.y / rows
-                # min over c of Σ‖t·(c·m·x) − t‖²: c = n‖m‖² / mᵀ(Σxxᵀ)m
-                square = mean @ reads.yy @ mean
-                factor = rows * (mean @ mean) / square if square > 0 else square
-                inputs[id(update.A)] = reads.x / rows, (factor * mean)[None]
-            old_mean, reader = inputs[id(update.A)]
-            change = update.B @ (update.A @ old_mean)
-            moved[role] = LowRank((self.output_map(pair, role).T @ change)[:, None], reader)
-        return moved
+    maps: Mapping[End, MapKind] = {"in": MapKind("mean", _mean, frozenset({"yy"})), "out": ORTHOGONAL}

@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from benchmarks.transfer.pairs import scores
@@ -25,13 +26,17 @@ from lorasuite.bases import (
     text_batches,
 )
 from lorasuite.correspondence import (
+    End,
+    MapKind,
     Moments,
+    SpaceMap,
     fit_transfer_matrix,
     hidden_states,
     layer_similarity,
     map_heads,
     map_layers,
     mlp_factor,
+    space_name,
 )
 from lorasuite.transforms import LayerPair
 
@@ -122,14 +127,8 @@ class Texts:
         self.old, self.new, self.old_rows, self.new_rows = whole.old, whole.new, whole.old_rows, whole.new_rows
 
 
-def space(role: Role, end: str) -> tuple[Role, str]:
-    """One name for a space that several roles read."""
-    shared: dict[Role, Role] = {"k": "q", "v": "q", "gate": "up"}
-    return (shared.get(role, role), end) if end == "in" else (role, end)
-
-
 class Aligned:
-    """Moments of any old layer with any new one, from readings of both."""
+    """Moments of any old layer with any new one, from readings of both, and maps made of them."""
 
     def __init__(self, old: Reading, new: Reading) -> None:
         self.readings = old, new
@@ -142,13 +141,19 @@ class Aligned:
             self.squares[which, key] = x.T @ x
         return self.squares[which, key]
 
-    def __call__(self, o: int, n: int, role: Role, end: str) -> Moments:
-        role, end = space(role, end)
+    def moments(self, o: int, n: int, role: Role, end: End) -> Moments:
+        shared = {role for _, role, _ in (key for key in self.readings[0] if len(key) == 3)}
+        role, end = space_name(role, end, shared).split(".")  # type: ignore[assignment]
         if (o, n, role, end) not in self.found:
             x, y = self.readings[0][o, role, end].double(), self.readings[1][n, role, end].double()
             xx, yy = self._square(0, (o, role, end)), self._square(1, (n, role, end))
-            self.found[o, n, role, end] = Moments(x.shape[0], x.sum(0), y.sum(0), xx, x.T @ y, yy)
+            sizes = torch.stack([xx.trace(), yy.trace()])
+            widths = x.shape[1], y.shape[1]
+            self.found[o, n, role, end] = Moments(len(x), x.sum(0), y.sum(0), x.T @ y, sizes, xx, yy, widths)
         return self.found[o, n, role, end]
+
+    def __call__(self, o: int, n: int, role: Role, end: End, kind: MapKind) -> SpaceMap:
+        return SpaceMap(kind.compute(self.moments(o, n, role, end)))
 
     def reversed(self) -> Aligned:
         return Aligned(self.readings[1], self.readings[0])
@@ -190,7 +195,7 @@ class Lab:
         transfer, matches = self.weights
         return LayerPair(
             self.old.checkpoint.layer(o, needed), self.new.checkpoint.layer(n, needed), self.old.dims, self.new.dims,
-            matches[o].heads if o in matches else {}, transfer, factors, lambda role, end: aligned(o, n, role, end),
+            matches[o].heads if o in matches else {}, transfer, factors, partial(aligned, o, n),
         )  # fmt: skip
 
     def moved(

@@ -3,42 +3,44 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.plugins import FunctionalRidge
+from benchmarks.plugins.functional_ridge import RIDGE_OUTPUTS
 from benchmarks.transfer.lab import Aligned, Base, Lab, Task, Updates, Variant
 from lorasuite.bases import Role
-from lorasuite.correspondence import Moments, ridge
+from lorasuite.correspondence import ORTHOGONAL, End, MapKind, Moments, SpaceMap, polar, ridge
 from lorasuite.transforms import LayerPair, transform
 from lorasuite.transforms.functional import Functional
-from lorasuite.transforms.procrustes import Procrustes, polar
+from lorasuite.transforms.procrustes import Procrustes
 
 
 class RidgeOut(Procrustes):
     """Inputs by an orthogonal map, outputs by ridge regression."""
 
-    output_map = FunctionalRidge.output_map
+    maps: Mapping[End, MapKind] = {"in": ORTHOGONAL, "out": RIDGE_OUTPUTS}
 
 
 class Shrunk(Functional):
     """The ridge towards zero."""
 
-    def input_map(self, pair: LayerPair, role: Role) -> Tensor:
-        reads = pair.moments(role, "in")
-        return ridge(reads.yy, reads.xy.T).T
+    maps: Mapping[End, MapKind] = {
+        "in": MapKind("shrunk", lambda m: ridge(m.yy, m.xy.T).T, frozenset({"yy"})),
+        "out": ORTHOGONAL,
+    }
 
 
 class Strong(Functional):
     """The ridge towards Procrustes a hundred times as strong."""
 
-    def input_map(self, pair: LayerPair, role: Role) -> Tensor:
-        reads = pair.moments(role, "in")
-        return ridge(reads.yy, reads.xy.T, 0.1, Procrustes.input_map(self, pair, role).T).T
+    maps: Mapping[End, MapKind] = {
+        "in": MapKind("strong", lambda m: ridge(m.yy, m.xy.T, 0.1, m.orthogonal.T).T, frozenset({"yy"})),
+        "out": ORTHOGONAL,
+    }
 
 
 def folded(parent: type[Procrustes], lab: Lab, o: int, n: int) -> Procrustes:
@@ -50,16 +52,19 @@ def folded(parent: type[Procrustes], lab: Lab, o: int, n: int) -> Procrustes:
         return weight.detach().double()
 
     class Folded(parent):  # type: ignore[misc, valid-type]
-        def input_map(self, pair: LayerPair, role: Role) -> Tensor:
+        def input_map(self, pair: LayerPair, role: Role) -> SpaceMap:
             if role in ("o", "down"):
                 return super().input_map(pair, role)
             a, b = gain(lab.old, o, role), gain(lab.new, n, role)
-            m = pair.moments(role, "in")
-            bare = Moments(
-                m.rows, m.x / a, m.y / b, m.xx / torch.outer(a, a), m.xy / torch.outer(a, b), m.yy / torch.outer(b, b)
-            )
-            inner = LayerPair({}, {}, pair.old_dims, pair.new_dims, {}, pair.transfer, {}, lambda *_: bare)
-            return a[:, None] * super().input_map(inner, role) / b
+            plain = parent.maps["in"]
+
+            def compute(m: Moments) -> Tensor:
+                xx, yy = m.xx / torch.outer(a, a), m.yy / torch.outer(b, b)
+                sizes = torch.stack([xx.trace(), yy.trace()])
+                bare = Moments(m.rows, m.x / a, m.y / b, m.xy / torch.outer(a, b), sizes, xx, yy, m.widths)
+                return a[:, None] * plain.compute(bare) / b
+
+            return pair.map(role, "in", MapKind("folded", compute, frozenset({"xx", "yy"})))
 
     return Folded()
 
@@ -80,32 +85,35 @@ def turning(lab: Lab, stretch: bool) -> type[Procrustes]:
     nearest = (freq_n.log()[:, None] - freq_o.log()).abs().argmin(1).tolist()
 
     class Turning(Procrustes):
-        def output_map(self, pair: LayerPair, role: Role) -> Tensor:
+        def output_map(self, pair: LayerPair, role: Role) -> SpaceMap:
             if role not in ("q", "k"):
                 return super().output_map(pair, role)
-            o, n = pair.old_dims, pair.new_dims
-            count_o, count_n = (o.heads, n.heads) if role == "q" else (o.kv_heads, n.kv_heads)
-            xx, xy, _ = pair.moments(role, "out").centred()
-            found = torch.zeros_like(xy)
-            fed: dict[int, set[int]] = defaultdict(set)
-            for a, b in pair.heads.items():
-                fed[b * count_n // n.heads].add(a * count_o // o.heads)
-            for b, sources in fed.items():
-                for a in sources:
-                    for j, i in enumerate(nearest):
-                        x = [a * o.head_dim + i, a * o.head_dim + i + size_o // 2]
-                        y = [b * n.head_dim + j, b * n.head_dim + j + size_n // 2]
-                        c = xy[x][:, y]
-                        turn = torch.stack([c[0, 0] + c[1, 1], c[0, 1] - c[1, 0]])
-                        length = xx[x, x].sum() if stretch else turn.norm()
-                        cos, sin = (turn / length.clamp(min=1e-30)).tolist()
-                        block = torch.tensor([[cos, sin], [-sin, cos]], dtype=xy.dtype)
-                        found[torch.tensor(x)[:, None], torch.tensor(y)] = block / len(sources)
-                    still_o = torch.arange(a * o.head_dim + size_o, (a + 1) * o.head_dim)
-                    still_n = torch.arange(b * n.head_dim + size_n, (b + 1) * n.head_dim)
-                    if len(still_o) and len(still_n):
-                        found[still_o[:, None], still_n] = polar(xy[still_o][:, still_n]) / len(sources)
-            return found
+            return pair.map(role, "out", MapKind("turning", partial(turned, pair, role), frozenset({"xx"})))
+
+    def turned(pair: LayerPair, role: Role, sums: Moments) -> Tensor:
+        o, n = pair.old_dims, pair.new_dims
+        count_o, count_n = (o.heads, n.heads) if role == "q" else (o.kv_heads, n.kv_heads)
+        xx, xy = sums.xx - sums.x.outer(sums.x) / sums.rows, sums.centred()
+        found = torch.zeros_like(xy)
+        fed: dict[int, set[int]] = defaultdict(set)
+        for a, b in pair.heads.items():
+            fed[b * count_n // n.heads].add(a * count_o // o.heads)
+        for b, sources in fed.items():
+            for a in sources:
+                for j, i in enumerate(nearest):
+                    x = [a * o.head_dim + i, a * o.head_dim + i + size_o // 2]
+                    y = [b * n.head_dim + j, b * n.head_dim + j + size_n // 2]
+                    c = xy[x][:, y]
+                    turn = torch.stack([c[0, 0] + c[1, 1], c[0, 1] - c[1, 0]])
+                    length = xx[x, x].sum() if stretch else turn.norm()
+                    cos, sin = (turn / length.clamp(min=1e-30)).tolist()
+                    block = torch.tensor([[cos, sin], [-sin, cos]], dtype=xy.dtype)
+                    found[torch.tensor(x)[:, None], torch.tensor(y)] = block / len(sources)
+                still_o = torch.arange(a * o.head_dim + size_o, (a + 1) * o.head_dim)
+                still_n = torch.arange(b * n.head_dim + size_n, (b + 1) * n.head_dim)
+                if len(still_o) and len(still_n):
+                    found[still_o[:, None], still_n] = polar(xy[still_o][:, still_n]) / len(sources)
+        return found
 
     return Turning
 

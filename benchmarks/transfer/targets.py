@@ -15,9 +15,9 @@ from benchmarks.transfer.whole_models import fit_jointly
 from benchmarks.zoo import train as trained
 from lorasuite.adapters import LowRank
 from lorasuite.bases import Role, common_tokens, linear_modules
-from lorasuite.correspondence import reduced_rank, ridge
+from lorasuite.correspondence import SpaceMap, polar, reduced_rank, ridge
 from lorasuite.transforms import LayerPair
-from lorasuite.transforms.procrustes import Procrustes, polar
+from lorasuite.transforms.procrustes import Procrustes
 
 
 def fitted(x: Tensor, wanted: Tensor) -> LowRank:
@@ -137,9 +137,9 @@ def gradient(task: Task, how: str) -> Updates:
         def __init__(self, o: int, n: int) -> None:
             self.layers = o, n
 
-        def output_map(self, pair: LayerPair, role: Role) -> Tensor:
+        def output_map(self, pair: LayerPair, role: Role) -> SpaceMap:
             o, n = self.layers
-            return polar(old[o, role, "out"].T @ new[n, role, "out"])
+            return SpaceMap(polar(old[o, role, "out"].T @ new[n, role, "out"]))
 
         def move(self, pair: LayerPair, updates: Mapping[Role, LowRank]) -> dict[Role, LowRank]:
             moved = super().move(pair, updates)

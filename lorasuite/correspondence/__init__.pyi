@@ -1,12 +1,12 @@
 from ._activations import hidden_states
-from ._alignment import Alignment, align
+from ._alignment import AlignedMaps, SpaceMap, align, space_name
 from ._head_mapping import HeadMaps, head_similarity, heads, index_heads, map_heads, match_heads
 from ._layer_mapping import LayerMap, map_layers
-from ._options import Metric, MlpRole, Pooling, Strategy, When
+from ._moments import FUNCTIONAL, ORTHOGONAL, MapKind, Moments, polar
+from ._options import POSITIONS, End, Metric, MlpRole, Pooling, Strategy, When
 from ._regression import (
     FIT_RIDGE,
     RIDGE,
-    Moments,
     RegressionSums,
     TargetSums,
     least_squares,
@@ -37,13 +37,18 @@ from ._transfer_matrix import (
 
 __all__ = [
     "FIT_RIDGE",
+    "FUNCTIONAL",
+    "ORTHOGONAL",
+    "POSITIONS",
     "RIDGE",
     "SMALLEST_BATCH",
     "AffineMap",
-    "Alignment",
+    "AlignedMaps",
+    "End",
     "HeadMaps",
     "LayerMap",
     "LayerMaps",
+    "MapKind",
     "Metric",
     "MlpFactors",
     "MlpRole",
@@ -51,6 +56,7 @@ __all__ = [
     "Pooling",
     "Reading",
     "RegressionSums",
+    "SpaceMap",
     "StateFeatures",
     "StateMap",
     "Strategy",
@@ -76,10 +82,12 @@ __all__ = [
     "mlp_factor",
     "modules_of_roles",
     "pack",
+    "polar",
     "pseudo_inverse",
     "reduced_rank",
     "ridge",
     "ridge_factor",
+    "space_name",
     "state_map_tensors",
     "unpack",
 ]

@@ -14,3 +14,7 @@ Strategy = Literal["dp", "first", "middle", "last"]
 When = Literal["auto", "always", "never"]
 #: The projections of an MLP.
 MlpRole = Literal["gate", "up", "down"]
+#: Whether a projection reads a space or writes it.
+End = Literal["in", "out"]
+#: Sampled positions that wide spaces are mapped by: docs/transfer.md has what fewer and more do.
+POSITIONS = 512

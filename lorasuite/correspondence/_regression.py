@@ -5,11 +5,10 @@ Rows are added a part at a time and never kept, so memory does not grow with the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Float64
 from torch import Tensor
 
 from lorasuite.adapters import LowRank
@@ -18,64 +17,6 @@ from lorasuite.adapters import LowRank
 RIDGE = 1e-3
 #: Ridge of :func:`reduced_rank`, relative to the mean square of its inputs.
 FIT_RIDGE = 1e-2
-
-
-@dataclass
-class Moments:
-    """Sums over paired rows, ``x (n, a)`` of the old model and ``y (n, b)`` of the new: enough for covariances."""
-
-    rows: int
-    x: Float64[Tensor, " a"]
-    y: Float64[Tensor, " b"]
-    xx: Float64[Tensor, "a a"]
-    xy: Float64[Tensor, "a b"]
-    yy: Float64[Tensor, "b b"]
-
-    @classmethod
-    def empty(cls, a: int, b: int) -> Moments:
-        """Of no row yet."""
-        return cls(0, zeros(a), zeros(b), zeros(a, a), zeros(a, b), zeros(b, b))
-
-    def add(self, x: Float[Tensor, "n a"], y: Float[Tensor, "n b"]) -> None:
-        """Add rows, in float64 whatever theirs is."""
-        x, y = x.double(), y.double()
-        self.rows += x.shape[0]
-        self.x += x.sum(0)
-        self.y += y.sum(0)
-        self.xx += x.T @ x
-        self.xy += x.T @ y
-        self.yy += y.T @ y
-
-    def centred(self) -> tuple[Float64[Tensor, "a a"], Float64[Tensor, "a b"], Float64[Tensor, "b b"]]:
-        """Covariances: of the old model, of both, of the new model."""
-        n = max(self.rows, 1)
-        x, y = self.x / n, self.y / n
-        return (
-            self.xx / n - torch.outer(x, x),
-            self.xy / n - torch.outer(x, y),
-            self.yy / n - torch.outer(y, y),
-        )
-
-    def unexplained(self) -> float:
-        """Share of the new side's variance that the best linear map from the old side leaves: ``1 − R²``, in sample.
-
-        With fewer rows than columns it is small whatever the two sides are.
-        """
-        xx, xy, yy = self.centred()
-        xx.diagonal().add_(1e-8 * xx.diagonal().mean().clamp(min=torch.finfo(xx.dtype).tiny))
-        explained = (xy * torch.linalg.solve(xx, xy)).sum() / yy.diagonal().sum().clamp(min=1e-30)
-        return float((1 - explained).clamp(0, 1))
-
-    def tensors(self, prefix: str) -> Iterator[tuple[str, Tensor]]:
-        """The sums by name, for storing."""
-        yield f"{prefix}.rows", torch.tensor(self.rows)
-        for name in ("x", "y", "xx", "xy", "yy"):
-            yield f"{prefix}.{name}", getattr(self, name)
-
-    @classmethod
-    def read(cls, prefix: str, tensor: Callable[[str], Tensor]) -> Moments:
-        """The inverse of :meth:`tensors`."""
-        return cls(int(tensor(f"{prefix}.rows")), *(tensor(f"{prefix}.{n}") for n in ("x", "y", "xx", "xy", "yy")))
 
 
 @dataclass
@@ -138,9 +79,14 @@ def zeros(*shape: int) -> Tensor:
     return torch.zeros(shape, dtype=torch.float64)
 
 
-def penalty(xx: Float64[Tensor, "a a"], strength: float) -> Float64[Tensor, ""]:
-    """λ of a ridge regression ``()``: ``strength`` times the mean of the diagonal of ``xx (a, a)``."""
-    return strength * xx.diagonal().mean().clamp(min=torch.finfo(xx.dtype).tiny)
+def penalty(xx: Float64[Tensor, "a a"], strength: float, width: int | None = None) -> Float64[Tensor, ""]:
+    """λ of a ridge regression ``()``: ``strength`` times the mean of the diagonal of ``xx (a, a)``.
+
+    Args:
+        width: columns that the diagonal's sum is spread over, where ``xx`` is of fewer coordinates than the space has.
+    """
+    mean = xx.diagonal().sum() / (width or xx.shape[0])
+    return strength * mean.clamp(min=torch.finfo(xx.dtype).tiny)
 
 
 def ridge_factor(xx: Float64[Tensor, "a a"], strength: float) -> Float64[Tensor, "a a"]:
@@ -173,15 +119,16 @@ def ridge(
     xy: Float64[Tensor, "a b"],
     strength: float = RIDGE,
     prior: Float64[Tensor, "a b"] | None = None,
+    width: int | None = None,
 ) -> Float64[Tensor, "a b"]:
     """The minimum of ``‖XM − Y‖² + λ‖M − prior‖²``, that is ``(xx + λI)⁻¹·(xy + λ·prior)``, from second moments.
 
-    λ is relative to the mean of the diagonal of ``xx``. Without a prior it is zero.
+    λ is relative to the mean of the diagonal of ``xx`` (over ``width`` columns, see :func:`penalty`). Without a prior
+    it is zero. Cost: ``a³/3 + 2a²b`` operations.
     """
-    size = penalty(xx, strength)
+    size = penalty(xx, strength, width)
     wanted = xy if prior is None else xy + size * prior
-    solution: Tensor = torch.linalg.solve(xx + size * _identity(xx), wanted)
-    return solution
+    return torch.cholesky_solve(wanted, torch.linalg.cholesky(xx + size * _identity(xx)))
 
 
 def reduced_rank(

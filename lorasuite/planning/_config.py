@@ -10,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from lorasuite import transforms
 from lorasuite.adapters import OutputType
 from lorasuite.bases import LoadSettings
-from lorasuite.correspondence import Metric, Pooling, Strategy, When
+from lorasuite.correspondence import POSITIONS, Metric, Pooling, Strategy, When
 from lorasuite.errors import ConfigError, Problem, did_you_mean
 from lorasuite.evaluation import EvaluationSettings, Gate
 from lorasuite.planning._reading import Strict
@@ -33,6 +33,9 @@ class PairSettings(Strict):
     similarity: Metric = Field("cka", description="layer similarity: cka, cca, pwcca or procrustes")
     layer_strategy: Strategy = Field("dp", description="layer map: dp (Algorithm 1), first, middle or last")
     max_offset: int | None = Field(None, ge=0, description="largest shift of a layer; the difference in depth if unset")
+    map_positions: int = Field(
+        POSITIONS, ge=2, description="aligned positions that wide spaces are mapped by, all if there are fewer"
+    )
     head_matching: bool = Field(True, description="match heads by similarity; off maps head a to head a")
     transfer_matrix: When = Field("auto", description="W_h: auto (only where hidden sizes differ), always or never")
 

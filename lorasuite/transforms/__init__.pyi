@@ -11,7 +11,7 @@ from ._protocol import (
     ModelTransform,
     Transform,
 )
-from ._registry import AnyTransform, names, register, transform
+from ._registry import AnyTransform, map_kind, names, register, transform
 
 __all__ = [
     "LAYER_INPUTS",
@@ -26,6 +26,7 @@ __all__ = [
     "Unmapped",
     "bias_changes",
     "initialise",
+    "map_kind",
     "migrate",
     "move_embeddings",
     "move_rows",

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lorasuite.adapters import Adapter, Extras, LowRank, fuse_updates, split_update
 from lorasuite.bases import ATTENTION, Checkpoint, CommonTokens, Dimensions, Module, Role
-from lorasuite.correspondence import Moments, TransferMatrix, index_heads
+from lorasuite.correspondence import End, MapKind, SpaceMap, TransferMatrix, index_heads
 from lorasuite.errors import AdapterError, ConfigError, Problem
 from lorasuite.progress import Progress
 from lorasuite.transforms._embeddings import move_embeddings
@@ -68,7 +68,7 @@ def migrate(
     heads: Mapping[int, Mapping[int, int]],
     transfer: TransferMatrix,
     mlp_factor: Callable[[int, Role], Float64[Tensor, "d_o d_o"]],
-    alignment: Callable[[int, Role, str], Moments] | None = None,
+    alignment: Callable[[int, Role, End, MapKind], SpaceMap] | None = None,
     rank: int,
     energy: float | None = None,
     unmapped: Unmapped = "freeze",
@@ -82,7 +82,7 @@ def migrate(
         layers: old → new layer.
         heads: for each old layer, old → new query head.
         mlp_factor: gives :func:`lorasuite.correspondence.mlp_factor` of an old layer and role.
-        alignment: gives the moments of an old layer's role and end, for transforms that look at activations.
+        alignment: gives a map of an old layer's role and end, for transforms that look at activations.
         rank: output rank of every module.
         energy: instead of ``rank``, the smallest rank at which every module keeps this share of its ``‖ΔW‖²``.
         unmapped: what becomes of new layers without a partner: ``freeze`` leaves them out of the adapter (the paper's
@@ -126,9 +126,9 @@ def migrate(
         factors = {}
         if Input.MLP_FACTORS in chosen.inputs:
             factors = {role: mlp_factor(o, role) for role in needed if role not in ATTENTION}
-        moments = None if alignment is None else partial(alignment, o)
+        maps = None if alignment is None else partial(alignment, o)
         pair = LayerPair(
-            old.layer(o, needed), new.layer(n, needed), old_dims, new_dims, heads[o], transfer, factors, moments
+            old.layer(o, needed), new.layer(n, needed), old_dims, new_dims, heads[o], transfer, factors, maps
         )
         moved = chosen.move(pair, updates)
         del pair  # its weights go before the next layers come

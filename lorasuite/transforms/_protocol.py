@@ -9,6 +9,7 @@ import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from types import MappingProxyType
 from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Float, Float64
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from lorasuite.adapters import LowRank
 from lorasuite.bases import Dimensions, LoadedBase, Role
-from lorasuite.correspondence import Moments, StateMap, TransferMatrix
+from lorasuite.correspondence import End, MapKind, SpaceMap, StateMap, TransferMatrix
 from lorasuite.errors import ConfigError, Problem
 from lorasuite.progress import Progress
 
@@ -44,7 +45,7 @@ class LayerPair:
     ``old`` and ``new`` hold the base weights ``(out, in)`` float32 of the roles that :meth:`LayerTransform.weights`
     asked for; ``heads`` maps old to new query heads; ``mlp_factors`` holds
     :func:`lorasuite.correspondence.mlp_factor` of the old layer, where the transform declares
-    :attr:`Input.MLP_FACTORS`; ``alignment`` gives moments, where it declares :attr:`Input.ALIGNMENT`.
+    :attr:`Input.MLP_FACTORS`; ``alignment`` gives maps, where it declares :attr:`Input.ALIGNMENT`.
     """
 
     old: Mapping[Role, Float[Tensor, "_ _"]]
@@ -54,19 +55,19 @@ class LayerPair:
     heads: Mapping[int, int]
     transfer: TransferMatrix
     mlp_factors: Mapping[Role, Float64[Tensor, "d_o d_o"]] = field(default_factory=dict)
-    alignment: Callable[[Role, str], Moments] | None = None
+    alignment: Callable[[Role, End, MapKind], SpaceMap] | None = None
 
-    def moments(self, role: Role, end: str) -> Moments:
-        """What the role's projection reads (``"in"``) or writes (``"out"``) in both bases.
+    def map(self, role: Role, end: End, kind: MapKind) -> SpaceMap:
+        """The map of what the role's projection reads (``"in"``) or writes (``"out"``), old to new.
 
         Raises:
-            ConfigError: if no activations were aligned.
+            ConfigError: if no activations were aligned, or the transform does not declare the kind.
         """
         if self.alignment is None:
             raise ConfigError(
                 Problem("method", "it needs activations of calibration texts", "Give --calibration texts.")
             )
-        return self.alignment(role, end)
+        return self.alignment(role, end, kind)
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,11 @@ class LayerTransform(Transform, Protocol):
     #: Whether every row of an update stays at its own place, so that magnitudes and biases do, too, and do not go with
     #: the mapped heads.
     keeps_places: bool = False
+    #: The kinds of map that it reads of what projections read and of what they write, where it declares
+    #: :attr:`Input.ALIGNMENT`. A kind of its own is a function of the sums over one space's rows
+    #: (:class:`lorasuite.correspondence.MapKind`), evaluated once a pair while the sums are at hand: no transform sees
+    #: sums or rows.
+    maps: Mapping[End, MapKind] = MappingProxyType({})
 
     def weights(self, updated: Sequence[Role]) -> Sequence[Role]:
         """The roles whose base weights it looks at to move updates of the roles ``updated``."""

@@ -15,6 +15,7 @@ from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import TypeVar
 
+from lorasuite.correspondence import MapKind
 from lorasuite.errors import ConfigError, Problem, did_you_mean
 from lorasuite.transforms._protocol import LayerTransform, ModelTransform
 
@@ -82,6 +83,21 @@ def transform(name: str) -> AnyTransform:
     if name not in _REGISTRY:
         raise ConfigError(Problem("method", f"unknown method {name!r}", did_you_mean(name, names(controls=True))))
     return _REGISTRY[name]
+
+
+def map_kind(name: str) -> MapKind:
+    """The kind of map of that name, among those that transforms declare.
+
+    Raises:
+        ConfigError: if none declares it, or two declare different ones.
+    """
+    _load()
+    declared = [one.maps.values() for one in _REGISTRY.values() if isinstance(one, LayerTransform)]
+    found = {kind for kinds in declared for kind in kinds if kind.name == name}
+    if len(found) != 1:
+        what = f"is declared by {'no transform' if not found else 'transforms with different formulas'}"
+        raise ConfigError(Problem(f"map {name!r}", what, "Give each kind of map a name of its own."))
+    return found.pop()
 
 
 def names(controls: bool = False) -> list[str]:

@@ -295,7 +295,7 @@ def test_aligned_methods(
     check_loads(Path(record["output"]), pair[1])
     assert "mlp_factors gate" not in states(record)
     again = states(migrate_adapter(settings(method="functional-ridge", output=str(tmp_path / "b"))))
-    assert again["alignment attention"] and again["alignment mlp"] and not again["transform"]
+    assert again["alignment maps"] and not again["alignment functional-ridge"] and not again["transform"]
     with pytest.raises(PreflightError, match="Give --calibration"):
         migrate_adapter(settings(method=method, calibration=None, output=str(tmp_path / "c")))
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from lorasuite.adapters import Adapter
-from lorasuite.bases import Checkpoint
-from lorasuite.correspondence import align
+from lorasuite.bases import ActivationRecorder, Checkpoint, text_batches
+from lorasuite.correspondence import Moments
 from lorasuite.planning import MigrationConfig, build
 from lorasuite.transforms import names, transform
 from tests import models
@@ -64,8 +64,12 @@ def test_target_mean_shifts_outputs_by_the_mean_change_only(old: Path, tmp_path:
     adapter = models.build_adapter(tmp_path / "a", old)
     opened = Adapter.open(adapter)
     read = texts(16)
-    found = align(loaded(old), loaded(old), {0: 0}, ["o"], read)
-    moments = found[0, "o", "in"]
+    base = loaded(old)
+    moments = Moments.empty(base.dims.columns("o"), base.dims.columns("o"))
+    with ActivationRecorder(base).module(0, base.architecture.module("o"), by_role=True) as recorder:
+        for batch in text_batches(read, base, base, 256):
+            rows = recorder.read(batch.old, batch.old_rows)[0, "o", "in"]
+            moments.add(rows, rows)
     moved = move("target-mean", adapter, old, old, read)
     path = next(p for p in opened.modules if ".0." in p and p.endswith("o_proj"))
     update, want = moved.updates[path].dense(), opened.update(path).dense()
