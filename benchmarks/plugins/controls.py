@@ -68,3 +68,8 @@ class TargetMean(Procrustes):
     name = "target-mean"
     control = True
     maps: Mapping[End, MapKind] = {"in": MapKind("mean", _mean, frozenset({"yy"})), "out": ORTHOGONAL}
+
+    def move(self, pair: LayerPair, updates: Mapping[Role, LowRank]) -> dict[Role, LowRank]:
+        """One direction a role: the mapped mean change, read by the mean new input."""
+        # the maps have rank 1 but for the rounding they are kept with
+        return {role: update.compress(1)[0] for role, update in super().move(pair, updates).items()}

@@ -65,7 +65,7 @@ class TransferMatrixRecord(_Part):
 
 
 class AlignmentRecord(_Part):
-    """What no linear map from the old modules explains of the new ones."""
+    """What the orthogonal maps from the old modules leave of the new ones, at their best scale."""
 
     rows: int = Field(description="aligned token positions")
     residual: dict[str, dict[str, float]] = Field(description="old layer → role and end → share of the variance")
