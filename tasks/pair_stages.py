@@ -34,7 +34,7 @@ from lorasuite.correspondence import (
     state_map_tensors,
 )
 from lorasuite.transforms import map_kind
-from tasks.bases import checkpoints, loaded, streamed, tokenizers
+from tasks.bases import checkpoints, streamed, tokenizers
 from tasks.data import stored_texts
 from tasks.stage import Artifact, StageOutput, StageSettings, Where, stage
 
