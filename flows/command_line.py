@@ -276,7 +276,7 @@ def up(
 @with_settings(LoadSettings)
 def evaluate(
     values: dict[str, Any],
-    base: Annotated[str, typer.Option(help="base model: directory or hub-id[/subfolder][@revision]")],
+    base: Annotated[str, typer.Option(help="base model: directory or hub-id[@revision]")],
     adapter: Annotated[list[str] | None, typer.Option(help="PEFT adapter (repeatable)")] = None,
     tasks: Annotated[
         str | None,

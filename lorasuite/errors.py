@@ -7,10 +7,11 @@ to do about it.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 
-#: Problems printed in a message before the rest is only counted.
+#: Kinds of problems printed in a message before the rest is only counted.
 SHOWN = 20
 
 
@@ -30,6 +31,35 @@ class Problem:
         return asdict(self)
 
 
+#: What sets problems of one kind apart: the path of a module, or a number.
+_PARTICULAR = re.compile(r"\b\w+(?:\.\w+){2,}\b|\d+")
+
+
+def grouped(problems: Iterable[Problem]) -> list[Problem]:
+    """One problem a kind, in the order of their first ones: with a count of the others, and two of them as examples.
+
+    Of one kind are problems with one remedy whose places and words differ in numbers and module paths only.
+    """
+    kinds: dict[tuple[str, str, str], list[Problem]] = {}
+    for problem in problems:
+        key = (_PARTICULAR.sub("#", problem.where), _PARTICULAR.sub("#", problem.what), problem.remedy)
+        kinds.setdefault(key, []).append(problem)
+    return [_counted(members) for members in kinds.values()]
+
+
+def _counted(members: Sequence[Problem]) -> Problem:
+    first, *others = members
+    if not others:
+        return first
+    examples = []
+    for other in others[:2]:
+        place = other.where.rpartition(", ")[2] if other.where != first.where else other.what
+        particular = _PARTICULAR.search(place)
+        examples.append(particular.group() if other.where == first.where and particular else place)
+    more = f"and {len(others)} more of this kind: {', '.join(examples)}" + (", ..." if len(others) > 2 else "")
+    return Problem(first.where, f"{first.what} ({more})", first.remedy)
+
+
 class LoRASuiteError(Exception):
     """Base class of every error lorasuite raises on purpose.
 
@@ -42,9 +72,10 @@ class LoRASuiteError(Exception):
             super().__init__(problems)
             return
         self.problems = [problems] if isinstance(problems, Problem) else list(problems)
-        lines = [str(problem) for problem in self.problems[:SHOWN]]
-        if len(self.problems) > SHOWN:
-            lines.append(f"... and {len(self.problems) - SHOWN} more")
+        kinds = grouped(self.problems)
+        lines = [str(problem) for problem in kinds[:SHOWN]]
+        if len(kinds) > SHOWN:
+            lines.append(f"... and {len(kinds) - SHOWN} more")
         head = "" if len(lines) == 1 else f"{len(self.problems)} problems found:\n  - "
         super().__init__(head + "\n  - ".join(lines))
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from lorasuite.errors import ConfigError, Problem
+
+if TYPE_CHECKING:
+    import torch
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -52,6 +54,8 @@ class LoadSettings(BaseModel):
 
     def torch_dtype(self, device: torch.device) -> torch.dtype | None:
         """The dtype of weights on a device; None: that of the files."""
+        import torch
+
         if self.dtype != "auto":
             return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[self.dtype]
         return torch.float32 if device.type == "cpu" and not self.quantized else None
@@ -62,6 +66,8 @@ class LoadSettings(BaseModel):
         Raises:
             ConfigError: without bitsandbytes, or for a device that is no CUDA GPU.
         """
+        import torch
+
         if not self.quantized:
             return
         flag = "load_in_4bit" if self.load_in_4bit else "load_in_8bit"

@@ -44,10 +44,11 @@ class MigrationConfig(Strict):
     """One adapter from one base to another."""
 
     adapter: str = Field(
-        description="directory or hub-id[/subfolder][@revision] of a PEFT adapter; several, weighted, as A:0.7,B:0.3"
+        description="PEFT adapter: directory or hub-id[@revision], hub-id/folder for one inside; "
+        "several, with optional weights, as A:0.7,B:0.3"
     )
-    old_base: str = Field(description="base model it was trained on: directory or hub-id[/subfolder][@revision]")
-    new_base: str = Field(description="base model to move it to: directory or hub-id[/subfolder][@revision]")
+    old_base: str = Field(description="base model it was trained on: directory or hub-id[@revision]")
+    new_base: str = Field(description="base model to move it to: directory or hub-id[@revision]")
     output: str = Field(description="directory to create")
     calibration: str | None = Field(None, description="texts for the layer map; the training data if unset")
     train_data: str | None = Field(None, description="rows for the light fine-tune (LFT)")

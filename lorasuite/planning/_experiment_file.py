@@ -33,8 +33,8 @@ class ExperimentPair(Strict):
     """The two bases: by directory or Hub id, or a miniature pair by name."""
 
     zoo: str | None = Field(None, description="miniature pair: llama or neox")
-    old_base: str | None = Field(None, description="base of the adapters: directory or hub-id[/subfolder][@revision]")
-    new_base: str | None = Field(None, description="base to move them to: directory or hub-id[/subfolder][@revision]")
+    old_base: str | None = Field(None, description="base of the adapters: directory or hub-id[@revision]")
+    new_base: str | None = Field(None, description="base to move them to: directory or hub-id[@revision]")
 
 
 class ExperimentTask(Strict):

@@ -8,8 +8,10 @@ from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
+from lorasuite.errors import Problem, grouped
 from lorasuite.evaluation import Arm, Comparison, EvaluationSummary, TaskSummary
 from lorasuite.reporting._names import Name, arm_label
 from lorasuite.reporting._published import NEW_START, OWN_ROWS_START
@@ -48,8 +50,8 @@ def show_inspection(found: Mapping[str, Any]) -> None:
         _show_cost(console, found["cost"])
     for notice in found["notices"]:
         console.print(f"note: {notice}", highlight=False)
-    for problem in found["problems"]:
-        console.print(f"[red]problem:[/] {problem['where']}: {problem['what']}. {problem['remedy']}", highlight=False)
+    for problem in grouped(Problem(**problem) for problem in found["problems"]):
+        console.print("[red]problem:[/]", escape(str(problem)), highlight=False)
     if not found["problems"]:
         console.print("no problems found")
     for side, draft in found["proposal"].items():

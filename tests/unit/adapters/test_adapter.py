@@ -366,7 +366,7 @@ def test_missing_files(private: Path) -> None:
 @pytest.mark.parametrize(
     ("family", "numbers", "what", "count"),
     [
-        ("llama", {"hidden": 40}, r"updates a \(32, 32\) weight, the old base has \(40, 40\)", 21),
+        ("llama", {"hidden": 40}, r"updates a \(32, 48\) weight, the old base has \(40, 48\)", 21),
         ("llama", {"kv_heads": 2}, r"updates a \(32, 32\) weight, the old base has \(16, 32\)", 6),
         ("llama", {"layers": 2}, "beyond the old base's 2 layers", 7),
         ("gpt_neox", {}, "not a linear module of a gpt_neox block", 21),

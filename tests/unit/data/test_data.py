@@ -149,7 +149,7 @@ def test_many_bad_rows_are_cut_short_but_counted(tmp_path):
         read_rows(write(tmp_path / "bad.json", [{"text": ""}] * 50, lines=False))
     assert len(caught.value.problems) == 50
     assert "row 1:" in str(caught.value)
-    assert "30 more" in str(caught.value)
+    assert "and 49 more of this kind: row 2, row 3, ..." in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from lorasuite.errors import DataError, Problem, grouped
 from lorasuite.planning import inspect
 
 
@@ -36,3 +37,17 @@ def test_an_adapter_in_a_subfolder_is_pointed_to(
     shutil.copytree(lora(old), tmp_path / "run" / folder)
     (problem,) = inspect(str(old), str(old), str(tmp_path / "run")).problems
     assert problem.what == "is missing" and f"There is one in {folder}/" in problem.remedy
+
+
+def test_problems_of_one_kind_are_one_with_a_count() -> None:
+    modules = [f"model.layers.{layer}.mlp.{name}" for layer in range(48) for name in ("gate", "up", "down")]
+    refused = [Problem("a.safetensors", f"{module} is not a linear module", "Train without it.") for module in modules]
+    lines = [Problem(f"rows.jsonl, line {number}", "has no 'output'", "Add it.") for number in (3, 8)]
+    other = Problem("rows.jsonl, line 4", "has no 'input'", "Add it.")
+    first, second, third = grouped([*refused, *lines, other])
+    examples = "model.layers.0.mlp.up, model.layers.0.mlp.down"
+    assert first.what == f"{modules[0]} is not a linear module (and 143 more of this kind: {examples}, ...)"
+    assert second == Problem("rows.jsonl, line 3", "has no 'output' (and 1 more of this kind: line 8)", "Add it.")
+    assert third == other
+    message = str(DataError([*refused, *lines, other]))
+    assert message.startswith("147 problems found:") and len(message.splitlines()) == 4
