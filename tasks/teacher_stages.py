@@ -7,13 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from lorasuite.adapters import attached
 from lorasuite.bases import CommonTokens
 from lorasuite.data import Row
 from lorasuite.teacher import (
+    TeacherRows,
     TeacherSettings,
     TextLoss,
+    VLLMTeacher,
+    chosen,
     judge_teacher,
     read_losses,
     text_losses,
@@ -21,7 +25,7 @@ from lorasuite.teacher import (
     write_rows,
 )
 from lorasuite.training import soft_labels
-from tasks.bases import running
+from tasks.bases import loading, running, tokenizer, trusted
 from tasks.data import rows_files, stored_prompts, stored_rows, stored_split
 from tasks.folders import adapter_path
 from tasks.progress import Progress
@@ -58,25 +62,34 @@ class TeachingSettings(StageSettings):
     teacher: TeacherSettings
 
 
-@stage("teacher", version=2)
+@stage("teacher", version=3)
 def teaching(inputs: TeachingInputs, settings: TeachingSettings, where: Where) -> StageOutput:
     """The rows that the old base with the adapter writes, and what both make of them. Knows nothing of the new base."""
     size = int(str(where.options.get("teacher_batch", settings.teacher.batch_size)))
     wanted = settings.teacher.model_copy(update={"batch_size": halved(size, where.halvings)})
     prompts = None if inputs.prompts is None else stored_prompts(inputs.prompts)
+    adapter = adapter_path(inputs.adapter, where)
+
+    def write(teacher: Any) -> TeacherRows:
+        told = Progress("teacher's rows").step
+        reader = tokenizer(where, "old_base")
+        return write_rows(teacher, reader, prompts, settings.samples, wanted, seed=settings.seed, progress=told)
+
+    asked = loading(where)
+    written = None
+    if chosen(wanted.engine, adapter, asked.quantized):
+        base, trust = where.path("old_base"), trusted(where)
+        with VLLMTeacher.started(base, adapter, dtype=asked.dtype, trust_remote_code=trust) as engine:
+            written = write(engine)
     with running(where, "old_base") as old:
-        with attached(old.model, adapter_path(inputs.adapter, where), where.device) as teacher:
-            written = write_rows(
-                teacher,
-                old.tokenizer,
-                prompts,
-                settings.samples,
-                wanted,
-                seed=settings.seed,
-                progress=Progress("teacher's rows").step,
-            )
-            own = text_losses(teacher, old.tokenizer, written.rows, batch_size=wanted.batch_size)
-        bare = text_losses(old.model, old.tokenizer, written.rows, batch_size=wanted.batch_size)
+        with attached(old.model, adapter, where.device) as teacher:
+            written = written or write(teacher)
+            size, own = wanted.batch_size, list(written.losses)
+            unknown = [n for n, loss in enumerate(own) if loss is None]
+            read = text_losses(teacher, old.tokenizer, [written.rows[n] for n in unknown], batch_size=size)
+            for n, loss in zip(unknown, read, strict=True):
+                own[n] = loss
+        bare = text_losses(old.model, old.tokenizer, written.rows, batch_size=size)
     files = {**rows_files(written.rows), LOSSES: write_losses({"teacher": own, "old": bare})}
     return StageOutput(info=written.info(), files=files)
 

@@ -17,7 +17,7 @@ from lorasuite.planning._inspection import Inspection, inspect
 from lorasuite.planning._machine import Machine, measure
 from lorasuite.planning._policy import RowCounts, RowPlan, plan_rows, too_few_to_sweep
 from lorasuite.planning._thresholds import MIN_SWEEP_ROWS
-from lorasuite.teacher import prompt_frame
+from lorasuite.teacher import prompt_frame, unusable
 from lorasuite.transforms import transform
 
 
@@ -211,6 +211,8 @@ def _training_rows(result: Inspection, config: MigrationConfig, wanted: RowPlan)
 
 def _teacher(result: Inspection, config: MigrationConfig, wanted: RowPlan) -> list[Row] | None:
     """What the old base with the adapter is to answer; None where nobody says."""
+    if config.teacher.engine == "vllm":
+        result.problems += unusable(config.loading.quantized)
     tokenizer = result.old_tokenizer
     if tokenizer is not None and tokenizer.eos_token_id is None:
         result.problems.append(

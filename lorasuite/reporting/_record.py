@@ -144,6 +144,8 @@ class TeacherRecord(Worth):
     written: int = Field(description="attempts made")
     dropped: dict[str, int] = Field(description="attempts left out, by reason")
     tokens: int = Field(description="tokens generated, those of dropped attempts included")
+    seconds: float | None = Field(None, description="of generation, without loading the old base")
+    engine: str = Field("transformers", description="what generated: transformers or vllm")
     temperature: float
     prompts: int = Field(description="distinct prompts there were; 0: it wrote from nothing")
     imitated: int = Field(description="prompts that the old base wrote itself")

@@ -7,6 +7,7 @@ GPU a step of 32 rows reads the weights once, 16 GB, whatever its rows; on a CPU
 from __future__ import annotations
 
 import contextlib
+import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -82,6 +83,9 @@ class Generator:
         DataError: if the tokenizer has no EOS token.
     """
 
+    #: What generates, as the record names it.
+    engine = ""
+
     def __init__(
         self,
         model: Any,
@@ -147,6 +151,10 @@ class Generator:
         suffix = replace(row, messages=(*row.messages, _STAND_IN)).target(self.tokenizer)[2]
         return end_tokens(self.model, self.tokenizer, [suffix])
 
+    def drawn(self, number: int) -> int:
+        """The seed of a prompt's answer, for an engine that takes one of 31 bits for each request."""
+        return random.Random(f"{self.seed} {number}").getrandbits(31)
+
     def never(self, ends: Sequence[int], chat: bool) -> list[int]:
         """The tokens that are not to be written: special ones that do not end an answer, but for conversations."""
         return [] if chat else sorted(set(self.tokenizer.all_special_ids) - set(ends))
@@ -154,6 +162,8 @@ class Generator:
 
 class AnswerGenerator(Generator):
     """Generates answers with transformers, in batches of prompts of like lengths, padded on the left."""
+
+    engine = "transformers"
 
     def generate(self, prompts: Sequence[Prompt]) -> Iterator[list[Answer]]:
         """The answers, a batch at a time, short prompts first."""
@@ -245,6 +255,20 @@ class AnswerGenerator(Generator):
         finally:
             holder.generation_config = configured
             self.model.train(training)
+
+
+def generator(
+    model: Any, tokenizer: PreTrainedTokenizerBase, settings: TeacherSettings, temperature: float, seed: int | str
+) -> Generator:
+    """The generator of a teacher: a model of transformers or PEFT, or :class:`lorasuite.teacher.VLLMTeacher`.
+
+    Raises:
+        DataError: if the tokenizer has no EOS token.
+    """
+    from lorasuite.teacher._vllm import VLLMGenerator, VLLMTeacher
+
+    kind = VLLMGenerator if isinstance(model, VLLMTeacher) else AnswerGenerator
+    return kind(model, tokenizer, settings, temperature, seed)
 
 
 def context_length(model: Any) -> int:

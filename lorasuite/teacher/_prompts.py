@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING
 
 from lorasuite.data import Row, unanswered
 from lorasuite.errors import DataError, Problem
-from lorasuite.teacher._generation import AnswerGenerator
+from lorasuite.teacher._generation import generator
 from lorasuite.teacher._settings import ATTEMPTS_PER_ROW, TeacherSettings
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from lorasuite.teacher._vllm import VLLMTeacher
 
 #: Sampling temperature of prompts that the old base writes.
 PROMPT_TEMPERATURE = 1.0
@@ -60,7 +62,7 @@ def distinct_prompts(rows: Sequence[Row], words: int) -> list[Row]:
 
 
 def imitate(
-    model: PreTrainedModel | PeftModel,
+    model: PreTrainedModel | PeftModel | VLLMTeacher,
     tokenizer: PreTrainedTokenizerBase,
     given: Sequence[Row],
     count: int,
@@ -91,7 +93,7 @@ def imitate(
     if count <= 0:
         return []
     begin, end = (settings.prefix, settings.suffix) if settings.suffix else prompt_frame(given)
-    generator = AnswerGenerator(model, tokenizer, settings, PROMPT_TEMPERATURE, f"{seed} prompts")
+    writer = generator(model, tokenizer, settings, PROMPT_TEMPERATURE, f"{seed} prompts")
     known, found = set(_texts(given)), list[Row]()
     limit, at_once = ATTEMPTS_PER_ROW * count, max(count, settings.batch_size)
     off = model.disable_adapter() if hasattr(model, "disable_adapter") else contextlib.nullcontext()
@@ -99,10 +101,8 @@ def imitate(
         for start in range(0, limit, at_once):
             if len(found) >= count:
                 break
-            beginnings = [generator.prompt(n, Row(kind="text", text=begin)) for n in range(start, start + at_once)]
-            answers = {
-                answer.prompt.number: answer.text for batch in generator.generate(beginnings) for answer in batch
-            }
+            beginnings = [writer.prompt(n, Row(kind="text", text=begin)) for n in range(start, start + at_once)]
+            answers = {answer.prompt.number: answer.text for batch in writer.generate(beginnings) for answer in batch}
             for number in sorted(answers):
                 middle, stop, _ = answers[number].partition(end)
                 text = begin + middle + end

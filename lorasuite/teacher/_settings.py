@@ -28,6 +28,9 @@ class TeacherSettings(BaseModel):
     top_p: float = Field(1.0, gt=0, le=1, description="sample from the likeliest tokens of this total probability")
     max_new_tokens: int = Field(256, ge=1, description="tokens of an answer at most")
     batch_size: int = Field(32, ge=1, description="rows written at once; does not change what is written")
+    engine: Literal["auto", "transformers", "vllm"] = Field(
+        "auto", description="what writes; auto: vllm where it is installed, there is a GPU and it serves the adapter"
+    )
     text_prefix: int = Field(3, ge=0, description="words of a text row that are given to the teacher as its beginning")
     prefix: str = Field("", description="beginning of every row where no prompts are given")
     suffix: str = Field(

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from lorasuite.data import IGNORED, UNFINISHED, Row, encode_pair, prompt_ids
 from lorasuite.errors import DataError, Problem
-from lorasuite.teacher._generation import context_length
+from lorasuite.teacher._generation import Answer, context_length
 from lorasuite.training import read_batches
 
 if TYPE_CHECKING:
@@ -68,19 +68,11 @@ def text_losses(
     found: list[TextLoss | None] = [None] * len(rows)
     examples: list[tuple[int, dict[str, list[int]], int]] = []
     for index, row in enumerate(rows):
-        prompt, scored, suffix = row.target(tokenizer)
-        special = row.kind != "messages"
-        if prompt:
-            head, tail = encode_pair(tokenizer, prompt, scored, special=special)
-        else:
-            head, tail = [], prompt_ids(tokenizer, scored, special=special)
-        if not suffix and not row.extra.get(UNFINISHED) and tokenizer.eos_token_id is not None:
-            tail = [*tail, int(tokenizer.eos_token_id)]
+        head, tail, size = _scored(row, tokenizer)
         ids = head + tail
         if len(ids) > context or len(ids) < 2:
             continue
         labels = [IGNORED] * max(len(head), 1) + ids[max(len(head), 1) :]
-        size = len(scored.encode())
         examples.append((index, {"input_ids": ids, "labels": labels, "attention_mask": [1] * len(ids)}, size))
     for members, targets, logits in read_batches(model, [example for _, example, _ in examples], batch_size):
         loss = torch.nn.functional.cross_entropy(
@@ -89,6 +81,42 @@ def text_losses(
         for n, nats in zip(members, loss.tolist(), strict=True):
             index, _, size = examples[n]
             found[index] = TextLoss(nats=nats, bytes=size, rows=1)
+    return found
+
+
+def _scored(row: Row, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int], int]:
+    """The tokens before a row's answer, those of the answer and its end, and the answer's UTF-8 bytes."""
+    prompt, scored, suffix = row.target(tokenizer)
+    special = row.kind != "messages"
+    if prompt:
+        head, tail = encode_pair(tokenizer, prompt, scored, special=special)
+    else:
+        head, tail = [], prompt_ids(tokenizer, scored, special=special)
+    if not suffix and not row.extra.get(UNFINISHED) and tokenizer.eos_token_id is not None:
+        tail = [*tail, int(tokenizer.eos_token_id)]
+    return head, tail, len(scored.encode())
+
+
+def written_losses(
+    answers: Sequence[Answer], rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase
+) -> list[TextLoss | None]:
+    """What :func:`text_losses` of the writer would give for the rows of answers, without running it again.
+
+    Args:
+        answers: what was generated.
+        rows: what became of each.
+        tokenizer: the writer's.
+
+    Returns:
+        one a row; None where the tokens of the row's answer are not those that were generated: text was stripped, is
+        cut otherwise when it is read again, or counts from its first word on.
+    """
+    found: list[TextLoss | None] = []
+    for answer, row in zip(answers, rows, strict=True):
+        head, tail, size = _scored(row, tokenizer)
+        same = head == list(answer.prompt.ids) and tail == list(answer.ids[: len(tail)])
+        whole = same and len(tail) >= answer.tokens
+        found.append(TextLoss(nats=-sum(answer.log_probs[: len(tail)]), bytes=size, rows=1) if whole else None)
     return found
 
 

@@ -7,7 +7,7 @@ label can reach the result.
 
 Every attempt draws its random numbers from its own seed, one number a token (inverse transform sampling), so a row
 does not depend on the batch it is written in beyond the rounding of its logits, and on a CPU the same call gives the
-same rows.
+same rows. The loss of what was written is known from its generation; only the bare base's takes a pass of its own.
 
 Importing this module does not load transformers.
 """
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 import random
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -25,13 +26,16 @@ from lorasuite.data import Row
 from lorasuite.errors import DataError, Problem
 from lorasuite.progress import Progress
 from lorasuite.teacher._filters import SyntheticRowFilter
-from lorasuite.teacher._generation import Answer, AnswerGenerator
+from lorasuite.teacher._generation import Answer, generator
 from lorasuite.teacher._prompts import distinct_prompts, imitate
 from lorasuite.teacher._settings import ATTEMPTS_PER_ROW, SAMPLING_TEMPERATURE, TeacherSettings
+from lorasuite.teacher._worth import TextLoss, written_losses
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from lorasuite.teacher._vllm import VLLMTeacher
 
 
 @dataclass
@@ -52,6 +56,11 @@ class TeacherRows:
     prompts: int = 0
     #: Prompts that the old base wrote itself.
     imitated: int = 0
+    #: Each row's loss where the row is what was generated, token for token; else None.
+    losses: list[TextLoss | None] = field(default_factory=list)
+    #: Seconds of generation, without loading.
+    seconds: float = 0.0
+    engine: str = "transformers"
 
     def info(self) -> dict[str, Any]:
         """Counts, as JSON."""
@@ -61,6 +70,8 @@ class TeacherRows:
             "written": self.written,
             "dropped": self.dropped,
             "tokens": self.tokens,
+            "seconds": round(self.seconds, 3),
+            "engine": self.engine,
             "temperature": self.temperature,
             "prompts": self.prompts,
             "imitated": self.imitated,
@@ -69,7 +80,7 @@ class TeacherRows:
 
 
 def write_rows(
-    model: PreTrainedModel | PeftModel,
+    model: PreTrainedModel | PeftModel | VLLMTeacher,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Row] | None,
     samples: int,
@@ -84,7 +95,7 @@ def write_rows(
     it, for one adapter after the other.
 
     Args:
-        model: the old base with its adapter, on its device.
+        model: the old base with its adapter, on its device, or in vLLM.
         tokenizer: the old base's.
         prompts: rows whose prompts are answered; their own answers are never looked at. Of a text row the first
             ``settings.text_prefix`` words are the prompt. With fewer prompts than rows, several answers of each are
@@ -101,6 +112,7 @@ def write_rows(
         DataError: without an EOS token, for a prompt that leaves no room for an answer, for a conversation without a
             chat template, or if fewer than ``settings.min_kept`` of the written rows can be used.
     """
+    begun = time.perf_counter()
     if samples < 1:
         raise DataError([Problem("teacher_samples", f"is {samples}", "Ask for at least one row")])
     given = distinct_prompts(prompts, settings.text_prefix) if prompts else []
@@ -114,7 +126,7 @@ def write_rows(
     order = list(given)
     random.Random(seed).shuffle(order)
     sources = order or [Row(kind="text", text=settings.prefix)]
-    generator = AnswerGenerator(model, tokenizer, settings, temperature, seed)
+    writer = generator(model, tokenizer, settings, temperature, seed)
     wanted = samples if not settings.filter else math.ceil(samples / (1 - settings.drop_unsure))
     limit = ATTEMPTS_PER_ROW * wanted
     if not temperature:  # a prompt's second answer would be its first
@@ -127,9 +139,9 @@ def write_rows(
         # As many as should give what is missing, by the share kept so far.
         share = max(len(kept), 1) / tried if tried else 1.0
         count = min(limit - tried, math.ceil((wanted - len(kept)) / share))
-        asked = [generator.prompt(n, sources[n % len(sources)]) for n in range(tried, tried + count)]
+        asked = [writer.prompt(n, sources[n % len(sources)]) for n in range(tried, tried + count)]
         answers: dict[int, Answer] = {}
-        for batch in generator.generate(asked):
+        for batch in writer.generate(asked):
             answers |= {answer.prompt.number: answer for answer in batch}
             if progress is not None:
                 progress(min(len(kept) + len(answers), samples), samples)
@@ -154,8 +166,12 @@ def write_rows(
         remedy = "Give other prompts or more of them, raise the temperature or max_new_tokens, or loosen the filters"
         raise DataError([Problem("teacher", what, remedy)])
     kept = kept[:samples]
+    rows = [answer.row() for answer in kept]
     return TeacherRows(
-        rows=[answer.row() for answer in kept],
+        rows=rows,
+        losses=written_losses(kept, rows, tokenizer),
+        seconds=time.perf_counter() - begun,
+        engine=writer.engine,
         log_probs=[answer.log_prob for answer in kept],
         written=tried,
         dropped=dict(dropped),
