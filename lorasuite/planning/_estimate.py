@@ -89,6 +89,7 @@ def planned_work(
         training_item=training_item,
         texts=texts,
         text_tokens=text_tokens,
+        map_positions=config.pair.map_positions,
         cka_batch=config.pair.cka_batch,
         rows=trained,
         row_tokens=row_tokens,
