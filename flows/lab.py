@@ -19,7 +19,7 @@ from lorasuite import zoo
 from lorasuite.adapters import Adapter, untrained
 from lorasuite.bases import Checkpoint, Role, load_tokenizer, resolve
 from lorasuite.data import HELD_OUT, Row, calibration_texts, draw, read_rows
-from lorasuite.errors import AdapterError, NumericalError, Problem
+from lorasuite.errors import AdapterError, ConfigError, NumericalError, Problem
 from lorasuite.evaluation import TASK_METRICS, Arm, check_tasks
 from lorasuite.planning import Cell, Experiment, ExperimentTask, RowCounts, plan_rows, torch_device
 from lorasuite.reporting import Measurement, Score
@@ -98,11 +98,17 @@ class Lab:
     Args:
         data: directory for the rows of miniature tasks.
         dry: name every artifact, compute none.
+
+    Raises:
+        ConfigError: if cells differ in how bases are loaded.
     """
 
     def __init__(self, experiment: Experiment, data: Path, *, dry: bool, refresh: frozenset[str] = frozenset()) -> None:
         pair = experiment.config.pair
         first = experiment.cells[0].settings.migration
+        if len({cell.settings.migration.loading for cell in experiment.cells}) > 1:
+            what = "differs between cells, and an experiment loads its bases in one way"
+            raise ConfigError(Problem("loading", what, "Write an experiment for each."))
         self.dry, self.data = dry, data
         self.experiment = experiment
         self.old, self.new = Checkpoint(str(pair.old_base)), Checkpoint(str(pair.new_base))
@@ -116,6 +122,7 @@ class Lab:
                 "trust_remote_code": first.trust_remote_code,
                 "allow_pickle": first.allow_pickle,
                 "teacher_batch": first.teacher.batch_size,
+                "loading": first.loading.model_dump(mode="json"),
             },
             # a look must not lock: only a run takes turns with other hosts
             **({"remote": None} if dry else {}),

@@ -116,8 +116,10 @@ class ServingInputs:
 def serving(inputs: ServingInputs, settings: StageSettings, where: Where) -> StageOutput:
     """The published adapter in PEFT, and merged into a plain model: the same logits of one text."""
     folder = adapter_folder(inputs.adapter)
+    # a weight that is merged in 4 or 8 bits is rounded again, which no server does
+    plain = loading(where).model_copy(update={"load_in_4bit": False, "load_in_8bit": False})
     found = compare_merged(
-        where.path("base"), folder, device=where.device, trust_remote_code=trusted(where), loading=loading(where)
+        where.path("base"), folder, device=where.device, trust_remote_code=trusted(where), loading=plain
     )
     return StageOutput(info={loader: served.model_dump(mode="json") for loader, served in found.items()})
 
