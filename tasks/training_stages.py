@@ -138,8 +138,8 @@ class FinetuneStageSettings(StageSettings):
 def finetune(inputs: FinetuneInputs, settings: FinetuneStageSettings, where: Where) -> StageOutput:
     """The light fine-tune of a migrated adapter, or of a fresh LoRA on the same rows."""
     tuning, start = settings.finetune, inputs.transform
-    if where.halvings:
-        smaller = halved(tuning.micro_batch_size or tuning.batch_size, where.halvings)
+    if where.halvings and tuning.micro_batch_size != "auto":  # auto halves by itself
+        smaller = halved(tuning.micro_batch_size, where.halvings)
         tuning = tuning.model_copy(update={"micro_batch_size": smaller})
     soft = None if inputs.soft_labels is None else SoftLabels.from_tensors(inputs.soft_labels.tensors())
     with (
@@ -163,5 +163,4 @@ def finetune(inputs: FinetuneInputs, settings: FinetuneStageSettings, where: Whe
         )
         files = folder_files(Path(folder) / "adapter")
     shown = [one.model_dump(mode="json") for one in sweep]
-    info = {**result.model_dump(), "sweep": shown, "micro_batch_size": tuning.micro_batch_size or tuning.batch_size}
-    return StageOutput(info=info, files=files)
+    return StageOutput(info={**result.model_dump(), "sweep": shown}, files=files)

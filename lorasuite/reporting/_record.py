@@ -110,7 +110,6 @@ class TrainingRecord(FinetuneResult):
     """A fine-tune and the learning rates tried for it."""
 
     sweep: list[SweptRate] = Field([])
-    micro_batch_size: int | None = None
 
 
 class PublishedTraining(TrainingRecord):

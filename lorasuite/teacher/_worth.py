@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from lorasuite.data import IGNORED, UNFINISHED, Row, encode_pair, prompt_ids
 from lorasuite.errors import DataError, Problem
 from lorasuite.teacher._generation import Answer, context_length
-from lorasuite.training import read_batches
+from lorasuite.training import read_labels
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -50,7 +50,8 @@ def text_losses(
 ) -> list[TextLoss | None]:
     """The loss of each row's answer (of a text row, all of it), its end token included.
 
-    Answers are scored given their prompts, so that models with different tokenizers are asked the same.
+    Answers are scored given their prompts, so that models with different tokenizers are asked the same. It costs a
+    forward pass without head, and the head at the answers' tokens.
 
     Args:
         model: on its device.
@@ -74,13 +75,12 @@ def text_losses(
             continue
         labels = [IGNORED] * max(len(head), 1) + ids[max(len(head), 1) :]
         examples.append((index, {"input_ids": ids, "labels": labels, "attention_mask": [1] * len(ids)}, size))
-    for members, targets, logits in read_batches(model, [example for _, example, _ in examples], batch_size):
-        loss = torch.nn.functional.cross_entropy(
-            logits[:, :-1].float().transpose(1, 2), targets[:, 1:], ignore_index=IGNORED, reduction="none"
-        ).sum(dim=1)
-        for n, nats in zip(members, loss.tolist(), strict=True):
-            index, _, size = examples[n]
-            found[index] = TextLoss(nats=nats, bytes=size, rows=1)
+    nats = torch.zeros(len(examples), dtype=torch.float64)
+    for read in read_labels(model, [example for _, example, _ in examples], batch_size):
+        losses = torch.nn.functional.cross_entropy(read.logits.float(), read.targets, reduction="none")
+        nats.index_add_(0, read.examples, losses.double().cpu())
+    for (index, _, size), loss in zip(examples, nats.tolist(), strict=True):
+        found[index] = TextLoss(nats=loss, bytes=size, rows=1)
     return found
 
 

@@ -1,7 +1,8 @@
 from ._device import base_dtype
-from ._distillation import SoftLabels, distilled_loss, soft_labels
+from ._distillation import SoftLabels, distilled_losses, soft_labels
 from ._finetune import finetune
-from ._loss import collate, read_batches, validation_loss
+from ._head import LabelHead, label_rows
+from ._loss import LabelLogits, collate, read_labels, validation_loss
 from ._selection import NOTHING, Candidate, choose, write_scaled
 from ._settings import FinetuneResult, FinetuneSettings
 from ._sweep import TriedRate, finetune_swept, loss_order, screen
@@ -11,16 +12,19 @@ __all__ = [
     "Candidate",
     "FinetuneResult",
     "FinetuneSettings",
+    "LabelHead",
+    "LabelLogits",
     "SoftLabels",
     "TriedRate",
     "base_dtype",
     "choose",
     "collate",
-    "distilled_loss",
+    "distilled_losses",
     "finetune",
     "finetune_swept",
+    "label_rows",
     "loss_order",
-    "read_batches",
+    "read_labels",
     "screen",
     "soft_labels",
     "validation_loss",

@@ -85,8 +85,8 @@ def _run_key(settings: FinetuneSettings, examples: list[dict[str, list[int]]], w
     import transformers
 
     digest = hashlib.sha256()
-    # How often checkpoints are kept changes nothing in the result.
-    digest.update(settings.model_dump_json(exclude={"checkpoint_steps"}).encode())
+    # How often checkpoints are kept and where losses are logged changes nothing in the result.
+    digest.update(settings.model_dump_json(exclude={"checkpoint_steps", "report_to"}).encode())
     digest.update(json.dumps(examples).encode())
     digest.update(f"{torch.__version__} {transformers.__version__} {peft.__version__}".encode())
     for name, parameter in sorted(wrapped.named_parameters()):

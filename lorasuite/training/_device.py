@@ -1,9 +1,10 @@
-"""What fine-tuning settings mean on a device: precision and batches; and the memory a run took there."""
+"""What fine-tuning settings mean on a device, and the memory a run took there."""
 
 from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 
@@ -18,17 +19,13 @@ class DevicePlan:
     device: torch.device
     bf16: bool
     """Whether the forward pass is computed in bfloat16."""
-    micro_batch: int
-    """Rows per forward pass."""
-    accumulation: int
-    """Forward passes per optimizer step."""
 
 
 def plan_device(settings: FinetuneSettings, device: str | torch.device) -> DevicePlan:
-    """Check the device, and fix precision and batches.
+    """Check the device, and fix the precision.
 
     Raises:
-        ConfigError: a device or precision that is not there.
+        ConfigError: a device, precision or optional package that is not there.
     """
     device = torch.device(device)
     if device.type not in ("cpu", "cuda"):
@@ -39,16 +36,25 @@ def plan_device(settings: FinetuneSettings, device: str | torch.device) -> Devic
         # The Trainer always takes the first visible GPU; moving the model elsewhere would fail half-way.
         remedy = f"Set CUDA_VISIBLE_DEVICES={device.index} and use device cuda"
         raise ConfigError([Problem(f"device {device}", "cannot be chosen by its index", remedy)])
-    bf16_there = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    if settings.precision == "bf16" and not bf16_there:
+    gpu = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    if settings.precision == "bf16" and device.type == "cuda" and not gpu:
         raise ConfigError([Problem("precision bf16", f"is not available on {device}", "Use precision auto or fp32")])
-    micro = settings.micro_batch_size or settings.batch_size
-    return DevicePlan(
-        device=device,
-        bf16=bf16_there and settings.precision != "fp32",
-        micro_batch=micro,
-        accumulation=settings.batch_size // micro,
-    )
+    _check_packages(settings, device)
+    return DevicePlan(device=device, bf16=settings.precision == "bf16" or (gpu and settings.precision == "auto"))
+
+
+def _check_packages(settings: FinetuneSettings, device: torch.device) -> None:
+    """ConfigError for optional packages that the settings name and that are not there."""
+    problems = []
+    if settings.liger and device.type != "cuda":
+        problems.append(Problem("finetune.liger", f"needs a GPU, and the device is {device}", "Leave it out"))
+    if settings.liger and find_spec("liger_kernel") is None:
+        problems.append(Problem("finetune.liger", "needs liger-kernel", 'pip install "lorasuite[liger]"'))
+    if settings.report_to != "none" and find_spec(settings.report_to) is None:
+        name = settings.report_to
+        problems.append(Problem(f"finetune.report_to {name}", "is not installed", f"pip install {name}, or use none"))
+    if problems:
+        raise ConfigError(problems)
 
 
 def base_dtype(settings: FinetuneSettings, device: str | torch.device) -> torch.dtype:

@@ -1,4 +1,4 @@
-"""Soft labels: the teacher's distribution at every token of the training rows, as an addition to the fine-tuning loss.
+"""Soft labels: the teacher's distribution where training rows have labels, as an addition to the fine-tuning loss.
 
 They need the two tokenizers to cut a row into the same tokens, under the same or other ids. A row is recognised by its
 token ids in the new vocabulary; rows that are cut differently simply have no soft labels. Distributions are over the
@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorasuite.data import IGNORED, Row, encode_rows
+from lorasuite.data import Row, encode_rows
 from lorasuite.errors import DataError
-from lorasuite.training._loss import read_batches
+from lorasuite.training._head import cross_entropies
+from lorasuite.training._loss import read_labels
 
 #: Outcomes kept of each distribution.
 TOP = 32
@@ -39,7 +40,7 @@ class SoftLabels:
     outcomes: Tensor
     """``(T, k)`` int32, places in ``vocabulary``."""
     log_probs: Tensor
-    """``(T, k)`` float32, at ``temperature``."""
+    """``(T, k)`` float32, at ``temperature``; all -inf at tokens before which no label stands."""
     vocabulary: Tensor
     """``(shared,)`` int64, the ids of the new vocabulary that distributions are over."""
     temperature: float
@@ -85,7 +86,7 @@ class SoftLabels:
             if start is not None:
                 outcomes[at, :length] = self.outcomes[start : start + length].long()
                 log_probs[at, :length] = self.log_probs[start : start + length]
-                known[at, :length] = True
+                known[at, :length] = log_probs[at, :length, 0].isfinite()
         return {OUTCOMES: outcomes, LOG_PROBS: log_probs, KNOWN: known}
 
     def digest(self) -> str:
@@ -107,7 +108,7 @@ def soft_labels(
     temperature: float = 1.0,
     batch_size: int = 16,
 ) -> SoftLabels:
-    """The teacher's distribution over the next token, at every token of the rows.
+    """The teacher's distribution over the next token, wherever the rows have labels.
 
     Args:
         model: the teacher, on its device.
@@ -134,52 +135,61 @@ def soft_labels(
         if all(token in translation for token in example["input_ids"])
     ]
     k = min(top, len(old))
-    shared = old.to(next(model.parameters()).device)
-    parts: dict[int, tuple[Tensor, Tensor]] = {}
-    for members, _, logits in read_batches(model, examples, batch_size):
-        found = (logits[..., shared].float() / temperature).log_softmax(dim=-1).topk(k, dim=-1)
-        for at, n in enumerate(members):
-            length = len(examples[n]["input_ids"])
-            parts[n] = found.indices[at, :length].int().cpu(), found.values[at, :length].cpu()
-    if not parts:
+    shape = (sum(len(example["input_ids"]) for example in examples), k)
+    outcomes = torch.zeros(shape, dtype=torch.int32)
+    log_probs = torch.full(shape, -torch.inf)
+    starts = torch.tensor([0, *(len(example["input_ids"]) for example in examples)]).cumsum(0)
+    for found in read_labels(model, examples, batch_size):
+        shared = old.to(found.logits.device)
+        likeliest = (found.logits[:, shared].float() / temperature).log_softmax(dim=-1).topk(k, dim=-1)
+        at = starts[found.examples] + found.positions
+        outcomes[at], log_probs[at] = likeliest.indices.int().cpu(), likeliest.values.cpu()
+    if not examples:
         raise DataError("no row consists of tokens that both vocabularies hold: there are no soft labels")
     return SoftLabels(
         tokens=torch.tensor([translation[token] for example in examples for token in example["input_ids"]]),
         lengths=torch.tensor([len(example["input_ids"]) for example in examples]),
-        outcomes=torch.cat([parts[n][0] for n in range(len(examples))]),
-        log_probs=torch.cat([parts[n][1] for n in range(len(examples))]),
+        outcomes=outcomes,
+        log_probs=log_probs,
         vocabulary=new,
         temperature=temperature,
     )
 
 
-def distilled_loss(
-    logits: Tensor, labels: Tensor, batch: Mapping[str, Tensor], vocabulary: Tensor, temperature: float, weight: float
+def distilled_losses(
+    logits: Tensor,
+    targets: Tensor,
+    outcomes: Tensor,
+    log_probs: Tensor,
+    known: Tensor,
+    *,
+    vocabulary: Tensor,
+    temperature: float,
+    weight: float,
 ) -> Tensor:
-    """Summed over label tokens: ``(1 - w)·cross-entropy + w·T²·KL(teacher ‖ student)``, in nats and float32.
+    """``(1 - w)·cross-entropy + w·T²·KL(teacher ‖ student)`` of each label, ``(n,)``, in nats and float32.
 
-    The loss of Hinton et al. (arXiv 1503.02531). Tokens without soft labels have the cross-entropy alone.
+    The loss of Hinton et al. (arXiv 1503.02531). Labels without soft labels have the cross-entropy alone.
 
     Args:
-        logits: ``(batch, tokens, V)``.
-        labels: ``(batch, tokens)``, as for the cross-entropy.
-        batch: from :meth:`SoftLabels.batch`.
+        logits: ``(n, V)``.
+        targets: ``(n,)`` int64, the labels.
+        outcomes: ``(n, k)`` int64, from :meth:`SoftLabels.batch`, as the next two.
+        log_probs: ``(n, k)`` float32.
+        known: ``(n,)`` bool.
         vocabulary: ``(shared,)`` int64, the ids that distributions are over.
         temperature: ``T``.
         weight: ``w``, from 0 to 1.
     """
-    targets = labels[:, 1:]
-    counted = targets != IGNORED
-    scores = logits[:, :-1].float()
-    hard = torch.nn.functional.cross_entropy(scores.transpose(1, 2), targets, ignore_index=IGNORED, reduction="none")
-    known = batch[KNOWN][:, :-1] & counted
-    teacher = batch[LOG_PROBS][:, :-1][known]
-    student = (scores[known][:, vocabulary.to(scores.device)] / temperature).log_softmax(dim=-1)
-    student = student.gather(1, batch[OUTCOMES][:, :-1][known])
+    losses = cross_entropies(logits, targets)
+    teacher = log_probs[known]
+    student = (logits[known][:, vocabulary.to(logits.device)].float() / temperature).log_softmax(dim=-1)
+    student = student.gather(1, outcomes[known])
     divergence = (teacher.exp() * (teacher - student)).sum(dim=-1)
     if teacher.shape[-1] < len(vocabulary):
         tiny = torch.finfo(torch.float32).tiny
         rest = (1 - teacher.exp().sum(dim=-1)).clamp_min(tiny)
         other = (1 - student.exp().sum(dim=-1)).clamp_min(1e-7)  # of a float32 sum, less is rounding
         divergence = divergence + rest * (rest.log() - other.log())
-    return hard.sum() + weight * (temperature**2 * divergence.sum() - hard[known].sum())
+    mixed = (1 - weight) * losses[known] + weight * temperature**2 * divergence
+    return losses.masked_scatter(known, mixed)

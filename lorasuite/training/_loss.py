@@ -4,16 +4,31 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from torch import Tensor
 
 from lorasuite.data import IGNORED, Row, encode_rows
 from lorasuite.errors import NumericalError, Problem
+from lorasuite.training._head import LabelHead, cross_entropies, label_rows
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class LabelLogits(NamedTuple):
+    """What a model says at ``n`` positions that predict a label."""
+
+    examples: Tensor
+    """``(n,)`` int64, which example, on the CPU."""
+    positions: Tensor
+    """``(n,)`` int64, which token of it was read last; the label is the next one; on the CPU."""
+    targets: Tensor
+    """``(n,)`` int64, the labels, where the logits are."""
+    logits: Tensor
+    """``(n, V)``, in the model's dtype and on its device."""
 
 
 def validation_loss(
@@ -25,7 +40,8 @@ def validation_loss(
 ) -> float:
     """Mean loss in nats per label token over all rows, encoded as for training (so the EOS counts).
 
-    Every token weighs the same, whatever the batch it falls in.
+    Every token weighs the same, whatever the batch it falls in. It costs a forward pass without head, and the head at
+    the label positions.
 
     Args:
         model: on its device; its mode is restored.
@@ -39,9 +55,9 @@ def validation_loss(
         NumericalError: the loss is NaN or infinite.
     """
     total, count = 0.0, 0
-    for _, labels, logits in read_batches(model, encode_rows(rows, tokenizer, cutoff).examples, batch_size):
-        total += float(summed_loss(logits, labels))
-        count += int((labels[:, 1:] != IGNORED).sum())
+    for found in read_labels(model, encode_rows(rows, tokenizer, cutoff).examples, batch_size):
+        total += float(cross_entropies(found.logits, found.targets).double().sum())
+        count += len(found.targets)
     loss = total / count
     if not math.isfinite(loss):
         raise NumericalError(
@@ -50,29 +66,29 @@ def validation_loss(
     return loss
 
 
-def read_batches(
+def read_labels(
     model: PreTrainedModel | PeftModel, examples: Sequence[dict[str, list[int]]], batch_size: int
-) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor]]:
-    """What a model in evaluation mode makes of encoded examples, without gradients.
+) -> Iterator[LabelLogits]:
+    """What a model in evaluation mode says where encoded examples have labels, without gradients, some at a time.
 
     The longest come first: that pads least, and memory runs out at once or not at all.
-
-    Yields:
-        of each batch the positions of its examples, its labels ``(batch, tokens)`` and its logits
-        ``(batch, tokens, V)``.
     """
     device = next(model.parameters()).device
     order = sorted(range(len(examples)), key=lambda n: len(examples[n]["input_ids"]), reverse=True)
     training = model.training
     model.eval()
     try:
+        head = LabelHead(model)
         for start in range(0, len(order), batch_size):
             members = order[start : start + batch_size]
-            batch = {key: value.to(device) for key, value in collate([examples[n] for n in members]).items()}
-            labels = batch.pop("labels")
+            batch = collate([examples[n] for n in members])
+            at, positions, targets = label_rows(batch.pop("labels"))
             with torch.no_grad():
-                logits = model(**batch).logits
-            yield members, labels, logits
+                states = head.states({key: value.to(device) for key, value in batch.items()})
+            rows = states[at.to(states.device), positions.to(states.device)]
+            del states
+            for logits, *rest in head.chunks(rows, torch.tensor(members)[at], positions, targets):
+                yield LabelLogits(rest[0], rest[1], rest[2].to(logits.device), logits)
     finally:
         model.train(training)
 
@@ -88,16 +104,3 @@ def collate(examples: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]
         key: torch.tensor([example[key] + [value] * (width - len(example[key])) for example in examples])
         for key, value in fill.items()
     }
-
-
-def summed_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Summed next-token cross-entropy in nats, in float32.
-
-    Args:
-        logits: ``(batch, tokens, V)``.
-        labels: ``(batch, tokens)`` int64; those that are :data:`IGNORED` do not count.
-    """
-    loss: torch.Tensor = torch.nn.functional.cross_entropy(
-        logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum"
-    )
-    return loss

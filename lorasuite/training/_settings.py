@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 from typing_extensions import TypedDict
 
 
@@ -15,7 +15,9 @@ class FinetuneSettings(BaseModel):
 
     learning_rate: float = Field(1e-3, gt=0, description="peak learning rate")
     batch_size: int = Field(16, ge=1, description="rows per optimiser step")
-    micro_batch_size: int | None = Field(None, ge=1, description="rows per forward pass; None: batch_size")
+    micro_batch_size: PositiveInt | Literal["auto"] = Field(
+        "auto", description="most rows per forward pass; auto: batch_size, or as many as fit into memory"
+    )
     epochs: float = Field(3, gt=0, description="passes over the rows")
     max_steps: int | None = Field(None, ge=1, description="optimiser steps, in place of epochs")
     schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field(
@@ -27,8 +29,17 @@ class FinetuneSettings(BaseModel):
     max_grad_norm: float = Field(1.0, ge=0, description="0 switches clipping off")
     cutoff: int = Field(256, ge=2, description="tokens kept of an example")
     seed: int = Field(42, ge=0, lt=2**32, description="of data order and fresh weights; the migration's if unset")
-    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where the device has it")
-    gradient_checkpointing: bool = Field(False, description="less memory for more time")
+    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 on a GPU that has it, else fp32")
+    gradient_checkpointing: bool | Literal["auto"] = Field(
+        "auto", description="true, false or auto: less memory for more time; auto: where one row does not fit otherwise"
+    )
+    loraplus_lr_ratio: float | None = Field(
+        None, ge=1, description="LoRA+: learning rate of B over that of A (arXiv 2402.12354 suggests 16)"
+    )
+    liger: bool = Field(False, description="Liger's kernels in place of the model's own; on a GPU, lorasuite[liger]")
+    report_to: Literal["none", "tensorboard", "wandb", "trackio"] = Field(
+        "none", description="where losses are logged as well"
+    )
     distillation: float = Field(
         0.0, ge=0, le=1, description="weight of the divergence from the teacher's distributions, where there are any"
     )
@@ -37,7 +48,7 @@ class FinetuneSettings(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> FinetuneSettings:
-        if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
+        if self.micro_batch_size != "auto" and self.batch_size % self.micro_batch_size:
             raise ValueError(
                 f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}"
             )
@@ -78,4 +89,5 @@ class FinetuneResult(BaseModel):
     distilled: int = Field(description="rows trained on with the teacher's distributions")
     trainable_parameters: int
     precision: Literal["fp32", "bf16"]
+    micro_batch_size: int | None = Field(None, description="most rows of a forward pass; None: no step was made")
     resumed_from: int | None = Field(description="step of the checkpoint this call started from; None: from scratch")

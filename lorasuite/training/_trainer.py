@@ -1,12 +1,16 @@
-"""The training loop: ``transformers.Trainer``, silent, with soft labels, and stopped at the first bad loss."""
+"""The training loop: ``transformers.Trainer``, silent, its steps made of forward passes that fit, its loss checked."""
 
 from __future__ import annotations
 
+import functools
+import logging
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from lorasuite.data import IGNORED
@@ -14,12 +18,16 @@ from lorasuite.errors import NumericalError, Problem
 from lorasuite.progress import TrainingProgress
 from lorasuite.training._checkpoints import mark_complete
 from lorasuite.training._device import DevicePlan
-from lorasuite.training._distillation import KNOWN, LOG_PROBS, OUTCOMES, SoftLabels, distilled_loss
-from lorasuite.training._loss import collate, summed_loss
+from lorasuite.training._distillation import KNOWN, LOG_PROBS, OUTCOMES, SoftLabels, distilled_losses
+from lorasuite.training._head import LabelHead, cross_entropies, label_rows
+from lorasuite.training._loss import collate
+from lorasuite.training._passes import PASS_TOKENS, activation_bytes, free_memory, passes, rows_that_fit
 from lorasuite.training._settings import FinetuneSettings
 
 if TYPE_CHECKING:
     from peft import PeftModel
+
+logger = logging.getLogger(__name__)
 
 
 def build_trainer(
@@ -33,7 +41,7 @@ def build_trainer(
     after_epoch: Callable[[int], bool],
     pause_at: int | None = None,
 ) -> AdapterTrainer:
-    """A trainer of an adapter that reports to nobody and prints nothing.
+    """A trainer of an adapter that prints nothing.
 
     Args:
         wrapped: the model with its trainable adapter.
@@ -52,61 +60,177 @@ def build_trainer(
     # An AdaLoRA that was migrated has its ranks, and a schedule of one step.
     adaptive = config.peft_type == PeftType.ADALORA and config.total_step > 1
 
-    def collated(batch: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
-        return collate(batch) if soft_labels is None else collate(batch) | soft_labels.batch(batch)
-
     trainer = AdapterTrainer(
         model=wrapped,
         args=_arguments(settings, plan, work_dir, resumable=not adaptive),
         train_dataset=examples,
-        data_collator=collated,
+        data_collator=list,  # a step's rows; they are divided into forward passes before they are padded
         callbacks=[RunCallback(work_dir, progress, after_epoch, wrapped if adaptive else None, pause_at)],
+        settings=settings,
         soft_labels=soft_labels,
-        distillation=settings.distillation,
     )
     trainer.remove_callback(PrinterCallback)  # prints each log to standard output
-    if not trainer.model_accepts_loss_kwargs:
-        # Such a model averages over its micro-batch; summing here keeps accumulation equal to the full batch.
-        def token_mean(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor) -> torch.Tensor:
-            return summed_loss(outputs.logits, labels) / num_items_in_batch
-
-        trainer.compute_loss_func = token_mean
     return trainer
 
 
 class AdapterTrainer(Trainer):  # type: ignore[misc]
-    """The loss is distilled where there are soft labels, and must be finite; checkpoints hold the adapter alone."""
+    """Steps made of forward passes that fit; the head at label positions; a loss that must be finite.
 
-    def __init__(self, *, soft_labels: SoftLabels | None, distillation: float, **arguments: Any) -> None:
-        self._soft_labels, self._distillation = soft_labels, distillation
+    Checkpoints hold the adapter alone.
+
+    Attributes:
+        rows_per_pass: most rows of a forward pass; None before the first step.
+    """
+
+    #: A step's passes are normalised by the step's label tokens.
+    loss_is_scaled_for_ga = True
+
+    def __init__(self, *, settings: FinetuneSettings, soft_labels: SoftLabels | None, **arguments: Any) -> None:
+        self._settings, self._soft_labels = settings, soft_labels
+        self.rows_per_pass: int | None = None
         super().__init__(**arguments)
+        self._checkpointing = False
+        if settings.gradient_checkpointing is True:
+            self._checkpoint_activations()
+        config = self.model.active_peft_config
+        # What such a model adds to its own loss (AdaLoRA keeps its directions orthogonal, routers are balanced) is not
+        # in its logits: it takes that loss from the model, with all its logits.
+        text = self.model.config.get_text_config()
+        self._models_own = soft_labels is None and (
+            config.peft_type == "ADALORA" or bool(getattr(text, "output_router_logits", False))
+        )
+        self._head = LabelHead(self.model)
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        """The mean over the batch's label tokens of :func:`distilled_loss`, or without soft labels the model's own."""
-        soft = self._soft_labels
-        if soft is None:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        taught = {name: inputs.pop(name) for name in (OUTCOMES, LOG_PROBS, KNOWN)}
+    ) -> torch.Tensor:
+        """The loss of some of a step's rows, over ``num_items_in_batch`` label tokens: a share of the step's mean.
+
+        With soft labels it is :func:`distilled_losses`.
+        """
+        if self._models_own:
+            count = (inputs["labels"][:, 1:] != IGNORED).sum()
+            return model(**inputs).loss * (count / num_items_in_batch)  # type: ignore[no-any-return]
         labels = inputs.pop("labels")
-        outputs = model(**inputs)
-        count = (labels != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
-        summed = distilled_loss(outputs.logits, labels, taught, soft.vocabulary, soft.temperature, self._distillation)
-        return (summed / count, outputs) if return_outputs else summed / count
+        taught = [inputs.pop(name) for name in (OUTCOMES, LOG_PROBS, KNOWN) if name in inputs]
+        loss: Any = cross_entropies
+        if self._soft_labels is not None:
+            loss = functools.partial(
+                distilled_losses,
+                vocabulary=self._soft_labels.vocabulary,
+                temperature=self._soft_labels.temperature,
+                weight=self._settings.distillation,
+            )
+        at, positions, targets = label_rows(labels)
+        with self.accelerator.autocast():
+            states = self._head.states(inputs)
+            rows = states[at.to(states.device), positions.to(states.device)]
+            return self._head.map(rows, loss, targets, *(part[at, positions] for part in taught)).sum() / (
+                num_items_in_batch
+            )
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
-        """One forward and backward pass.
+        """The forward and backward passes of a step, fewer rows in each where memory runs out.
+
+        Args:
+            model: the adapted model.
+            inputs: the step's encoded rows.
+            num_items_in_batch: not used; a step's label tokens are counted here.
 
         Raises:
             NumericalError: the loss is NaN or infinite. The Trainer would log an average in its place and train on.
         """
-        loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
+        lengths = [len(row["input_ids"]) for row in inputs]
+        count = sum(label != IGNORED for row in inputs for label in row["labels"][1:])
+        while True:
+            try:
+                most = self._rows_that_fit()
+                parts = passes(lengths, most, PASS_TOKENS[self.args.device.type])
+                loss = torch.stack([self._pass(model, [inputs[n] for n in part], count) for part in parts]).sum()
+                break
+            except RuntimeError as error:
+                if not should_reduce_batch_size(error) or not self._take_less():
+                    raise
+            model.zero_grad()  # what the passes before it left
+            clear_device_cache(garbage_collection=True)
         if not torch.isfinite(loss):
             where = f"fine-tuning step {self.state.global_step + 1}"
             remedy = f"Lower the learning rate (now {self.args.learning_rate:g})"
             raise NumericalError([Problem(where, f"the loss is {float(loss)}", remedy)])
         return loss
+
+    def _pass(self, model: Any, rows: list[dict[str, list[int]]], count: int) -> torch.Tensor:
+        """One forward and backward pass; the rows' share of the step's loss, without gradient."""
+        batch = collate(rows) if self._soft_labels is None else collate(rows) | self._soft_labels.batch(rows)
+        loss: torch.Tensor = super().training_step(model, batch, torch.tensor(count, device=self.args.device))
+        return loss
+
+    def _rows_that_fit(self) -> int:
+        """Most rows of a forward pass, before the first step by what the longest row takes of the free memory."""
+        if self.rows_per_pass is not None:
+            return self.rows_per_pass
+        wanted, device = self._settings.micro_batch_size, self.args.device
+        if wanted != "auto" and self._settings.gradient_checkpointing != "auto":
+            self.rows_per_pass = wanted
+            return wanted
+        longest = max(self.train_dataset, key=lambda row: len(row["input_ids"]))
+        batch = self._prepare_inputs(collate([longest]))
+        del batch["labels"]
+        self.model.train()
+        fitting = 0
+        for _ in range(2):
+            fitting = rows_that_fit(activation_bytes(self._head, batch), free_memory(device))
+            if fitting or self._checkpointing or self._settings.gradient_checkpointing is False:
+                break
+            logger.info(
+                "a row's activations do not fit into the free memory: they are recomputed in each backward pass"
+            )
+            self._checkpoint_activations()
+        most = self._settings.batch_size if wanted == "auto" else wanted
+        while wanted == "auto" and most > max(fitting, 1):
+            most = math.ceil(most / 2)
+        self.rows_per_pass = most
+        return most
+
+    def _take_less(self) -> bool:
+        """Halve the rows of a pass after memory ran out, and of one row recompute the activations; False: no less."""
+        if self.rows_per_pass is not None and self.rows_per_pass > 1 and self._settings.micro_batch_size == "auto":
+            self.rows_per_pass = math.ceil(self.rows_per_pass / 2)
+            logger.info("out of memory: at most %d rows in a forward pass", self.rows_per_pass)
+            return True
+        if self._settings.gradient_checkpointing == "auto" and not self._checkpointing:
+            self._checkpoint_activations()
+            logger.info("out of memory: activations are recomputed in each backward pass")
+            return True
+        return False
+
+    def _checkpoint_activations(self) -> None:
+        """Keep only each block's input for the backward pass."""
+        base = self.model.get_base_model()
+        # Re-entrant checkpointing needs inputs that require gradients; a frozen base's embeddings do not.
+        getattr(base, "activation_checkpointing_enable", base.gradient_checkpointing_enable)({"use_reentrant": False})
+        self._checkpointing = True
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """AdamW; with ``loraplus_lr_ratio`` LoRA+'s, whose learning rate of B is a multiple of that of A."""
+        ratio = self._settings.loraplus_lr_ratio
+        if ratio is None or self.optimizer is not None:
+            return super().create_optimizer(model)
+        from peft.optimizers import create_loraplus_optimizer
+
+        kind, arguments = self.get_optimizer_cls_and_kwargs(self.args)
+        self.optimizer = create_loraplus_optimizer(
+            self.model,
+            kind,
+            loraplus_lr_ratio=ratio,
+            loraplus_weight_decay=self.args.weight_decay,
+            **arguments,
+        )
+        return self.optimizer
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Not estimated: a step's rows are no tensors yet."""
+        return 0
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the adapter as it is; PEFT's default looks for the base on the Hub at every checkpoint."""
@@ -169,16 +293,10 @@ def _arguments(settings: FinetuneSettings, plan: DevicePlan, work_dir: Path, *, 
     """
     saving = "steps" if settings.checkpoint_steps else "epoch"
     warmup: float = settings.warmup_steps or settings.warmup_ratio
-    checkpointing: dict[str, Any] = {}
-    if settings.gradient_checkpointing:
-        kind = "activation" if hasattr(TrainingArguments, "activation_checkpointing") else "gradient"
-        # Re-entrant checkpointing needs inputs that require gradients; a frozen base's embeddings do not.
-        checkpointing = {f"{kind}_checkpointing": True, f"{kind}_checkpointing_kwargs": {"use_reentrant": False}}
     arguments = TrainingArguments(
         output_dir=str(work_dir),
         use_cpu=plan.device.type == "cpu",
-        per_device_train_batch_size=plan.micro_batch,
-        gradient_accumulation_steps=plan.accumulation,
+        per_device_train_batch_size=settings.batch_size,
         learning_rate=settings.learning_rate,
         lr_scheduler_type=settings.schedule,
         warmup_steps=warmup,
@@ -190,14 +308,15 @@ def _arguments(settings: FinetuneSettings, plan: DevicePlan, work_dir: Path, *, 
         data_seed=settings.seed,
         bf16=plan.bf16,
         optim="adamw_torch",
-        **checkpointing,
+        use_liger_kernel=settings.liger,
+        liger_kernel_config={"cross_entropy": False, "fused_linear_cross_entropy": False} if settings.liger else None,
         logging_strategy="steps",
         logging_steps=1,
         logging_nan_inf_filter=False,
         save_strategy=saving if resumable else "no",
         save_steps=settings.checkpoint_steps or 500,
         save_total_limit=2,  # the newest is not yet marked complete when the Trainer removes old ones
-        report_to="none",
+        report_to=settings.report_to,
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=plan.device.type == "cuda",

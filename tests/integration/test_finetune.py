@@ -216,8 +216,10 @@ def test_refusals(tmp_path):
         tune(tmp_path, lora=tiny_lora(target_modules=["query_key_value"]))
     with pytest.raises(AdapterError, match=r"holds no adapter_config\.json"):
         tune(tmp_path, adapter=tmp_path, lora=None)
-    with pytest.raises(ConfigError, match="precision bf16"):
-        tune(tmp_path, settings=SETTINGS.model_copy(update={"precision": "bf16"}))
+    with pytest.raises(ConfigError, match=r"finetune\.liger: needs a GPU"):
+        tune(tmp_path, settings=SETTINGS.model_copy(update={"liger": True}))
+    with pytest.raises(ConfigError, match="trackio: is not installed"):
+        tune(tmp_path, settings=SETTINGS.model_copy(update={"report_to": "trackio"}))
     with pytest.raises(ConfigError, match="not supported for training"):
         tune(tmp_path, device="meta")
     (tmp_path / "there").mkdir()

@@ -9,7 +9,15 @@ import torch
 from torch.nn import functional
 
 from lorasuite.data import IGNORED, Row, encode_rows
-from lorasuite.training import FinetuneSettings, SoftLabels, collate, distilled_loss, finetune, soft_labels
+from lorasuite.training import (
+    FinetuneSettings,
+    SoftLabels,
+    collate,
+    distilled_losses,
+    finetune,
+    label_rows,
+    soft_labels,
+)
 from tests.integration.tiny import digit_rows, tiny_lora, tiny_model, tiny_tokenizer
 
 
@@ -17,6 +25,18 @@ def pairing(size: int, shift: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids of one tokenizer beside themselves, or rotated by ``shift`` in the new vocabulary."""
     ids = torch.arange(size)
     return ids, (ids + shift) % size
+
+
+def distilled(
+    logits: torch.Tensor, labels: torch.Tensor, batch: dict[str, torch.Tensor], vocabulary: torch.Tensor,
+    temperature: float, weight: float,
+) -> torch.Tensor:  # fmt: skip
+    """The summed loss of all labels."""
+    at, positions, targets = label_rows(labels)
+    taught = [batch[name][at, positions] for name in ("teacher_outcomes", "teacher_log_probs", "teacher_known")]
+    return distilled_losses(
+        logits[at, positions], targets, *taught, vocabulary=vocabulary, temperature=temperature, weight=weight
+    ).sum()
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
@@ -28,7 +48,7 @@ def test_full_distributions_equal_the_dense_loss(temperature: float) -> None:
     batch = collate(examples)
     labels = batch.pop("labels")
     logits, target = student(**batch).logits, teacher(**batch).logits
-    found = distilled_loss(logits, labels, soft.batch(examples), soft.vocabulary, temperature, 0.3)
+    found = distilled(logits, labels, soft.batch(examples), soft.vocabulary, temperature, 0.3)
     used = labels[:, 1:] != IGNORED
     hard = functional.cross_entropy(
         logits[:, :-1].transpose(1, 2), labels[:, 1:], ignore_index=IGNORED, reduction="sum"
@@ -48,7 +68,7 @@ def test_cut_distributions_bound_the_divergence_and_vanish_for_the_teacher_itsel
     def divergence(model: torch.nn.Module, top: int) -> float:
         soft = soft_labels(teacher, tokenizer, rows, pairing(len(tokenizer)), top=top)
         logits = model(**batch).logits
-        return float(distilled_loss(logits, labels, soft.batch(examples), soft.vocabulary, 1.0, 1.0).detach())
+        return float(distilled(logits, labels, soft.batch(examples), soft.vocabulary, 1.0, 1.0).detach())
 
     full = divergence(student, len(tokenizer))
     assert 0 < divergence(student, 2) < divergence(student, 8) < full
@@ -74,7 +94,7 @@ def test_rows_are_known_by_their_tokens_in_the_new_vocabulary() -> None:
     batch = old.batch([stranger])
     logits = torch.randn(1, 3, 40)
     plain = functional.cross_entropy(logits[0, :-1], torch.tensor([2, 3]), reduction="sum")
-    found = distilled_loss(logits, torch.tensor([stranger["labels"]]), batch, old.vocabulary, 1.0, 0.9)
+    found = distilled(logits, torch.tensor([stranger["labels"]]), batch, old.vocabulary, 1.0, 0.9)
     assert float(found) == pytest.approx(float(plain), rel=1e-6)
 
 
@@ -85,8 +105,8 @@ def test_finetuning_distils(tmp_path: Path) -> None:
     examples = encode_rows(rows, tokenizer).examples
     batch = collate(examples)
     labels = batch.pop("labels")
-    expected = distilled_loss(student(**batch).logits, labels, soft.batch(examples), soft.vocabulary, 1.0, 1.0)
-    for name, micro in (("whole", None), ("parts", 2)):
+    expected = distilled(student(**batch).logits, labels, soft.batch(examples), soft.vocabulary, 1.0, 1.0)
+    for name, micro in (("whole", "auto"), ("parts", 2)):
         tuning = FinetuneSettings(
             batch_size=8, micro_batch_size=micro, epochs=12, learning_rate=3e-2, distillation=1.0, precision="fp32"
         )
