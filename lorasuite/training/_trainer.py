@@ -125,9 +125,8 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         with self.accelerator.autocast():
             states = self._head.states(inputs)
             rows = states[at.to(states.device), positions.to(states.device)]
-            return self._head.map(rows, loss, targets, *(part[at, positions] for part in taught)).sum() / (
-                num_items_in_batch
-            )
+            losses = self._head.map(rows, loss, targets, *(part[at, positions] for part in taught))
+            return losses.sum() / num_items_in_batch  # type: ignore[no-any-return]
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """The forward and backward passes of a step, fewer rows in each where memory runs out.
@@ -211,22 +210,19 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         getattr(base, "activation_checkpointing_enable", base.gradient_checkpointing_enable)({"use_reentrant": False})
         self._checkpointing = True
 
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+    def create_optimizer(self, model: Any = None) -> Any:
         """AdamW; with ``loraplus_lr_ratio`` LoRA+'s, whose learning rate of B is a multiple of that of A."""
         ratio = self._settings.loraplus_lr_ratio
-        if ratio is None or self.optimizer is not None:
-            return super().create_optimizer(model)
-        from peft.optimizers import create_loraplus_optimizer
+        if ratio is not None:
+            from peft.optimizers import create_loraplus_optimizer
 
-        kind, arguments = self.get_optimizer_cls_and_kwargs(self.args)
-        self.optimizer = create_loraplus_optimizer(
-            self.model,
-            kind,
-            loraplus_lr_ratio=ratio,
-            loraplus_weight_decay=self.args.weight_decay,
-            **arguments,
-        )
-        return self.optimizer
+            kind, named = self.get_optimizer_cls_and_kwargs(self.args)
+            decay = self.args.weight_decay
+            self.optimizer: Any = create_loraplus_optimizer(
+                self.model, kind, loraplus_lr_ratio=ratio, loraplus_weight_decay=decay, **named
+            )
+            return self.optimizer
+        return super().create_optimizer(model)
 
     def floating_point_ops(self, inputs: Any) -> int:
         """Not estimated: a step's rows are no tensors yet."""
