@@ -25,6 +25,8 @@ from tests.s3 import bucket
 ROOT = Path(__file__).parents[2]
 ENTRYPOINT = "flows/migrate_adapter.py:migrate_adapter"
 PAIR = ["vocabulary", "transfer_matrices", "activations", "similarity", "layer_mapping", "head_mapping"]
+#: Stages of one adapter, in the order in which they are computed.
+OWN = ("transform", "split", "finetune", "evaluate", "serving")
 LFT = {"finetune": {"batch_size": 4, "epochs": 1}, "evaluation": {"generate": False}, "controls": False}
 
 
@@ -129,7 +131,7 @@ def undisturbed(mother: Mother, small: Small, tmp_path_factory: pytest.TempPathF
     root = tmp_path_factory.mktemp("undisturbed")
     child = mother.start(root / "home", root, config(small, root / "out"))
     record = child.record()
-    assert {row["stage"] for row in record["timings"]} == {*PAIR, "transform", "finetune", "evaluate", "serving"}
+    assert {row["stage"] for row in record["timings"]} == {*PAIR, *OWN}
     return root / "home", root / "out"
 
 
@@ -183,7 +185,7 @@ def test_killed_in_each_stage_in_turn(
     """Every process takes up what the one before was killed in, and is itself killed in the next stage."""
     home, settings = tmp_path / "home", config(small, tmp_path / "out")
     before: str | None = None
-    for victim in [*PAIR, "transform", "finetune", "evaluate", "serving", "publish"]:
+    for victim in [*PAIR, *OWN, "publish"]:
         child = mother.start(home, tmp_path, settings, kill=victim)
         child.wait()
         assert not child.out.exists() and not (tmp_path / "out").exists()
