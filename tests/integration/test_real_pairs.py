@@ -302,5 +302,5 @@ def check_mlp(
         else:
             through = pinv_times(weight, update.B)  # pinv(U_o)·B
             expected = LowRank(target @ W.backward(through), W.forward(update.A))
-        difference = LowRank.sum([moved, expected.scaled(-1)])
+        difference = LowRank.sum([moved, expected.scaled(-1.0)])
         assert difference.norm() < 1e-4 * expected.norm()
