@@ -98,7 +98,7 @@ def test_every_section_says_what_it_is_for() -> None:
         "Needs fine-tuning", "share of the lead kept", "gain over the bare new base", "right before and wrong now",
         "90 %", "Bits per byte", "boolq", "18 that the old base with its adapter got right are wrong now",
         "functional", "diverged", "none (bare new base)", "learning rate 0.01", "CKA of each of 2 old layers",
-        "1 → 2", "mean over modules", "In sample, over 512 aligned positions", "no gate projection",
+        "1 → 2", "mean over modules", "Over 512 aligned positions", "no gate projection",
         "DoRA is not supported", "cached", "finetune migrated", "lorasuite migrate --adapter org/mirror",
         "1" * 64, "torch 2.13.0", "the chat template differs", "new layers 1 have no partner",
     ):  # fmt: skip
