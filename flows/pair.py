@@ -17,7 +17,7 @@ from flows.context import Context
 from lorasuite.bases import ATTENTION, Checkpoint, Role, digest_json
 from lorasuite.correspondence import FUNCTIONAL, ORTHOGONAL, End, HeadMaps, MapKind
 from lorasuite.planning import PairSettings
-from lorasuite.transforms import Input, LayerTransform, transform
+from lorasuite.transforms import AlignedTransform, Input, transform
 from tasks.pair_stages import (
     activations,
     alignment,
@@ -174,7 +174,7 @@ class Pair:
 
     def _alignment(self, chosen: Any) -> dict[str, Ref]:
         """The maps of the spaces that mapped modules read and write, for a transform; nothing without texts."""
-        if self.texts is None or not isinstance(chosen, LayerTransform):
+        if self.texts is None or not isinstance(chosen, AlignedTransform):
             return {}
         own: dict[End, tuple[MapKind, ...]] = {
             end: tuple(kind for kind in [chosen.maps[end]] if kind not in shared) if end in chosen.maps else ()

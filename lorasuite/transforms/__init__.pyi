@@ -4,6 +4,7 @@ from ._migration import Migrated, initialise, migrate
 from ._options import Unmapped
 from ._protocol import (
     LAYER_INPUTS,
+    AlignedTransform,
     FittedUpdates,
     Input,
     LayerPair,
@@ -15,6 +16,7 @@ from ._registry import AnyTransform, map_kind, names, register, transform
 
 __all__ = [
     "LAYER_INPUTS",
+    "AlignedTransform",
     "AnyTransform",
     "FittedUpdates",
     "Input",

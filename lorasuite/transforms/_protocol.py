@@ -9,7 +9,6 @@ import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from types import MappingProxyType
 from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Float, Float64
@@ -111,11 +110,6 @@ class LayerTransform(Transform, Protocol):
     #: Whether every row of an update stays at its own place, so that magnitudes and biases do, too, and do not go with
     #: the mapped heads.
     keeps_places: bool = False
-    #: The kinds of map that it reads of what projections read and of what they write, where it declares
-    #: :attr:`Input.ALIGNMENT`. A kind of its own is a function of the sums over one space's rows
-    #: (:class:`lorasuite.correspondence.MapKind`), evaluated once a pair while the sums are at hand: no transform sees
-    #: sums or rows.
-    maps: Mapping[End, MapKind] = MappingProxyType({})
 
     def weights(self, updated: Sequence[Role]) -> Sequence[Role]:
         """The roles whose base weights it looks at to move updates of the roles ``updated``."""
@@ -128,6 +122,16 @@ class LayerTransform(Transform, Protocol):
             updates: the old layer's, ``(out, in)`` of the old weights, float64. A role that the new layer lacks may be
                 among them; what is given back for it is dropped.
         """
+
+
+@runtime_checkable
+class AlignedTransform(LayerTransform, Protocol):
+    """A layer transform that looks at activations: it declares :attr:`Input.ALIGNMENT`, and which maps it reads."""
+
+    #: The kinds of map of what projections read and of what they write. A kind of its own is a function of the sums
+    #: over one space's rows (:class:`lorasuite.correspondence.MapKind`), evaluated once a pair while the sums are at
+    #: hand: no transform sees sums or rows.
+    maps: Mapping[End, MapKind]
 
 
 @runtime_checkable

@@ -17,7 +17,7 @@ from typing import TypeVar
 
 from lorasuite.correspondence import MapKind
 from lorasuite.errors import ConfigError, Problem, did_you_mean
-from lorasuite.transforms._protocol import LayerTransform, ModelTransform
+from lorasuite.transforms._protocol import AlignedTransform, LayerTransform, ModelTransform
 
 GROUP = "lorasuite.transforms"
 
@@ -92,7 +92,7 @@ def map_kind(name: str) -> MapKind:
         ConfigError: if none declares it, or two declare different ones.
     """
     _load()
-    declared = [one.maps.values() for one in _REGISTRY.values() if isinstance(one, LayerTransform)]
+    declared = [one.maps.values() for one in _REGISTRY.values() if isinstance(one, AlignedTransform)]
     found = {kind for kinds in declared for kind in kinds if kind.name == name}
     if len(found) != 1:
         what = f"is declared by {'no transform' if not found else 'transforms with different formulas'}"

@@ -15,12 +15,12 @@ from torch import Tensor
 from lorasuite.adapters import LowRank
 from lorasuite.bases import Role
 from lorasuite.correspondence import ORTHOGONAL, End, MapKind, SpaceMap
-from lorasuite.transforms._protocol import Input, LayerPair, LayerTransform
+from lorasuite.transforms._protocol import AlignedTransform, Input, LayerPair
 from lorasuite.transforms._registry import register
 
 
 @register
-class Procrustes(LayerTransform):
+class Procrustes(AlignedTransform):
     """Each module's own pair of orthogonal maps, from activations."""
 
     name = "procrustes"
