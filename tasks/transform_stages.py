@@ -54,7 +54,7 @@ class TransformSettings(OutputSettings):
     seed: int
 
 
-@stage("transform", version=3)
+@stage("transform", version=4)
 def transform(inputs: TransformInputs, settings: TransformSettings, where: Where) -> StageOutput:
     """The adapter moved to the new base, layer by layer."""
     METER.reset()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -50,16 +51,16 @@ def move_embeddings(
         rows = new.shape(vocabulary_weight(new, target))[0]
         if path in adapter.contents.updates:
             update = adapter.update(path, old)
-            B = torch.zeros(rows, update.rank, dtype=torch.float64)
-            B[common.new] = update.B[common.old]
-            result.updates[target] = LowRank(B, transfer.forward(update.A) * scale)
-            result.carried.append(_carried(target, "LoRA", len(common), update.shape[0]))
+            if _account(result, path, target, "LoRA", update.B, common):
+                B = torch.zeros(rows, update.rank, dtype=torch.float64)
+                B[common.new] = update.B[common.old]
+                result.updates[target] = LowRank(B, transfer.forward(update.A) * scale)
         if path in adapter.contents.saved:
             change = adapter.extra(adapter.contents.saved[path]) - old.tensor(vocabulary_weight(old, path)).double()
-            whole = new.tensor(vocabulary_weight(new, target)).double()
-            whole[common.new] += transfer.forward(change[common.old]) * scale
-            result.extras.saved[target] = whole.float()
-            result.carried.append(_carried(target, "modules_to_save", len(common), change.shape[0]))
+            if _account(result, path, target, "modules_to_save", change, common):
+                whole = new.tensor(vocabulary_weight(new, target)).double()
+                whole[common.new] += transfer.forward(change[common.old]) * scale
+                result.extras.saved[target] = whole.float()
     for path, target, name, ids in _tokens_by_place(adapter, old, new, result):
         scale = _scale(old, new) if target == new.architecture.embedding else 1.0
         _move_tokens(result, target, adapter.extra(name), ids, common, transfer, scale, old, new, path)
@@ -95,6 +96,37 @@ def _carried(path: str, what: str, rows: int, of: int) -> dict[str, object]:
     return {"module": path, "what": what, "rows": rows, "of": of}
 
 
+def _account(
+    result: Embeddings, path: str, target: str, what: str, change: Float64[Tensor, "V _"], common: CommonTokens
+) -> bool:
+    """Say how many of the rows that training changed are carried, and which have no token to go to.
+
+    Rows of the latter are tokens of the old vocabulary alone, or tokens of the adapter's own in the spare rows of a
+    padded embedding.
+
+    Returns:
+        whether any is carried: an embedding without would be the new base's own.
+    """
+    changed = (change != 0).any(dim=1)
+    shared = torch.zeros_like(changed)
+    shared[common.old] = True
+    kept, of = int((changed & shared).sum()), int(changed.sum())
+    lost = (changed & ~shared).nonzero()[:, 0].tolist()
+    if lost:
+        result.dropped.append(_not_shared(path, lost, of))
+    elif not of:
+        result.dropped.append({"module": path, "why": f"{what}: every row is the old base's own"})
+    if kept:
+        result.carried.append(_carried(target, what, kept, of))
+    return bool(kept)
+
+
+def _not_shared(path: str, lost: Sequence[int], of: int) -> dict[str, str]:
+    """What is said of trained tokens that the new vocabulary has no place for."""
+    why = f"{len(lost)} of its {of} trained tokens are not in the new vocabulary, such as id {lost[0]}"
+    return {"module": path, "why": why}
+
+
 def _move_tokens(
     result: Embeddings,
     target: str,
@@ -111,8 +143,7 @@ def _move_tokens(
     kept = [(row, id_, partner[id_]) for row, id_ in enumerate(ids) if id_ in partner]
     lost = [id_ for id_ in ids if id_ not in partner]
     if lost:
-        why = f"{len(lost)} of its {len(ids)} trained tokens are not in the new vocabulary, such as id {lost[0]}"
-        result.dropped.append({"module": path, "why": why})
+        result.dropped.append(_not_shared(path, lost, len(ids)))
     if not kept:
         return
     before = old.tensor(vocabulary_weight(old, path))

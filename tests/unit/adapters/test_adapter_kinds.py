@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from lorasuite.adapters import (
     CONFIG,
@@ -123,6 +124,41 @@ def test_embedding_changes_go_with_their_tokens(made: Callable[..., Any], base: 
                 expected[119 - models.words(120).index(token)] = change[id_]
             torch.testing.assert_close(there, expected, rtol=1e-4, atol=1e-5)
         assert [row["rows"] for row in moved.carried] == [96, 96]
+
+
+@pytest.mark.parametrize("kind", ["LoRA", "modules_to_save"])
+@pytest.mark.parametrize("trained", [(90, 93), (5, 93), ()])
+def test_tokens_trained_in_spare_rows_are_dropped_and_named(
+    kind: str, trained: tuple[int, ...], base: Callable[..., Path], tmp_path: Path
+) -> None:
+    """An old base of 96 rows and 90 tokens: what was trained in the rows behind has no token to go to, and what is
+    written is no copy of the new base's embedding."""
+    old = base("llama", tokens=tuple(models.words(90)))
+    new = base("llama", seed=7, vocab=120, tokens=tuple(models.words(110)))
+    parts = {"target_modules": ["q_proj", "embed_tokens"]} if kind == "LoRA" else {"modules_to_save": ["embed_tokens"]}
+    path = kinds.build(kinds.Kind(kinds.lora(**parts), ""), tmp_path / "adapter", old)
+    file = path / "adapter_model.safetensors"
+    state = load_file(file)
+    keep = torch.zeros(96, dtype=torch.bool)
+    keep[list(trained)] = True
+    for name, tensor in state.items():
+        if name.endswith("embed_tokens.lora_embedding_A"):
+            state[name] = torch.where(keep, tensor, 0.0)
+        elif name.endswith("embed_tokens.weight"):
+            state[name] = torch.where(keep[:, None], tensor, Checkpoint(old).embedding())
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, file, {"format": "pt"})
+    moved = move(opened(path), old, new)
+    found = [d["why"] for d in moved.dropped if d["module"] == "model.embed_tokens"]
+    counted = [(row["module"], row["rows"], row["of"]) for row in moved.carried]
+    written = "model.embed_tokens" in {*moved.updates, *moved.extras.saved}
+    if not trained:
+        assert found == [f"{kind}: every row is the old base's own"] and counted == [] and not written
+    elif 5 in trained:
+        assert found == ["1 of its 2 trained tokens are not in the new vocabulary, such as id 93"]
+        assert counted == [("model.embed_tokens", 1, 2)] and written
+    else:
+        assert found == ["2 of its 2 trained tokens are not in the new vocabulary, such as id 90"]
+        assert counted == [] and not written
 
 
 def test_trained_tokens_without_a_counterpart_are_dropped_and_named(
