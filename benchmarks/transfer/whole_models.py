@@ -94,7 +94,7 @@ def neighbours(lab: Lab, roles: Sequence[Role], count: int = 8, kept: int = 128)
     """The state map with the ridge's own error at the nearest general positions added back."""
     known, new = state_map(lab, roles), lab.new.loaded
     batches = text_batches(lab.general.texts, lab.old.loaded, new, 256)
-    inputs = known.features.standardise(known.features.of(batches))
+    inputs = known.features.states(batches)
     whole = torch.cat(inputs)
     basis = torch.linalg.eigh(whole.T @ whole)[1][:, -kept:]
     rows = whole @ basis

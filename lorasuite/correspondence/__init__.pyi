@@ -23,6 +23,7 @@ from ._state_map import (
     StateMap,
     learn_state_map,
     modules_of_roles,
+    reader,
     state_map_tensors,
 )
 from ._transfer_matrix import (
@@ -84,6 +85,7 @@ __all__ = [
     "pack",
     "polar",
     "pseudo_inverse",
+    "reader",
     "reduced_rank",
     "ridge",
     "ridge_factor",

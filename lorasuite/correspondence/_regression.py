@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float64
+from jaxtyping import Float, Float64
 from torch import Tensor
 
 from lorasuite.adapters import LowRank
@@ -27,39 +27,44 @@ class TargetSums:
     """
 
     rows: int
-    xy: Float64[Tensor, "a b"]
-    y: Float64[Tensor, " b"]
-    square: Float64[Tensor, ""]
+    xy: Float[Tensor, "a b"]
+    y: Float[Tensor, " b"]
+    square: Float[Tensor, ""]
 
     @classmethod
-    def empty(cls, a: int, b: int) -> TargetSums:
-        """Of no row yet."""
-        return cls(0, zeros(a, b), zeros(b), zeros())
+    def empty(
+        cls, a: int, b: int, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float64
+    ) -> TargetSums:
+        """Of no row yet; on the device where its rows will be, in their dtype."""
+        xy, y, square = (torch.zeros(shape, dtype=dtype, device=device) for shape in ((a, b), (b,), ()))
+        return cls(0, xy, y, square)
 
-    def add(self, x: Float64[Tensor, "n a"], y: Float64[Tensor, "n b"]) -> None:
-        """Add rows."""
+    def add(self, x: Float[Tensor, "n a"], y: Float[Tensor, "n b"]) -> None:
+        """Add rows, in the sums' dtype and where they are."""
         self.rows += x.shape[0]
-        self.xy += x.T @ y
+        self.xy.addmm_(x.T, y)
         self.y += y.sum(0)
-        self.square += (y * y).sum()
+        self.square += y.square().sum()
 
 
 @dataclass
 class RegressionSums(TargetSums):
     """The same with the inputs' ``xᵀx``: all that a least-squares fit of ``y`` needs, and how well it does."""
 
-    xx: Float64[Tensor, "a a"]
+    xx: Float[Tensor, "a a"]
 
     @classmethod
-    def empty(cls, a: int, b: int, device: str | torch.device = "cpu") -> RegressionSums:
-        """Of no row yet; on the device where its rows will be."""
-        xy, y, square, xx = (zeros(*shape).to(device) for shape in ((a, b), (b,), (), (a, a)))
-        return cls(0, xy, y, square, xx)
+    def empty(
+        cls, a: int, b: int, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float64
+    ) -> RegressionSums:
+        """Of no row yet; on the device where its rows will be, in their dtype."""
+        of = TargetSums.empty(a, b, device, dtype)
+        return cls(0, of.xy, of.y, of.square, torch.zeros(a, a, dtype=dtype, device=device))
 
-    def add(self, x: Float64[Tensor, "n a"], y: Float64[Tensor, "n b"]) -> None:
-        """Add rows."""
+    def add(self, x: Float[Tensor, "n a"], y: Float[Tensor, "n b"]) -> None:
+        """Add rows, in the sums' dtype and where they are."""
         super().add(x, y)
-        self.xx += x.T @ x
+        self.xx.addmm_(x.T, x)
 
     def least_squares(self) -> tuple[Float64[Tensor, "a b"], float]:
         """The minimum-norm map ``(a, b)``, and the share of ``Σ‖y‖²`` that it leaves, at least 0."""
@@ -70,13 +75,9 @@ class RegressionSums(TargetSums):
         return matrix, max(error, 0.0) / total
 
     def reduced_rank(self, rank: int) -> tuple[LowRank, float]:
-        """:func:`reduced_rank` of these sums."""
-        return reduced_rank(self.xx, self.xy, self.square, rank=rank)
-
-
-def zeros(*shape: int) -> Tensor:
-    """A float64 sum of nothing yet, on the CPU."""
-    return torch.zeros(shape, dtype=torch.float64)
+        """:func:`reduced_rank` of these sums, in float64 on the CPU."""
+        xx, xy, square = (part.double().cpu() for part in (self.xx, self.xy, self.square))
+        return reduced_rank(xx, xy, square, rank=rank)
 
 
 def penalty(xx: Float64[Tensor, "a a"], strength: float, width: int | None = None) -> Float64[Tensor, ""]:
@@ -143,13 +144,17 @@ def reduced_rank(
         the update (``B (out, rank)``, ``A (rank, in)``, float64), and the share of ``‖R‖²`` that it leaves.
     """
     lower = ridge_factor(xx, FIT_RIDGE)
-    # With G = LLᵀ the penalised loss is ‖Lᵀ(W − W*)‖²: the best W of low rank is an SVD cut of LᵀW* = L⁻¹XᵀR.
+    # With G = LLᵀ the penalised loss is ‖Lᵀ(W − W*)‖²: the best W of low rank is an SVD cut of LᵀW* = L⁻¹XᵀR, here by
+    # the eigenvectors of the smaller Gram matrix.
     whitened = torch.linalg.solve_triangular(lower, xr, upper=False)
-    u, s, vh = torch.linalg.svd(whitened, full_matrices=False)
-    keep = min(rank, s.numel())
-    root = s[:keep].sqrt()
-    A = (torch.linalg.solve_triangular(lower.T, u[:, :keep], upper=True) * root).T
-    update = LowRank((vh[:keep] * root[:, None]).T.contiguous(), A.contiguous())
+    wide = whitened.shape[0] < whitened.shape[1]
+    values, vectors = torch.linalg.eigh(whitened @ whitened.T if wide else whitened.T @ whitened)
+    kept = vectors[:, -rank:].flip(1)
+    root = values[-rank:].flip(0).clamp(min=values[-1] * 1e-30 + torch.finfo(values.dtype).tiny).sqrt().sqrt()
+    left, right = (kept, whitened.T @ kept) if wide else (whitened @ kept, kept)
+    left, right = (left * root, right / root) if wide else (left / root, right * root)
+    A = torch.linalg.solve_triangular(lower.T, left, upper=True).T
+    update = LowRank(right.contiguous(), A.contiguous())
     moved = update.A @ xr  # (rank, out)
     inner = float((moved * update.B.T).sum())
     energy = float(((update.A @ xx @ update.A.T) * (update.B.T @ update.B)).sum())

@@ -27,6 +27,8 @@ TEXTS_AT_ONCE = 16
 ROWS_AT_ONCE = 8192
 #: Features of an old state at most (the state map's), see :mod:`lorasuite.correspondence`.
 FEATURES = 2048
+#: Directions of them that are kept.
+DIRECTIONS = 768
 
 
 def pair_costs(old: Shape, new: Shape, work: Work) -> list[Cost]:
@@ -178,20 +180,20 @@ def alignment(old: Shape, new: Shape, work: Work) -> Cost:
 
 
 def state_map(old: Shape, new: Shape, work: Work) -> Cost:
-    """One pass of each base, and for each new block ridge maps from F features of old states to what it reads and
-    writes: ``2·N·F²`` for the features, ``2·N·F·w + 2·F²·w`` for spaces of w columns together.
+    """One pass of each base, and for each new block ridge maps from k coordinates of F features of old states: to its
+    stream, to what q and up read, to what o writes, and ``down`` where a norm follows it. ``12·N·F·k`` for the
+    coordinates, ``2·N·k·w`` for spaces of w columns together.
 
-    At 8B with F = 2,048: 32 blocks of 53,000 columns, 7.0 GB of maps in half precision.
+    At 8B with F = 2,048 and k = 768: 32 blocks of 20,480 columns, 1.0 GB of maps in half precision.
     """
     features = min(FEATURES, sum(2 * old.dims.hidden_size + old.dims.intermediate_size for _ in range(old.dims.layers)))
-    roles = [
-        role for group in (tuple(ATTENTION), ("gate", "up", "down")) for role in group if set(group) & set(work.roles)
-    ]
-    columns = 2 * new.dims.hidden_size + sum(new.dims.rows(role) for role in roles if role in new.roles)
+    kept = min(DIRECTIONS, features, int(work.positions))
+    groups = sum(bool(set(group) & set(work.roles)) for group in (tuple(ATTENTION), ("gate", "up", "down")))
+    columns = (1 + 2 * groups) * new.dims.hidden_size
     layers, tokens = new.dims.layers, work.positions
-    sums = Ops(double=2 * tokens * features * (features + layers * columns) + 2 * features**2 * layers * columns)
-    disk = FLOAT * layers * features * columns
-    held = DOUBLE * (2 * tokens * features + features**2 + 2 * features * columns)
+    sums = Ops(single=2 * tokens * kept * (6 * features + layers * columns), svd=kept**3)
+    disk = HALF * (layers * kept * columns + features * kept)
+    held = FLOAT * (3 * tokens * features + 2 * kept * columns)
     block = work.held(max(_streaming(old, work), _streaming(new, work)), held + _states(old, work) + _states(new, work))
     both = _reading(old, work) + _reading(new, work)
     return Cost("state_map", both + sums + Ops(written=disk), **block, disk=disk)

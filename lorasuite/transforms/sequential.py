@@ -22,9 +22,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float64
+from jaxtyping import Float
 from torch import Tensor
 
+from lorasuite.adapters import LowRank
 from lorasuite.bases import (
     ActivationRecorder,
     LayerStream,
@@ -35,7 +36,16 @@ from lorasuite.bases import (
     text_batches,
     unpaired,
 )
-from lorasuite.correspondence import LayerMaps, Reading, RegressionSums, StateMap, modules_of_roles
+from lorasuite.correspondence import (
+    LayerMaps,
+    Moments,
+    Reading,
+    RegressionSums,
+    StateMap,
+    modules_of_roles,
+    reader,
+    reduced_rank,
+)
 from lorasuite.errors import ConfigError, Problem
 from lorasuite.progress import Progress
 from lorasuite.transforms._protocol import FittedUpdates, Input, ModelTransform
@@ -68,9 +78,10 @@ class Sequential(ModelTransform):
     ) -> FittedUpdates:
         """Fit the new base's modules of these roles to follow the old base + adapter on the task texts.
 
-        Memory: the features ``(positions, ≤ 2,048)`` and one hidden state of the texts, and for one block at a time its
-        maps and the second moments of what its modules read. Time: the new base passes up to six times over the texts,
-        the old one once.
+        Memory: the features ``(positions, ≤ 2,048)`` in float32 and one hidden state of the texts, and for one block at
+        a time its maps and the second moments of what its modules read. Time: the new base passes up to six times over
+        the texts, the old one once; a block's fits are Cholesky factors and eigenvalue problems of its spaces' sizes.
+        For an 8B base and 12,000 positions that is 6 × 168 TFLOP, and sums of 12 TFLOP a block, most for ``down``.
 
         Raises:
             ConfigError: without a state map.
@@ -82,7 +93,7 @@ class Sequential(ModelTransform):
         if not batches:
             raise unpaired("texts")
         with adapted():
-            wanted = states.features.standardise(states.features.of(batches))
+            wanted = states.features.states(batches)
         task = Reading(batches, LayerStream(new, [batch.new for batch in batches]))
         result = FittedUpdates()
         original: dict[str, Tensor] = {}
@@ -103,36 +114,85 @@ def _fit_block(
     layer: int,
     todo: Sequence[str],
     known: LayerMaps,
-    task: tuple[Reading, list[Float64[Tensor, "_ features"]]],
+    task: tuple[Reading, list[Float[Tensor, "_ k"]]],
     rank: int,
     original: dict[str, Tensor],
     result: FittedUpdates,
 ) -> None:
     modules = linear_modules(new, layer)
-    maps, additive = known.maps, known.additive
     for group in ORDER:
         names = [name for name in todo if modules[name][0].roles[0] in group]
-        if not names:
-            continue
-        sums: dict[str, RegressionSums] = {}
-        with ActivationRecorder(new).block_and_modules(layer) as recorder:
-            for z, at in zip(task[1], task[0].all(recorder), strict=True):
-                for name in names:
-                    x, y = at[layer, name, "in"], at[layer, name, "out"]
-                    if additive and group == ("down",):
-                        gap = maps[layer, "block", "out"](z) - at[layer, "block", "out"]
-                    else:
-                        gap = maps[layer, name, "out"](z) - y
-                    if additive and group == ("o",):  # mend the stream's own error with what is added to it
-                        gap = gap + maps[layer, "block", "in"](z) - at[layer, "block", "in"]
-                    sums.setdefault(name, RegressionSums.empty(x.shape[1], gap.shape[1])).add(x, gap)
-        for name in names:
-            module, linear = modules[name]
-            path = new.architecture.path(layer, module)
-            update, left = sums[name].reduced_rank(rank)
-            original.setdefault(path, linear.weight.detach().clone())
-            with torch.no_grad():
-                change = update.dense().T if module.transposed else update.dense()
-                linear.weight += change.to(linear.weight)
-            result.updates[path], result.residual[path] = update, left
-    result.map_error[f"{new.architecture.layers}.{layer}"] = maps[layer, "block", "out"].error
+        if names:
+            fitted = _through_reads if group[0] in ("q", "gate") else _to_stream
+            for name, (update, left) in fitted(new, layer, names, known, task, rank).items():
+                module, linear = modules[name]
+                path = new.architecture.path(layer, module)
+                original.setdefault(path, linear.weight.detach().clone())
+                with torch.no_grad():
+                    change = update.dense().T if module.transposed else update.dense()
+                    linear.weight += change.to(linear.weight)
+                result.updates[path], result.residual[path] = update, left
+    result.map_error[f"{new.architecture.layers}.{layer}"] = known.maps[layer, "block", "out"].error
+
+
+def _through_reads(
+    new: LoadedBase,
+    layer: int,
+    names: Sequence[str],
+    known: LayerMaps,
+    task: tuple[Reading, list[Float[Tensor, "_ k"]]],
+    rank: int,
+) -> dict[str, tuple[LowRank, float]]:
+    """Fits of modules that read one space, to what their own weights make of what the map says they should read.
+
+    With ``E`` what the map wants less what is read, a module of weight ``W`` lacks ``EWᵀ``: sums of the one space do
+    for all its readers.
+    """
+    sums: dict[str, Moments] = {}
+    readers = {name: reader(new, layer, name) or name for name in names}
+    with ActivationRecorder(new).block_and_modules(layer) as recorder:
+        for z, at in zip(task[1], task[0].all(recorder), strict=True):
+            for name in dict.fromkeys(readers.values()):
+                x = at[layer, name, "in"]
+                lacks = known.maps[layer, name, "in"](z.to(x)) - x
+                if name not in sums:
+                    sums[name] = Moments.empty(x.shape[1], x.shape[1], dtype=x.dtype, device=x.device)
+                sums[name].add(x, lacks)
+    whole = {name: of.double() for name, of in sums.items()}
+    found = {}
+    for name in names:
+        module, linear = linear_modules(new, layer)[name]
+        weight = linear.weight.detach().double().cpu()
+        weight = weight.T if module.transposed else weight
+        of = whole[readers[name]]
+        found[name] = reduced_rank(of.xx, of.xy @ weight.T, ((weight @ of.yy) * weight).sum(), rank=rank)
+    return found
+
+
+def _to_stream(
+    new: LoadedBase,
+    layer: int,
+    names: Sequence[str],
+    known: LayerMaps,
+    task: tuple[Reading, list[Float[Tensor, "_ k"]]],
+    rank: int,
+) -> dict[str, tuple[LowRank, float]]:
+    """Fits of modules that write to the residual stream: to the stream, where nothing stands between."""
+    maps = known.maps
+    sums: dict[str, RegressionSums] = {}
+    with ActivationRecorder(new).block_and_modules(layer) as recorder:
+        for states, at in zip(task[1], task[0].all(recorder), strict=True):
+            for name in names:
+                x, y = at[layer, name, "in"], at[layer, name, "out"]
+                z = states.to(y)
+                down = linear_modules(new, layer)[name][0].roles[0] == "down"
+                if known.additive and down:
+                    gap = maps[layer, "block", "out"](z) - at[layer, "block", "out"]
+                else:
+                    gap = maps[layer, name, "out"](z) - y
+                if known.additive and not down:  # mend the stream's own error with what is added to it
+                    gap = gap + maps[layer, "block", "in"](z) - at[layer, "block", "in"]
+                if name not in sums:
+                    sums[name] = RegressionSums.empty(x.shape[1], gap.shape[1], gap.device, gap.dtype)
+                sums[name].add(x, gap)
+    return {name: of.reduced_rank(rank) for name, of in sums.items()}
