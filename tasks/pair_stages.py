@@ -34,7 +34,7 @@ from lorasuite.correspondence import (
     state_map_tensors,
 )
 from lorasuite.transforms import map_kind
-from tasks.bases import checkpoints, loaded, streamed, tokenizers
+from tasks.bases import checkpoints, streamed, tokenizers
 from tasks.data import stored_texts
 from tasks.stage import Artifact, StageOutput, StageSettings, Where, stage
 
@@ -261,14 +261,13 @@ def alignment(inputs: AlignmentInputs, settings: AlignmentSettings, where: Where
     return StageOutput(named(), info)
 
 
-@stage("state_map", version=3)
+@stage("state_map", version=4)
 def state_map(inputs: PairReadingInputs, settings: RolesSettings, where: Where) -> StageOutput:
     """Where the new base stands when the old one stands somewhere, at the same text."""
     info: dict[str, Any] = {}
 
     def named() -> Iterator[tuple[str, Tensor]]:
-        # The features are of all layers at once, which one pass of a whole model gives.
-        with loaded(where, "old_base") as old, streamed(where, "new_base") as new:
+        with streamed(where, "old_base") as old, streamed(where, "new_base") as new:
             texts = stored_texts(inputs.texts)
             yield from state_map_tensors(
                 *learn_state_map(old, new, settings.roles, texts, cutoff=settings.cutoff), info

@@ -11,10 +11,11 @@ variance ``μ`` is ``μ/(μ + λ)`` of the least-squares one. What q, k, v, gate
 in what it reads, one space for q, k and v and one for gate and up, and the ridge regression of ``XWᵀ`` is that of ``X``
 times ``Wᵀ``.
 
-Cost for Llama-2-7B → Llama-3-8B (F = 2,048 features cut to k = 768, d = 4,096, 32 blocks): ``2·k·4d`` bytes a block in
-half precision (the stream, what is read by q and by up, what o writes), 25 MB a block and 0.8 GB in all; for N positions
-``12·N·F·k`` operations to find the directions, ``2·N·k·4d`` a block (at N = 16,384 0.4 TFLOP a block, where a forward
-pass takes 7), and an eigenvalue problem of ``k × k``. In memory: features of ``4·N·F`` bytes, and a block's maps.
+Cost for Llama-2-7B → Llama-3-8B (F = 2,048 features cut to k = 1,200, d = 4,096, 32 blocks): ``2·k·4d`` bytes a block
+in half precision (the stream, what is read by q and by up, what o writes), 39 MB a block and 1.3 GB in all; for N
+positions ``12·N·F·k`` operations to find the directions, ``2·N·k·4d`` a block (at N = 16,384 0.6 TFLOP a block, where a
+forward pass takes 7), and an eigenvalue problem of ``k × k``. In memory: features of ``4·N·F`` bytes, and a block's
+maps.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ MAP_RIDGE = 0.1
 #: Features of an old state at most: above it, each space is projected at random onto its share of them.
 FEATURES = 2048
 #: Principal directions of the features that are kept (docs/transfer.md has what fewer and more do).
-RANK = 768
+RANK = 1200
 
 
 class StateFeatures:

@@ -28,7 +28,7 @@ ROWS_AT_ONCE = 8192
 #: Features of an old state at most (the state map's), see :mod:`lorasuite.correspondence`.
 FEATURES = 2048
 #: Directions of them that are kept.
-DIRECTIONS = 768
+DIRECTIONS = 1200
 
 
 def pair_costs(old: Shape, new: Shape, work: Work) -> list[Cost]:
@@ -184,7 +184,7 @@ def state_map(old: Shape, new: Shape, work: Work) -> Cost:
     stream, to what q and up read, to what o writes, and ``down`` where a norm follows it. ``12·N·F·k`` for the
     coordinates, ``2·N·k·w`` for spaces of w columns together.
 
-    At 8B with F = 2,048 and k = 768: 32 blocks of 20,480 columns, 1.0 GB of maps in half precision.
+    At 8B with F = 2,048 and k = 1,200: 32 blocks of 20,480 columns, 1.6 GB of maps in half precision.
     """
     features = min(FEATURES, sum(2 * old.dims.hidden_size + old.dims.intermediate_size for _ in range(old.dims.layers)))
     kept = min(DIRECTIONS, features, int(work.positions))
