@@ -26,7 +26,7 @@ from lorasuite.bases._cache import model_cache
 from lorasuite.bases._checkpoint import Checkpoint
 from lorasuite.bases._files import open_safetensors
 from lorasuite.bases._loading import empty_model, known_dtype, load_tokenizer
-from lorasuite.bases._tracing import ActivationRecorder, LoadedBase, Place
+from lorasuite.bases._tracing import ActivationRecorder, AllSeen, LoadedBase, Place
 from lorasuite.errors import CheckpointError, Problem
 
 
@@ -323,9 +323,12 @@ class LayerStream:
         dtype: torch.dtype = torch.float64,
         device: torch.device | str | None = "cpu",
     ) -> dict[Place, Tensor]:
-        """:meth:`run`, and what an entered recorder saw at some positions: :meth:`ActivationRecorder.at`."""
+        """:meth:`run`, as far as an entered recorder wants it, and what that saw at some positions:
+        :meth:`ActivationRecorder.at`."""
         recorder.seen = {}
-        self.run(number)
+        self._outputs[number] = None
+        with contextlib.suppress(AllSeen):
+            self.run(number)
         return recorder.at(self.texts[number], rows, dtype=dtype, device=device)
 
     def advance(self, again: bool = False) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,10 @@ from lorasuite.bases._checkpoint import Checkpoint
 #: Where activations are recorded: the layer; ``"block"``, the name of a module, a role or ``"head"``; ``"in"`` for what
 #: is read there and ``"out"`` for what is written.
 Place = tuple[int, str, str]
+
+
+class AllSeen(Exception):
+    """Everything that is to be recorded of a pass has been."""
 
 
 @dataclass(frozen=True)
@@ -59,9 +64,9 @@ class LoadedBase:
 class ActivationRecorder:
     """Records what chosen blocks and modules of one base read and write, while it is entered.
 
-    Choose places by :meth:`block`, :meth:`module`, :meth:`block_and_modules` and :meth:`head`, each of which gives the
-    recorder back, and run the model inside ``with``: :attr:`seen` has the last pass's tensors, detached, where and as
-    the model made them, ``(texts, tokens, width)``. It holds references and copies nothing.
+    Choose places by :meth:`block`, :meth:`module`, :meth:`block_and_modules`, :meth:`only` and :meth:`head`; each gives
+    the recorder back. Run the model inside ``with``: :attr:`seen` has the last pass's tensors, detached,
+    where and as the model made them, ``(texts, tokens, width)``. It holds references and copies nothing.
     """
 
     def __init__(self, base: LoadedBase) -> None:
@@ -70,6 +75,8 @@ class ActivationRecorder:
         self.seen: dict[Place, Tensor] = {}
         self._hooks: list[Callable[[], Any]] = []
         self._handles: list[Any] = []
+        #: Places behind which a pass is of no more use.
+        self._last: set[Place] = set()
 
     def block(self, layer: int) -> ActivationRecorder:
         """Record the hidden states before and after a block."""
@@ -116,6 +123,29 @@ class ActivationRecorder:
             self.module(layer, module)
         return self
 
+    def only(self, places: Iterable[Place]) -> ActivationRecorder:
+        """Record these places of blocks and of modules by name; a pass ends where the last of them has been seen.
+
+        Such passes are run by :meth:`LayerStream.read`, of a stream made before; elsewhere they raise :class:`AllSeen`.
+        """
+        self._last = set(places)
+        for place in self._last:
+            layer, name, end = place
+            module = self.base.blocks[layer] if name == "block" else linear_modules(self.base, layer)[name][1]
+            self._hooks.append(functools.partial(self._hooked, module, place, end))
+        return self
+
+    def _hooked(self, module: Any, place: Place, end: str) -> Any:
+        def before(_module: Any, args: Any, kwargs: Any) -> None:
+            self._keep(place, args[0] if args else kwargs["hidden_states"])
+
+        def after(_module: Any, _args: Any, output: Any) -> None:
+            self._keep(place, output[0] if isinstance(output, tuple) else output)
+
+        if end == "in":
+            return module.register_forward_pre_hook(before, with_kwargs=True)
+        return module.register_forward_hook(after)
+
     def head(self) -> ActivationRecorder:
         """Record what the output embedding reads, under the layer behind the last and the name ``head``."""
 
@@ -138,6 +168,8 @@ class ActivationRecorder:
 
     def _keep(self, place: Place, value: Tensor) -> None:
         self.seen[place] = value.detach()
+        if self._last and self._last <= self.seen.keys():
+            raise AllSeen
 
     def run(self, ids: Tensor, attention_mask: Tensor | None = None) -> Any:
         """Run a batch of texts without gradients.

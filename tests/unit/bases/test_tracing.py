@@ -16,6 +16,7 @@ from lorasuite.bases import (
     LoadedBase,
     Place,
     StreamedBase,
+    linear_modules,
     load_model,
     load_tokenizer,
     loaded_model,
@@ -188,3 +189,27 @@ def test_states_go_on_from_weights_as_they_are(layer_by_layer: bool, tmp_path: P
         seen = recorder.read(ids, rows)
     torch.testing.assert_close(stream.states[0][0].double(), seen[1, "block", "in"])
     assert not torch.allclose(before, stream.states[0])
+
+
+@pytest.mark.parametrize("family", models.FAMILIES)
+def test_a_pass_ends_behind_what_is_wanted(family: str, tmp_path: Path) -> None:
+    base = loaded(models.build(tmp_path / "base", family, seed=3, shard="20KB"))
+    texts = token_ids()
+    wanted = whole(base, texts)
+    names = list(linear_modules(base, 0))
+    run: list[str] = []
+    for name, (_, linear) in linear_modules(base, 0).items():
+        linear.register_forward_hook(lambda *_, name=name: run.append(name))
+    for places in ([(0, names[0], "in")], [(0, names[-1], "out"), (0, "block", "in")], [(0, "block", "out")]):
+        with LayerStream(base, texts) as stream, ActivationRecorder(base).only(places) as recorder:
+            for number, expected in enumerate(wanted):
+                run.clear()
+                seen = stream.read(recorder, number, ROWS)
+                assert seen.keys() == set(places)
+                same([seen], [{place: expected[place] for place in places}])
+                assert (len(run) == len(names)) == (places[0][1] != names[0])
+        with LayerStream(base, texts) as stream:
+            with ActivationRecorder(base).only(places) as recorder:
+                stream.read(recorder, 0, ROWS)
+            stream.advance()  # runs the block to its end
+            torch.testing.assert_close(stream.states[0][ROWS].double(), wanted[0][0, "block", "out"], check_dtype=False)
