@@ -13,11 +13,12 @@ from typing import Any
 
 from flows.context import Context
 from flows.pair import Pair
-from lorasuite.adapters import Adapter
+from lorasuite.adapters import Adapter, OwnTokenizer
 from lorasuite.bases import Architecture, Role
 from lorasuite.planning import MigrationConfig
 from lorasuite.training import FinetuneSettings
 from lorasuite.transforms import LAYER_INPUTS, ModelTransform, transform
+from tasks.bases import OWN_TOKENIZER
 from tasks.stage import Ref
 from tasks.training_stages import finetune
 from tasks.transform_stages import model_fit
@@ -39,14 +40,24 @@ class Source:
     #: Whether it holds updates of blocks only, which a model transform can move.
     plain: bool = True
     path: Path | None = None
+    #: Its own tokenizer, where it has one that is not the old base's.
+    own_tokenizer: OwnTokenizer | None = None
 
     @property
     def paths(self) -> dict[str, Path]:
         """Where it lies, as paths of a stage."""
-        return {} if self.path is None else {"adapter": self.path}
+        found = {} if self.path is None else {"adapter": self.path}
+        return found if self.own_tokenizer is None else {**found, OWN_TOKENIZER: self.own_tokenizer.folder}
 
     @classmethod
-    def opened(cls, adapter: Adapter, fingerprint: str, old: Architecture, settings: MigrationConfig) -> Source:
+    def opened(
+        cls,
+        adapter: Adapter,
+        fingerprint: str,
+        old: Architecture,
+        settings: MigrationConfig,
+        own_tokenizer: OwnTokenizer | None = None,
+    ) -> Source:
         """A ready adapter, written again with the scaling α/r (or α/√r) that it was trained with."""
         lora = adapter.lora_settings(settings.rank or adapter.rank)
         return cls(
@@ -56,6 +67,7 @@ class Source:
             bool(adapter.vocabulary_modules(old)),
             adapter.plain(old),
             adapter.path,
+            own_tokenizer,
         )
 
 

@@ -307,7 +307,8 @@ def evaluate(
         from flows.evaluate_adapters import check, evaluate_adapters
 
         # before a flow run exists: bad input should cost nothing
-        check(base, tuple(adapter or ()), eval_data, names, eval_dir, include_path, output, device, loading)
+        asked = (base, tuple(adapter or ()), eval_data, names, eval_dir, include_path, output, device, loading)
+        check(*asked, trust_remote_code)
         results = evaluate_adapters(
             base,
             tuple(adapter or ()),

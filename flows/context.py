@@ -16,7 +16,7 @@ from prefect.logging.loggers import get_run_logger
 from prefect.runtime import flow_run
 
 from artifacts import Artifact, Store, default_home, stage_key
-from lorasuite.adapters import materialise
+from lorasuite.adapters import OwnTokenizer, materialise
 from lorasuite.bases import Architecture, Checkpoint, LoadSettings, digest_json, resolve
 from lorasuite.data import Row, fingerprint_rows
 from lorasuite.errors import ConfigError, Problem, did_you_mean
@@ -106,9 +106,14 @@ class Context:
         """The artifact store of this run."""
         return self.where.store()
 
-    def base(self, side: str) -> dict[str, Any]:
+    def base(self, side: str, own: OwnTokenizer | None = None) -> dict[str, Any]:
         """One base, ``old`` or ``new``, as the inputs ``model`` and ``tokenizer`` of a stage that runs it."""
-        return {"model": self.as_loaded(f"{side}_model"), "tokenizer": self.fingerprints[f"{side}_tokenizer"]}
+        return {"model": self.as_loaded(f"{side}_model"), "tokenizer": self.reader(side, own)}
+
+    def reader(self, side: str, own: OwnTokenizer | None = None) -> str:
+        """The fingerprint of the tokenizer of one base, ``old`` or ``new``, or of an adapter's own in its place."""
+        base = self.fingerprints[f"{side}_tokenizer"]
+        return base if own is None else digest_json([base, own.fingerprint])
 
     def as_loaded(self, name: str) -> str:
         """The fingerprint of a model, ``old_model`` or ``new_model``, as it is loaded to be run.

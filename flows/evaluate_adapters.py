@@ -6,18 +6,29 @@ import json
 import shutil
 import uuid
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from prefect import flow
+from prefect.logging.loggers import get_run_logger
 
 from artifacts import default_home
 from flows.context import Context, base_record, check_stages, fetch, tag_run, timings
 from flows.measure import Asked, Measured
-from lorasuite.bases import Checkpoint, LoadSettings, resolve
+from lorasuite.adapters import OwnTokenizer, own_tokenizer
+from lorasuite.bases import Checkpoint, LoadSettings, load_tokenizer, resolve
 from lorasuite.data import Row, read_rows
-from lorasuite.errors import ConfigError, LoRASuiteError, OutputError, PreflightError, Problem
+from lorasuite.errors import (
+    AdapterError,
+    ConfigError,
+    DataError,
+    LoRASuiteError,
+    OutputError,
+    PreflightError,
+    Problem,
+)
 from lorasuite.evaluation import EvaluationSettings, check_tasks
 from lorasuite.planning import torch_device
 from lorasuite.reporting import copy_samples
@@ -54,7 +65,9 @@ def evaluate_adapters(
     """
     options = EvaluationSettings.model_validate(settings or {})
     asked = LoadSettings.model_validate(loading or {})
-    rows = check(base, tuple(adapters), eval_data, tuple(tasks), eval_dir, include_path, output, device, asked)
+    checked = check(
+        base, tuple(adapters), eval_data, tuple(tasks), eval_dir, include_path, output, device, asked, trust_remote_code
+    )
     refreshed = check_stages(tuple(refresh))
     tag_run(base=Path(base).name)
     fetch(base, *adapters)
@@ -66,28 +79,49 @@ def evaluate_adapters(
         options={"trust_remote_code": trust_remote_code, "loading": asked.model_dump(mode="json")},
     )
     context = Context(where, fingerprint_bases(where.home, path, path), refreshed)
-    measured = Measured(context, Asked.of(context, options, rows, tasks, eval_dir, include_path))
+    measured = Measured(context, Asked.of(context, options, checked.rows, tasks, eval_dir, include_path))
+    for notice in checked.notices:
+        get_run_logger().warning("%s", notice)
     named: dict[str, dict[str, str]] = {}
     with Recorder() as recorder:
-        measured.measure(BARE, "new")
+        measured.measure(BARE, "new", own_tokenizer=checked.bare)
         for adapter in adapters:
             folder = resolve(adapter)
             name = folder.resolve().name
             arm = name if name not in (BARE, *named) else f"{name}-{len(named) + 1}"
-            named[arm] = {"id": adapter, "fingerprint": fingerprint_any_adapter(folder)}
-            measured.measure(arm, "new", named[arm]["fingerprint"], {"adapter": folder})
+            own = checked.own.get(adapter)
+            named[arm] = {
+                "id": adapter,
+                "fingerprint": fingerprint_any_adapter(folder),
+                "tokenizer": "adapter" if own is not None and own.whole else "base",
+                "chat_template": "adapter" if own is not None and own.has_template else "base",
+            }
+            measured.measure(arm, "new", named[arm]["fingerprint"], {"adapter": folder}, own)
     record = {
         "base": base_record(base, context.fingerprints["new_model"]),
         "adapters": named,
         "results": measured.evaluation,
         "tasks": measured.scores,
         "comparisons": measured.comparisons(),
+        "notices": checked.notices,
         "settings": options.model_dump(mode="json"),
         "timings": timings(recorder),
     }
     if output is not None:
         _write(output, record, measured)
     return {**record, "output": None if output is None else str(output)}
+
+
+@dataclass
+class Checked:
+    """What :func:`check` found: the held-out rows, tokenizers in place of the base's, and what the user is to know."""
+
+    rows: list[Row] = field(default_factory=list)
+    #: Of adapters, by what they were given as; None is the base's.
+    own: dict[str, OwnTokenizer | None] = field(default_factory=dict)
+    #: Of the bare base, where its own cannot render the rows and an adapter's can.
+    bare: OwnTokenizer | None = None
+    notices: list[str] = field(default_factory=list)
 
 
 def check(
@@ -100,8 +134,9 @@ def check(
     output: Path | None,
     device: str,
     loading: LoadSettings,
-) -> list[Row]:
-    """The held-out rows, if there are any.
+    trust_remote_code: bool = False,
+) -> Checked:
+    """The held-out rows, if there are any, and the tokenizers that arms are measured with.
 
     Raises:
         PreflightError: with every problem.
@@ -120,7 +155,9 @@ def check(
     attempt(lambda: Checkpoint(base).check_readable())
     for adapter in adapters:
         attempt(partial(_adapter, adapter))
-    rows: list[Row] = (attempt(lambda: read_rows(eval_data)) if eval_data else None) or []
+    found = Checked((attempt(lambda: read_rows(eval_data)) if eval_data else None) or [])
+    if not problems:
+        attempt(lambda: _readers(found, base, adapters, trust_remote_code))
     if include_path is not None and not include_path.is_dir():
         problems.append(Problem(str(include_path), "is not a directory", "Give one with lm-eval task files."))
     elif tasks:
@@ -129,7 +166,40 @@ def check(
         problems.append(Problem(str(output), "exists already", "Give a new directory: nothing is overwritten."))
     if problems:
         raise PreflightError(problems)
-    return rows
+    return found
+
+
+def _readers(found: Checked, base: str, adapters: tuple[str, ...], trust_remote_code: bool) -> None:
+    """Which tokenizer each arm is measured with, and whether they render the rows.
+
+    Raises:
+        LoRASuiteError: with every problem.
+    """
+    checkpoint, problems = Checkpoint(base), list[Problem]()
+    reader = load_tokenizer(checkpoint.path, trust_remote_code)
+    for adapter in dict.fromkeys(adapters):
+        try:
+            own = found.own[adapter] = own_tokenizer(resolve(adapter), reader, trust_remote_code)
+        except AdapterError as error:
+            problems += error.problems
+            continue
+        if own is not None:
+            problems += own.problems(checkpoint.dims.vocab_size)
+            found.notices.append(own.notice("the arm with this adapter"))
+    chat = any(row.kind == "messages" for row in found.rows)
+    if chat and reader.chat_template is None:
+        found.bare = next((own for own in found.own.values() if own is not None and own.has_template), None)
+        if found.bare is not None:
+            found.notices.append(f"the bare base has no chat template: it is measured with that of {found.bare.folder}")
+    every = {id(own): own for own in (found.bare, *found.own.values())}
+    for own in every.values():
+        try:
+            for row in found.rows:
+                row.target(reader if own is None else own.tokenizer)
+        except DataError as error:
+            problems += error.problems
+    if problems:
+        raise PreflightError(problems)
 
 
 def _adapter(source: str) -> None:

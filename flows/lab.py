@@ -16,7 +16,7 @@ from flows.measure import Asked, evaluated
 from flows.pair import Pair
 from flows.teach import teacher_rows
 from lorasuite import zoo
-from lorasuite.adapters import Adapter, untrained
+from lorasuite.adapters import Adapter, OwnTokenizer, own_tokenizer, untrained
 from lorasuite.bases import Checkpoint, Role, load_tokenizer, resolve
 from lorasuite.data import HELD_OUT, Row, calibration_texts, draw, read_rows
 from lorasuite.errors import AdapterError, ConfigError, NumericalError, Problem
@@ -147,7 +147,15 @@ class Lab:
         side = "old" if cell.arm.startswith("old") else "new"
         adapter, paths = self.adapter(cell)
         asked = self.task(cell.task).asked(self.steps, cell)
-        return list(evaluated(self.steps, side, adapter, asked, str(cell.arm), paths).values())
+        own = self.own_tokenizer(cell) if side == "old" else None
+        return list(evaluated(self.steps, side, adapter, asked, str(cell.arm), paths, own).values())
+
+    def own_tokenizer(self, cell: Cell) -> OwnTokenizer | None:
+        """That of the task's ready adapter, where it is not the old base's."""
+        ready = self.task(cell.task).config.adapter
+        if ready is None:
+            return None
+        return own_tokenizer(resolve(ready), load_tokenizer(self.old.path, self.trust), self.trust)
 
     def adapter(self, cell: Cell) -> tuple[Ref | str | None, dict[str, Path]]:
         """What an arm puts on its base: an artifact, or the fingerprint of a ready adapter and its place."""
@@ -244,7 +252,8 @@ class Lab:
         if ready is not None:
             adapter = Adapter.open(resolve(ready), settings.allow_pickle)
             fingerprint = fingerprint_adapter(adapter.path, settings.allow_pickle)
-            source = Source.opened(adapter, fingerprint, self.old.architecture, settings)
+            own = self.own_tokenizer(cell)
+            source = Source.opened(adapter, fingerprint, self.old.architecture, settings, own)
             if isinstance(transform(settings.method), ModelTransform) and not source.plain:
                 what = f"{settings.method} moves updates of blocks only, and the adapter has more"
                 raise AdapterError(Problem("method", what, "Name another one."))

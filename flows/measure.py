@@ -10,6 +10,7 @@ from typing import Any
 
 from artifacts import Artifact
 from flows.context import Context
+from lorasuite.adapters import OwnTokenizer
 from lorasuite.data import Row
 from lorasuite.evaluation import (
     EvaluationSettings,
@@ -21,6 +22,7 @@ from lorasuite.evaluation import (
     read_samples,
 )
 from lorasuite.evaluation.eval_tasks import GROUPS, expand
+from tasks.bases import OWN_TOKENIZER
 from tasks.evaluation_stages import SAMPLES, evaluation, task_evaluation
 from tasks.fingerprints import fingerprint_task
 from tasks.stage import Ref
@@ -71,17 +73,21 @@ def evaluated(
     asked: Asked,
     label: str,
     paths: Mapping[str, Path] | None = None,
+    own_tokenizer: OwnTokenizer | None = None,
 ) -> dict[str, Ref]:
     """One arm's results: by ``rows`` for the held-out rows, and by task.
 
     Args:
         side: the base, ``old`` or ``new``.
         adapter: an artifact, or the fingerprint of the adapter that lies at the path ``adapter``; None: bare.
+        own_tokenizer: an adapter's, in place of the base's.
     """
-    inputs: dict[str, Any] = context.base(side)
+    inputs: dict[str, Any] = context.base(side, own_tokenizer)
     if adapter is not None:
         inputs["adapter"] = adapter
     paths = {**context.base_path(side), **asked.folders, **(paths or {})}
+    if own_tokenizer is not None:
+        paths[OWN_TOKENIZER] = own_tokenizer.folder
     found: dict[str, Ref] = {}
     if asked.rows is not None:
         values = asked.settings.model_dump(mode="json")
@@ -104,10 +110,15 @@ class Measured:
         self._artifacts: dict[str, dict[str, Artifact]] = {}
 
     def measure(
-        self, arm: str, side: str, adapter: Ref | str | None = None, paths: Mapping[str, Path] | None = None
+        self,
+        arm: str,
+        side: str,
+        adapter: Ref | str | None = None,
+        paths: Mapping[str, Path] | None = None,
+        own_tokenizer: OwnTokenizer | None = None,
     ) -> None:
         """Run every stage of one arm; the arguments are those of :func:`evaluated`."""
-        refs = evaluated(self.context, side, adapter, self.asked, arm, paths)
+        refs = evaluated(self.context, side, adapter, self.asked, arm, paths, own_tokenizer)
         made = self._artifacts[arm] = {name: self.context.open(ref) for name, ref in refs.items()}
         if ROWS in made:
             self.evaluation[arm] = made[ROWS].info

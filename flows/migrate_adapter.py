@@ -63,9 +63,11 @@ def migrate_adapter(config: dict[str, Any], refresh: tuple[str, ...] = ()) -> di
     tag_run(pair=name, adapter=Path(settings.adapter).name)
     fetch(settings.old_base, settings.new_base, settings.adapter)
     plan = check(settings, default_home())
+    for notice in plan.inspection.notices:
+        get_run_logger().info("note: %s", notice)
     context = migration_context(settings, name, refreshed)
     with Recorder() as recorder:
-        source = opened_source(context, settings)
+        source = opened_source(context, settings, plan.inspection.own_tokenizer)
         pair = Pair(context, settings.pair, context.keep_texts(plan.texts) if plan.texts else None, source.roles)
         methods = candidates(settings, plan, pair, source)
         pair.prepare(methods)
@@ -124,7 +126,9 @@ def _measured(
     asked = Asked.of(context, settings.evaluation, plan.evaluation, settings.eval_tasks, *settings.task_folders)
     measured = Measured(context, asked)
     for arm, adapter in arms.items():
-        measured.measure(arm, "old" if arm.on_old_base else "new", adapter)
+        old = arm.on_old_base
+        own = source.own_tokenizer if old else None
+        measured.measure(arm, "old" if old else "new", adapter, own_tokenizer=own)
     return measured
 
 
@@ -132,6 +136,20 @@ def _figures(context: Context, pair: Pair) -> dict[str, Tensor]:
     if pair.similarity is None:
         return {}
     return {"similarity": context.open(pair.similarity).tensor("similarity")}
+
+
+def _prompts(plan: Plan, source: Source) -> dict[str, Any]:
+    """Whose tokenizer and chat template each side reads by."""
+    own, new = source.own_tokenizer, plan.inspection.new_tokenizer
+    by_base = "base" if plan.inspection.old_reader.chat_template is not None else None
+    old: dict[str, Any] = {"tokenizer": "base", "chat_template": by_base}
+    if own is not None:
+        old = {
+            "tokenizer": "adapter" if own.whole else "base",
+            "chat_template": "adapter" if own.has_template else by_base,
+            "differences": own.differences,
+        }
+    return {"old": old, "new": {"tokenizer": "base", "chat_template": "base" if new.chat_template else None}}
 
 
 def _record(
@@ -179,6 +197,7 @@ def _record(
                 "modules": len(adapter.modules),
             },
             **pair.record(),
+            "prompts": _prompts(plan, source),
             "method": chosen.method,
             "candidates": chosen.candidates,
             "teacher": rows.teacher,

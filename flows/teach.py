@@ -11,7 +11,7 @@ from prefect.logging.loggers import get_run_logger
 from flows.arms import Source
 from flows.context import Context, fetch, migration_context
 from flows.pair import Pair, pair_name
-from lorasuite.adapters import Adapter
+from lorasuite.adapters import Adapter, OwnTokenizer
 from lorasuite.bases import Checkpoint
 from lorasuite.data import Row, unanswered
 from lorasuite.errors import DataError
@@ -103,14 +103,14 @@ def teacher_rows(
 
 def _teacher(context: Context, source: Source) -> dict[str, Any]:
     """The old base and the adapter, as the inputs of a stage."""
-    model, tokenizer = context.as_loaded("old_model"), context.fingerprints["old_tokenizer"]
+    model, tokenizer = context.as_loaded("old_model"), context.reader("old", source.own_tokenizer)
     return {"old_model": model, "old_tokenizer": tokenizer, "adapter": source.adapter}
 
 
 def _worth(context: Context, source: Source, written: Ref, own: Ref | None) -> dict[str, Any]:
     """Whether the teacher is worth copying, asked on the user's rows where there are any."""
-    models = {name: context.as_loaded(name) for name in ("old_model", "new_model")}
-    inputs: dict[str, Any] = {**context.both_bases(), **models, "adapter": source.adapter, "teacher": written}
+    new = {"new_model": context.as_loaded("new_model"), "new_tokenizer": context.reader("new")}
+    inputs: dict[str, Any] = {**_teacher(context, source), **new, "teacher": written}
     if own is not None:
         inputs["rows"] = own
     return context.open(context.run(teacher_worth, inputs, {}, paths=source.paths)).info
@@ -143,14 +143,15 @@ def write_ahead(configs: Iterable[MigrationConfig], refreshed: frozenset[str]) -
             fetch(config.old_base, config.new_base, config.adapter)
             plan = check(config)
             context = migration_context(config, pair_name(config.old_base, config.new_base))
-            teacher_rows(context, config, plan.rows.teacher_rows, plan.prompts, opened_source(context, config))
+            source = opened_source(context, config, plan.inspection.own_tokenizer)
+            teacher_rows(context, config, plan.rows.teacher_rows, plan.prompts, source)
         except Exception as error:
             get_run_logger().warning("the teacher's rows of %s: %s", config.adapter, error)
 
 
-def opened_source(context: Context, settings: MigrationConfig) -> Source:
+def opened_source(context: Context, settings: MigrationConfig, own_tokenizer: OwnTokenizer | None) -> Source:
     """The adapter of a migration, at the place that the context says it lies."""
     path = context.where.path("adapter")
     fingerprint = fingerprint_adapter(path, settings.allow_pickle)
     old = Checkpoint(context.where.path("old_base")).architecture
-    return Source.opened(Adapter.open(path, settings.allow_pickle), fingerprint, old, settings)
+    return Source.opened(Adapter.open(path, settings.allow_pickle), fingerprint, old, settings, own_tokenizer)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from lorasuite.adapters import own_tokenizer
 from lorasuite.bases import (
     Checkpoint,
     LoadedBase,
@@ -19,6 +20,8 @@ from lorasuite.bases import (
 from tasks.stage import Where
 
 BASES = ("old_base", "new_base")
+#: The path of a directory with an adapter's own tokenizer, where it is used in place of the base's.
+OWN_TOKENIZER = "own_tokenizer"
 
 
 def trusted(where: Where) -> bool:
@@ -31,9 +34,17 @@ def checkpoints(where: Where) -> tuple[Checkpoint, Checkpoint]:
     return Checkpoint(where.path("old_base")), Checkpoint(where.path("new_base"))
 
 
-def tokenizer(where: Where, base: str) -> Any:
-    """The tokenizer of the base at a path of that name."""
-    return load_tokenizer(where.path(base), trusted(where))
+def tokenizer(where: Where, base: str, own: bool = False) -> Any:
+    """The tokenizer of the base at a path of that name.
+
+    Args:
+        own: or rather the adapter's own, where its path is given; the stage's key says so too.
+    """
+    found = load_tokenizer(where.path(base), trusted(where))
+    if own and OWN_TOKENIZER in where.paths:
+        adapters = own_tokenizer(where.path(OWN_TOKENIZER), found, trusted(where))
+        return found if adapters is None else adapters.tokenizer
+    return found
 
 
 def tokenizers(where: Where) -> tuple[Any, Any]:
@@ -47,18 +58,21 @@ def loading(where: Where) -> LoadSettings:
 
 
 @contextmanager
-def running(where: Where, base: str, dtype: torch.dtype | None = None) -> Iterator[LoadedBase]:
+def running(
+    where: Where, base: str, dtype: torch.dtype | None = None, own_tokenizer: bool = False
+) -> Iterator[LoadedBase]:
     """The base at a path of that name, loaded as the settings say, for the stages whose keys say so too.
 
     Args:
         dtype: where the settings name none.
+        own_tokenizer: with the adapter's own tokenizer, where its path is given.
     """
     settings = loading(where)
     wanted = dtype if settings.dtype == "auto" and not settings.quantized else None
     with loaded_model(
         where.path(base), where.device, dtype=wanted, trust_remote_code=trusted(where), loading=settings
     ) as model:
-        yield LoadedBase.of(model, tokenizer(where, base), Checkpoint(where.path(base)))
+        yield LoadedBase.of(model, tokenizer(where, base, own_tokenizer), Checkpoint(where.path(base)))
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """Bases, bare or with an adapter, measured; and the published adapter looked at as a server would load it.
 
-Paths: ``base``, the model that is measured; ``adapter`` where it is given by its fingerprint; ``eval_dir`` and
-``include_path`` of tasks by name.
+Paths: ``base``, the model that is measured; ``adapter`` where it is given by its fingerprint; ``own_tokenizer`` where
+the adapter's own is used; ``eval_dir`` and ``include_path`` of tasks by name.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class EvaluationInputs(ArmInputs):
 @stage("evaluate", version=2)
 def evaluation(inputs: EvaluationInputs, settings: EvaluationSettings, where: Where) -> StageOutput:
     """One base, bare or with one adapter, on the held-out rows."""
-    with running(where, "base") as base:
+    with running(where, "base", own_tokenizer=True) as base:
         result = evaluate(
             base.model,
             base.tokenizer,
@@ -84,7 +84,7 @@ class TaskSettings(StageSettings):
 def task_evaluation(inputs: TaskInputs, settings: TaskSettings, where: Where) -> StageOutput:
     """One base, bare or with one adapter, on an lm-eval task (or group, or tag) by name."""
     options = EvaluationSettings.model_validate(settings.model_dump(exclude={"task", "lm_eval"}))
-    with running(where, "base") as base:
+    with running(where, "base", own_tokenizer=True) as base:
         scores = evaluate_tasks(
             base.model,
             base.tokenizer,

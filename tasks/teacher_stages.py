@@ -1,6 +1,7 @@
 """Rows that the old base with the adapter writes, whether they are worth copying, and its distributions on them.
 
-Paths: ``old_base``, ``new_base``, and ``adapter`` where it is given by its fingerprint.
+Paths: ``old_base``, ``new_base``, ``adapter`` where it is given by its fingerprint, and ``own_tokenizer`` where the
+adapter's own is used.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def teaching(inputs: TeachingInputs, settings: TeachingSettings, where: Where) -
 
     def write(teacher: Any) -> TeacherRows:
         told = Progress("teacher's rows").step
-        reader = tokenizer(where, "old_base")
+        reader = tokenizer(where, "old_base", own=True)
         return write_rows(teacher, reader, prompts, settings.samples, wanted, seed=settings.seed, progress=told)
 
     asked = loading(where)
@@ -81,7 +82,7 @@ def teaching(inputs: TeachingInputs, settings: TeachingSettings, where: Where) -
         base, trust = where.path("old_base"), trusted(where)
         with VLLMTeacher.started(base, adapter, dtype=asked.dtype, trust_remote_code=trust) as engine:
             written = write(engine)
-    with running(where, "old_base") as old:
+    with running(where, "old_base", own_tokenizer=True) as old:
         with attached(old.model, adapter, where.device) as teacher:
             written = written or write(teacher)
             size, own = wanted.batch_size, list(written.losses)
@@ -113,7 +114,7 @@ def teacher_worth(inputs: WorthInputs, settings: StageSettings, where: Where) ->
     rows: list[Row]
     if inputs.rows is not None:
         rows = stored_rows(inputs.rows)
-        with running(where, "old_base") as base:
+        with running(where, "old_base", own_tokenizer=True) as base:
             old = text_losses(base.model, base.tokenizer, rows, batch_size=size)
             with attached(base.model, adapter_path(inputs.adapter, where), where.device) as teacher:
                 own = text_losses(teacher, base.tokenizer, rows, batch_size=size)
@@ -146,7 +147,7 @@ def soft_labelling(inputs: SoftLabelInputs, settings: SoftLabelSettings, where: 
     """The teacher's distribution at every token of the training rows that both tokenizers cut alike."""
     common = CommonTokens.read(inputs.vocabulary)
     with (
-        running(where, "old_base") as old,
+        running(where, "old_base", own_tokenizer=True) as old,
         attached(old.model, adapter_path(inputs.adapter, where), where.device) as teacher,
     ):
         found = soft_labels(

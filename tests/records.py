@@ -100,7 +100,7 @@ def content(**changes: Any) -> dict[str, Any]:
         "updates": {path.format(n, role): 1.5 for n in (0, 2) for role in ("q_proj", "o_proj")},
         "retained_energy": {path.format(n, role): 0.9 for n in (0, 2) for role in ("q_proj", "o_proj")},
         "dropped": [{"module": "model.layers.1.mlp.gate", "why": "the new base has no gate projection"}],
-        "fresh": [], "carried": [], "rank": 8, "loaded_bytes_peak": 1, "fit_residual": {},
+        "prompts": None, "fresh": [], "carried": [], "rank": 8, "loaded_bytes_peak": 1, "fit_residual": {},
         "finetune": {**run, "start": "functional", "starts": {"functional": 0.7, "fresh": 0.8}, "screened": {}},
         "control": {**run, "losses": [{**p, "loss": p["loss"] * 1.2} for p in losses]},
         **results.model_dump(mode="json"),

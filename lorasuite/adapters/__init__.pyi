@@ -6,6 +6,7 @@ from ._fused import fuse_updates, split_update
 from ._kinds import REFUSED, OutputType, config_problems
 from ._lowrank import LowRank
 from ._reader import Adapter
+from ._tokenizer import OwnTokenizer, own_tokenizer, tokenizer_folder
 from ._untrained import fresh_config, fresh_lora, untrained
 from ._writer import Extras, check_loads, not_in_adalora, target_modules, write_adapter
 
@@ -18,6 +19,7 @@ __all__ = [
     "Extras",
     "LowRank",
     "OutputType",
+    "OwnTokenizer",
     "Tensors",
     "attach_adapter",
     "attached",
@@ -31,11 +33,13 @@ __all__ = [
     "materialise",
     "not_in_adalora",
     "open_adapters",
+    "own_tokenizer",
     "restored",
     "save_adapter",
     "split_sources",
     "split_update",
     "target_modules",
+    "tokenizer_folder",
     "untrained",
     "unwrap",
     "vocabulary_side",

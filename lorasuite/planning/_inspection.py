@@ -10,7 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from lorasuite import bases
-from lorasuite.adapters import Adapter, OutputType, not_in_adalora, open_adapters
+from lorasuite.adapters import (
+    Adapter,
+    OutputType,
+    OwnTokenizer,
+    not_in_adalora,
+    open_adapters,
+    own_tokenizer,
+    tokenizer_folder,
+)
 from lorasuite.bases import ROLES, Checkpoint, Role, Weights, add_architectures, common_tokens, load_tokenizer, propose
 from lorasuite.errors import LoRASuiteError, PreflightError, Problem
 from lorasuite.planning._config import AUTO
@@ -40,6 +48,13 @@ class Inspection:
     old: Checkpoint | None = field(default=None, repr=False)
     new: Checkpoint | None = field(default=None, repr=False)
     opened: Adapter | None = field(default=None, repr=False)
+    #: The adapter's own tokenizer, where it has one that is not the old base's.
+    own_tokenizer: OwnTokenizer | None = field(default=None, repr=False)
+
+    @property
+    def old_reader(self) -> Any:
+        """The tokenizer of what runs on the old base with the adapter: the adapter's own, or the base's."""
+        return self.old_tokenizer if self.own_tokenizer is None else self.own_tokenizer.tokenizer
 
     def to_dict(self) -> dict[str, Any]:
         """All but the tokenizers and what was opened, as JSON-able values."""
@@ -115,6 +130,7 @@ def inspect(
             "trained_on": opened.config.get("base_model_name_or_path"),
         }
         _other_base(result, old, opened)
+        _own_tokenizer(result, old, str(adapter), trust_remote_code)
         if new is not None and not result.problems:
             _modules(result, old, new, opened, method)
             _outside_factors(result, old, opened)
@@ -155,6 +171,20 @@ def _other_base(result: Inspection, old: Checkpoint, adapter: Adapter) -> None:
         result.notices.append(f"{adapter.path}: trained on {named}, as its config says, and the old base is {given}")
     elif (revision := adapter.config.get("revision")) and at and revision != at:
         result.notices.append(f"{adapter.path}: trained on revision {revision}, as its config says, and not on {at}")
+
+
+def _own_tokenizer(result: Inspection, old: Checkpoint, adapter: str, trust_remote_code: bool) -> None:
+    """The tokenizer that the adapter was saved with, and a notice of it."""
+    folder, notice = tokenizer_folder(adapter)
+    if notice:
+        result.notices.append(notice)
+    if folder is None or result.old_tokenizer is None:
+        return
+    own = result.attempt(lambda: own_tokenizer(folder, result.old_tokenizer, trust_remote_code))
+    if own is not None:
+        result.own_tokenizer = own
+        result.problems += own.problems(old.dims.vocab_size)
+        result.notices.append(own.notice("the old base, with and without the adapter, and for the teacher"))
 
 
 def _something_to_move(adapter: Adapter) -> list[Problem]:

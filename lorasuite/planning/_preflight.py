@@ -7,7 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lorasuite.correspondence import SMALLEST_BATCH
-from lorasuite.data import Row, calibration_texts, draw, encode_rows, read_prompts, read_rows, unanswered, unread_keys
+from lorasuite.data import (
+    Row,
+    calibration_texts,
+    draw,
+    encode_rows,
+    read_prompts,
+    read_rows,
+    rows_to_jsonl,
+    unanswered,
+    unread_keys,
+)
 from lorasuite.errors import Problem
 from lorasuite.evaluation import check_tasks
 from lorasuite.planning._config import AUTO, MigrationConfig, torch_device
@@ -58,6 +68,7 @@ def check(config: MigrationConfig, home: Path | None = None) -> Plan:
         result.problems.append(Problem(config.include_path, "is not a directory", "Give one with lm-eval task files."))
     elif config.eval_tasks:
         result.attempt(lambda: check_tasks(config.eval_tasks, *config.task_folders))
+    _readable(result, [*train, *held_out, *(prompts or ())])
     _output(result, Path(config.output))
     if not result.problems:
         _count(
@@ -213,7 +224,7 @@ def _teacher(result: Inspection, config: MigrationConfig, wanted: RowPlan) -> li
     """What the old base with the adapter is to answer; None where nobody says."""
     if config.teacher.engine == "vllm":
         result.problems += unusable(config.loading.quantized)
-    tokenizer = result.old_tokenizer
+    tokenizer = result.old_reader
     if tokenizer is not None and tokenizer.eos_token_id is None:
         result.problems.append(
             Problem(
@@ -232,7 +243,7 @@ def _teacher(result: Inspection, config: MigrationConfig, wanted: RowPlan) -> li
             continue
         distinct.add(prompt)
         if tokenizer is not None and row.kind == "messages" and getattr(tokenizer, "chat_template", None) is None:
-            what = f"prompt {number} is a conversation, and the old base's tokenizer has no chat template"
+            what = f"prompt {number} is a conversation, and neither the old base nor the adapter has a chat template"
             result.problems.append(Problem(source, what, "Use rows of prompt and completion."))
             break
     fewer = len(distinct) < wanted.teacher_rows
@@ -247,9 +258,21 @@ def _held_out_rows(result: Inspection, config: MigrationConfig) -> list[Row]:
         return []
     rows: list[Row] = result.attempt(lambda: read_rows(source)) or []
     _unread(result, "held-out rows", rows)
-    tokenizers = [t for t in (result.old_tokenizer, result.new_tokenizer) if t is not None]
+    tokenizers = [t for t in (result.old_reader, result.new_tokenizer) if t is not None]
     result.attempt(lambda: [row.target(tokenizer) for tokenizer in tokenizers for row in rows])
     return rows
+
+
+def _readable(result: Inspection, rows: list[Row]) -> None:
+    """Rows that spell out tokens of the adapter's own tokenizer that the old base has no embedding for."""
+    if result.own_tokenizer is None or result.old is None:
+        return
+    beyond = result.own_tokenizer.beyond(result.old.dims.vocab_size)
+    texts = [rows_to_jsonl([row]).decode() for row in rows] if beyond else []
+    for token in beyond:
+        if holding := sum(token in text for text in texts):
+            what = f"{holding} rows hold {token!r}, which the old base has no embedding for"
+            result.problems.append(Problem(str(result.own_tokenizer.folder), what, "Leave it out of the rows."))
 
 
 def _output(result: Inspection, output: Path) -> None:

@@ -49,7 +49,7 @@ def show_inspection(found: Mapping[str, Any]) -> None:
     if found["cost"]:
         _show_cost(console, found["cost"])
     for notice in found["notices"]:
-        console.print(f"note: {notice}", highlight=False)
+        console.print(f"note: {notice}", highlight=False, markup=False)
     for problem in grouped(Problem(**problem) for problem in found["problems"]):
         console.print("[red]problem:[/]", escape(str(problem)), highlight=False)
     if not found["problems"]:
@@ -173,6 +173,8 @@ def show_evaluation(results: Mapping[str, Any]) -> None:
     _show_scores(summaries, arm_label)
     _show_tasks(tasks, arm_label)
     _show_comparisons([Comparison.model_validate(one) for one in results["comparisons"]])
+    for notice in results["notices"]:
+        Console().print(f"note: {notice}", highlight=False, markup=False)
     if results["output"] is not None:
         Console().print(f"\nwritten to {results['output']}", highlight=False)
 

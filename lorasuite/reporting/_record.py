@@ -158,6 +158,21 @@ class TeacherRecord(Worth):
         return self.worth and self.samples > 0
 
 
+class Reader(_Part):
+    """Whose tokenizer and chat template make the prompts of one side."""
+
+    tokenizer: Literal["base", "adapter"] = "base"
+    chat_template: Literal["base", "adapter"] | None = Field("base", description="None: there is none")
+    differences: tuple[str, ...] = Field((), description="of the adapter's from the base's")
+
+
+class Prompts(_Part):
+    """How prompts are made."""
+
+    old: Reader = Field(Reader(), description="on the old base, with and without the adapter: the teacher's rows, too")
+    new: Reader = Field(Reader(), description="on the new base: what the new adapter was fine-tuned and measured with")
+
+
 class DroppedModule(_Part):
     """A module of the old adapter that has no place in the new base."""
 
@@ -203,6 +218,7 @@ class MigrationRecord(PairRecord, ArmResults):
 
     schema_version: Literal[1] = SCHEMA_VERSION
     adapter: AdapterRecord
+    prompts: Prompts | None = Field(None, description="None in records of earlier versions")
     method: str = Field(description='the best transform as it comes, of auto\'s; "none" where the bare base is better')
     candidates: list[Candidate] = Field([], description="what auto compared without fine-tuning, best first")
     teacher: TeacherRecord | UnusedTeacher | None = None

@@ -21,7 +21,7 @@ class FakeContext:
     def __init__(self) -> None:
         self.asked: list[tuple[str, dict[str, Any]]] = []
 
-    def base(self, side: str) -> dict[str, Any]:
+    def base(self, side: str, own: Any = None) -> dict[str, Any]:
         return {"model": side, "tokenizer": side}
 
     def base_path(self, side: str) -> dict[str, Path]:
