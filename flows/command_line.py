@@ -58,8 +58,8 @@ Refresh = Annotated[list[str] | None, typer.Option("--refresh", help="stage to c
 
 PAIR_FLAGS = (
     "old_base", "new_base", "calibration", "method", "device", "trust_remote_code", "architectures",
-    "calibration_samples", "calibration_cutoff", "pooling", "similarity", "cka_batch", "layer_strategy", "max_offset",
-    "head_matching", "transfer_matrix",
+    "columns", "calibration_samples", "calibration_cutoff", "pooling", "similarity", "cka_batch", "layer_strategy",
+    "max_offset", "head_matching", "transfer_matrix",
 )  # fmt: skip
 
 #: In place of what ``inspect`` and ``prepare`` can do without: they validate their settings as a migration's.
@@ -123,6 +123,7 @@ def prepare(values: dict[str, Any], config: ConfigFile = None, refresh: Refresh 
             refresh=tuple(refresh or ()),
             trust_remote_code=settings.trust_remote_code,
             architectures=settings.architectures,
+            columns=settings.columns,
         )
         if as_json:
             print_json(result)
@@ -286,6 +287,10 @@ def evaluate(
         Path | None, typer.Option(help="rows of the paper's tasks, as <task>/test.json; the Hub if unset")
     ] = None,
     eval_data: Annotated[str | None, typer.Option(help="held-out rows")] = None,
+    columns: Annotated[
+        str | None,
+        typer.Option(help="fields of rows that the data calls otherwise: prompt=text,completion=label"),
+    ] = None,
     include_path: Annotated[Path | None, typer.Option(help="directory of lm-eval task files")] = None,
     output: Annotated[Path | None, typer.Option(help="directory to create: results and per-sample outputs")] = None,
     batch_size: Annotated[int | None, typer.Option(help="fixed batch size")] = None,
@@ -304,11 +309,12 @@ def evaluate(
         loading = build(LoadSettings, values)
         options = build(EvaluationSettings, {name: value for name, value in given.items() if value is not None})
         names = tuple(t.strip() for t in (tasks or "").split(",") if t.strip())
+        pairs = tuple(p.strip() for p in (columns or "").split(",") if p.strip())
         from flows.evaluate_adapters import check, evaluate_adapters
 
         # before a flow run exists: bad input should cost nothing
         asked = (base, tuple(adapter or ()), eval_data, names, eval_dir, include_path, output, device, loading)
-        check(*asked, trust_remote_code)
+        check(*asked, trust_remote_code, pairs)
         results = evaluate_adapters(
             base,
             tuple(adapter or ()),
@@ -322,6 +328,7 @@ def evaluate(
             tuple(refresh or ()),
             trust_remote_code,
             loading.model_dump(mode="json"),
+            pairs,
         )
         if as_json:
             print_json(results)

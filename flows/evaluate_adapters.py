@@ -19,7 +19,7 @@ from flows.context import Context, base_record, check_stages, fetch, tag_run, ti
 from flows.measure import Asked, Measured
 from lorasuite.adapters import OwnTokenizer, own_tokenizer
 from lorasuite.bases import Checkpoint, LoadSettings, load_tokenizer, resolve
-from lorasuite.data import Row, read_rows
+from lorasuite.data import Row, parse_columns, read_rows
 from lorasuite.errors import (
     AdapterError,
     ConfigError,
@@ -54,6 +54,7 @@ def evaluate_adapters(
     refresh: tuple[str, ...] = (),
     trust_remote_code: bool = False,
     loading: dict[str, Any] | None = None,
+    columns: tuple[str, ...] = (),
 ) -> dict[str, Any]:
     """Results by arm (``base`` and each adapter's directory name) on rows and on lm-eval tasks, and arms compared.
 
@@ -66,7 +67,17 @@ def evaluate_adapters(
     options = EvaluationSettings.model_validate(settings or {})
     asked = LoadSettings.model_validate(loading or {})
     checked = check(
-        base, tuple(adapters), eval_data, tuple(tasks), eval_dir, include_path, output, device, asked, trust_remote_code
+        base,
+        tuple(adapters),
+        eval_data,
+        tuple(tasks),
+        eval_dir,
+        include_path,
+        output,
+        device,
+        asked,
+        trust_remote_code,
+        tuple(columns),
     )
     refreshed = check_stages(tuple(refresh))
     tag_run(base=Path(base).name)
@@ -135,6 +146,7 @@ def check(
     device: str,
     loading: LoadSettings,
     trust_remote_code: bool = False,
+    columns: tuple[str, ...] = (),
 ) -> Checked:
     """The held-out rows, if there are any, and the tokenizers that arms are measured with.
 
@@ -155,7 +167,7 @@ def check(
     attempt(lambda: Checkpoint(base).check_readable())
     for adapter in adapters:
         attempt(partial(_adapter, adapter))
-    found = Checked((attempt(lambda: read_rows(eval_data)) if eval_data else None) or [])
+    found = Checked((attempt(lambda: read_rows(eval_data, parse_columns(columns))) if eval_data else None) or [])
     if not problems:
         attempt(lambda: _readers(found, base, adapters, trust_remote_code))
     if include_path is not None and not include_path.is_dir():

@@ -335,18 +335,18 @@ class TaskData:
     @cached_property
     def train(self) -> list[Row]:
         """Rows to train on, and those whose prompts the teacher answers."""
-        return read_rows(str(self.config.train_data))
+        return read_rows(str(self.config.train_data), self.config.columns)
 
     @cached_property
     def held_out(self) -> list[Row]:
         """Rows to evaluate on; none where the task is measured by lm-eval tasks."""
-        return read_rows(str(self.config.eval_data)) if self.config.eval_data else []
+        return read_rows(self.config.eval_data, self.config.columns) if self.config.eval_data else []
 
     @cached_property
     def texts(self) -> list[str]:
         """Calibration texts, conversations rendered by the new base's template."""
         reader = load_tokenizer(self.new_base, self.trust)
-        return calibration_texts(str(self.config.calibration or self.config.train_data), reader)
+        return calibration_texts(str(self.config.calibration or self.config.train_data), reader, self.config.columns)
 
     def asked(self, context: Context, cell: Cell) -> Asked:
         """What an arm of a cell is measured on."""

@@ -13,7 +13,7 @@ from prefect.cache_policies import NO_CACHE
 from lorasuite import ALGORITHM_VERSION
 from lorasuite.adapters import Adapter
 from lorasuite.bases import check_finite, digest_json, file_digest, fingerprint_model, fingerprint_tokenizer
-from lorasuite.data import Row, fingerprint_rows
+from lorasuite.data import HUB, Row, fingerprint_rows, source_digest
 from lorasuite.errors import AdapterError, DataError, Problem
 from lorasuite.evaluation.eval_tasks import TASKS, expand
 from lorasuite.evaluation.eval_tasks import fingerprint as fingerprint_own
@@ -110,12 +110,23 @@ def fingerprint_migration(config: MigrationConfig, fingerprints: Mapping[str, st
     for name in DATA_FILES:
         source = getattr(config, name)
         if source is not None:
-            path = Path(source)
-            data[name] = fingerprint_folder(path) if path.is_dir() else fingerprint_file(path)
+            data[name] = fingerprint_source(source)
     for name in expand(config.eval_tasks):
         data[f"task {name}"] = fingerprint_task(name, *config.task_folders)
     settings = config.model_dump(mode="json", exclude=elsewhere, exclude_defaults=True)
     return digest_json({"version": ALGORITHM_VERSION, "inputs": dict(fingerprints), "data": data, "settings": settings})
+
+
+def fingerprint_source(source: str) -> str:
+    """The content of a data file, a folder, or a data set of the Hub.
+
+    Raises:
+        DataError: if it cannot be read.
+    """
+    if source.startswith(HUB):
+        return source_digest(source)
+    path = Path(source)
+    return fingerprint_folder(path) if path.is_dir() else fingerprint_file(path)
 
 
 def fingerprint_file(path: Path) -> str:

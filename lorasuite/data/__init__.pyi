@@ -1,3 +1,5 @@
+from ._columns import parse_columns
+from ._containers import source_digest
 from ._drawing import HELD_OUT, MIN_OWN_HOLDOUT_ROWS, SPLIT, RowSplit, draw, split_rows
 from ._encoding import IGNORED, encode, encode_pair, encode_rows, end_tokens, prompt_ids
 from ._reading import calibration_texts, read_prompts, read_rows, rows_to_jsonl
@@ -13,10 +15,12 @@ from ._rows import (
     unread_keys,
     whole_text,
 )
+from ._tables import HUB
 
 __all__ = [
     "CONTEXT_TEMPLATE",
     "HELD_OUT",
+    "HUB",
     "IGNORED",
     "INSTRUCTION_TEMPLATE",
     "MIN_OWN_HOLDOUT_ROWS",
@@ -33,10 +37,12 @@ __all__ = [
     "encode_rows",
     "end_tokens",
     "fingerprint_rows",
+    "parse_columns",
     "prompt_ids",
     "read_prompts",
     "read_rows",
     "rows_to_jsonl",
+    "source_digest",
     "split_rows",
     "unanswered",
     "unread_keys",

@@ -1,22 +1,30 @@
-"""Files and folders of records: JSON, JSON Lines, CSV, Parquet, gzip of these, and data sets saved to disk."""
+"""Files, folders and data sets of records: JSON, JSON Lines, CSV, Parquet, these packed, saved to disk, on the Hub."""
 
 from __future__ import annotations
 
+import bz2
 import csv
 import gzip
+import hashlib
 import io
 import json
-from collections.abc import Iterator
+import lzma
+import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from lorasuite.data._tables import from_disk, from_hub, from_parquet
 from lorasuite.errors import DataError, Problem
 
-_REMEDY = "Give a file of JSON, JSON Lines, CSV, Parquet or text, or a folder that datasets' save_to_disk wrote"
+_REMEDY = (
+    "Give a file of JSON, JSON Lines, CSV, Parquet or text, a folder that datasets' save_to_disk wrote, "
+    "or hf://org/name[:split]"
+)
 
 
 def read_text(path: Path) -> str:
-    """The file's text, unpacked where it is gzip, without its byte-order mark.
+    """The file's text, unpacked where it is packed, without its byte-order mark.
 
     Raises:
         DataError: the file is missing, empty or not UTF-8, or what it holds goes by another name than its own.
@@ -37,64 +45,110 @@ def read_text(path: Path) -> str:
 
 
 def suffix(path: Path) -> str:
-    """What the file is called, without the ``.gz`` of a packed one, in small letters."""
-    plain = path.with_suffix("") if path.suffix.lower() == ".gz" else path
+    """What the file is called, without the ``.gz`` or the like of a packed one, in small letters."""
+    plain = path.with_suffix("") if path.suffix.lower() in PACKED else path
     return plain.suffix.lower()
 
 
-def records(path: Path, problems: list[Problem]) -> Iterator[tuple[str, Any]]:
+def records(path: Path | str, problems: list[Problem]) -> Iterator[tuple[str, Any]]:
     """``(where, value)`` of each record; what cannot be parsed goes to ``problems``.
 
+    Args:
+        path: a file or folder, or as text a data set of the Hub.
+
     Raises:
-        DataError: as :func:`read_text`, or if a table or saved data set cannot be read.
+        DataError: as :func:`read_text`, or if a table or data set cannot be read.
     """
+    if isinstance(path, str):
+        for number, value in enumerate(from_hub(path), start=1):
+            yield f"{path}, row {number}", value
+        return
     if path.is_dir() or suffix(path) == ".parquet":
         for number, value in enumerate(_table(path), start=1):
             yield f"{path}, row {number}", value
         return
     text = read_text(path)
     if suffix(path) in (".csv", ".tsv"):
-        # By the standard library: datasets and pandas make numbers of answers that look like one.
-        delimiter = "\t" if suffix(path) == ".tsv" else ","
+        yield from _csv_records(path, text, problems)
+        return
+    yield from _json_records(path, text, problems)
+
+
+def _bytes(path: Path) -> bytes:
+    """The file's content, unpacked.
+
+    Raises:
+        DataError: it cannot be read, or is of a format that holds no rows.
+    """
+    try:
+        raw = path.read_bytes()
+        unpack = next((how for magic, how in UNPACK.items() if raw.startswith(magic)), None)
+        raw = unpack(raw) if unpack else raw
+    except (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error) as error:  # gzip's and pyarrow's are among them
+        reason = getattr(error, "strerror", None) or error
+        what = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read ({reason})"
+        raise DataError([Problem(str(path), what, _REMEDY)]) from error
+    for magic, (name, remedy) in FOREIGN.items():
+        if raw.startswith(magic):
+            raise DataError([Problem(str(path), f"is {name}", remedy)])
+    return raw
+
+
+def _zstandard(raw: bytes) -> bytes:
+    import pyarrow
+
+    content: bytes = pyarrow.CompressedInputStream(pyarrow.py_buffer(raw), "zstd").read()
+    return content
+
+
+#: How packed files begin, and what unpacks them.
+UNPACK: dict[bytes, Callable[[bytes], bytes]] = {
+    b"\x1f\x8b": gzip.decompress,
+    b"BZh91AY&SY": bz2.decompress,
+    b"\xfd7zXZ\x00": lzma.decompress,
+    b"\x28\xb5\x2f\xfd": _zstandard,
+}
+#: What packed files are called.
+PACKED = (".gz", ".bz2", ".xz", ".zst")
+_AS_LINES = "Write its rows as JSON Lines or Parquet"
+#: How files of other formats begin: what they are, and what to do.
+FOREIGN = {
+    b"PK\x03\x04": ("a zip archive or a spreadsheet", f"Unpack it, or: {_AS_LINES[0].lower()}{_AS_LINES[1:]}"),
+    b"ARROW1": ("an Arrow file", f"Give the folder that save_to_disk wrote. Otherwise: {_AS_LINES}"),
+    b"\xff\xff\xff\xff": ("an Arrow stream", f"Give the folder that save_to_disk wrote. Otherwise: {_AS_LINES}"),
+    b"\x80\x04\x95": ("a pickle, which runs code when it is read", _AS_LINES),
+    b"\x80\x05\x95": ("a pickle, which runs code when it is read", _AS_LINES),
+    b"SQLite format 3\x00": ("an SQLite database", _AS_LINES),
+    b"\x89HDF": ("an HDF5 file", _AS_LINES),
+    b"\x93NUMPY": ("a NumPy array", _AS_LINES),
+    b"version https://git-lfs": ("a Git LFS pointer, not the file itself", "Fetch the file with `git lfs pull`"),
+    b"Obj\x01": ("an Avro file", _AS_LINES),
+}
+
+
+def _table(path: Path) -> Iterator[Any]:
+    """The rows of a Parquet file or of a data set saved to disk."""
+    try:
+        return from_disk(path) if path.is_dir() else from_parquet(io.BytesIO(_bytes(path)))
+    except DataError:
+        raise
+    except (OSError, ValueError) as error:  # pyarrow's errors are among them
+        raise DataError([Problem(str(path), f"cannot be read ({error})", _REMEDY)]) from error
+
+
+def _csv_records(path: Path, text: str, problems: list[Problem]) -> Iterator[tuple[str, Any]]:
+    """By the standard library: datasets and pandas make numbers of answers that look like one."""
+    delimiter = "\t" if suffix(path) == ".tsv" else ","
+    csv.field_size_limit(len(text) + 1)  # else 128 KiB, which a document exceeds
+    try:
         for number, row in enumerate(csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter), start=1):
             if None in row or None in row.values():
                 what = "has another number of cells than the header"
                 problems.append(Problem(f"{path}, row {number}", what, "Put cells that hold commas in quotes"))
             else:
                 yield f"{path}, row {number}", row
-        return
-    yield from _json_records(path, text, problems)
-
-
-def _bytes(path: Path) -> bytes:
-    try:
-        raw = path.read_bytes()
-        return gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
-    except (OSError, EOFError) as error:  # gzip's own errors are among them
-        reason = getattr(error, "strerror", None) or error
-        what = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read ({reason})"
-        raise DataError([Problem(str(path), what, _REMEDY)]) from error
-
-
-def _table(path: Path) -> Iterator[Any]:
-    """The rows of a Parquet file or of a data set saved to disk."""
-    import datasets
-    import pyarrow.parquet
-
-    try:
-        if path.is_dir():
-            found = datasets.load_from_disk(str(path))
-            if isinstance(found, datasets.DatasetDict):
-                splits = ", ".join(str(path / name) for name in found)
-                raise DataError([Problem(str(path), "holds several splits", f"Give one of them: {splits}")])
-            return iter(found)
-        source = io.BytesIO(_bytes(path)) if path.suffix.lower() == ".gz" else path
-        return iter(pyarrow.parquet.read_table(source).to_pylist())
-    except (OSError, ValueError) as error:  # pyarrow's errors are among them
-        if isinstance(error, DataError):
-            raise
-        what = "does not exist" if not path.exists() else f"cannot be read ({error})"
-        raise DataError([Problem(str(path), what, _REMEDY)]) from error
+    except csv.Error as error:
+        problems.append(Problem(str(path), f"is not valid CSV ({error})", "Save it again as CSV"))
 
 
 def _json_records(path: Path, text: str, problems: list[Problem]) -> Iterator[tuple[str, Any]]:
@@ -130,3 +184,15 @@ def _json_records(path: Path, text: str, problems: list[Problem]) -> Iterator[tu
             problems.append(Problem(where, what, "Write one JSON object a line"))
             continue
         yield where, value
+
+
+def source_digest(source: str) -> str:
+    """SHA-256 (hex) over the rows of a data set of the Hub, which another revision or split changes.
+
+    Raises:
+        DataError: as :func:`records`.
+    """
+    digest = hashlib.sha256()
+    for _, record in records(source, []):
+        digest.update(json.dumps(record, sort_keys=True, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")
+    return digest.hexdigest()

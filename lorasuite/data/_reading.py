@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from lorasuite.data._columns import KNOWN_KEYS, lacking, renamed
 from lorasuite.data._containers import read_text, records, suffix
 from lorasuite.data._rows import Kind, Message, Row, unanswered, whole_text
+from lorasuite.data._tables import HUB
 from lorasuite.errors import DataError, Problem
 
 if TYPE_CHECKING:
@@ -23,58 +26,80 @@ SPEAKERS = {
     **dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "assistant", "model"), "assistant"),
     **{name: name for name in ("system", "tool")},
 }
-_KNOWN_KEYS: dict[Kind, frozenset[str]] = {
-    "instruction": frozenset({"instruction", "input", "output"}),
-    "completion": frozenset({"prompt", "completion"}),
-    "messages": frozenset({"messages"}),
-    "text": frozenset({"text"}),
-}
+#: Fields that are a row's answer, which prompts may lack.
+ANSWERS = ("completion", "output")
+_AS_NAMED: Mapping[str, str] = MappingProxyType({})
 
 
-def read_rows(path: str | Path) -> list[Row]:
-    """Read rows of JSON, JSON Lines, CSV, Parquet, a data set saved to disk or, for ``.txt``, paragraphs.
+def read_rows(source: str | Path, columns: Mapping[str, str] = _AS_NAMED) -> list[Row]:
+    """Read rows of JSON, JSON Lines, CSV, Parquet, a data set on disk or of the Hub or, for ``.txt``, paragraphs.
 
     The suffix tells CSV, TSV, Parquet and text; of other files one that starts with ``[`` is a JSON array, and any
-    else JSON Lines. Each may be packed with gzip. Paragraphs are separated by blank lines.
+    else JSON Lines. Each may be packed with gzip, bzip2, xz or Zstandard. Paragraphs are separated by blank lines. A
+    data set of the Hub is ``hf://org/name[@revision][/config][:split]``.
+
+    Args:
+        source: where they are.
+        columns: fields of rows to the columns they are called in the source.
 
     Raises:
-        DataError: the file is missing, empty or not UTF-8, or some rows are malformed or empty. Every bad row is
-            reported, with its line (JSONL) or its number counted from 1.
+        DataError: the file is missing, empty or not UTF-8, the data set cannot be loaded, or some rows are malformed or
+            empty, or lack a column. Every bad row is reported, with its line (JSONL) or its number counted from 1.
     """
-    return _rows(Path(path), lambda record: record)
+    return _rows(source, columns)
 
 
-def _rows(path: Path, prepare: Callable[[Any], Any]) -> list[Row]:
-    """The rows of a file, each record prepared before it is checked; raises as :func:`read_rows`."""
-    if suffix(path) == ".txt":
-        return _paragraphs(read_text(path))
+def _rows(
+    source: str | Path,
+    columns: Mapping[str, str],
+    prepare: Callable[[Any], Any] = lambda record: record,
+    *,
+    strict: bool = True,
+) -> list[Row]:
+    """The rows of a file, each record prepared before it is checked; raises as :func:`read_rows`.
+
+    Args:
+        strict: whether a record may not lack a column.
+    """
+    source = source if str(source).startswith(HUB) else Path(source)
+    if isinstance(source, Path) and suffix(source) == ".txt":
+        return _paragraphs(read_text(source))
     rows: list[Row] = []
     problems: list[Problem] = []
-    for where, record in records(path, problems):
+    for where, record in records(source, problems):
+        if columns and isinstance(record, dict):
+            if strict and (what := lacking(record, columns)):
+                problems.append(Problem(where, what, "Name columns that there are with --columns"))
+                continue
+            record = renamed(record, columns)
         row = _to_row(where, prepare(record), problems)
         if row is not None:
             rows.append(row)
     if problems:
         raise DataError(problems)
     if not rows:
-        raise DataError([Problem(str(path), "has no rows", _SHAPES)])
+        raise DataError([Problem(str(source), "has no rows", _SHAPES)])
     return rows
 
 
-def calibration_texts(path: str | Path, tokenizer: PreTrainedTokenizerBase | None = None) -> list[str]:
+def calibration_texts(
+    source: str | Path,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    columns: Mapping[str, str] = _AS_NAMED,
+) -> list[str]:
     """The texts of a data file, to be read by a model for its activations: prompt and completion as one string.
 
     Conversations are rendered by the tokenizer's chat template where one is given and has it. Otherwise their
     contents are joined by newlines: calibration reads the *same* text with two tokenizers, which may disagree
-    on templates.
+    on templates. Rows that lack one of the ``columns`` are read as they are: texts may have another shape than rows.
 
     Raises:
         DataError: as :func:`read_rows`.
     """
-    return [whole_text(row, tokenizer) for row in read_rows(path)]
+    return [whole_text(row, tokenizer) for row in _rows(source, columns, strict=False)]
 
 
-def read_prompts(path: str | Path) -> list[Row]:
+def read_prompts(source: str | Path, columns: Mapping[str, str] = _AS_NAMED) -> list[Row]:
     """The prompts of a data file, whose rows may lack their answers: unanswered rows, text rows whole.
 
     A conversation without an answer ends with the user's turn.
@@ -82,7 +107,8 @@ def read_prompts(path: str | Path) -> list[Row]:
     Raises:
         DataError: as :func:`read_rows`.
     """
-    return [row if row.kind == "text" else unanswered(row) for row in _rows(Path(path), _with_answer)]
+    asked = {field: column for field, column in columns.items() if field not in ANSWERS}
+    return [row if row.kind == "text" else unanswered(row) for row in _rows(source, asked, _with_answer)]
 
 
 def _with_answer(record: Any) -> Any:
@@ -128,7 +154,7 @@ def _to_row(where: str, record: Any, problems: list[Problem]) -> Row | None:
         problems.append(Problem(where, f"has no known shape (its keys: {keys})", _SHAPES))
         return None
     before = len(problems)
-    extra = {key: value for key, value in record.items() if key not in _KNOWN_KEYS[kind]}
+    extra = {key: value for key, value in record.items() if key not in KNOWN_KEYS[kind]}
     if kind == "messages":
         messages = _messages(where, record["messages"], problems)
         return Row(kind=kind, messages=messages, extra=extra) if len(problems) == before else None
@@ -144,7 +170,7 @@ def _to_row(where: str, record: Any, problems: list[Problem]) -> Row | None:
             problems.append(Problem(where, what, "Write it as messages, or take the key out"))
     values: dict[str, Any] = {
         name: _string(where, name, record.get(name), problems, required=name != "input")
-        for name in sorted(_KNOWN_KEYS[kind])
+        for name in sorted(KNOWN_KEYS[kind])
     }
     return Row(kind=kind, extra=extra, **values) if len(problems) == before else None
 
@@ -182,15 +208,16 @@ def _conversation(record: dict[str, Any]) -> dict[str, Any]:
 
     Left alone are conversations whose turns have other keys, or speakers that ShareGPT does not name.
     """
-    turns = record.get("conversations")
-    if "messages" in record or not isinstance(turns, list):
+    name = "messages" if "messages" in record else "conversations"
+    turns = record.get(name)
+    if not isinstance(turns, list):
         return record
     messages = [_turn(turn) for turn in turns]
     if not messages or None in messages:
         return record
     if isinstance(system := record.get("system"), str) and system:
         messages.insert(0, {"role": "system", "content": system})
-    rest = {name: value for name, value in record.items() if name not in ("conversations", "system")}
+    rest = {key: value for key, value in record.items() if key not in (name, "system")}
     return {"messages": messages, **rest}
 
 

@@ -11,6 +11,7 @@ from lorasuite import transforms
 from lorasuite.adapters import OutputType
 from lorasuite.bases import LoadSettings
 from lorasuite.correspondence import POSITIONS, Metric, Pooling, Strategy, When
+from lorasuite.data import parse_columns
 from lorasuite.errors import ConfigError, Problem, did_you_mean
 from lorasuite.evaluation import EvaluationSettings, Gate
 from lorasuite.planning._reading import Strict
@@ -51,7 +52,11 @@ class MigrationConfig(Strict):
     new_base: str = Field(description="base model to move it to: directory or hub-id[@revision]")
     output: str = Field(description="directory to create")
     calibration: str | None = Field(None, description="texts for the layer map; the training data if unset")
-    train_data: str | None = Field(None, description="rows for the light fine-tune (LFT)")
+    train_data: str | None = Field(
+        None,
+        description="rows for the light fine-tune (LFT): a file, a save_to_disk folder, or "
+        "hf://org/name[@revision][/config][:split]",
+    )
     finetune_samples: int | None = Field(
         None, ge=0, description=f"training rows used; {LFT_SAMPLES} where there is training data, else 0"
     )
@@ -69,6 +74,11 @@ class MigrationConfig(Strict):
         "auto and sequential read the answers, and auto chooses by them, where training rows are few",
     )
     eval_data: str | None = Field(None, description="held-out rows for evaluation")
+    columns: tuple[str, ...] = Field(
+        (),
+        description="fields of rows that the data calls otherwise: prompt=text,completion=label. Of all data; texts "
+        "for calibration may have them or not",
+    )
     eval_tasks: tuple[str, ...] = Field(
         (), description="lm-eval tasks, by name; the paper's are lorasuite_math and lorasuite_commonsense"
     )
@@ -138,6 +148,18 @@ class MigrationConfig(Strict):
             raise ValueError(f"unknown method {value!r}. {did_you_mean(value, known)}")
         return value
 
+    @field_validator("columns", mode="before")
+    @classmethod
+    def _pairs(cls, value: Any) -> Any:
+        """A mapping is as good as a list of pairs, in a file of settings."""
+        return tuple(f"{field}={column}" for field, column in value.items()) if isinstance(value, dict) else value
+
+    @field_validator("columns")
+    @classmethod
+    def _known_fields(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        parse_columns(value)
+        return value
+
     @field_validator("learning_rates")
     @classmethod
     def _positive(cls, value: tuple[float, ...]) -> tuple[float, ...]:
@@ -152,6 +174,11 @@ class MigrationConfig(Strict):
             Path(self.eval_dir) if self.eval_dir else None,
             Path(self.include_path) if self.include_path else None,
         )
+
+    @property
+    def renamed_columns(self) -> dict[str, str]:
+        """The fields of rows that the data calls otherwise, each with its column."""
+        return parse_columns(self.columns)
 
     @property
     def prompt_data(self) -> str | None:

@@ -27,7 +27,7 @@ from lorasuite.planning._experiment_file import (
     Training,
 )
 from lorasuite.planning._policy import RowCounts, plan_rows, too_few_to_sweep
-from lorasuite.planning._reading import build, located, read_config
+from lorasuite.planning._reading import build, located, located_data, read_config
 from lorasuite.planning._thresholds import LFT_SAMPLES, MIN_SWEEP_ROWS
 from lorasuite.transforms import ModelTransform, names, transform
 
@@ -36,7 +36,7 @@ SEEDED = (Arm.SCRATCH, Arm.MIGRATED_LFT, Arm.REFRESHED)
 #: Settings of a migration that the pair, the tasks, the seeds and the arms decide, or that no arm has.
 DECIDED = (
     "adapter", "old_base", "new_base", "output", "calibration", "train_data", "eval_data", "eval_tasks", "eval_dir",
-    "include_path", "seed", "gate", "controls", "energy", "prompts",
+    "include_path", "seed", "gate", "controls", "energy", "prompts", "columns",
 )  # fmt: skip
 #: Settings that decide what adapter there is to migrate, and what it is to retrain it.
 TRAINED = ("lora", "retrain")
@@ -194,7 +194,7 @@ def _located_task(task: ExperimentTask, pair: ExperimentPair, folder: Path) -> E
             changes[name] = located(source, folder)
     for name in ("train_data", "calibration", "eval_data", "eval_dir", "include_path"):
         if (source := getattr(task, name)) is not None:
-            changes[name] = str(folder / Path(source).expanduser())
+            changes[name] = located_data(source, folder)
     return task.model_copy(update=changes)
 
 

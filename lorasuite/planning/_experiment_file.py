@@ -46,6 +46,9 @@ class ExperimentTask(Strict):
     train_data: str | None = Field(None, description="rows for every training")
     calibration: str | None = Field(None, description="texts to compare layers with; the training data if unset")
     eval_data: str | None = Field(None, description="held-out rows")
+    columns: dict[str, str] = Field(
+        {}, description="fields of rows that the data calls otherwise, each with its column"
+    )
     eval_tasks: tuple[str, ...] = Field((), description="lm-eval tasks, by name; the score is their mean")
     eval_dir: str | None = Field(None, description="rows of the paper's tasks, as <task>/test.json")
     include_path: str | None = Field(None, description="directory of lm-eval task files")

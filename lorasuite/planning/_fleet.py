@@ -11,7 +11,7 @@ from pydantic import Field
 from lorasuite.errors import ConfigError, Problem
 from lorasuite.evaluation import Gate
 from lorasuite.planning._config import MigrationConfig
-from lorasuite.planning._reading import Strict, build, located, merged, read_config
+from lorasuite.planning._reading import Strict, build, located, located_data, merged, read_config
 
 #: Settings that name a model or adapter: a directory beside the fleet file, or a Hub id.
 MODELS = ("adapter", "old_base", "new_base")
@@ -79,7 +79,7 @@ def read_fleet(
             }
             if isinstance(values.get("adapter"), str):
                 values["adapter"] = located(values["adapter"], folder)
-            values |= {key: str(folder / str(values[key])) for key in DATA if values.get(key)}
+            values |= {key: located_data(str(values[key]), folder) for key in DATA if values.get(key)}
             try:
                 found.append((name, build(MigrationConfig, values, place)))
             except ConfigError as error:

@@ -96,13 +96,15 @@ def survey(
     source, train, held_out = config.calibration_data, config.train_data, config.eval_data
     data = Data(tokenizer=result.new_tokenizer)
     if source is not None:
-        texts = result.attempt(lambda: calibration_texts(source, result.new_tokenizer)) or []
+        texts = result.attempt(lambda: calibration_texts(source, result.new_tokenizer, config.renamed_columns)) or []
         data.texts = texts[: config.pair.calibration_samples]
     wanted = plan_rows(config, RowCounts())
     if train is not None:
-        data.train = draw(result.attempt(lambda: read_rows(train)) or [], wanted.requested_rows, config.seed)
+        data.train = draw(
+            result.attempt(lambda: read_rows(train, config.renamed_columns)) or [], wanted.requested_rows, config.seed
+        )
     if held_out is not None:
-        data.evaluation = result.attempt(lambda: read_rows(held_out)) or []
+        data.evaluation = result.attempt(lambda: read_rows(held_out, config.renamed_columns)) or []
     if not result.problems:
         counts = RowCounts.of(data.train, None, data.evaluation, config.teacher.text_prefix)
         rows = plan_rows(config, counts if train is not None else RowCounts(evaluation=len(data.evaluation)))
@@ -179,7 +181,9 @@ def _calibration(result: Inspection, config: MigrationConfig) -> list[str]:
         elif depths[0] == depths[1]:
             result.notices.append("no calibration texts: layers are mapped one to one, without similarities")
         return []
-    texts: list[str] = result.attempt(lambda: calibration_texts(source, result.new_tokenizer)) or []
+    texts: list[str] = (
+        result.attempt(lambda: calibration_texts(source, result.new_tokenizer, config.renamed_columns)) or []
+    )
     if texts and len(texts) < SMALLEST_BATCH:
         result.problems.append(
             Problem(source, f"has {len(texts)} texts", f"Layers are compared on at least {SMALLEST_BATCH}: add some.")
@@ -208,7 +212,9 @@ def _training_rows(result: Inspection, config: MigrationConfig, wanted: RowPlan)
         return []
     if not samples:
         return []
-    rows: list[Row] = draw(result.attempt(lambda: read_rows(source)) or [], samples, config.seed)
+    rows: list[Row] = draw(
+        result.attempt(lambda: read_rows(source, config.renamed_columns)) or [], samples, config.seed
+    )
     if not rows:
         return []
     _unread(result, "training rows", rows)
@@ -234,7 +240,7 @@ def _teacher(result: Inspection, config: MigrationConfig, wanted: RowPlan) -> li
     source = config.prompt_data
     if source is None:
         return None
-    rows: list[Row] = result.attempt(lambda: read_prompts(source)) or []
+    rows: list[Row] = result.attempt(lambda: read_prompts(source, config.renamed_columns)) or []
     words = config.teacher.text_prefix
     distinct = set()
     for number, row in enumerate(rows, start=1):
@@ -256,7 +262,7 @@ def _held_out_rows(result: Inspection, config: MigrationConfig) -> list[Row]:
     source = config.eval_data
     if source is None:
         return []
-    rows: list[Row] = result.attempt(lambda: read_rows(source)) or []
+    rows: list[Row] = result.attempt(lambda: read_rows(source, config.renamed_columns)) or []
     _unread(result, "held-out rows", rows)
     tokenizers = [t for t in (result.old_reader, result.new_tokenizer) if t is not None]
     result.attempt(lambda: [row.target(tokenizer) for tokenizer in tokenizers for row in rows])

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from lorasuite.data import HUB
 from lorasuite.errors import ConfigError, Problem, did_you_mean
 
 
@@ -67,6 +68,11 @@ def located(source: str, folder: Path) -> str:
     """A directory relative to ``folder`` as an absolute path; anything else, a Hub id, as it is."""
     path = folder / Path(source).expanduser()
     return str(path.absolute()) if path.is_dir() or source.startswith((".", "/", "~")) else source
+
+
+def located_data(source: str, folder: Path) -> str:
+    """A data file relative to ``folder`` as a path; a data set of the Hub as it is."""
+    return source if source.startswith(HUB) else str(folder / Path(source).expanduser())
 
 
 def merged(*layers: Mapping[str, Any]) -> dict[str, Any]:

@@ -49,13 +49,14 @@ class Hub(BaseHTTPRequestHandler):
         if path == "/api/whoami-v2":
             known = self.headers.get("Authorization") == "Bearer hf_write"
             return self.send(200 if known else 401, b'{"name": "me", "type": "user"}', {}, body)
-        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/revision/([^/]+)", path):
+        if match := re.fullmatch(r"/api/(?:models|datasets)/([^/]+/[^/]+)/revision/([^/]+)", path):
             folder, revision = self.repos.get(match[1]), match[2]
+            revision = next((name for name, commit in COMMIT.items() if commit == revision), revision)
             if folder is not None and revision in COMMIT:
                 files = [{"rfilename": str(file.relative_to(folder))} for file in listed(folder)]
                 info = {"id": match[1], "sha": COMMIT[revision], "siblings": files}
                 return self.send(200, json.dumps(info).encode(), {"Content-Type": "application/json"}, body)
-        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/([^/]+)", path):
+        if match := re.fullmatch(r"/api/(?:models|datasets)/([^/]+/[^/]+)/tree/([^/]+)", path):
             entries = [
                 {
                     "type": "file",
@@ -66,11 +67,15 @@ class Hub(BaseHTTPRequestHandler):
                 for file in listed(self.repos[match[1]])
             ]
             return self.send(200, json.dumps(entries).encode(), {"Content-Type": "application/json"}, body)
-        if match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+        if match := re.fullmatch(r"(?:/datasets)?/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             file = self.repos.get(match[1], Path("/nowhere")) / match[3]
             if file.is_file():
-                headers = {"ETag": f'"{digest(file)}"', "X-Repo-Commit": match[2]}
+                headers = {"ETag": f'"{digest(file)}"', "X-Repo-Commit": COMMIT.get(match[2], match[2])}
                 return self.send(200, file.read_bytes(), headers, body)
+            if match[1] in self.repos:
+                known = match[2] in {*COMMIT, *COMMIT.values()}
+                code = "EntryNotFound" if known else "RevisionNotFound"
+                return self.send(404, b"{}", {"X-Error-Code": code}, body)
         return self.send(404, b"{}", {"X-Error-Code": "RepoNotFound"}, body)
 
     commits: list[dict[str, bytes]] = []  # noqa: RUF012 - what was pushed, file by file
@@ -78,6 +83,14 @@ class Hub(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
         self.asked.append(self.path)
+        if match := re.fullmatch(r"/api/datasets/([^/]+/[^/]+)/paths-info/([^/]+)", self.path):
+            folder = self.repos.get(match[1], Path("/nowhere"))
+            found = [
+                {"type": "file", "path": path, "size": (folder / path).stat().st_size, "oid": digest(folder / path)}
+                for path in json.loads(body)["paths"]
+                if (folder / path).is_file()
+            ]
+            return self.send(200, json.dumps(found).encode(), {"Content-Type": "application/json"}, True)
         if self.headers.get("Authorization") != "Bearer hf_write":
             return self.send(401, b"{}", {}, True)
         answer: dict[str, object] = {}

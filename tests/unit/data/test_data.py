@@ -169,7 +169,7 @@ def test_files_that_cannot_be_read(tmp_path, content, message):
         path.write_bytes(content)
     with pytest.raises(DataError, match=message):
         read_rows(path)
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(DataError, match="is a folder"):
         read_rows(tmp_path)
 
 
