@@ -45,7 +45,7 @@ def _row(parameter: Any) -> str:
         name = f"`{parameter.name.upper()}`"
     else:
         name = " ".join(f"`{o}`" for o in [*parameter.opts, *parameter.secondary_opts])
-    text = getattr(parameter, "help", None) or ""
+    text = (getattr(parameter, "help", None) or "").replace("\\[", "[")
     if parameter.required:
         text += " (required)"
     elif parameter.default not in (None, False, (), "") and not callable(parameter.default) and "[default" not in text:

@@ -16,6 +16,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from artifacts import default_home
 from flows.cli_output import Json, errors, print_json
@@ -32,7 +33,11 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-app.add_typer(store_app, name="artifacts")
+#: Heading of options that say how a command runs, and what it does at the end.
+RUN = "The run, and its end"
+#: Headings of commands; those that everyone needs have none.
+MANY, AFTER, KEPT = "Many adapters", "Afterwards", "What is kept"
+app.add_typer(store_app, name="artifacts", rich_help_panel=KEPT)
 
 
 class Limit(StrEnum):
@@ -46,15 +51,25 @@ ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML file of 
 FailOn = Annotated[
     Limit | None,
     typer.Option(
-        "--fail-on", help="end with 1 on this verdict or a worse one (unmeasured is worst): needs-finetune or retrain"
+        "--fail-on",
+        help="end with 1 on this verdict or a worse one (unmeasured is worst): needs-finetune or retrain",
+        rich_help_panel=RUN,
     ),
 ]
 PushTo = Annotated[
     str | None,
-    typer.Option("--push-to-hub", help="Hub repository to upload adapter and card to, once published here"),
+    typer.Option(
+        "--push-to-hub",
+        help="Hub repository to upload adapter and card to, once published here",
+        rich_help_panel=RUN,
+    ),
 ]
-Private = Annotated[bool, typer.Option("--private/--public", help="of a Hub repository that is created")]
-Refresh = Annotated[list[str] | None, typer.Option("--refresh", help="stage to compute again (repeatable)")]
+Private = Annotated[
+    bool, typer.Option("--private/--public", help="of a Hub repository that is created", rich_help_panel=RUN)
+]
+Refresh = Annotated[
+    list[str] | None, typer.Option("--refresh", help="stage to compute again (repeatable)", rich_help_panel=RUN)
+]
 
 PAIR_FLAGS = (
     "old_base", "new_base", "calibration", "method", "device", "trust_remote_code", "architectures",
@@ -101,7 +116,7 @@ def inspect(values: dict[str, Any], config: ConfigFile = None, as_json: Json = F
         raise typer.Exit(2)
 
 
-@app.command()
+@app.command(rich_help_panel=MANY)
 @with_settings(MigrationConfig, PAIR_FLAGS)
 def prepare(values: dict[str, Any], config: ConfigFile = None, refresh: Refresh = None, as_json: Json = False) -> None:
     """Compute, or find, everything about a pair of bases that every adapter shares."""
@@ -174,7 +189,7 @@ def _refused(verdicts: list[str], limit: Limit | None) -> bool:
     return limit is not None and any(fails(verdict, limit.value) for verdict in verdicts)
 
 
-@app.command()
+@app.command(rich_help_panel=AFTER)
 def push(
     folder: Annotated[Path, typer.Argument(help="output directory of a migration")],
     repo: Annotated[str, typer.Argument(help="Hub repository, as owner/name")],
@@ -188,7 +203,7 @@ def push(
         print_json({"pushed": url}) if as_json else Console().print(url)
 
 
-@app.command()
+@app.command(rich_help_panel=MANY)
 def fleet(
     file: Annotated[Path, typer.Argument(help="YAML file: pairs of bases, their adapters, settings, gate")],
     only: Annotated[list[str] | None, typer.Option("--only", help="adapter's name (repeatable)")] = None,
@@ -218,7 +233,7 @@ def fleet(
         raise typer.Exit(1)
 
 
-@app.command()
+@app.command(rich_help_panel=MANY)
 def experiment(
     file: Annotated[Path, typer.Argument(help="YAML file: a pair of bases, tasks, settings, tables")],
     output: Annotated[Path, typer.Option(help="directory for tables and figures; an earlier run's is gone on with")],
@@ -250,7 +265,7 @@ def experiment(
         raise typer.Exit(1)
 
 
-@app.command()
+@app.command(rich_help_panel=MANY)
 def up(
     host: Annotated[str, typer.Option(help="address the server listens on")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="port of the server and its dashboard")] = 4200,
@@ -274,10 +289,10 @@ def up(
 
 
 @app.command()
-@with_settings(LoadSettings)
+@with_settings(LoadSettings, heading="Reading models and adapters")
 def evaluate(
     values: dict[str, Any],
-    base: Annotated[str, typer.Option(help="base model: directory or hub-id[@revision]")],
+    base: Annotated[str, typer.Option(help=escape("base model: directory or hub-id[@revision]"))],
     adapter: Annotated[list[str] | None, typer.Option(help="PEFT adapter (repeatable)")] = None,
     tasks: Annotated[
         str | None,
@@ -336,7 +351,7 @@ def evaluate(
             reporting.show_evaluation(results)
 
 
-@app.command()
+@app.command(rich_help_panel=AFTER)
 def report(
     folder: Annotated[Path, typer.Argument(help="output directory of a migration or of a fleet")],
     as_json: Json = False,

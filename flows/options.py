@@ -11,6 +11,9 @@ from typing import Any
 import typer
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
+from rich.markup import escape
+
+from lorasuite.planning import FIRST, HEADINGS, heading_of
 
 #: Nested settings whose flags carry their name; those of the pair and of loading stand alone.
 PREFIX = {
@@ -35,13 +38,16 @@ def flags(model: type[BaseModel], prefix: str = "", path: tuple[str, ...] = ()) 
             yield prefix + name, (*path, name), info
 
 
-def with_settings(model: type[BaseModel], only: tuple[str, ...] | None = None) -> Callable[[Any], Any]:
+def with_settings(
+    model: type[BaseModel], only: tuple[str, ...] | None = None, heading: str | None = None
+) -> Callable[[Any], Any]:
     """Decorator: give a command one option for every setting of ``model``; they arrive as ``values: dict``.
 
     A flag left out is left out of ``values`` too, so that it does not override a ``--config`` file.
 
     Args:
         only: the parameter names wanted; all of them if None.
+        heading: the heading of all in ``--help``; if None that of each setting of a migration.
     """
     table = {p: (path, info) for p, path, info in flags(model) if only is None or p in only}
 
@@ -65,10 +71,16 @@ def with_settings(model: type[BaseModel], only: tuple[str, ...] | None = None) -
             inspect.Parameter(
                 parameter,
                 inspect.Parameter.KEYWORD_ONLY,
-                default=typer.Option(None, _declaration(parameter, info), help=_help(info), show_default=False),
+                default=typer.Option(
+                    None,
+                    _declaration(parameter, info),
+                    help=escape(_help(info)),
+                    show_default=False,
+                    rich_help_panel=heading or heading_of(path[0]),
+                ),
                 annotation=_scalar(info.annotation) | None,
             )
-            for parameter, (_, info) in table.items()
+            for parameter, (path, info) in sorted(table.items(), key=_place)
         ]
         own = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
         command.__signature__ = inspect.Signature([*options, *own])  # type: ignore[attr-defined]
@@ -76,6 +88,13 @@ def with_settings(model: type[BaseModel], only: tuple[str, ...] | None = None) -
         return command
 
     return decorate
+
+
+def _place(entry: tuple[str, tuple[tuple[str, ...], FieldInfo]]) -> int:
+    """What everyone needs first, then heading by heading; within one, settings in the order they are declared."""
+    name = entry[1][0][0]
+    order = [*FIRST, *(name for names in HEADINGS.values() for name in names)]
+    return order.index(name) if name in order else len(order)
 
 
 def _declaration(parameter: str, info: FieldInfo) -> str:

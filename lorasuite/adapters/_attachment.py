@@ -153,10 +153,14 @@ def restored(model: PreTrainedModel, *, checkpointing: bool = False) -> Iterator
         model.train(training)
 
 
-def save_adapter(wrapped: PeftModel, output: Path) -> None:
+def save_adapter(wrapped: PeftModel, output: Path, *, initial: Path | None = None) -> None:
     """Write a PEFT adapter (safetensors and config) so that ``output`` never exists half-written.
 
     PEFT's template ``README.md`` is left out: its placeholders would pass for a model card.
+
+    Args:
+        initial: the same adapter saved before training, where its start took factors out of the base (PiSSA and its
+            like): written is the difference, a plain LoRA of twice the rank for the base as it was.
 
     Raises:
         OutputError: ``output`` exists.
@@ -168,7 +172,8 @@ def save_adapter(wrapped: PeftModel, output: Path) -> None:
     partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
     try:
         # "auto" would look the base up on the Hub; nothing here ever resizes embeddings.
-        wrapped.save_pretrained(str(partial), safe_serialization=True, save_embedding_layers=False)
+        difference = {} if initial is None else {"path_initial_model_for_weight_conversion": str(initial)}
+        wrapped.save_pretrained(str(partial), safe_serialization=True, save_embedding_layers=False, **difference)
         (partial / "README.md").unlink(missing_ok=True)
         partial.chmod(0o755)
         partial.rename(output)

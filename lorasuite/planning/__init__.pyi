@@ -6,6 +6,7 @@ from ._estimate import estimate, gib, shortages, unfit
 from ._experiment import Cell, Experiment, read_experiment
 from ._experiment_file import ARMS, ExperimentArm, ExperimentTable, ExperimentTask
 from ._fleet import chosen, fleet_output, read_fleet
+from ._headings import FIRST, HEADINGS, heading_of
 from ._inspection import inspect
 from ._machine import Machine, Throughput, measure
 from ._policy import RowCounts, RowPlan, plan_rows
@@ -16,6 +17,8 @@ from ._thresholds import LFT_SAMPLES
 __all__ = [
     "ARMS",
     "AUTO",
+    "FIRST",
+    "HEADINGS",
     "LFT_SAMPLES",
     "Cell",
     "Cost",
@@ -42,6 +45,7 @@ __all__ = [
     "fits",
     "fleet_output",
     "gib",
+    "heading_of",
     "inspect",
     "measure",
     "merged",

@@ -28,6 +28,7 @@ from lorasuite.planning._machine import Machine, measure
 from lorasuite.planning._policy import RowCounts, RowPlan, plan_rows, too_few_to_sweep
 from lorasuite.planning._thresholds import MIN_SWEEP_ROWS
 from lorasuite.teacher import prompt_frame, unusable
+from lorasuite.training import FinetuneSettings, start_problems
 from lorasuite.transforms import transform
 
 
@@ -64,6 +65,7 @@ def check(config: MigrationConfig, home: Path | None = None) -> Plan:
     counts = RowCounts.of(train, prompts, held_out, config.teacher.text_prefix)
     rows = plan_rows(config, counts)
     result.notices += rows.notices
+    _start(result, config, rows)
     if config.include_path is not None and not Path(config.include_path).is_dir():
         result.problems.append(Problem(config.include_path, "is not a directory", "Give one with lm-eval task files."))
     elif config.eval_tasks:
@@ -224,6 +226,22 @@ def _training_rows(result: Inspection, config: MigrationConfig, wanted: RowPlan)
     if tokenizer is not None:
         result.attempt(lambda: encode_rows(rows, tokenizer, config.finetune.cutoff))
     return rows
+
+
+def _start(result: Inspection, config: MigrationConfig, rows: RowPlan) -> None:
+    """Whether a fresh LoRA can start as it is told to, and whether one is trained."""
+    init = config.finetune.init
+    if init == FinetuneSettings.model_fields["init"].default:
+        return
+    if not rows.fine_tunes or not (rows.trains_control or config.method == AUTO):
+        result.notices.append(f"finetune.init: no fresh LoRA is trained here, which alone could start from {init}")
+        return
+    result.problems += start_problems(
+        init,
+        dora=result.opened is not None and bool(result.opened.config.get("use_dora")),
+        quantized=bool(config.loading.quantized),
+        transposed=result.new is not None and any(m.transposed for m in result.new.architecture.modules),
+    )
 
 
 def _teacher(result: Inspection, config: MigrationConfig, wanted: RowPlan) -> list[Row] | None:

@@ -5,6 +5,7 @@ from ._head import LabelHead, label_rows
 from ._loss import LabelLogits, collate, read_labels, validation_loss
 from ._selection import NOTHING, Candidate, choose, write_scaled
 from ._settings import FinetuneResult, FinetuneSettings
+from ._starts import start_problems
 from ._sweep import TriedRate, finetune_swept, loss_order, screen
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "read_labels",
     "screen",
     "soft_labels",
+    "start_problems",
     "validation_loss",
     "write_scaled",
 ]

@@ -15,15 +15,16 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lorasuite.adapters import attach_adapter, restored, save_adapter, unwrap
+from lorasuite.adapters import attach_adapter, restored, save_adapter
 from lorasuite.bases import loaded_model, placed
 from lorasuite.data import Row, encode_rows
 from lorasuite.errors import AdapterError, ConfigError, NumericalError, OutputError, Problem
 from lorasuite.progress import TrainingProgress
 from lorasuite.training._checkpoints import claim_work_dir, clear_work_dir
-from lorasuite.training._device import DevicePlan, base_dtype, peak_memory, plan_device
+from lorasuite.training._device import base_dtype, peak_memory, plan_device
 from lorasuite.training._loss import validation_loss
 from lorasuite.training._settings import FinetuneResult, FinetuneSettings, Loss, Validation
+from lorasuite.training._starts import starting, wrap_fresh
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -119,10 +120,17 @@ def finetune(
             model = placed(base, plan.device)
         if plan.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(plan.device)
+        initial = stack.enter_context(starting(model, lora, settings.init))
         stack.enter_context(restored(model, checkpointing=settings.gradient_checkpointing is not False))
         # Seeded here too: a fresh LoRA's A is drawn before the Trainer seeds.
         set_seed(settings.seed)
-        wrapped = _wrap(model, adapter, lora, plan, settings.gradient_checkpointing is True)
+        _prepare(model, settings.gradient_checkpointing is True)
+        if adapter is not None:
+            wrapped = attach_adapter(model, Path(adapter), device=plan.device, trainable=True)
+        else:
+            wrapped = wrap_fresh(model, lora, settings.init, encoded.examples)
+            if initial is not None:
+                save_adapter(wrapped, initial)
         trainable = sum(parameter.numel() for parameter in wrapped.parameters() if parameter.requires_grad)
         if not trainable:
             raise AdapterError(
@@ -193,7 +201,7 @@ def finetune(
         )
         if paused:
             return result
-        save_adapter(wrapped, output)
+        save_adapter(wrapped, output, initial=initial)
     # Only now: until the output is in place the last checkpoint is the run's only trace.
     clear_work_dir(work_dir)
     return result
@@ -206,19 +214,9 @@ def _read_checkpoint(wrapped: PeftModel, checkpoint: Path) -> None:
     set_peft_model_state_dict(wrapped, load_peft_weights(str(checkpoint), device="cpu"))
 
 
-def _wrap(
-    model: PreTrainedModel, adapter: Path | None, lora: LoraConfig | None, plan: DevicePlan, checkpointing: bool
-) -> PeftModel:
-    """The model with its trainable adapter, the base frozen."""
-    from peft import get_peft_model, prepare_model_for_kbit_training
+def _prepare(model: PreTrainedModel, checkpointing: bool) -> None:
+    """Norms and embeddings of a quantized base in float32, as QLoRA has them (arXiv 2305.14314)."""
+    from peft import prepare_model_for_kbit_training
 
-    if getattr(model, "is_quantized", False):  # QLoRA: norms and embeddings in float32 (arXiv 2305.14314)
+    if getattr(model, "is_quantized", False):
         prepare_model_for_kbit_training(model, use_gradient_checkpointing=checkpointing)
-    if adapter is not None:
-        return attach_adapter(model, Path(adapter), device=plan.device, trainable=True)
-    try:
-        return get_peft_model(model, lora)
-    except (ValueError, KeyError) as error:
-        unwrap(model)
-        remedy = "Check its target modules against the base model's"
-        raise AdapterError([Problem("lora", f"does not fit the base model ({error})", remedy)]) from error

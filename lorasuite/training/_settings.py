@@ -7,6 +7,9 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 from typing_extensions import TypedDict
 
+#: Starts whose factors are taken out of the base's weights.
+TAKEN_OUT = ("pissa", "olora", "loftq")
+
 
 class FinetuneSettings(BaseModel):
     """Hyperparameters of one fine-tuning run; the defaults are the paper's lightweight fine-tuning."""
@@ -35,6 +38,12 @@ class FinetuneSettings(BaseModel):
     )
     loraplus_lr_ratio: float | None = Field(
         None, ge=1, description="LoRA+: learning rate of B over that of A (arXiv 2402.12354 suggests 16)"
+    )
+    init: str = Field(
+        "default",
+        pattern=r"^(default|pissa|pissa_niter_[1-9]\d*|olora|loftq|eva)$",
+        description="how a fresh LoRA starts: default (B = 0), pissa, pissa_niter_N (its SVD in N steps), olora, loftq "
+        "(on a CUDA GPU, lorasuite[bnb]) or eva; written as plain LoRA, of twice the rank after pissa, olora and loftq",
     )
     liger: bool = Field(False, description="Liger's kernels in place of the model's own; on a GPU, lorasuite[liger]")
     report_to: Literal["none", "tensorboard", "wandb", "trackio"] = Field(

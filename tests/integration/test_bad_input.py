@@ -283,6 +283,12 @@ CASES: dict[str, tuple[Break, type[LoRASuiteError], tuple[str, ...]]] = {
         ),
         PreflightError, ("cut",),
     ),
+    "a start that no LoRA has": (setting(finetune={"init": "pisa"}), ConfigError, ("finetune.init", "pissa")),
+    "a field that no row has": (setting(columns=["promt=text"]), ConfigError, ("columns", "Did you mean 'prompt'")),
+    "a column that is not there": (
+        lambda w: w.set(columns=["prompt=text", "completion=label"], train_data=w.rows("c.jsonl", [{"text": "w1"}] * 9)),
+        PreflightError, ("c.jsonl, line 1", "has no column 'label'", "8 more", "--columns"),
+    ),
     # output
     "output exists": (lambda w: (w.root / "out").mkdir(), PreflightError, ("out", "exists already", "new directory")),
     "output below a file": (
