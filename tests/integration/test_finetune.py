@@ -146,7 +146,7 @@ def test_a_run_killed_before_its_output_was_written_only_writes_it(tmp_path, mon
     whole = tune(tmp_path, "whole", work_dir=tmp_path / "other")
     with monkeypatch.context() as patch:
         patch.setattr(
-            "lorasuite.training._finetune.save_adapter", lambda *_: (_ for _ in ()).throw(OSError("disk full"))
+            "lorasuite.training._finetune.save_adapter", lambda *_, **__: (_ for _ in ()).throw(OSError("disk full"))
         )
         with pytest.raises(OSError, match="disk full"):
             tune(tmp_path, "late")
