@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Iterator
 from typing import Annotated, Any
@@ -15,6 +16,15 @@ from artifacts import ArtifactError
 from lorasuite.errors import LoRASuiteError, NumericalError, PushError
 
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object and nothing else")]
+
+#: Heading of options that say how a command runs, and what it does at the end.
+RUN = "The run, and its end"
+Verbose = Annotated[
+    bool,
+    typer.Option(
+        "--verbose", help="logs in place of a line of progress, and every table at the end", rich_help_panel=RUN
+    ),
+]
 
 err = Console(stderr=True)
 
@@ -36,3 +46,38 @@ def errors(as_json: bool) -> Iterator[None]:
 def print_json(value: Any) -> None:
     """One line of JSON on standard output."""
     sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
+
+
+@contextlib.contextmanager
+def progress_line(as_json: bool, verbose: bool) -> Iterator[None]:
+    """In a terminal one line: the stage, how far it is and how long it will take. Elsewhere, or if asked, logs.
+
+    Before Prefect is imported, which reads its settings then.
+    """
+    if as_json or verbose or not err.is_terminal:
+        yield
+        return
+    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "WARNING")
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    from tasks.progress import watched
+
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=20),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=err, transient=True, redirect_stdout=False) as bar:
+        line = bar.add_task("starting", total=None)
+
+        def show(what: str, done: int, total: int, text: str) -> None:
+            told = what + (f": {done} of {total}" if total else "") + (f", {text}" if text else "")
+            if bar.tasks[0].total != (total or None) or done < bar.tasks[0].completed:
+                bar.reset(line, total=total or None)
+            bar.update(line, description=told, completed=done)
+
+        with watched(show):
+            yield

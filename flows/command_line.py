@@ -19,7 +19,9 @@ from rich.console import Console
 from rich.markup import escape
 
 from artifacts import default_home
-from flows.cli_output import Json, errors, print_json
+from flows.after_commands import Private, export, push, report
+from flows.cli_output import RUN, Json, Verbose, errors, print_json, progress_line
+from flows.init_command import init
 from flows.options import with_settings
 from flows.store_commands import store_app
 from lorasuite import reporting
@@ -33,10 +35,11 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-#: Heading of options that say how a command runs, and what it does at the end.
-RUN = "The run, and its end"
 #: Headings of commands; those that everyone needs have none.
 MANY, AFTER, KEPT = "Many adapters", "Afterwards", "What is kept"
+app.command()(init)
+for afterwards in (report, push, export):
+    app.command(rich_help_panel=AFTER)(afterwards)
 app.add_typer(store_app, name="artifacts", rich_help_panel=KEPT)
 
 
@@ -63,9 +66,6 @@ PushTo = Annotated[
         help="Hub repository to upload adapter and card to, once published here",
         rich_help_panel=RUN,
     ),
-]
-Private = Annotated[
-    bool, typer.Option("--private/--public", help="of a Hub repository that is created", rich_help_panel=RUN)
 ]
 Refresh = Annotated[
     list[str] | None, typer.Option("--refresh", help="stage to compute again (repeatable)", rich_help_panel=RUN)
@@ -118,7 +118,13 @@ def inspect(values: dict[str, Any], config: ConfigFile = None, as_json: Json = F
 
 @app.command(rich_help_panel=MANY)
 @with_settings(MigrationConfig, PAIR_FLAGS)
-def prepare(values: dict[str, Any], config: ConfigFile = None, refresh: Refresh = None, as_json: Json = False) -> None:
+def prepare(
+    values: dict[str, Any],
+    config: ConfigFile = None,
+    refresh: Refresh = None,
+    verbose: Verbose = False,
+    as_json: Json = False,
+) -> None:
     """Compute, or find, everything about a pair of bases that every adapter shares."""
     with errors(as_json):
         merged = _merge(config, values)
@@ -126,20 +132,21 @@ def prepare(values: dict[str, Any], config: ConfigFile = None, refresh: Refresh 
         from lorasuite.planning import fits
 
         fits(settings, default_home())  # before a flow run exists
-        from flows.prepare_pair import prepare_pair
+        with progress_line(as_json, verbose):
+            from flows.prepare_pair import prepare_pair
 
-        result = prepare_pair(
-            old_base=settings.old_base,
-            new_base=settings.new_base,
-            calibration=settings.calibration,
-            settings=settings.pair.model_dump(mode="json"),
-            method=settings.method,
-            device=settings.device,
-            refresh=tuple(refresh or ()),
-            trust_remote_code=settings.trust_remote_code,
-            architectures=settings.architectures,
-            columns=settings.columns,
-        )
+            result = prepare_pair(
+                old_base=settings.old_base,
+                new_base=settings.new_base,
+                calibration=settings.calibration,
+                settings=settings.pair.model_dump(mode="json"),
+                method=settings.method,
+                device=settings.device,
+                refresh=tuple(refresh or ()),
+                trust_remote_code=settings.trust_remote_code,
+                architectures=settings.architectures,
+                columns=settings.columns,
+            )
         if as_json:
             print_json(result)
         else:
@@ -157,6 +164,7 @@ def migrate(
     push_to_hub: PushTo = None,
     private: Private = True,
     refresh: Refresh = None,
+    verbose: Verbose = False,
     as_json: Json = False,
 ) -> None:
     """Move one adapter to a new base, and measure it."""
@@ -164,21 +172,21 @@ def migrate(
         settings = build(MigrationConfig, _merge(config, values))
         from lorasuite.planning import check
 
-        check(
-            settings, default_home()
-        )  # before a flow run exists, and before Prefect is there: bad input should cost nothing
+        # before a flow run exists, and before Prefect is there: bad input should cost nothing
+        check(settings, default_home())
         if push_to_hub is not None:
             reporting.check_target(push_to_hub, settings.new_base)
-        from flows.migrate_adapter import migrate_adapter
+        with progress_line(as_json, verbose):
+            from flows.migrate_adapter import migrate_adapter
 
-        result = migrate_adapter(settings.model_dump(mode="json"), refresh=tuple(refresh or ()))
+            result = migrate_adapter(settings.model_dump(mode="json"), refresh=tuple(refresh or ()))
         refused = _refused([result["verdict"]["verdict"]], fail_on)
         if push_to_hub is not None and not refused:
             result["pushed"] = reporting.push(Path(result["output"]), push_to_hub, private=private)
         if as_json:
             print_json(result)
         else:
-            _show_migration(result)
+            _show_migration(result, verbose)
     if refused:
         raise typer.Exit(1)
 
@@ -187,20 +195,6 @@ def _refused(verdicts: list[str], limit: Limit | None) -> bool:
     from lorasuite.evaluation import fails
 
     return limit is not None and any(fails(verdict, limit.value) for verdict in verdicts)
-
-
-@app.command(rich_help_panel=AFTER)
-def push(
-    folder: Annotated[Path, typer.Argument(help="output directory of a migration")],
-    repo: Annotated[str, typer.Argument(help="Hub repository, as owner/name")],
-    private: Private = True,
-    as_json: Json = False,
-) -> None:
-    """Upload the adapter and the card of a finished migration to the Hub, as one commit."""
-    with errors(as_json):
-        reporting.check_target(repo, reporting.MigrationRecord.read(folder / reporting.RECORD).new_base.id)
-        url = reporting.push(folder, repo, private=private)
-        print_json({"pushed": url}) if as_json else Console().print(url)
 
 
 @app.command(rich_help_panel=MANY)
@@ -212,6 +206,7 @@ def fleet(
     workers: Annotated[bool, typer.Option("--workers", help="spread over the workers of `lorasuite up`")] = False,
     fail_on: FailOn = None,
     refresh: Refresh = None,
+    verbose: Verbose = False,
     as_json: Json = False,
 ) -> None:
     """Migrate what is missing of a fleet of adapters, and print a verdict on each."""
@@ -223,9 +218,10 @@ def fleet(
         from flows.migrate_fleet import FleetIncomplete, migrate_fleet
 
         try:
-            result = migrate_fleet(
-                str(file.absolute()), new_base, old_base, tuple(only or ()), workers, tuple(refresh or ())
-            )
+            with progress_line(as_json, verbose):
+                result = migrate_fleet(
+                    str(file.absolute()), new_base, old_base, tuple(only or ()), workers, tuple(refresh or ())
+                )
         except FleetIncomplete as error:
             result = error.result
         print_json(result) if as_json else reporting.show_fleet(result)
@@ -240,17 +236,19 @@ def experiment(
     only: Annotated[list[str] | None, typer.Option("--only", help="table's name (repeatable)")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="list every cell, and whether it is cached")] = False,
     refresh: Refresh = None,
+    verbose: Verbose = False,
     as_json: Json = False,
 ) -> None:
     """Run what is missing of an experiment's tables, and write them beside the paper's numbers, with figures."""
     with errors(as_json):
-        from flows.run_experiment import plan, run_experiment
         from lorasuite.planning import read_experiment
 
         # before a flow run exists: a mistake in the file should cost nothing
         checked = read_experiment(file)
         names, stages = tuple(checked.tables(only or [])), tuple(refresh or ())
         if dry_run:
+            from flows.run_experiment import plan
+
             cells = plan(checked, output, names, stages)
             rows = [{**cell.identity(), "state": cell.state()} for cell in cells]
             counts = Counter(cell.state() for cell in cells)
@@ -259,7 +257,10 @@ def experiment(
             else:
                 reporting.show_cells(rows, counts)
             return
-        result = run_experiment(str(file.absolute()), str(output), names, stages)
+        with progress_line(as_json, verbose):
+            from flows.run_experiment import run_experiment
+
+            result = run_experiment(str(file.absolute()), str(output), names, stages)
         print_json(result) if as_json else reporting.show_experiment(result)
     if result["failed"]:
         raise typer.Exit(1)
@@ -316,6 +317,7 @@ def evaluate(
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N or auto")] = "auto",
     trust_remote_code: Annotated[bool, typer.Option(help="let model repositories run their own code")] = False,
     refresh: Refresh = None,
+    verbose: Verbose = False,
     as_json: Json = False,
 ) -> None:
     """Evaluate a base, bare and with adapters, on held-out rows or lm-eval tasks, in one model load; compare them."""
@@ -325,41 +327,31 @@ def evaluate(
         options = build(EvaluationSettings, {name: value for name, value in given.items() if value is not None})
         names = tuple(t.strip() for t in (tasks or "").split(",") if t.strip())
         pairs = tuple(p.strip() for p in (columns or "").split(",") if p.strip())
-        from flows.evaluate_adapters import check, evaluate_adapters
+        with progress_line(as_json, verbose):
+            from flows.evaluate_adapters import check, evaluate_adapters
 
-        # before a flow run exists: bad input should cost nothing
-        asked = (base, tuple(adapter or ()), eval_data, names, eval_dir, include_path, output, device, loading)
-        check(*asked, trust_remote_code, pairs)
-        results = evaluate_adapters(
-            base,
-            tuple(adapter or ()),
-            eval_data,
-            names,
-            eval_dir,
-            include_path,
-            options.model_dump(mode="json"),
-            device,
-            output,
-            tuple(refresh or ()),
-            trust_remote_code,
-            loading.model_dump(mode="json"),
-            pairs,
-        )
+            # before a flow run exists: bad input should cost nothing
+            asked = (base, tuple(adapter or ()), eval_data, names, eval_dir, include_path, output, device, loading)
+            check(*asked, trust_remote_code, pairs)
+            results = evaluate_adapters(
+                base,
+                tuple(adapter or ()),
+                eval_data,
+                names,
+                eval_dir,
+                include_path,
+                options.model_dump(mode="json"),
+                device,
+                output,
+                tuple(refresh or ()),
+                trust_remote_code,
+                loading.model_dump(mode="json"),
+                pairs,
+            )
         if as_json:
             print_json(results)
         else:
             reporting.show_evaluation(results)
-
-
-@app.command(rich_help_panel=AFTER)
-def report(
-    folder: Annotated[Path, typer.Argument(help="output directory of a migration or of a fleet")],
-    as_json: Json = False,
-) -> None:
-    """Build, or build again, the HTML report of a migration or of a fleet."""
-    with errors(as_json):
-        path = reporting.write_report(folder)
-        print_json({"report": str(path)}) if as_json else Console().print(str(path))
 
 
 @app.command()
@@ -369,23 +361,25 @@ def demo(
     pair: Annotated[str, typer.Option(help="miniature pair: llama or neox")] = "llama",
     samples: Annotated[int, typer.Option(help="labelled rows for the fine-tune", min=0)] = 100,
     written: Annotated[int, typer.Option(help="rows that the old base with the adapter writes besides", min=0)] = 0,
+    verbose: Verbose = False,
     as_json: Json = False,
 ) -> None:
     """Migrate a real, tiny adapter between two real, tiny bases: no network, under three minutes."""
     with errors(as_json):
-        from flows.demo import run_demo
+        with progress_line(as_json, verbose):
+            from flows.demo import run_demo
 
-        result = run_demo(output, pair, task, samples, written)
+            result = run_demo(output, pair, task, samples, written)
         if as_json:
             print_json(result)
         else:
-            _show_migration(result)
+            _show_migration(result, verbose)
 
 
-def _show_migration(result: dict[str, Any]) -> None:
+def _show_migration(result: dict[str, Any], verbose: bool) -> None:
     output = Path(result["output"])
     record = reporting.MigrationRecord.read(output / reporting.RECORD)
-    reporting.show_migration(record, output, result.get("pushed"))
+    reporting.show_migration(record, output, result.get("pushed"), verbose=verbose)
 
 
 def main() -> None:

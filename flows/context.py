@@ -25,6 +25,7 @@ from tasks.data import rows_files, texts_files
 from tasks.evaluation_stages import evaluation, serving, task_evaluation
 from tasks.fingerprints import fingerprint_bases
 from tasks.pair_stages import PAIR_STAGES
+from tasks.progress import tell
 from tasks.retries import DELAYS, retry_download
 from tasks.stage import Recorder, Ref, Stage, Where
 from tasks.teacher_stages import soft_labelling, teacher_worth, teaching
@@ -170,6 +171,7 @@ class Context:
         self.done.add(key)
         log, name = get_run_logger(), f"{stage.name} ({label})" if label else stage.name
         log.info("%s …", name)
+        tell(name)
         begun = time.perf_counter()
         ref = stage.run(inputs=inputs, settings=settings, where=where, refresh=refresh, label=label)
         log.info("%s: %.2f s", name, time.perf_counter() - begun)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Callable, Iterator
 from typing import Any
 from uuid import UUID
 
@@ -12,6 +14,27 @@ from prefect.logging.loggers import get_run_logger
 
 #: Seconds between two updates.
 EVERY = 2.0
+
+
+#: ``watcher(what, done, total, text)``: told of every stage (``total`` 0) and of every step of one.
+Watcher = Callable[[str, int, int, str], None]
+_watchers: list[Watcher] = []
+
+
+@contextlib.contextmanager
+def watched(watcher: Watcher) -> Iterator[None]:
+    """Have a watcher told how far this process's stages are."""
+    _watchers.append(watcher)
+    try:
+        yield
+    finally:
+        _watchers.remove(watcher)
+
+
+def tell(what: str, done: int = 0, total: int = 0, text: str = "") -> None:
+    """Tell the watchers."""
+    for watcher in _watchers:
+        watcher(what, done, total, text)
 
 
 class Progress:
@@ -27,6 +50,7 @@ class Progress:
 
     def step(self, done: int, total: int, text: str = "") -> None:
         """``done`` of ``total``; starting over begins a new round."""
+        tell(self.what, done, total, text)
         if not self._in_run:
             return
         if done <= self._last:

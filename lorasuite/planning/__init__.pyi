@@ -2,6 +2,7 @@ from ._config import AUTO, MigrationConfig, PairSettings, torch_device
 from ._cost import Cost, Ops, Shape, Work, active
 from ._cost_adapter import adapter_costs
 from ._cost_pair import pair_costs
+from ._draft import draft_config, output_name
 from ._estimate import estimate, gib, shortages, unfit
 from ._experiment import Cell, Experiment, read_experiment
 from ._experiment_file import ARMS, ExperimentArm, ExperimentTable, ExperimentTask
@@ -41,6 +42,7 @@ __all__ = [
     "build",
     "check",
     "chosen",
+    "draft_config",
     "estimate",
     "fits",
     "fleet_output",
@@ -49,6 +51,7 @@ __all__ = [
     "inspect",
     "measure",
     "merged",
+    "output_name",
     "pair_costs",
     "plan_rows",
     "read_config",

@@ -14,6 +14,7 @@ from ._console import (
 from ._figures import heat_map_png
 from ._files import FLEET_RECORD, RECORD, REPORT
 from ._fleet_report import fleet_rows, write_fleet
+from ._gguf import export_gguf, find_converter
 from ._hub import check_target, push
 from ._names import wilson
 from ._publication import copy_samples, publish
@@ -42,6 +43,8 @@ __all__ = [
     "check_target",
     "comparison",
     "copy_samples",
+    "export_gguf",
+    "find_converter",
     "fleet_rows",
     "heat_map_png",
     "kept",

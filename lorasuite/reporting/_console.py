@@ -13,6 +13,7 @@ from rich.table import Table
 
 from lorasuite.errors import Problem, grouped
 from lorasuite.evaluation import Arm, Comparison, EvaluationSummary, TaskSummary
+from lorasuite.reporting._files import RECORD, REPORT
 from lorasuite.reporting._names import Name, arm_label
 from lorasuite.reporting._published import NEW_START, OWN_ROWS_START
 from lorasuite.reporting._record import MigrationRecord, PairRecord, StageTiming
@@ -21,6 +22,8 @@ from lorasuite.reporting._tables import Label, comparison, task_comparison
 #: Stages that give the adapter without fine-tuning: the transforms that were tried, and the choice between them.
 #: ``sequential`` is what earlier records call ``model_fit``.
 TRANSFORM_STAGES = ("transform", "model_fit", "sequential", "select")
+#: Tasks and metrics shown at the end of a migration; the report has all.
+TASK_ROWS = 12
 #: Labels of fine-tunes that begin from a new LoRA, by ``finetune.start``.
 NEW_LABELS = {NEW_START: "scratch", OWN_ROWS_START: "alone"}
 
@@ -136,12 +139,37 @@ def show_timings(timings: Sequence[StageTiming]) -> None:
     Console().print(table)
 
 
-def show_migration(record: MigrationRecord, output: Path, pushed: str | None = None) -> None:
-    """What a migration did and measured, its verdict, and where it is.
+def show_migration(record: MigrationRecord, output: Path, pushed: str | None = None, *, verbose: bool = False) -> None:
+    """What a person needs at the end, on one screen: the verdict, one table of scores, and where things are.
 
     Args:
         pushed: address on the Hub, where it was uploaded.
+        verbose: also the pair's maps, the candidates, every stage's seconds, all tables and comparisons.
     """
+    if verbose:
+        _show_details(record)
+    console = Console()
+    console.print(f"verdict: {record.verdict.verdict} ({record.reason()})", highlight=False, soft_wrap=True)
+    if record.published.transform is not None:  # else the verdict says so
+        console.print(f"published: {record.published.headline}", highlight=False, soft_wrap=True)
+    if not verbose:
+        if record.evaluation:
+            _show_scores(record.evaluation, record.label, arm_seconds(record))
+        else:
+            _show_tasks(record.tasks, record.label, TASK_ROWS)
+    kept = len(record.notices)
+    if kept and not verbose:
+        console.print(f"{kept} notices on what was read and how: in {REPORT} and {RECORD}", highlight=False)
+    console.print(f"written to {output}", highlight=False, soft_wrap=True)
+    for what, name in (("report", REPORT), ("record", RECORD)):
+        if (output / name).is_file():
+            console.print(f"  {what}: {output / name}", highlight=False, soft_wrap=True)
+    if pushed:
+        console.print(f"pushed to {pushed}", highlight=False, soft_wrap=True)
+
+
+def _show_details(record: MigrationRecord) -> None:
+    """Everything that a migration did and measured."""
     show_pair(record)
     if record.candidates:
         table = Table("candidate", "scale", "held-out loss", title="method auto")
@@ -153,14 +181,9 @@ def show_migration(record: MigrationRecord, output: Path, pushed: str | None = N
     _show_scores(record.evaluation, record.label, arm_seconds(record))
     _show_tasks(record.tasks, record.label)
     _show_comparisons(record.comparisons)
-    console = Console()
-    console.print()
-    if record.published.transform is not None:  # else the verdict says so
-        console.print(f"published: {record.published.headline}", highlight=False, soft_wrap=True)
-    console.print(f"verdict: {record.verdict.verdict} ({record.reason()})", highlight=False, soft_wrap=True)
-    console.print(f"written to {output}", highlight=False)
-    if pushed:
-        console.print(f"pushed to {pushed}", highlight=False, soft_wrap=True)
+    for notice in record.notices:
+        Console().print(f"note: {notice}", highlight=False, markup=False, soft_wrap=True)
+    Console().print()
 
 
 def show_evaluation(results: Mapping[str, Any]) -> None:
@@ -193,15 +216,17 @@ def _show_scores(
     Console().print(table)
 
 
-def _show_tasks(tasks: Mapping[Name, Mapping[str, TaskSummary]], label: Label) -> None:
+def _show_tasks(tasks: Mapping[Name, Mapping[str, TaskSummary]], label: Label, most: int | None = None) -> None:
     columns, rows = task_comparison(tasks, label)
     if not rows:
         return
     # a row a task and metric: there may be many, and few arms
     table = Table("task", *[row["name"] for row in rows])
-    for at, column in enumerate(columns):
+    for at, column in enumerate(columns[:most]):
         table.add_row(column, *[row["cells"][at] for row in rows])
     Console().print(table)
+    if len(columns) > len(columns[:most]):
+        Console().print(f"and {len(columns) - len(columns[:most])} more, in the report", highlight=False)
 
 
 def _show_comparisons(comparisons: Sequence[Comparison]) -> None:

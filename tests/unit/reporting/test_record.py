@@ -147,7 +147,11 @@ def test_what_the_console_says(capsys: pytest.CaptureFixture[str], monkeypatch: 
     said = capsys.readouterr().out
     assert "verdict: ship (no transform helped: a new LoRA trained on 100 samples; exact match 1" in said
     row = next(line for line in said.splitlines() if "new LoRA + LFT" in line)
-    assert "10.44" in row
+    assert "10.44" in row and len(said.splitlines()) <= 24, "it fits a screen"
+    assert "layer map" not in said and "sample by sample" not in said
+    show_migration(MigrationRecord.read(UNVERSIONED), Path("out"), verbose=True)
+    said = capsys.readouterr().out
+    assert "layer map" in said and "sample by sample" in said and "verdict: ship" in said
     show_migration(record(), Path("out"), "https://hub/commit/1")
     said = capsys.readouterr().out
     assert "published: Moved with method functional, then fine-tuned on 100 samples" in said
