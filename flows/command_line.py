@@ -26,6 +26,7 @@ from flows.options import with_settings
 from flows.store_commands import store_app
 from lorasuite import reporting
 from lorasuite.bases import LoadSettings
+from lorasuite.data import DEFAULT_TEMPLATE, known_templates
 from lorasuite.evaluation import EvaluationSettings
 from lorasuite.planning import MigrationConfig, build, merged, read_config
 
@@ -308,6 +309,9 @@ def evaluate(
         typer.Option(help="fields of rows that the data calls otherwise: prompt=text,completion=label"),
     ] = None,
     include_path: Annotated[Path | None, typer.Option(help="directory of lm-eval task files")] = None,
+    template: Annotated[
+        str, typer.Option(help=f"how instruction rows become prompts: {', '.join(known_templates())}, or a Jinja file")
+    ] = DEFAULT_TEMPLATE,
     output: Annotated[Path | None, typer.Option(help="directory to create: results and per-sample outputs")] = None,
     batch_size: Annotated[int | None, typer.Option(help="fixed batch size")] = None,
     max_new_tokens: Annotated[
@@ -332,7 +336,7 @@ def evaluate(
 
             # before a flow run exists: bad input should cost nothing
             asked = (base, tuple(adapter or ()), eval_data, names, eval_dir, include_path, output, device, loading)
-            check(*asked, trust_remote_code, pairs)
+            check(*asked, trust_remote_code, pairs, template)
             results = evaluate_adapters(
                 base,
                 tuple(adapter or ()),
@@ -347,6 +351,7 @@ def evaluate(
                 trust_remote_code,
                 loading.model_dump(mode="json"),
                 pairs,
+                template,
             )
         if as_json:
             print_json(results)

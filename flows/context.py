@@ -28,7 +28,7 @@ from tasks.pair_stages import PAIR_STAGES
 from tasks.progress import tell
 from tasks.retries import DELAYS, retry_download
 from tasks.stage import Recorder, Ref, Stage, Where
-from tasks.teacher_stages import soft_labelling, teacher_worth, teaching
+from tasks.teacher_stages import soft_labelling, teacher_worth, teaching, template_fit
 from tasks.training_stages import finetune, screening, selection, split
 from tasks.transform_stages import model_fit, transform
 
@@ -38,6 +38,7 @@ STAGES: dict[str, Stage] = {
     for stage in (
         *PAIR_STAGES,
         transform,
+        template_fit,
         teaching,
         teacher_worth,
         split,

@@ -19,7 +19,7 @@ from flows.context import Context, base_record, check_stages, fetch, tag_run, ti
 from flows.measure import Asked, Measured
 from lorasuite.adapters import OwnTokenizer, own_tokenizer
 from lorasuite.bases import Checkpoint, LoadSettings, load_tokenizer, resolve
-from lorasuite.data import Row, parse_columns, read_rows
+from lorasuite.data import DEFAULT_TEMPLATE, Row, parse_columns, read_rows, read_template, templated
 from lorasuite.errors import (
     AdapterError,
     ConfigError,
@@ -55,6 +55,7 @@ def evaluate_adapters(
     trust_remote_code: bool = False,
     loading: dict[str, Any] | None = None,
     columns: tuple[str, ...] = (),
+    template: str = DEFAULT_TEMPLATE,
 ) -> dict[str, Any]:
     """Results by arm (``base`` and each adapter's directory name) on rows and on lm-eval tasks, and arms compared.
 
@@ -66,19 +67,8 @@ def evaluate_adapters(
     """
     options = EvaluationSettings.model_validate(settings or {})
     asked = LoadSettings.model_validate(loading or {})
-    checked = check(
-        base,
-        tuple(adapters),
-        eval_data,
-        tuple(tasks),
-        eval_dir,
-        include_path,
-        output,
-        device,
-        asked,
-        trust_remote_code,
-        tuple(columns),
-    )
+    given = (base, tuple(adapters), eval_data, tuple(tasks), eval_dir, include_path, output, device, asked)
+    checked = check(*given, trust_remote_code, tuple(columns), template)
     refreshed = check_stages(tuple(refresh))
     tag_run(base=Path(base).name)
     fetch(base, *adapters)
@@ -114,6 +104,7 @@ def evaluate_adapters(
         "results": measured.evaluation,
         "tasks": measured.scores,
         "comparisons": measured.comparisons(),
+        "template": template,
         "notices": checked.notices,
         "settings": options.model_dump(mode="json"),
         "timings": timings(recorder),
@@ -147,6 +138,7 @@ def check(
     loading: LoadSettings,
     trust_remote_code: bool = False,
     columns: tuple[str, ...] = (),
+    template: str = DEFAULT_TEMPLATE,
 ) -> Checked:
     """The held-out rows, if there are any, and the tokenizers that arms are measured with.
 
@@ -167,7 +159,11 @@ def check(
     attempt(lambda: Checkpoint(base).check_readable())
     for adapter in adapters:
         attempt(partial(_adapter, adapter))
-    found = Checked((attempt(lambda: read_rows(eval_data, parse_columns(columns))) if eval_data else None) or [])
+    renders = attempt(lambda: read_template(template))
+    rows = (attempt(lambda: read_rows(eval_data, parse_columns(columns))) if eval_data else None) or []
+    found = Checked(rows if renders is None else attempt(lambda: templated(rows, renders)) or [])
+    if template != DEFAULT_TEMPLATE and not any(row.kind == "instruction" for row in rows):
+        found.notices.append(f"template {template}: there are no instruction rows, and it is not used")
     if not problems:
         attempt(lambda: _readers(found, base, adapters, trust_remote_code))
     if include_path is not None and not include_path.is_dir():

@@ -18,7 +18,7 @@ from flows.teach import teacher_rows
 from lorasuite import zoo
 from lorasuite.adapters import Adapter, OwnTokenizer, own_tokenizer, untrained
 from lorasuite.bases import Checkpoint, Role, load_tokenizer, resolve
-from lorasuite.data import HELD_OUT, Row, calibration_texts, draw, read_rows
+from lorasuite.data import HELD_OUT, Row, Template, calibration_texts, draw, read_rows, read_template, templated
 from lorasuite.errors import AdapterError, ConfigError, NumericalError, Problem
 from lorasuite.evaluation import TASK_METRICS, Arm, check_tasks
 from lorasuite.planning import Cell, Experiment, ExperimentTask, RowCounts, plan_rows, torch_device
@@ -130,6 +130,10 @@ class Lab:
         fingerprints = fingerprint_bases.fn(home, *bases) if dry else fingerprint_bases(home, *bases)
         self.steps = Steps(where, fingerprints, refresh, pair=experiment.pair_name, dry=dry)
         self.trust = first.trust_remote_code
+        if len({cell.settings.migration.template for cell in experiment.cells}) > 1:
+            what = "differs between cells, and an experiment's rows are rendered in one way"
+            raise ConfigError(Problem("template", what, "Write an experiment for each."))
+        self.template = read_template(first.template)
         self.tasks: dict[str, TaskData] = {}
 
     def task(self, name: str) -> TaskData:
@@ -137,7 +141,7 @@ class Lab:
         if name not in self.tasks:
             config = self.experiment.config
             task = _miniature(config.pair.zoo, config.tasks[name], self.data / name)
-            self.tasks[name] = TaskData(task, self.new.path, self.trust)
+            self.tasks[name] = TaskData(task, self.new.path, self.trust, self.template)
         return self.tasks[name]
 
     # ------------------------------------------------------------------------------------------------------ the arms
@@ -331,16 +335,18 @@ class TaskData:
     config: ExperimentTask
     new_base: Path
     trust: bool
+    template: Template
 
     @cached_property
     def train(self) -> list[Row]:
         """Rows to train on, and those whose prompts the teacher answers."""
-        return read_rows(str(self.config.train_data), self.config.columns)
+        return templated(read_rows(str(self.config.train_data), self.config.columns), self.template)
 
     @cached_property
     def held_out(self) -> list[Row]:
         """Rows to evaluate on; none where the task is measured by lm-eval tasks."""
-        return read_rows(self.config.eval_data, self.config.columns) if self.config.eval_data else []
+        source = self.config.eval_data
+        return templated(read_rows(source, self.config.columns), self.template) if source else []
 
     @cached_property
     def texts(self) -> list[str]:

@@ -20,7 +20,7 @@ from flows.context import Context, base_record, check_stages, fetch, migration_c
 from flows.dashboard import show_migration, show_pair
 from flows.measure import Asked, Measured
 from flows.pair import Pair, pair_name
-from flows.teach import Rows, gather_rows, opened_source
+from flows.teach import Rows, fitting_template, gather_rows, opened_source
 from lorasuite import ALGORITHM_VERSION
 from lorasuite.adapters import Adapter, split_sources
 from lorasuite.bases import resolve
@@ -28,6 +28,7 @@ from lorasuite.evaluation import BOTH, Arm
 from lorasuite.evaluation import check as check_serving
 from lorasuite.planning import AUTO, MigrationConfig, Plan, build, check
 from lorasuite.reporting import ArmResults, MigrationRecord, publish
+from lorasuite.teacher import TemplateFits
 from lorasuite.training import NOTHING
 from lorasuite.transforms import ModelTransform, names, transform
 from tasks.evaluation_stages import serving
@@ -68,6 +69,10 @@ def migrate_adapter(config: dict[str, Any], refresh: tuple[str, ...] = ()) -> di
     context = migration_context(settings, name, refreshed)
     with Recorder() as recorder:
         source = opened_source(context, settings, plan.inspection.own_tokenizer)
+        fit = fitting_template(context, settings, plan, source)
+        if fit is not None and fit.warning is not None:
+            get_run_logger().warning("%s", fit.warning)
+            plan.inspection.notices.append(fit.warning)
         pair = Pair(context, settings.pair, context.keep_texts(plan.texts) if plan.texts else None, source.roles)
         methods = candidates(settings, plan, pair, source)
         pair.prepare(methods)
@@ -77,7 +82,7 @@ def migrate_adapter(config: dict[str, Any], refresh: tuple[str, ...] = ()) -> di
         final = chosen.untrained if tuned is None else tuned.final
         measured = _measured(context, settings, plan, source, chosen, tuned)
         served = context.run(serving, {**context.base("new"), "adapter": final}, {}, paths=context.base_path("new"))
-    record = _record(context, settings, plan, pair, source, rows, chosen, tuned, measured, served, recorder)
+    record = _record(context, settings, plan, pair, source, fit, rows, chosen, tuned, measured, served, recorder)
     output = Path(settings.output)
     publish(
         output,
@@ -138,8 +143,8 @@ def _figures(context: Context, pair: Pair) -> dict[str, Tensor]:
     return {"similarity": context.open(pair.similarity).tensor("similarity")}
 
 
-def _prompts(plan: Plan, source: Source) -> dict[str, Any]:
-    """Whose tokenizer and chat template each side reads by."""
+def _prompts(plan: Plan, source: Source, fit: TemplateFits | None) -> dict[str, Any]:
+    """Whose tokenizer and chat template each side reads by, and how instruction rows were rendered."""
     own, new = source.own_tokenizer, plan.inspection.new_tokenizer
     by_base = "base" if plan.inspection.old_reader.chat_template is not None else None
     old: dict[str, Any] = {"tokenizer": "base", "chat_template": by_base}
@@ -149,7 +154,13 @@ def _prompts(plan: Plan, source: Source) -> dict[str, Any]:
             "chat_template": "adapter" if own.has_template else by_base,
             "differences": own.differences,
         }
-    return {"old": old, "new": {"tokenizer": "base", "chat_template": "base" if new.chat_template else None}}
+    return {
+        "old": old,
+        "new": {"tokenizer": "base", "chat_template": "base" if new.chat_template else None},
+        "template": plan.template.label,
+        "template_text": plan.template.text,
+        "fit": None if fit is None else fit.model_dump(mode="json"),
+    }
 
 
 def _record(
@@ -158,6 +169,7 @@ def _record(
     plan: Plan,
     pair: Pair,
     source: Source,
+    fit: TemplateFits | None,
     rows: Rows,
     chosen: Chosen,
     tuned: Tuned | None,
@@ -197,7 +209,7 @@ def _record(
                 "modules": len(adapter.modules),
             },
             **pair.record(),
-            "prompts": _prompts(plan, source),
+            "prompts": _prompts(plan, source, fit),
             "method": chosen.method,
             "candidates": chosen.candidates,
             "teacher": rows.teacher,

@@ -13,12 +13,14 @@ from flows.context import Context, fetch, migration_context
 from flows.pair import Pair, pair_name
 from lorasuite.adapters import Adapter, OwnTokenizer
 from lorasuite.bases import Checkpoint
-from lorasuite.data import Row, unanswered
+from lorasuite.data import Row, draw, unanswered
 from lorasuite.errors import DataError
 from lorasuite.planning import MigrationConfig, Plan, RowCounts, RowPlan, check, plan_rows
+from lorasuite.teacher import ROWS as TEMPLATE_ROWS
+from lorasuite.teacher import TemplateFits, candidates
 from tasks.fingerprints import fingerprint_adapter
 from tasks.stage import Ref
-from tasks.teacher_stages import soft_labelling, teacher_worth, teaching
+from tasks.teacher_stages import soft_labelling, teacher_worth, teaching, template_fit
 from tasks.training_stages import split
 
 
@@ -99,6 +101,23 @@ def teacher_rows(
         "teacher": settings.teacher.model_dump(mode="json", exclude={"batch_size"}),
     }
     return context.run(teaching, inputs, values, paths=source.paths)
+
+
+def fitting_template(context: Context, settings: MigrationConfig, plan: Plan, source: Source) -> TemplateFits | None:
+    """Whether the adapter knows its rows under the template in use, and which of the known ones it fits best.
+
+    None where no row is rendered by a template, or too few are.
+    """
+    kind = next((row.kind for row in plan.rendered), None)
+    rows = draw([row for row in plan.rendered if row.kind == kind], TEMPLATE_ROWS, settings.seed)
+    if not rows:
+        return None
+    templates = candidates(rows, plan.template)
+    used = plan.template.label if plan.template.label in templates else next(iter(templates))
+    inputs = {**_teacher(context, source), "rows": context.keep_rows(rows)}
+    values = {"templates": templates, "used": used}
+    info = context.open(context.run(template_fit, inputs, values, paths=source.paths)).info
+    return None if info["fit"] is None else TemplateFits.model_validate(info["fit"])
 
 
 def _teacher(context: Context, source: Source) -> dict[str, Any]:

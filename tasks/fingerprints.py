@@ -13,7 +13,7 @@ from prefect.cache_policies import NO_CACHE
 from lorasuite import ALGORITHM_VERSION
 from lorasuite.adapters import Adapter
 from lorasuite.bases import check_finite, digest_json, file_digest, fingerprint_model, fingerprint_tokenizer
-from lorasuite.data import HUB, Row, fingerprint_rows, source_digest
+from lorasuite.data import HUB, Row, fingerprint_rows, read_template, source_digest
 from lorasuite.errors import AdapterError, DataError, Problem
 from lorasuite.evaluation.eval_tasks import TASKS, expand
 from lorasuite.evaluation.eval_tasks import fingerprint as fingerprint_own
@@ -105,8 +105,9 @@ def fingerprint_migration(config: MigrationConfig, fingerprints: Mapping[str, st
     Raises:
         DataError: if a data file cannot be read.
     """
-    elsewhere = {"adapter", "old_base", "new_base", "output", "device", "gate", "eval_dir", *DATA_FILES}
-    data = {}
+    elsewhere = {"adapter", "old_base", "new_base", "output", "device", "gate", "eval_dir", "template", *DATA_FILES}
+    template = read_template(config.template)
+    data = {} if template.default else {"template": digest_json(template.text)}
     for name in DATA_FILES:
         source = getattr(config, name)
         if source is not None:

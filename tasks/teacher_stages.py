@@ -6,6 +6,7 @@ adapter's own is used.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 from lorasuite.adapters import attached
 from lorasuite.bases import CommonTokens
 from lorasuite.data import Row
+from lorasuite.errors import DataError
 from lorasuite.teacher import (
     TeacherRows,
     TeacherSettings,
@@ -20,7 +22,9 @@ from lorasuite.teacher import (
     VLLMTeacher,
     chosen,
     judge_teacher,
+    judge_templates,
     read_losses,
+    rendered,
     text_losses,
     write_losses,
     write_rows,
@@ -93,6 +97,37 @@ def teaching(inputs: TeachingInputs, settings: TeachingSettings, where: Where) -
         bare = text_losses(old.model, old.tokenizer, written.rows, batch_size=size)
     files = {**rows_files(written.rows), LOSSES: write_losses({"teacher": own, "old": bare})}
     return StageOutput(info=written.info(), files=files)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TemplateInputs(TeacherInputs):
+    """The old base, the adapter, and rows with their answers that a template has not rendered yet."""
+
+    rows: Artifact
+
+
+class TemplateSettings(StageSettings):
+    """The templates that are tried, by name, and the one in use."""
+
+    templates: dict[str, str]
+    used: str
+
+
+@stage("template_fit")
+def template_fit(inputs: TemplateInputs, settings: TemplateSettings, where: Where) -> StageOutput:
+    """Under which template the old base with the adapter answers the rows better than without, and by how much."""
+    size = halved(BATCH, where.halvings)
+    rows = stored_rows(inputs.rows)
+    tried = {}
+    for name, text in settings.templates.items():
+        with contextlib.suppress(DataError):  # another one refuses these rows: the one in use was checked before
+            tried[name] = rendered(rows, name, text)
+    with running(where, "old_base", own_tokenizer=True) as old:
+        bare = {name: text_losses(old.model, old.tokenizer, found, batch_size=size) for name, found in tried.items()}
+        with attached(old.model, adapter_path(inputs.adapter, where), where.device) as tuned:
+            own = {name: text_losses(tuned, old.tokenizer, found, batch_size=size) for name, found in tried.items()}
+    found = judge_templates({name: (bare[name], own[name]) for name in tried}, settings.used)
+    return StageOutput(info={"fit": None if found is None else found.model_dump(mode="json")})
 
 
 @dataclass(frozen=True, kw_only=True)

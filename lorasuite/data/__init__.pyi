@@ -16,9 +16,11 @@ from ._rows import (
     whole_text,
 )
 from ._tables import HUB
+from ._templates import DEFAULT_TEMPLATE, Template, known_templates, read_template, templated
 
 __all__ = [
     "CONTEXT_TEMPLATE",
+    "DEFAULT_TEMPLATE",
     "HELD_OUT",
     "HUB",
     "IGNORED",
@@ -30,6 +32,7 @@ __all__ = [
     "Message",
     "Row",
     "RowSplit",
+    "Template",
     "calibration_texts",
     "draw",
     "encode",
@@ -37,13 +40,16 @@ __all__ = [
     "encode_rows",
     "end_tokens",
     "fingerprint_rows",
+    "known_templates",
     "parse_columns",
     "prompt_ids",
     "read_prompts",
     "read_rows",
+    "read_template",
     "rows_to_jsonl",
     "source_digest",
     "split_rows",
+    "templated",
     "unanswered",
     "unread_keys",
     "whole_text",

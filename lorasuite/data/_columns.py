@@ -12,7 +12,7 @@ from lorasuite.errors import ConfigError, Problem, did_you_mean
 #: The fields of a row of each kind.
 KNOWN_KEYS: dict[Kind, frozenset[str]] = {
     "instruction": frozenset({"instruction", "input", "output"}),
-    "completion": frozenset({"prompt", "completion"}),
+    "completion": frozenset({"prompt", "completion", "end_of_answer"}),
     "messages": frozenset({"messages"}),
     "text": frozenset({"text"}),
 }

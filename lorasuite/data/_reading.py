@@ -12,6 +12,7 @@ from lorasuite.data._columns import KNOWN_KEYS, lacking, renamed
 from lorasuite.data._containers import read_text, records, suffix
 from lorasuite.data._rows import Kind, Message, Row, unanswered, whole_text
 from lorasuite.data._tables import HUB
+from lorasuite.data._templates import Template, templated
 from lorasuite.errors import DataError, Problem
 
 if TYPE_CHECKING:
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 _SHAPES = 'Use {"instruction","input","output"}, {"prompt","completion"}, {"messages":[{"role","content"}]} or {"text"}'
 #: Keys of instruction rows that some trainers put into the prompt, and that the rendering here has no place for.
 UNRENDERED = ("system", "history")
+#: Keys that may be missing or empty.
+OPTIONAL = ("input", "end_of_answer")
 #: Who speaks in ShareGPT's conversations, as roles of chat templates.
 SPEAKERS = {
     **dict.fromkeys(("human", "user"), "user"),
@@ -99,16 +102,23 @@ def calibration_texts(
     return [whole_text(row, tokenizer) for row in _rows(source, columns, strict=False)]
 
 
-def read_prompts(source: str | Path, columns: Mapping[str, str] = _AS_NAMED) -> list[Row]:
+def read_prompts(
+    source: str | Path, columns: Mapping[str, str] = _AS_NAMED, template: Template | None = None
+) -> list[Row]:
     """The prompts of a data file, whose rows may lack their answers: unanswered rows, text rows whole.
 
     A conversation without an answer ends with the user's turn.
 
+    Args:
+        template: renders instruction rows.
+
     Raises:
-        DataError: as :func:`read_rows`.
+        DataError: as :func:`read_rows` and :func:`lorasuite.data.templated`.
     """
     asked = {field: column for field, column in columns.items() if field not in ANSWERS}
-    return [row if row.kind == "text" else unanswered(row) for row in _rows(source, asked, _with_answer)]
+    rows = _rows(source, asked, _with_answer)
+    rows = rows if template is None else templated(rows, template)
+    return [row if row.kind == "text" else unanswered(row) for row in rows]
 
 
 def _with_answer(record: Any) -> Any:
@@ -169,7 +179,7 @@ def _to_row(where: str, record: Any, problems: list[Problem]) -> Row | None:
             what = f"has {name!r}, for which an instruction row has no place in its prompt"
             problems.append(Problem(where, what, "Write it as messages, or take the key out"))
     values: dict[str, Any] = {
-        name: _string(where, name, record.get(name), problems, required=name != "input")
+        name: _string(where, name, record.get(name), problems, required=name not in OPTIONAL)
         for name in sorted(KNOWN_KEYS[kind])
     }
     return Row(kind=kind, extra=extra, **values) if len(problems) == before else None
@@ -291,6 +301,8 @@ def _record(row: Row) -> dict[str, Any]:
             fields: dict[str, Any] = {"instruction": row.instruction, "input": row.input, "output": row.output}
         case "completion":
             fields = {"prompt": row.prompt, "completion": row.completion}
+            if row.end_of_answer:
+                fields["end_of_answer"] = row.end_of_answer
         case "messages":
             fields = {"messages": [message.turn() for message in row.messages]}
         case "text":

@@ -5,7 +5,8 @@ It has any of four shapes, which may be mixed in a file:
 * ``{"instruction", "input", "output"}`` — LLM-Adapters (arXiv 2304.01933) and Alpaca. Rendered as
   ``Question: …\\nAnswer: …`` with ``input``, where there is one, on a ``Context: …`` line first (LoRASuite,
   arXiv 2505.13515, and its released scripts);
-* ``{"prompt", "completion"}`` — used verbatim;
+* ``{"prompt", "completion"}`` — used verbatim; with ``end_of_answer``, the text that ends the answer in place of the
+  tokenizer's end-of-text token;
 * ``{"messages": [{"role", "content"}, …]}`` — rendered by the tokenizer's chat template, which is given the messages'
   other keys (``tool_calls``, ``reasoning_content``, …) as they are, and the row's ``tools``, ``documents`` and
   ``chat_template_kwargs`` as its arguments;
@@ -71,6 +72,7 @@ class Row:
     output: str = ""
     prompt: str = ""
     completion: str = ""
+    end_of_answer: str = ""
     messages: tuple[Message, ...] = ()
     text: str = ""
     extra: Mapping[str, Any] = field(default_factory=dict, hash=False)
@@ -94,24 +96,25 @@ class Row:
                 context = CONTEXT_TEMPLATE.format(input=self.input.strip()) if self.input.strip() else ""
                 prompt = context + INSTRUCTION_TEMPLATE.format(instruction=self.instruction.strip())
                 return prompt, " " + self.output.strip()
-            case "completion":
-                prompt = self.prompt.rstrip(" ")
-                return prompt, self.prompt[len(prompt) :] + self.completion
-            case "messages":
-                prompt, answer, suffix = _render_chat(self, tokenizer)
+            case _:
+                prompt, answer, suffix = self.target(tokenizer)
                 return prompt, answer + suffix
 
     def target(self, tokenizer: PreTrainedTokenizerBase | None = None) -> tuple[str, str, str]:
         """``(prompt, scored, suffix)``: what evaluation conditions on, scores, and what only ends the turn.
 
         ``scored + suffix`` is the completion of :meth:`prompt_and_completion`; ``suffix`` is empty but for
-        the end-of-turn text of a chat template, which is the template's and not the answer's.
+        the end-of-turn text of a template, which is the template's and not the answer's.
 
         Raises:
             DataError: as :meth:`prompt_and_completion`.
         """
         if self.kind == "messages":
             return _render_chat(self, tokenizer)
+        if self.kind == "completion":
+            prompt = self.prompt.rstrip(" ")
+            end = "" if self.extra.get(UNFINISHED) else self.end_of_answer
+            return prompt, self.prompt[len(prompt) :] + self.completion, end
         return *self.prompt_and_completion(tokenizer), ""
 
 
@@ -237,7 +240,8 @@ def fingerprint_rows(rows: Sequence[Row]) -> str:
     for row in rows:
         content = {
             "kind": row.kind,
-            "fields": [row.instruction, row.input, row.output, row.prompt, row.completion, row.text],
+            "fields": [row.instruction, row.input, row.output, row.prompt, row.completion, row.text]
+            + ([row.end_of_answer] if row.end_of_answer else []),
             "messages": [[m.role, m.content, *([m.fields] if m.fields else [])] for m in row.messages],
             "extra": row.extra,
         }

@@ -230,6 +230,8 @@ def _generation_plan(
             until = ["\nQuestion:"]
         else:
             until = []
+        if group == "plain":  # of rows that a template made: where it is no one token, its text ends an answer
+            until += sorted({document.suffix.strip() for document in members} - {""})
         plan[group] = {
             "until": until,
             "max_gen_toks": min(settings.max_new_tokens, max(1, context // 2)),

@@ -11,7 +11,7 @@ from lorasuite import transforms
 from lorasuite.adapters import OutputType
 from lorasuite.bases import LoadSettings
 from lorasuite.correspondence import POSITIONS, Metric, Pooling, Strategy, When
-from lorasuite.data import parse_columns
+from lorasuite.data import DEFAULT_TEMPLATE, known_templates, parse_columns
 from lorasuite.errors import ConfigError, Problem, did_you_mean
 from lorasuite.evaluation import EvaluationSettings, Gate
 from lorasuite.planning._reading import Strict
@@ -72,6 +72,11 @@ class MigrationConfig(Strict):
         description="rows whose prompts the teacher answers, their answers never read; if unset those of the training "
         "data, else beginnings of the calibration texts, else the teacher writes from nothing; with 0 teacher samples "
         "auto and sequential read the answers, and auto chooses by them, where training rows are few",
+    )
+    template: str = Field(
+        DEFAULT_TEMPLATE,
+        description="how instruction rows become prompts, of training, teacher and evaluation: "
+        f"{', '.join(known_templates())}, or a Jinja file over instruction, input and output",
     )
     eval_data: str | None = Field(None, description="held-out rows for evaluation")
     columns: tuple[str, ...] = Field(

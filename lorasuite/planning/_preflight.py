@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from lorasuite.correspondence import SMALLEST_BATCH
 from lorasuite.data import (
+    DEFAULT_TEMPLATE,
     Row,
+    Template,
     calibration_texts,
     draw,
     encode_rows,
     read_prompts,
     read_rows,
+    read_template,
     rows_to_jsonl,
+    templated,
     unanswered,
     unread_keys,
 )
@@ -43,8 +47,12 @@ class Plan:
     #: What is done with the rows, and the counts that decide it.
     rows: RowPlan
     counts: RowCounts
+    #: How instruction rows became prompts.
+    template: Template
     #: What the teacher answers; None: it writes from nothing, or there is none.
     prompts: list[Row] | None = None
+    #: Answered rows that a template renders, not yet rendered: to see which template the adapter was trained with.
+    rendered: list[Row] = field(default_factory=list)
 
 
 def check(config: MigrationConfig, home: Path | None = None) -> Plan:
@@ -57,11 +65,15 @@ def check(config: MigrationConfig, home: Path | None = None) -> Plan:
         PreflightError: with every problem; among them every stage that needs more memory or disk than there is.
     """
     result = _inspected(config)
+    template: Template = result.attempt(lambda: read_template(config.template)) or read_template(DEFAULT_TEMPLATE)
     texts = _calibration(result, config)
     wanted = plan_rows(config, RowCounts())
-    train = _training_rows(result, config, wanted)
-    held_out = _held_out_rows(result, config)
-    prompts = _teacher(result, config, wanted) if wanted.teacher_rows else None
+    given, measured = _drawn(result, config, wanted), _read_held_out(result, config)
+    train = _training_rows(result, config, wanted, _templated(result, given, template))
+    held_out = _held_out_rows(result, _templated(result, measured, template))
+    prompts = _teacher(result, config, wanted, template) if wanted.teacher_rows else None
+    if not template.default and not any(row.kind == "instruction" for row in (*given, *measured)) and not prompts:
+        result.notices.append(f"template {template.name}: there are no instruction rows, and it is not used")
     counts = RowCounts.of(train, prompts, held_out, config.teacher.text_prefix)
     rows = plan_rows(config, counts)
     result.notices += rows.notices
@@ -78,7 +90,8 @@ def check(config: MigrationConfig, home: Path | None = None) -> Plan:
         )
         result.problems += unfit(result.cost)
     result.raise_problems()
-    return Plan(result, texts, train, held_out, rows, counts, prompts)
+    rendered = [row for row in given or measured if row.kind in ("instruction", "messages")]
+    return Plan(result, texts, train, held_out, rows, counts, template, prompts, rendered)
 
 
 def survey(
@@ -101,12 +114,12 @@ def survey(
         texts = result.attempt(lambda: calibration_texts(source, result.new_tokenizer, config.renamed_columns)) or []
         data.texts = texts[: config.pair.calibration_samples]
     wanted = plan_rows(config, RowCounts())
+    template: Template = result.attempt(lambda: read_template(config.template)) or read_template(DEFAULT_TEMPLATE)
     if train is not None:
-        data.train = draw(
-            result.attempt(lambda: read_rows(train, config.renamed_columns)) or [], wanted.requested_rows, config.seed
-        )
+        read = result.attempt(lambda: read_rows(train, config.renamed_columns)) or []
+        data.train = _templated(result, draw(read, wanted.requested_rows, config.seed), template)
     if held_out is not None:
-        data.evaluation = result.attempt(lambda: read_rows(held_out, config.renamed_columns)) or []
+        data.evaluation = _templated(result, _read_held_out(result, config), template)
     if not result.problems:
         counts = RowCounts.of(data.train, None, data.evaluation, config.teacher.text_prefix)
         rows = plan_rows(config, counts if train is not None else RowCounts(evaluation=len(data.evaluation)))
@@ -200,7 +213,12 @@ def _unread(result: Inspection, subject: str, rows: list[Row]) -> None:
         result.notices.append(f"{subject}: not read: {keys}")
 
 
-def _training_rows(result: Inspection, config: MigrationConfig, wanted: RowPlan) -> list[Row]:
+def _templated(result: Inspection, rows: list[Row], template: Template) -> list[Row]:
+    return result.attempt(lambda: templated(rows, template)) or []
+
+
+def _drawn(result: Inspection, config: MigrationConfig, wanted: RowPlan) -> list[Row]:
+    """The training rows as they are in their file."""
     source, samples = config.train_data, wanted.requested_rows
     if source is None:
         if samples:
@@ -214,9 +232,11 @@ def _training_rows(result: Inspection, config: MigrationConfig, wanted: RowPlan)
         return []
     if not samples:
         return []
-    rows: list[Row] = draw(
-        result.attempt(lambda: read_rows(source, config.renamed_columns)) or [], samples, config.seed
-    )
+    return draw(result.attempt(lambda: read_rows(source, config.renamed_columns)) or [], samples, config.seed)
+
+
+def _training_rows(result: Inspection, config: MigrationConfig, wanted: RowPlan, rows: list[Row]) -> list[Row]:
+    """The training rows as they are used, checked."""
     if not rows:
         return []
     _unread(result, "training rows", rows)
@@ -244,7 +264,7 @@ def _start(result: Inspection, config: MigrationConfig, rows: RowPlan) -> None:
     )
 
 
-def _teacher(result: Inspection, config: MigrationConfig, wanted: RowPlan) -> list[Row] | None:
+def _teacher(result: Inspection, config: MigrationConfig, wanted: RowPlan, template: Template) -> list[Row] | None:
     """What the old base with the adapter is to answer; None where nobody says."""
     if config.teacher.engine == "vllm":
         result.problems += unusable(config.loading.quantized)
@@ -258,7 +278,7 @@ def _teacher(result: Inspection, config: MigrationConfig, wanted: RowPlan) -> li
     source = config.prompt_data
     if source is None:
         return None
-    rows: list[Row] = result.attempt(lambda: read_prompts(source, config.renamed_columns)) or []
+    rows: list[Row] = result.attempt(lambda: read_prompts(source, config.renamed_columns, template)) or []
     words = config.teacher.text_prefix
     distinct = set()
     for number, row in enumerate(rows, start=1):
@@ -267,7 +287,7 @@ def _teacher(result: Inspection, config: MigrationConfig, wanted: RowPlan) -> li
             continue
         distinct.add(prompt)
         if tokenizer is not None and row.kind == "messages" and getattr(tokenizer, "chat_template", None) is None:
-            what = f"prompt {number} is a conversation, and neither the old base nor the adapter has a chat template"
+            what = f"prompt {number} is a conversation, and there is no chat template of the old base or the adapter"
             result.problems.append(Problem(source, what, "Use rows of prompt and completion."))
             break
     fewer = len(distinct) < wanted.teacher_rows
@@ -276,11 +296,16 @@ def _teacher(result: Inspection, config: MigrationConfig, wanted: RowPlan) -> li
     return rows or None
 
 
-def _held_out_rows(result: Inspection, config: MigrationConfig) -> list[Row]:
+def _read_held_out(result: Inspection, config: MigrationConfig) -> list[Row]:
+    """The held-out rows as they are in their file."""
     source = config.eval_data
     if source is None:
         return []
-    rows: list[Row] = result.attempt(lambda: read_rows(source, config.renamed_columns)) or []
+    return result.attempt(lambda: read_rows(source, config.renamed_columns)) or []
+
+
+def _held_out_rows(result: Inspection, rows: list[Row]) -> list[Row]:
+    """The held-out rows as they are used, checked."""
     _unread(result, "held-out rows", rows)
     tokenizers = [t for t in (result.old_reader, result.new_tokenizer) if t is not None]
     result.attempt(lambda: [row.target(tokenizer) for tokenizer in tokenizers for row in rows])

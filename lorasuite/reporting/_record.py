@@ -25,7 +25,7 @@ from lorasuite.evaluation import (
     judge,
 )
 from lorasuite.reporting._published import NEW_START, OWN_ROWS_START, Published
-from lorasuite.teacher import Worth
+from lorasuite.teacher import TemplateFits, Worth
 from lorasuite.training import NOTHING, FinetuneResult
 
 #: Version of the form of ``migration.json``; 0 of records that do not name one.
@@ -171,6 +171,9 @@ class Prompts(_Part):
 
     old: Reader = Field(Reader(), description="on the old base, with and without the adapter: the teacher's rows, too")
     new: Reader = Field(Reader(), description="on the new base: what the new adapter was fine-tuned and measured with")
+    template: str = Field("question", description="of instruction rows, on both sides")
+    template_text: str = ""
+    fit: TemplateFits | None = Field(None, description="of templates to the adapter; None where no row is rendered")
 
 
 class DroppedModule(_Part):

@@ -1,20 +1,27 @@
 from ._prompts import frame, prompt_frame
 from ._settings import TeacherSettings
+from ._template_fit import ROWS, TemplateFit, TemplateFits, candidates, judge_templates, rendered
 from ._vllm import VLLMTeacher, chosen, unusable
 from ._worth import TextLoss, Worth, judge_teacher, read_losses, text_losses, total, write_losses
 from ._writing import TeacherRows, write_rows
 
 __all__ = [
+    "ROWS",
     "TeacherRows",
     "TeacherSettings",
+    "TemplateFit",
+    "TemplateFits",
     "TextLoss",
     "VLLMTeacher",
     "Worth",
+    "candidates",
     "chosen",
     "frame",
     "judge_teacher",
+    "judge_templates",
     "prompt_frame",
     "read_losses",
+    "rendered",
     "text_losses",
     "total",
     "unusable",

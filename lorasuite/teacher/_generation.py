@@ -140,14 +140,17 @@ class Generator:
         before = str(self.tokenizer.decode(list(prompt.ids), **options))
         whole = str(self.tokenizer.decode([*prompt.ids, *body], **options))
         answer = whole.removeprefix(before) if whole.startswith(before) else str(self.tokenizer.decode(body, **options))
+        # Where no one token stands for it, a text ends the answer: what was written beyond it is not the answer's.
+        if (end := prompt.row.end_of_answer) and end in answer:
+            answer, ended = answer.partition(end)[0], True
         mean = sum(used) / max(len(used), 1)
         return Answer(prompt, answer, mean, len(body), ended, tuple(ids[: len(body) + ended]), tuple(used))
 
     def ends(self, prompt: Prompt, chat: bool) -> list[int]:
         """The tokens that end an answer to a prompt like this one."""
-        if not chat:
-            return end_tokens(self.model, self.tokenizer)
         row = prompt.row
+        if not chat:
+            return end_tokens(self.model, self.tokenizer, [row.end_of_answer])
         suffix = replace(row, messages=(*row.messages, _STAND_IN)).target(self.tokenizer)[2]
         return end_tokens(self.model, self.tokenizer, [suffix])
 
@@ -167,8 +170,11 @@ class AnswerGenerator(Generator):
 
     def generate(self, prompts: Sequence[Prompt]) -> Iterator[list[Answer]]:
         """The answers, a batch at a time, short prompts first."""
-        for chat in (False, True):
-            members = sorted((p for p in prompts if (p.row.kind == "messages") == chat), key=lambda p: len(p.ids))
+        alike: dict[tuple[bool, str], list[Prompt]] = {}
+        for prompt in prompts:
+            alike.setdefault((prompt.row.kind == "messages", prompt.row.end_of_answer), []).append(prompt)
+        for (chat, _), found in sorted(alike.items()):
+            members = sorted(found, key=lambda p: len(p.ids))
             for start in range(0, len(members), self.settings.batch_size):
                 yield self._batch(members[start : start + self.settings.batch_size], chat)
 

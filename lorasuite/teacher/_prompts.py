@@ -95,6 +95,8 @@ def imitate(
     begin, end = (settings.prefix, settings.suffix) if settings.suffix else prompt_frame(given)
     writer = generator(model, tokenizer, settings, PROMPT_TEMPERATURE, f"{seed} prompts")
     known, found = set(_texts(given)), list[Row]()
+    ends = {row.end_of_answer for row in given}
+    ending = ends.pop() if len(ends) == 1 else ""
     limit, at_once = ATTEMPTS_PER_ROW * count, max(count, settings.batch_size)
     off = model.disable_adapter() if hasattr(model, "disable_adapter") else contextlib.nullcontext()
     with off:
@@ -108,7 +110,7 @@ def imitate(
                 text = begin + middle + end
                 if stop and middle.strip() and text not in known:
                     known.add(text)
-                    found.append(Row(kind="completion", prompt=text))
+                    found.append(Row(kind="completion", prompt=text, end_of_answer=ending))
     if not found:
         what = f"of {limit} prompts the old base began, none came to {end.strip()!r}"
         raise DataError([Problem("teacher.imitate", what, "Give more prompts (--prompts) instead")])

@@ -191,6 +191,26 @@ def test_the_least_sure_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.dropped == {"unsure": 2} and min(found.log_probs) == -2 and len(found.rows) == 6
 
 
+def test_a_template_ends_answers_by_a_token_or_by_its_text() -> None:
+    """What a row says ends an answer is not part of it, whether the tokenizer has a token for that or not."""
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    prompts = [Row(kind="completion", prompt=f"add {word}") for word in ("one", "two", "three")]
+    loose = settings(max_new_tokens=12, filter=False)
+    free = write_rows(model, tokenizer, prompts, 3, loose).rows
+    for row in free:
+        words = row.completion.split()
+        end = f" {words[3]}"
+        ended = [replace(p, end_of_answer=end) for p in prompts if p.prompt == row.prompt]
+        found = write_rows(model, tokenizer, ended, 1, settings(max_new_tokens=12, filter=False, truncated="drop"))
+        assert found.rows[0].completion.split() == words[: words.index(words[3])]
+        assert found.rows[0].target() == (row.prompt, found.rows[0].completion, end)
+        exact = text_losses(model, tokenizer, found.rows)[0]
+        assert found.losses[0] is None and exact is not None  # it is read again: more was generated than is kept
+    tokenizer.add_special_tokens({"additional_special_tokens": [words[3]]})
+    stopped = write_rows(model, tokenizer, ended, 1, loose)
+    assert stopped.rows[0].completion.split() == words[: words.index(words[3])]
+
+
 def test_too_few_rows_is_an_error() -> None:
     with pytest.raises(DataError, match=r"of 8 rows it wrote only 0 can be used \(8 truncated\)"):
         write_rows(tiny_model(), tiny_tokenizer(), digit_rows(8), 8, TeacherSettings(max_new_tokens=1))
