@@ -16,6 +16,7 @@ from artifacts.errors import ArtifactDamaged, ArtifactError, ArtifactMissing
 from artifacts.keys import canonical_json, stage_key
 from artifacts.manifest import FileEntry, Manifest
 from artifacts.remote import MirroredStore, default_remote, open_store
+from artifacts.side_file import SideFile
 from artifacts.store import Store, default_home
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "Manifest",
     "MirroredStore",
     "Removal",
+    "SideFile",
     "Store",
     "canonical_json",
     "default_home",

@@ -12,7 +12,7 @@ import hashlib
 import logging
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,6 +90,7 @@ class MirroredStore(Store):
         files: Mapping[str, Path | bytes] | None = None,
         run: Mapping[str, Any] | None = None,
         replace: bool = False,
+        before_it_counts: Callable[[], None] | None = None,
     ) -> Manifest:
         """As :meth:`Store.put`, and published on the remote. Raises ``OSError`` when the remote refuses."""
         manifest = super().put(
@@ -103,6 +104,7 @@ class MirroredStore(Store):
             files=files,
             run=run,
             replace=replace,
+            before_it_counts=before_it_counts,
         )
         self._upload(manifest)
         return manifest

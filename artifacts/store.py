@@ -16,7 +16,7 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -160,13 +160,15 @@ class Store:
         files: Mapping[str, Path | bytes] | None = None,
         run: Mapping[str, Any] | None = None,
         replace: bool = False,
+        before_it_counts: Callable[[], None] | None = None,
     ) -> Manifest:
         """Store an object and return its manifest.
 
         ``tensors`` may be an iterator of pairs: one tensor at a time is held in memory. ``info`` (results),
         ``files`` (names to bytes, to a file or to a directory to copy) and ``run`` (how it went) are read
         after the tensors, so a generator may still fill them in. A valid object already there is kept, unless
-        ``replace``; a damaged one is moved aside. Readers see the whole object or none.
+        ``replace``; a damaged one is moved aside. Readers see the whole object or none. ``before_it_counts`` is
+        called when everything is written and nothing can be seen yet; where it raises, nothing is stored.
 
         Raises ``TypeError`` or ``ValueError`` for what cannot be stored (a name that leaves the object, data
         that is not JSON, NaN in ``info``) and ``OSError`` when the disk refuses; then nothing is stored.
@@ -199,6 +201,8 @@ class Store:
             (scratch / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
             fsync(scratch / MANIFEST)
             fsync(scratch)
+            if before_it_counts is not None:
+                before_it_counts()
             return self._install(scratch, target, manifest, replace)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)

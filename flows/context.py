@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,15 +16,25 @@ from prefect.client.orchestration import get_client
 from prefect.logging.loggers import get_run_logger
 from prefect.runtime import flow_run
 
-from artifacts import Artifact, Store, default_home, stage_key
-from lorasuite.adapters import OwnTokenizer, materialise
+from artifacts import (
+    Artifact,
+    ArtifactDamaged,
+    ArtifactMissing,
+    Store,
+    default_home,
+    default_remote,
+    open_store,
+    stage_key,
+)
+from lorasuite.adapters import Combined, OwnTokenizer, open_adapters, write_combined
 from lorasuite.bases import Architecture, Checkpoint, LoadSettings, digest_json, resolve
 from lorasuite.data import Row, fingerprint_rows
-from lorasuite.errors import ConfigError, Problem, did_you_mean
+from lorasuite.errors import ConfigError, InputChanged, Problem, did_you_mean
 from lorasuite.planning import MigrationConfig, torch_device
 from tasks.data import rows_files, texts_files
 from tasks.evaluation_stages import evaluation, serving, task_evaluation
 from tasks.fingerprints import fingerprint_bases
+from tasks.folders import ANY_BASE, adapter_folder, folder_files
 from tasks.pair_stages import PAIR_STAGES
 from tasks.progress import tell
 from tasks.retries import DELAYS, retry_download
@@ -31,6 +42,7 @@ from tasks.stage import Recorder, Ref, Stage, Where
 from tasks.teacher_stages import soft_labelling, teacher_worth, teaching, template_fit
 from tasks.training_stages import finetune, screening, selection, split
 from tasks.transform_stages import model_fit, transform
+from tasks.unchanged import folder_stamp
 
 #: Every cached stage by name, in the order they run.
 STAGES: dict[str, Stage] = {
@@ -203,17 +215,47 @@ def base_record(source: str, fingerprint: str) -> dict[str, Any]:
     return {"id": name, "name": name, "revision": revision or snapshot.name, "fingerprint": fingerprint}
 
 
+def adapter_directory(settings: MigrationConfig, old_model: str) -> Path:
+    """The directory of the adapter; of several, that of their sum, which is kept in the store.
+
+    Args:
+        old_model: fingerprint of the old base.
+
+    Raises:
+        CheckpointError, AdapterError: if one of them cannot be read, or is no sum of updates.
+    """
+    adapter = open_adapters(settings.adapter, settings.allow_pickle)
+    if not isinstance(adapter, Combined):
+        return adapter.path
+    store = open_store(default_home(), default_remote())
+    inputs = {"adapters": adapter.fingerprint(), "old_model": old_model}
+    key = stage_key("combined", 1, {}, inputs)
+    try:
+        return adapter_folder(store.open(key))
+    except ArtifactMissing:
+        pass
+    except ArtifactDamaged as error:
+        get_run_logger().warning("%s: it is written again, for %s", settings.adapter, error)
+    with tempfile.TemporaryDirectory() as folder:
+        path = write_combined(adapter, Checkpoint(settings.old_base), Path(folder), ANY_BASE)
+        if adapter.fingerprint() != inputs["adapters"]:
+            raise InputChanged(Problem(settings.adapter, "changed while it was read", "Run again."))
+        store.put(key, stage="combined", version=1, inputs=inputs, settings={}, files=folder_files(path))
+    return adapter_folder(store.open(key))
+
+
 def migration_context(settings: MigrationConfig, pair: str, refreshed: frozenset[str] = frozenset()) -> Context:
     """Where the stages of one adapter's migration run, with the fingerprints of its inputs."""
     home = default_home()
     paths = {"old_base": resolve(settings.old_base), "new_base": resolve(settings.new_base)}
-    paths["adapter"] = materialise(
-        settings.adapter, Checkpoint(paths["old_base"]), home / "work" / "combined", settings.allow_pickle
-    )
+    stamps = {str(path): folder_stamp(path) for path in (*paths.values(), *filter(None, settings.task_folders))}
+    fingerprints = fingerprint_bases(home, paths["old_base"], paths["new_base"])
+    paths["adapter"] = adapter_directory(settings, fingerprints["old_model"])
     where = Where(
         home=home,
         device=torch_device(settings.device),
         paths=paths,
+        stamps=stamps,
         options={
             "trust_remote_code": settings.trust_remote_code,
             "allow_pickle": settings.allow_pickle,
@@ -221,7 +263,7 @@ def migration_context(settings: MigrationConfig, pair: str, refreshed: frozenset
             "loading": settings.loading.model_dump(mode="json"),
         },
     )
-    return Context(where, fingerprint_bases(home, paths["old_base"], paths["new_base"]), refreshed, pair=pair)
+    return Context(where, fingerprints, refreshed, pair=pair)
 
 
 def timings(recorder: Recorder) -> list[dict[str, Any]]:

@@ -22,7 +22,7 @@ from flows.measure import Asked, Measured
 from flows.pair import Pair, pair_name
 from flows.teach import Rows, fitting_template, gather_rows, opened_source
 from lorasuite import ALGORITHM_VERSION
-from lorasuite.adapters import Adapter, split_sources
+from lorasuite.adapters import Adapter, sources, sources_name
 from lorasuite.bases import resolve
 from lorasuite.evaluation import BOTH, Arm
 from lorasuite.evaluation import check as check_serving
@@ -43,8 +43,8 @@ COMPARED = (*BOTH, Arm.SCRATCH, Arm.SCRATCH_OWN)
 def run_name(parameters: Mapping[str, Any] | None = None) -> str:
     """``adapter: old → new``; of this flow run, where no parameters are given."""
     config = (flow_run.parameters if parameters is None else parameters).get("config", {})
-    parts = [Path(str(config.get(name, "?"))).name for name in ("adapter", "old_base", "new_base")]
-    return f"{parts[0]}: {parts[1]} → {parts[2]}"
+    old, new = (Path(str(config.get(name, "?"))).name for name in ("old_base", "new_base"))
+    return f"{sources_name(str(config.get('adapter', '?')))}: {old} → {new}"
 
 
 @flow(name="migrate-adapter", flow_run_name=run_name, validate_parameters=False)
@@ -61,8 +61,8 @@ def migrate_adapter(config: dict[str, Any], refresh: tuple[str, ...] = ()) -> di
     settings: MigrationConfig = build(MigrationConfig, config)
     refreshed = check_stages(tuple(refresh))
     name = pair_name(settings.old_base, settings.new_base)
-    tag_run(pair=name, adapter=Path(settings.adapter).name)
-    fetch(settings.old_base, settings.new_base, settings.adapter)
+    tag_run(pair=name, adapter=sources_name(settings.adapter))
+    fetch(settings.old_base, settings.new_base, *sources(settings.adapter))
     plan = check(settings, default_home())
     for notice in plan.inspection.notices:
         get_run_logger().info("note: %s", notice)
@@ -84,6 +84,7 @@ def migrate_adapter(config: dict[str, Any], refresh: tuple[str, ...] = ()) -> di
         served = context.run(serving, {**context.base("new"), "adapter": final}, {}, paths=context.base_path("new"))
     record = _record(context, settings, plan, pair, source, fit, rows, chosen, tuned, measured, served, recorder)
     output = Path(settings.output)
+    context.where.check_unchanged()
     publish(
         output,
         adapter_folder(context.open(final)),
@@ -202,7 +203,7 @@ def _record(
             "new_base": base_record(settings.new_base, fingerprints["new_model"]),
             "adapter": {
                 "id": settings.adapter,
-                "name": "+".join(resolve(part).resolve().name for part, _ in split_sources(settings.adapter)),
+                "name": "+".join(resolve(part).resolve().name for part in sources(settings.adapter)),
                 "kind": adapter.kind,
                 "fingerprint": fingerprints["adapter"],
                 "rank": adapter.rank,

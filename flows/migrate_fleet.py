@@ -17,13 +17,13 @@ from prefect.logging.loggers import get_run_logger
 from prefect.runtime import flow_run
 
 from artifacts import default_home
-from flows.context import check_stages, fetch
+from flows.context import adapter_directory, check_stages, fetch
 from flows.migrate_adapter import migrate_adapter
 from flows.migrate_adapter import run_name as migrate_adapter_name
 from flows.prepare_pair import prepare_pair
 from flows.prepare_pair import run_name as prepare_pair_name
 from flows.teach import write_ahead
-from lorasuite.adapters import Adapter
+from lorasuite.adapters import open_adapters, sources
 from lorasuite.bases import Checkpoint, resolve
 from lorasuite.errors import CheckpointError, LoRASuiteError, OutputError, Problem
 from lorasuite.planning import MigrationConfig, chosen, fleet_output, read_fleet
@@ -141,10 +141,11 @@ def _look(parts: Fleet) -> tuple[set[str], dict[str, Failure], dict[str, Migrati
     for name, config in parts.items():
         try:
             pair = (config.old_base, config.new_base)
-            fetch(*pair, config.adapter)
+            fetch(*pair, *sources(config.adapter))
             if pair not in bases:
                 bases[pair] = fingerprint_bases.fn(default_home(), resolve(pair[0]), resolve(pair[1]))
-            adapter = {"adapter": fingerprint_adapter(resolve(config.adapter))}
+            path = adapter_directory(config, bases[pair]["old_model"])
+            adapter = {"adapter": fingerprint_adapter(path, config.allow_pickle)}
             if _finished(config, fingerprint_migration(config, bases[pair] | adapter)):
                 done.add(name)
             else:
@@ -188,7 +189,8 @@ def _prepare(parts: Fleet, start: Start, refresh: tuple[str, ...]) -> dict[str, 
             "trust_remote_code": config.trust_remote_code,
         }
         group = repr(given)
-        roles = Adapter.open(resolve(config.adapter)).roles(Checkpoint(resolve(config.old_base)).architecture)
+        architecture = Checkpoint(resolve(config.old_base)).architecture
+        roles = open_adapters(config.adapter, config.allow_pickle).roles(architecture)
         known = groups.setdefault(group, {**given, "roles": [], "refresh": list(refresh)})
         known["roles"] += [role for role in roles if role not in known["roles"]]
         members.setdefault(group, []).append(name)

@@ -59,8 +59,8 @@ def prepare_pair(
     inspect(old_base, new_base, trust_remote_code=trust_remote_code, architectures=architectures).raise_problems()
     home = default_home()
     paths = {"old_base": resolve(old_base), "new_base": resolve(new_base)}
-    fingerprints = fingerprint_bases(home, paths["old_base"], paths["new_base"])
     where = Where(home=home, device=torch_device(device), paths=paths, options={"trust_remote_code": trust_remote_code})
+    fingerprints = fingerprint_bases(home, paths["old_base"], paths["new_base"])
     context = Context(where, fingerprints, refreshed, pair=name)
     texts = None
     if calibration is not None:

@@ -11,7 +11,7 @@ from prefect.logging.loggers import get_run_logger
 from flows.arms import Source
 from flows.context import Context, fetch, migration_context
 from flows.pair import Pair, pair_name
-from lorasuite.adapters import Adapter, OwnTokenizer
+from lorasuite.adapters import Adapter, OwnTokenizer, sources
 from lorasuite.bases import Checkpoint
 from lorasuite.data import Row, draw, unanswered
 from lorasuite.errors import DataError
@@ -159,7 +159,7 @@ def write_ahead(configs: Iterable[MigrationConfig], refreshed: frozenset[str]) -
     writing = (config for config in configs if plan_rows(config, RowCounts()).teacher_rows)
     for config in sorted(writing, key=lambda config: config.old_base):
         try:
-            fetch(config.old_base, config.new_base, config.adapter)
+            fetch(config.old_base, config.new_base, *sources(config.adapter))
             plan = check(config)
             context = migration_context(config, pair_name(config.old_base, config.new_base))
             source = opened_source(context, config, plan.inspection.own_tokenizer)

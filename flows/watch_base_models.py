@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +15,7 @@ from prefect.events import Event
 from prefect.events.schemas.events import Resource
 from prefect.logging.loggers import get_run_logger
 
-from artifacts import default_home
+from artifacts import SideFile, default_home
 from lorasuite.bases import Checkpoint, digest_json
 from lorasuite.errors import ConfigError, LoRASuiteError, Problem
 
@@ -63,8 +61,8 @@ def watch_base_models(
         ConfigError: for a source that is neither a directory nor a Hub name.
     """
     log = get_run_logger()
-    memory = default_home() / MEMORY
-    known: dict[str, dict[str, str]] = json.loads(memory.read_text()) if memory.is_file() else {}
+    memory = SideFile(default_home() / MEMORY, log.warning)
+    known: dict[str, dict[str, str]] = memory.read()
     announced: list[str] = []
     unfinished: list[str] = []
     for source in sources:
@@ -80,8 +78,8 @@ def watch_base_models(
                 log.info("new base model: %s (%s)", seen.model, seen.revision)
             # remembered only after it was announced: a failure in between announces it again, and never not at all
             before[seen.model] = seen.revision
-            _remember(memory, known)
-        _remember(memory, known)
+            memory.update({name: before})
+        memory.update({name: before})
     for model in unfinished:
         log.info("%s is still being written, or incomplete", model)
     return {"announced": announced, "unfinished": unfinished}
@@ -170,10 +168,3 @@ def release(payload: Mapping[str, str]) -> Event:
     identity = f"lorasuite.base-model.{re.sub(r'[^A-Za-z0-9_.@-]+', '-', name).strip('-')}"
     resource = Resource({"prefect.resource.id": identity, "prefect.resource.name": Path(name).name})
     return Event(event=EVENT, resource=resource, payload=dict(payload))
-
-
-def _remember(memory: Path, known: Mapping[str, Mapping[str, str]]) -> None:
-    memory.parent.mkdir(parents=True, exist_ok=True)
-    scratch = memory.with_suffix(f".{os.getpid()}")
-    scratch.write_text(json.dumps(known, indent=1, sort_keys=True))
-    scratch.replace(memory)

@@ -103,6 +103,10 @@ class DataError(LoRASuiteError, ValueError):
     """Rows or texts that cannot be used."""
 
 
+class InputChanged(LoRASuiteError, RuntimeError):
+    """A model, adapter or directory of data that changed while it was read."""
+
+
 class OutputError(LoRASuiteError, FileExistsError):
     """An output directory that cannot be written."""
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
+from artifacts import SideFile
 from lorasuite import ALGORITHM_VERSION
 from lorasuite.adapters import Adapter
 from lorasuite.bases import check_finite, digest_json, file_digest, fingerprint_model, fingerprint_tokenizer
@@ -18,8 +17,10 @@ from lorasuite.errors import AdapterError, DataError, Problem
 from lorasuite.evaluation.eval_tasks import TASKS, expand
 from lorasuite.evaluation.eval_tasks import fingerprint as fingerprint_own
 from lorasuite.planning import MigrationConfig
+from tasks.recording import run_log
+from tasks.unchanged import folder_files
 
-#: sha256 by path, size and modification time: checkpoints of many gigabytes are not read again for every adapter.
+#: sha256 by path and stamp: checkpoints of many gigabytes are not read again for every adapter.
 MEMORY = "fingerprints.json"
 
 #: Settings of a migration that name data.
@@ -35,8 +36,8 @@ def fingerprint_bases(home: Path, old_base: Path, new_base: Path) -> dict[str, s
     Raises:
         CheckpointError: if a weight holds NaN or Inf.
     """
-    memory = home / MEMORY
-    known: dict[str, str] = json.loads(memory.read_text()) if memory.is_file() else {}
+    memory = SideFile(home / MEMORY, run_log().warning)
+    known: dict[str, str] = memory.read()
     seen = dict(known)
     check_finite(old_base, known)
     check_finite(new_base, known)
@@ -47,10 +48,10 @@ def fingerprint_bases(home: Path, old_base: Path, new_base: Path) -> dict[str, s
         "new_tokenizer": fingerprint_tokenizer(new_base, known),
     }
     if known != seen:
-        home.mkdir(parents=True, exist_ok=True)
-        scratch = memory.with_suffix(f".{os.getpid()}")
-        scratch.write_text(json.dumps(known, indent=0))
-        scratch.replace(memory)
+        try:
+            memory.update({name: digest for name, digest in known.items() if name not in seen})
+        except OSError as error:
+            run_log().warning("files are read again next time: %s cannot be written (%s)", memory.path, error)
     return found
 
 
@@ -79,8 +80,7 @@ def fingerprint_data(rows: Sequence[Row]) -> str:
 
 def fingerprint_folder(path: Path) -> str:
     """Every file below a directory, by its place in it and its content."""
-    files = sorted(file for file in path.rglob("*") if file.is_file())
-    return digest_json({str(file.relative_to(path)): file_digest(file) for file in files})
+    return digest_json({str(file.relative_to(path)): file_digest(file) for file in folder_files(path)})
 
 
 def fingerprint_task(task: str, eval_dir: Path | None, include_path: Path | None) -> str:

@@ -13,6 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from prefect.exceptions import MissingContextError
+from prefect.logging import get_logger
+from prefect.logging.loggers import get_run_logger
+
+
+def run_log() -> Any:
+    """The log of the run that goes on; outside of runs, lorasuite's own."""
+    try:
+        return get_run_logger()
+    except MissingContextError:
+        return get_logger("lorasuite")
 
 
 @dataclass(frozen=True)

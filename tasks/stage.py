@@ -45,11 +45,8 @@ import torch
 from prefect import Task
 from prefect.cache_policies import CachePolicy
 from prefect.context import TaskRunContext
-from prefect.exceptions import MissingContextError
-from prefect.logging import get_logger
-from prefect.logging.loggers import get_run_logger
 from prefect.states import Completed
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
 
 from artifacts import (
     Artifact,
@@ -63,8 +60,9 @@ from artifacts import (
 )
 from tasks.inputs import Input, Models, Ref, StageSettings, input_fingerprints
 from tasks.locks import FileLockManager
-from tasks.recording import Measure, Recorder, StageRun, current_recorder
+from tasks.recording import Measure, Recorder, StageRun, current_recorder, run_log
 from tasks.retries import DELAYS, halvings, note_out_of_memory, retry_stage
+from tasks.unchanged import check_unchanged, folder_stamp
 
 __all__ = ["Artifact", "Recorder", "Ref", "Stage", "StageOutput", "StageRun", "StageSettings", "Where", "stage"]
 
@@ -84,6 +82,8 @@ class Where(BaseModel):
     device: str = "cpu"
     #: Name to local path: checkpoints, adapters, data files.
     paths: dict[str, Path] = Field(default_factory=dict)
+    #: Of every directory among the paths, what it looks like from outside: taken before its content is fingerprinted.
+    stamps: dict[str, str] = Field(default_factory=dict)
     #: Anything else that must not change the result: batch sizes, worker counts.
     options: dict[str, JsonValue] = Field(default_factory=dict)
     #: How often an earlier attempt ran out of memory: halve the micro-batch so often.
@@ -93,6 +93,17 @@ class Where(BaseModel):
     @classmethod
     def _absolute(cls, home: Path) -> Path:
         return home.expanduser().absolute()
+
+    @model_validator(mode="after")
+    def _stamped(self) -> Where:
+        for path in self.paths.values():
+            if str(path) not in self.stamps:
+                self.stamps[str(path)] = folder_stamp(path)
+        return self
+
+    def check_unchanged(self) -> None:
+        """Compare the directories that are read with their stamps. Raises ``InputChanged``."""
+        check_unchanged({path: self.stamps.get(str(path), "") for path in set(self.paths.values())})
 
     def path(self, name: str) -> Path:
         """The path given for ``name``. Raises ``KeyError`` naming those given."""
@@ -217,7 +228,7 @@ class Stage:
         problem = _problem(store, key)
         # an artifact that is missing is news only when it was there before
         if isinstance(problem, ArtifactDamaged) or (problem is not None and (results / key).exists()):
-            _log().warning("%s: computing it again, for %s", self.name, problem)
+            run_log().warning("%s: computing it again, for %s", self.name, problem)
         name = f"{self.name} {label}" if label else self.name
         task = self.task.with_options(
             task_run_name=lambda: name,
@@ -263,6 +274,7 @@ class Stage:
         resolved, parsed = self.models.resolve(store, inputs), self.models.parse(settings)
         measure = Measure()
         where = where.model_copy(update={"halvings": halvings(key)})
+        where.check_unchanged()
         try:
             made = self.fn(resolved, parsed, where)
             output = made if isinstance(made, StageOutput) else StageOutput(info=made)
@@ -277,6 +289,7 @@ class Stage:
                 files=output.files,
                 run=measure.results,
                 replace=refresh,
+                before_it_counts=where.check_unchanged,
             )
         except torch.OutOfMemoryError as error:
             note_out_of_memory(key, error)
@@ -317,10 +330,3 @@ def _problem(store: Store, key: str) -> ArtifactMissing | ArtifactDamaged | None
     except (ArtifactMissing, ArtifactDamaged) as error:
         return error
     return None
-
-
-def _log() -> Any:
-    try:
-        return get_run_logger()
-    except MissingContextError:
-        return get_logger("lorasuite")

@@ -1,11 +1,12 @@
 from ._attachment import attach_adapter, attached, detach_adapter, restored, save_adapter, unwrap
 from ._base_modules import base_weight, vocabulary_side, vocabulary_weight, weight_shape
-from ._combination import materialise, open_adapters, split_sources
+from ._combination import Combined, open_adapters, write_combined
 from ._files import CONFIG, PREFIX, WEIGHTS, Tensors
 from ._fused import fuse_updates, split_update
 from ._kinds import REFUSED, OutputType, config_problems
 from ._lowrank import LowRank
 from ._reader import Adapter
+from ._sources import replace_sources, sources, sources_name, split_sources
 from ._tokenizer import OwnTokenizer, own_tokenizer, tokenizer_folder
 from ._untrained import fresh_config, fresh_lora, untrained
 from ._writer import Extras, check_loads, not_in_adalora, target_modules, write_adapter
@@ -16,6 +17,7 @@ __all__ = [
     "REFUSED",
     "WEIGHTS",
     "Adapter",
+    "Combined",
     "Extras",
     "LowRank",
     "OutputType",
@@ -30,12 +32,14 @@ __all__ = [
     "fresh_config",
     "fresh_lora",
     "fuse_updates",
-    "materialise",
     "not_in_adalora",
     "open_adapters",
     "own_tokenizer",
+    "replace_sources",
     "restored",
     "save_adapter",
+    "sources",
+    "sources_name",
     "split_sources",
     "split_update",
     "target_modules",
@@ -46,4 +50,5 @@ __all__ = [
     "vocabulary_weight",
     "weight_shape",
     "write_adapter",
+    "write_combined",
 ]

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
-import shutil
-import uuid
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,14 +12,15 @@ from torch import Tensor
 
 from lorasuite.adapters._contents import Contents, Update
 from lorasuite.adapters._reader import Adapter
+from lorasuite.adapters._sources import split_sources
 from lorasuite.adapters._writer import write_adapter
-from lorasuite.bases import Checkpoint, digest_json, resolve
+from lorasuite.bases import Checkpoint, digest_json
 from lorasuite.errors import AdapterError, LoRASuiteError, Problem
 
 
 @dataclass(frozen=True, eq=False)
 class Combined(Adapter):
-    """A weighted sum of adapters; its rank is the sum of theirs. Not on disk: :func:`materialise` writes it."""
+    """A weighted sum of adapters; its rank is the sum of theirs. Not on disk: :func:`write_combined` writes it."""
 
     members: tuple[tuple[Adapter, float], ...]
 
@@ -32,17 +31,6 @@ class Combined(Adapter):
     def fingerprint(self) -> str:
         """A digest of what the adapters compute and of their weights in the sum."""
         return digest_json([[adapter.fingerprint(), weight] for adapter, weight in self.members])
-
-
-def split_sources(text: str) -> list[tuple[str, float]]:
-    """``a:0.7,b`` as ``[("a", 0.7), ("b", 1.0)]``; the name of a directory that exists as it is."""
-    if Path(text).expanduser().is_dir():
-        return [(text, 1.0)]
-    found = []
-    for part in filter(None, (part.strip() for part in text.split(","))):
-        match = re.fullmatch(r"(.+):(-?\d+(?:\.\d+)?(?:e-?\d+)?)", part)
-        found.append((match[1], float(match[2])) if match else (part, 1.0))
-    return found or [(text, 1.0)]
 
 
 def open_adapters(text: str, allow_pickle: bool = False) -> Adapter:
@@ -57,6 +45,8 @@ def open_adapters(text: str, allow_pickle: bool = False) -> Adapter:
     members: list[tuple[Adapter, float]] = []
     problems: list[Problem] = []
     for source, weight in sources:
+        if not math.isfinite(weight):
+            problems.append(Problem(f"adapter: {source}", f"has the weight {weight}", "Give a number, as in A:0.7."))
         try:
             members.append((Adapter.open(source, allow_pickle), weight))
         except LoRASuiteError as error:
@@ -116,36 +106,25 @@ def _only_updates(adapter: Adapter) -> list[Problem]:
     ]
 
 
-def materialise(text: str, base: Checkpoint, folder: Path, allow_pickle: bool = False) -> Path:
-    """The directory of an adapter; of several, one written below ``folder`` under a name made of their content.
+def write_combined(adapter: Combined, base: Checkpoint, folder: Path, base_name: str) -> Path:
+    """Write a sum as one LoRA whose rank is the sum of the ranks.
 
     Args:
         base: the old base, of which the modules are and from which some kinds are read.
+        folder: directory to create.
+        base_name: what the config names as its base.
 
     Raises:
-        CheckpointError, AdapterError: as :func:`open_adapters`.
+        AdapterError: if factors hold NaN or Inf.
     """
-    adapter = open_adapters(text, allow_pickle)
-    if not isinstance(adapter, Combined):
-        return resolve(split_sources(text)[0][0])
-    output = folder / digest_json([adapter.fingerprint(), base.architecture.family])[:32]
-    if output.is_dir():
-        return output
-    scratch = folder / f".{output.name}.{uuid.uuid4().hex[:8]}"
     updates = {module: adapter.update(module, base) for module in adapter.modules}
     rank = max(update.rank for update in updates.values())
-    try:
-        write_adapter(
-            scratch,
-            updates,
-            architecture=base.architecture,
-            dims=base.dims,
-            base=str(adapter.config["base_model_name_or_path"] or base.source),
-            rank=rank,
-            alpha=rank,
-        )
-        if not output.is_dir():
-            scratch.rename(output)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    return output
+    return write_adapter(
+        folder,
+        updates,
+        architecture=base.architecture,
+        dims=base.dims,
+        base=base_name,
+        rank=rank,
+        alpha=rank,
+    )

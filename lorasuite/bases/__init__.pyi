@@ -2,8 +2,8 @@ from ._architecture import ATTENTION, ROLES, Architecture, Dimensions, Module, R
 from ._architecture_files import BUILT_IN, add_architectures, architecture_for, architectures, load
 from ._cache import ModelCache, loaded_model, model_cache, release_models
 from ._checkpoint import Checkpoint
-from ._digests import check_finite, digest_json, file_digest, fingerprint_model, fingerprint_tokenizer
-from ._files import Weights, read_json, resolve
+from ._digests import check_finite, digest_json, file_digest, fingerprint_model, fingerprint_tokenizer, stamp
+from ._files import Weights, is_directory, read_json, resolve
 from ._loading import auto_class, load_model, load_tokenizer, module_order, placed
 from ._meter import METER
 from ._pairing import Batch, TextBatch, length_batches, paired_positions, text_batches, unpaired
@@ -45,6 +45,7 @@ __all__ = [
     "file_digest",
     "fingerprint_model",
     "fingerprint_tokenizer",
+    "is_directory",
     "length_batches",
     "linear_modules",
     "load",
@@ -60,6 +61,7 @@ __all__ = [
     "read_json",
     "release_models",
     "resolve",
+    "stamp",
     "streamed_base",
     "surface",
     "text_batches",

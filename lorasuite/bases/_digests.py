@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import time
 from collections.abc import MutableMapping
 from pathlib import Path
 
@@ -19,24 +20,47 @@ TOKENIZER_FILES = (
 #: Config fields that do not change what the model computes.
 INERT_CONFIG = ("_name_or_path", "transformers_version", "architectures", "torch_dtype", "dtype", "use_cache")
 
+#: A file changed this shortly before it was read may change again without a new time.
+_RACY_SECONDS = 0.1
+
 
 def file_digest(path: Path, cache: MutableMapping[str, str] | None = None) -> str:
-    """sha256 of a file's bytes, remembered in ``cache`` under its path, size and modification time.
+    """sha256 of a file's bytes, remembered in ``cache`` under its path and :func:`stamp`.
 
-    Files of the Hub cache are links to blobs named by their sha256, which is then taken as it is.
+    Files of the Hub's cache are links to blobs named by their sha256, which is then taken as it is.
     """
     real = path.resolve()
-    if re.fullmatch(r"[0-9a-f]{64}", real.name):
+    if _is_blob(real):
         return real.name
-    stat = real.stat()
-    key = f"{real}:{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ino}"
+    begun, before = time.time(), stamp(real)
+    key = f"{real}:{before}"
     if cache is not None and key in cache:
         return cache[key]
     with real.open("rb") as handle:
         digest = hashlib.file_digest(handle, "sha256").hexdigest()
-    if cache is not None:
+    # a file that changed this shortly before may change again without another time
+    settled = real.stat().st_ctime < begun - _RACY_SECONDS
+    if cache is not None and settled and stamp(real) == before:
         cache[key] = digest
     return digest
+
+
+def stamp(path: Path) -> str:
+    """What a file looks like from outside; another after every change of its content.
+
+    The time of the last change of its entry (``ctime``) is among it, which no program sets: copies, archives and
+    editors set the modification time back.
+    """
+    stat = path.stat()
+    return f"{stat.st_dev}:{stat.st_ino}:{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ctime_ns}"
+
+
+def _is_blob(real: Path) -> bool:
+    """Whether a file is one of the Hub's cache that is named by its sha256."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    named = re.fullmatch(r"[0-9a-f]{64}", real.name) and real.parent.name == "blobs"
+    return bool(named) and real.parent.parent.parent == Path(HF_HUB_CACHE).resolve()
 
 
 def digest_json(value: object) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import Field
 
+from lorasuite.adapters import replace_sources, sources_name
 from lorasuite.errors import ConfigError, Problem
 from lorasuite.evaluation import Gate
 from lorasuite.planning._config import MigrationConfig
@@ -65,7 +66,7 @@ def read_fleet(
         for a, entry in enumerate(pair.adapters):
             place = f"{where}: pairs.{p}.adapters.{a}"
             values = merged(fleet.defaults, pair.defaults, entry)
-            name = str(values.pop("name", "") or Path(str(values.get("adapter", ""))).name)
+            name = str(values.pop("name", "") or sources_name(str(values.get("adapter", ""))))
             fixed = sorted({"old_base", "new_base", "output", "gate"} & set(values))
             if fixed:
                 problems += [Problem(f"{place}.{key}", "belongs to the pair or the fleet", "Move it.") for key in fixed]
@@ -78,7 +79,7 @@ def read_fleet(
                 "gate": fleet.gate.model_dump(),
             }
             if isinstance(values.get("adapter"), str):
-                values["adapter"] = located(values["adapter"], folder)
+                values["adapter"] = replace_sources(values["adapter"], lambda source: located(source, folder))
             values |= {key: located_data(str(values[key]), folder) for key in DATA if values.get(key)}
             try:
                 found.append((name, build(MigrationConfig, values, place)))

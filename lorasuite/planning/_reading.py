@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from lorasuite.bases import is_directory
 from lorasuite.data import HUB
 from lorasuite.errors import ConfigError, Problem, did_you_mean
 
@@ -66,8 +67,11 @@ def read_config(path: Path) -> dict[str, Any]:
 
 def located(source: str, folder: Path) -> str:
     """A directory relative to ``folder`` as an absolute path; anything else, a Hub id, as it is."""
-    path = folder / Path(source).expanduser()
-    return str(path.absolute()) if path.is_dir() or source.startswith((".", "/", "~")) else source
+    try:
+        path = folder / Path(source).expanduser()
+    except RuntimeError:  # the home of a user who is not there
+        return source
+    return str(path.absolute()) if is_directory(path) or source.startswith((".", "/", "~")) else source
 
 
 def located_data(source: str, folder: Path) -> str:

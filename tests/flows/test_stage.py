@@ -186,14 +186,14 @@ def capture(monkeypatch: pytest.MonkeyPatch) -> Callable[[], str]:
     import tasks.stage
 
     messages: list[str] = []
-    log = tasks.stage._log
+    log = tasks.stage.run_log
 
     class Tee:
         def warning(self, message: str, *args: Any) -> None:
             messages.append(message % args)
             log().warning(message, *args)
 
-    monkeypatch.setattr(tasks.stage, "_log", Tee)
+    monkeypatch.setattr(tasks.stage, "run_log", Tee)
     return lambda: "\n".join(messages)
 
 

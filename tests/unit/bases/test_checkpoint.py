@@ -5,7 +5,9 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
+import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -249,17 +251,29 @@ def test_what_else_the_fingerprints_depend_on(copied: Callable[..., Path]) -> No
 def test_a_remembered_digest_is_forgotten_when_the_file_changes(tmp_path: Path) -> None:
     file, cache = tmp_path / "x", {}
     file.write_bytes(b"one")
+    assert file_digest(file, cache) and not cache  # so young that it may change again without another time
+    time.sleep(0.15)
     first = file_digest(file, cache)
     assert file_digest(file, cache) == first and len(cache) == 1
-    file.write_bytes(b"other")
+    times = file.stat()
+    file.write_bytes(b"two")
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))  # as tar --mtime and many editors do
     assert file_digest(file, cache) == file_digest(file) != first
+    other = tmp_path / "other"
+    other.write_bytes(b"six")
+    os.utime(other, ns=(times.st_atime_ns, times.st_mtime_ns))
+    other.rename(file)
+    assert file_digest(file, cache) == file_digest(file) == hashlib.sha256(b"six").hexdigest()
 
 
-def test_blobs_of_the_hub_cache_give_the_digest_of_their_content(base: Callable[..., Path], tmp_path: Path) -> None:
+def test_blobs_of_the_hub_cache_give_the_digest_of_their_content(
+    base: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Links to blobs named by their sha256 are not read again, and the fingerprint is that of the plain directory."""
-    plain = base("llama")
-    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "abc"
-    blobs.mkdir()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    plain, repository = base("llama"), tmp_path / "models--org--name"
+    blobs, snapshot = repository / "blobs", repository / "snapshots" / "abc"
+    blobs.mkdir(parents=True)
     snapshot.mkdir(parents=True)
     for file in plain.iterdir():
         kind = hashlib.sha256 if file.suffix == ".safetensors" else hashlib.sha1  # as large and small files of the Hub
@@ -271,6 +285,10 @@ def test_blobs_of_the_hub_cache_give_the_digest_of_their_content(base: Callable[
     unread = blobs / ("ab" * 32)
     unread.touch()
     assert file_digest(unread) == "ab" * 32
+    for folder in (tmp_path, tmp_path / "blobs", tmp_path.parent / "models--org--name" / "blobs"):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / unread.name).write_bytes(b"one")
+        assert file_digest(folder / unread.name) == hashlib.sha256(b"one").hexdigest()
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox"])

@@ -1,0 +1,91 @@
+"""What is believed: sums of adapters by the command line, side files, and inputs that change while they are read."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from prefect import flow
+from typer.testing import CliRunner
+
+from artifacts import Store
+from flows.command_line import app
+from lorasuite.adapters import Adapter
+from lorasuite.errors import InputChanged
+from tasks.fingerprints import MEMORY
+from tasks.stage import StageOutput, Where, stage
+from tests.flows.small import Small
+
+
+def run(*arguments: Any) -> dict[str, Any]:
+    ran = CliRunner().invoke(app, [*map(str, arguments), "--json"])
+    assert ran.exit_code == 0, ran.output
+    found: dict[str, Any] = json.loads(ran.stdout)
+    return found
+
+
+def migrate(small: Small, adapter: str, output: Path) -> dict[str, Any]:
+    settings = small.settings("one", output, adapter=adapter)
+    flags = [(f"--{name.replace('_', '-')}", value) for name, value in settings.items()]
+    return run("migrate", *(part for flag in flags for part in flag))
+
+
+def test_a_sum_of_adapters_by_the_command_line(home: Path, small: Small, tmp_path: Path) -> None:
+    parts = [small.root / "adapters" / name for name in ("one", "two")]
+    text = f"{parts[0]}:0.7,{parts[1]}:.3"
+    done = migrate(small, text, tmp_path / "out")
+    assert done["adapter"]["name"] == "one+two" and done["adapter"]["rank"] == sum(Adapter.open(p).rank for p in parts)
+    assert run("inspect", "--adapter", text, "--old-base", small.old, "--new-base", small.new)["problems"] == []
+    # both side files damaged: said, made again, and the same migration comes out
+    (home / MEMORY).write_text((home / MEMORY).read_text()[:100])
+    combined = next(entry.key for entry in Store().ls() if entry.manifest and entry.manifest.stage == "combined")
+    weights = Store().path(combined) / "files" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    again = migrate(small, text, tmp_path / "again")
+    assert again["key"] == done["key"] and all(row["cached"] for row in again["timings"])
+    Store().verify(combined)
+
+
+def test_a_sum_of_adapters_in_a_fleet(home: Path, small: Small, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        shutil.copytree(small.root / "adapters" / name, tmp_path / name)
+    file = small.fleet(tmp_path / "fleet.yaml", ("one",))
+    content = yaml.safe_load(file.read_text())
+    content["pairs"][0]["adapters"] = [{"adapter": "one:0.7,two:0.3"}]
+    file.write_text(yaml.safe_dump(content))
+    for cached in (False, True):
+        (row,) = run("fleet", file)["adapters"]
+        assert (row["name"], row["cached"]) == ("one+two", cached)
+
+
+def test_what_was_computed_of_a_base_that_changed_meanwhile_is_not_kept(
+    home: Path, small: Small, tmp_path: Path
+) -> None:
+    base = shutil.copytree(small.old, tmp_path / "base")
+
+    @stage("reads", retry_delays=())
+    def reads(inputs: Mapping[str, Any], settings: Any, where: Where) -> StageOutput:
+        if settings["changes"]:
+            file = where.path("base") / "model.safetensors"
+            file.write_bytes(file.read_bytes())
+        return StageOutput(info={"found": 1})
+
+    @flow
+    def reading(changes: bool, where: Where) -> str:
+        return reads.run(inputs={"base": "a"}, settings={"changes": changes}, where=where).key
+
+    where = Where(paths={"base": base})
+    key = reading(False, where)
+    assert Store().has(key)
+    with pytest.raises(InputChanged, match="changed while it was read"):
+        reading(True, where)
+    Store().remove(key)
+    with pytest.raises(InputChanged):  # what it looked like when it was fingerprinted counts
+        reading(False, where)
+    assert not list(Store().ls())
+    assert Store().has(reading(False, Where(paths={"base": base})))
