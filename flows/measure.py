@@ -25,6 +25,7 @@ from lorasuite.evaluation.eval_tasks import GROUPS, expand
 from tasks.bases import OWN_TOKENIZER
 from tasks.evaluation_stages import SAMPLES, evaluation, task_evaluation
 from tasks.fingerprints import fingerprint_task
+from tasks.folders import weights_digest
 from tasks.stage import Ref
 
 #: Settings that tasks by name heed; the rest is the tasks' own.
@@ -107,6 +108,8 @@ class Measured:
         #: Arm to result on the held-out rows, and arm to task to score.
         self.evaluation: dict[str, Any] = {}
         self.scores: dict[str, dict[str, Any]] = {}
+        #: Arm to the sha256 of the weight file of the stored adapter that was measured.
+        self.weights: dict[str, str] = {}
         self._artifacts: dict[str, dict[str, Artifact]] = {}
 
     def measure(
@@ -118,6 +121,8 @@ class Measured:
         own_tokenizer: OwnTokenizer | None = None,
     ) -> None:
         """Run every stage of one arm; the arguments are those of :func:`evaluated`."""
+        if isinstance(adapter, Ref):
+            self.weights[arm] = weights_digest(self.context.open(adapter))
         refs = evaluated(self.context, side, adapter, self.asked, arm, paths, own_tokenizer)
         made = self._artifacts[arm] = {name: self.context.open(ref) for name, ref in refs.items()}
         if ROWS in made:

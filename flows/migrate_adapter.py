@@ -33,7 +33,7 @@ from lorasuite.training import NOTHING
 from lorasuite.transforms import ModelTransform, names, transform
 from tasks.evaluation_stages import serving
 from tasks.fingerprints import fingerprint_migration
-from tasks.folders import adapter_folder
+from tasks.folders import adapter_folder, weights_digest
 from tasks.stage import Recorder, Ref
 
 #: Arms the published adapter is compared with, sample by sample.
@@ -189,6 +189,7 @@ def _record(
             "evaluation": measured.evaluation,
             "tasks": measured.scores,
             "comparisons": measured.comparisons([(arm, published) for arm in COMPARED]),
+            "weights": measured.weights,
         }
     )
     loaders = check_serving(adapter_folder(context.open(final)), context.where.path("new_base"))
@@ -223,6 +224,7 @@ def _record(
             "control": None if tuned is None or tuned.control is None else context.open(tuned.control).info,
             **results.model_dump(mode="json"),
             "verdict": results.judge(settings.gate).model_dump(mode="json"),
+            "weights_sha256": weights_digest(context.open(final)),
             "serving": {
                 **context.open(served).info,
                 **{loader: found.model_dump(mode="json") for loader, found in loaders.items()},

@@ -23,9 +23,9 @@ from flows.migrate_adapter import run_name as migrate_adapter_name
 from flows.prepare_pair import prepare_pair
 from flows.prepare_pair import run_name as prepare_pair_name
 from flows.teach import write_ahead
-from lorasuite.adapters import open_adapters, sources
+from lorasuite.adapters import WEIGHTS, open_adapters, sources
 from lorasuite.bases import Checkpoint, resolve
-from lorasuite.errors import CheckpointError, LoRASuiteError, OutputError, Problem
+from lorasuite.errors import AdapterError, CheckpointError, LoRASuiteError, OutputError, Problem
 from lorasuite.planning import MigrationConfig, chosen, fleet_output, read_fleet
 from lorasuite.reporting import RECORD, REPORT, MigrationRecord, write_fleet
 from tasks.fingerprints import fingerprint_adapter, fingerprint_bases, fingerprint_migration
@@ -165,8 +165,10 @@ def _finished(config: MigrationConfig, key: str) -> bool:
     if not output.exists():
         return False
     try:
-        done = MigrationRecord.read(output / RECORD).key == key
-    except CheckpointError:
+        record = MigrationRecord.read(output / RECORD)
+        record.check_weights(output / WEIGHTS)
+        done = record.key == key
+    except (CheckpointError, AdapterError, FileNotFoundError):
         done = False
     if not done:
         raise OutputError(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from artifacts import Artifact
-from lorasuite.adapters import CONFIG, Adapter, LowRank, write_adapter
+from lorasuite.adapters import CONFIG, WEIGHTS, Adapter, LowRank, write_adapter
 from lorasuite.bases import Checkpoint
 from tasks.stage import Where
 
@@ -19,6 +19,11 @@ ANY_BASE = "base"
 def adapter_folder(artifact: Artifact) -> Path:
     """The PEFT directory kept in an artifact of a transform or a fine-tune."""
     return artifact.file(CONFIG).parent
+
+
+def weights_digest(artifact: Artifact) -> str:
+    """sha256 of the weight file of a stored adapter."""
+    return artifact.manifest.files[f"files/{WEIGHTS}"].sha256
 
 
 def adapter_path(adapter: Artifact | str, where: Where) -> Path:

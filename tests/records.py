@@ -121,7 +121,7 @@ def content(**changes: Any) -> dict[str, Any]:
         "notices": ["the chat template differs"],
         "seed": 42,
         "versions": {"lorasuite": "0.1.0", "torch": "2.13.0"},
-        "algorithm_version": 1,
+        "weights_sha256": "ab" * 32, "algorithm_version": 1,
         "settings": {"gate": gate.model_dump(mode="json"), "eval_data": "data/test.jsonl",
                      "pair": {"similarity": "cka"}},
         "key": "k",

@@ -3,10 +3,11 @@ from ._architecture_files import BUILT_IN, add_architectures, architecture_for, 
 from ._cache import ModelCache, loaded_model, model_cache, release_models
 from ._checkpoint import Checkpoint
 from ._digests import check_finite, digest_json, file_digest, fingerprint_model, fingerprint_tokenizer, stamp
-from ._files import Weights, is_directory, read_json, resolve
+from ._files import Weights, read_json, resolve
 from ._loading import auto_class, load_model, load_tokenizer, module_order, placed
 from ._meter import METER
 from ._pairing import Batch, TextBatch, length_batches, paired_positions, text_batches, unpaired
+from ._paths import is_directory
 from ._proposal import propose
 from ._settings import LoadSettings
 from ._streaming import LayerStream, StreamedBase, streamed_base

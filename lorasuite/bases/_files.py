@@ -22,14 +22,6 @@ FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
 DAMAGED = "The file is damaged: download it again."
 
 
-def is_directory(source: str | Path) -> bool:
-    """Whether a directory of that name is here; a text that can be no path is none."""
-    try:
-        return Path(source).expanduser().is_dir()
-    except (OSError, RuntimeError, ValueError):  # longer than file names are, a loop of links, the home of nobody, NUL
-        return False
-
-
 def resolve(source: str | Path, revision: str | None = None) -> Path:
     """The local directory of a model or adapter: a directory as it is, or ``hub-id[/subfolder][@revision]`` downloaded.
 

@@ -1,8 +1,9 @@
 from ._answers import extract, extract_choice, extract_letter, extract_number, matches
 from ._arms import PUBLISHED_ARMS, Arm
 from ._comparison import Comparison, compare, compare_arms, mcnemar, metrics, read_samples, sample_id
-from ._gate import BOTH, TASK_METRICS, Gate, Judgement, fails, judge
+from ._gate import Gate, Judgement, fails, judge
 from ._held_out import evaluate
+from ._measures import BOTH, TASK_METRICS
 from ._results import EvaluationSettings, EvaluationSummary
 from ._serving import LLAMA_CPP_ARCHITECTURES, TEXT, VLLM_ARCHITECTURES, Served, check, compare_merged
 from ._tasks import TaskScore, TaskSummary, check_tasks, evaluate_tasks, group_score, write_task_samples

@@ -2,20 +2,21 @@
 
 An adapter is measured by the share it keeps of the old adapter's *lead*: how much better the old base with its adapter
 is than the bare new base. One that keeps most of the lead ships, one that keeps some of it needs (more) fine-tuning,
-and one that keeps next to nothing is to be trained anew. Beside the lead a gate may ask for a gain over the bare new
-base, and bound what the old adapter got right and the new one gets wrong.
+and one that keeps next to nothing is to be trained anew. What is measured on few rows is judged by its interval, and
+what is measured on next to none does not ship. Beside the lead a gate may ask for a gain over the bare new base, and
+bound what the old adapter got right and the new one gets wrong.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from lorasuite.evaluation._arms import PUBLISHED_ARMS, Arm
+from lorasuite.evaluation._arms import Arm
 from lorasuite.evaluation._comparison import Comparison
+from lorasuite.evaluation._measures import NAMES, Interval, Measure, measures_of
 from lorasuite.evaluation._results import EvaluationSummary
 from lorasuite.evaluation._tasks import TaskSummary
 
@@ -24,22 +25,11 @@ GateMetric = Literal["auto", "exact_match", "bits_per_byte", "tasks"]
 #: From best to worst; what was not measured cannot be relied on.
 VERDICTS: tuple[Verdict, ...] = ("ship", "needs-finetune", "retrain", "unmeasured")
 
-#: lm-eval's metrics in the order of preference: a task's first one counts.
-TASK_METRICS = ("acc_norm", "acc", "exact_match")
-
-#: What metrics are called in sentences.
-NAMES = {"exact_match": "exact match", "bits_per_byte": "bits per byte", "tasks": "mean task score"}
-
-#: What the migrated adapter is measured against.
-BOTH = (Arm.OLD_ADAPTER, Arm.NEW)
-
-Interval = tuple[float, float]
-
 
 class Thresholds(BaseModel):
     """What an adapter has to reach."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     ship: float = Field(0.9, description="share of the old adapter's lead kept from which the adapter ships")
     finetune: float = Field(0.2, description="share from which more fine-tuning is worth a try; below it: retrain")
@@ -52,6 +42,23 @@ class Thresholds(BaseModel):
     lower_bound: bool = Field(
         False, description="shares and gains count by the lower end of their 95 % interval, and every task by itself"
     )
+    interval_below: int = Field(
+        100,
+        ge=0,
+        description="on fewer rows the 95 % interval decides, not the mean: its lower end whether an adapter "
+        "ships, its upper end whether it is to be retrained",
+    )
+    min_rows: int = Field(
+        30, ge=0, description="on fewer rows no adapter ships: where it would, it counts as unmeasured"
+    )
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Thresholds:
+        if self.finetune > self.ship:
+            raise ValueError(
+                f"finetune ({self.finetune:g}) is above ship ({self.ship:g}): nothing would need a fine-tune"
+            )
+        return self
 
 
 class Gate(Thresholds):
@@ -60,7 +67,7 @@ class Gate(Thresholds):
     metric: GateMetric = Field(
         "auto", description="exact_match, bits_per_byte, tasks (mean over lm-eval tasks), or auto: the first there is"
     )
-    tasks: dict[str, dict[str, float | bool | None]] = Field(
+    tasks: dict[str, dict[str, int | float | bool | None]] = Field(
         {},
         description="thresholds of single tasks by name; with any, each task is judged by itself and the worst counts",
     )
@@ -101,45 +108,16 @@ class Judgement(BaseModel):
     arm: Arm | None = None
     kept: float | None = Field(None, description="share of the lead that was kept; None where there was no lead")
     kept_interval: Interval | None = Field(None, description="of the kept share, with the lead as it was measured")
+    rows: int | None = Field(None, description="rows, or documents of tasks, that each arm was measured on")
+    detectable: float | None = Field(
+        None,
+        description="smallest true difference from the old adapter, in the metric's own unit, that so many rows show "
+        "four times in five at the 5 % level; None where no interval was measured",
+    )
     old: float | None = None
     bare: float | None = None
     migrated: float | None = None
     checks: list[Check] = []
-
-
-@dataclass(frozen=True)
-class _Measure:
-    """One metric of the three arms that count, higher is better, and their paired comparisons."""
-
-    metric: str
-    task: str | None
-    arm: Arm
-    old: float
-    bare: float
-    found: float
-    against_old: Comparison | None
-    against_bare: Comparison | None
-
-    @property
-    def sign(self) -> int:
-        """-1 where the metric is better when lower, else 1."""
-        return -1 if self.metric == "bits_per_byte" else 1
-
-    def difference(self, comparison: Comparison | None) -> Interval | None:
-        """The interval of how much better the migrated arm is, from its comparison with another."""
-        if comparison is None or comparison.interval is None:
-            return None
-        low, high = sorted(self.sign * end for end in comparison.interval)
-        return low, high
-
-    @property
-    def negative_flips(self) -> float | None:
-        """Share of what the old adapter got right; None where nothing is right or wrong."""
-        found = self.against_old
-        if found is None or found.both_right is None:
-            return None
-        flipped, right = len(found.negative_flips), found.both_right
-        return flipped / max(1, flipped + right)
 
 
 def judge(
@@ -161,7 +139,7 @@ def judge(
         comparisons: of the published arm with others, sample by sample.
     """
     gate = gate or Gate()
-    measures = _measures(evaluation, tasks, gate, comparisons)
+    measures = measures_of(evaluation, tasks, gate, comparisons)
     missing = sorted(set(gate.tasks) - {measure.task or "" for measure in measures})
     if not measures or missing:
         why = f"the gate asks for {', '.join(missing)}, which was not measured" if missing else (
@@ -179,15 +157,17 @@ def fails(verdict: str, limit: str) -> bool:
     return order.index(verdict) >= order.index(limit)
 
 
-def _judge(measure: _Measure, limits: Thresholds) -> Judgement:
+def _judge(measure: Measure, limits: Thresholds) -> Judgement:
     lead, gain = measure.old - measure.bare, measure.found - measure.bare
-    against_old = measure.difference(measure.against_old)
+    against_old, against_bare = measure.difference(measure.against_old), measure.difference(measure.against_bare)
+    few = measure.rows is None or measure.rows < limits.interval_below
+    by_bound = limits.lower_bound or few
     kept = gain / lead if lead > 0 else None
     interval = None if kept is None or against_old is None else (1 + against_old[0] / lead, 1 + against_old[1] / lead)
     checks: list[Check] = []
 
     def check(name: str, value: float | None, threshold: float, interval: Interval | None = None) -> None:
-        lowest = value if not limits.lower_bound else None if interval is None else interval[0]
+        lowest = value if not by_bound else None if interval is None else interval[0]
         passed = lowest is not None and lowest >= threshold
         checks.append(
             Check(
@@ -203,7 +183,7 @@ def _judge(measure: _Measure, limits: Thresholds) -> Judgement:
     if kept is not None:
         check("share of the lead kept", kept, limits.ship, interval)
     if limits.min_gain_over_bare is not None:
-        check("gain over the bare new base", gain, limits.min_gain_over_bare, measure.difference(measure.against_bare))
+        check("gain over the bare new base", gain, limits.min_gain_over_bare, against_bare)
     if limits.max_negative_flips is not None:
         flips = measure.negative_flips
         checks.append(
@@ -218,6 +198,7 @@ def _judge(measure: _Measure, limits: Thresholds) -> Judgement:
     numbers: dict[str, Any] = {
         "metric": measure.metric, "task": measure.task, "arm": measure.arm, "kept": kept, "kept_interval": interval,
         "old": measure.old, "bare": measure.bare, "migrated": measure.found, "checks": checks,
+        "rows": measure.rows, "detectable": measure.detectable,
     }  # fmt: skip
     told = (
         f"{measure.task or NAMES[measure.metric]} {abs(measure.found):.4g} "
@@ -227,8 +208,11 @@ def _judge(measure: _Measure, limits: Thresholds) -> Judgement:
     if kept is None:
         verdict = "ship" if gain > 0 else "retrain"
         why = f"the new base needs no adapter for the old level, and this one makes it {_better(gain)}"
+        if few and verdict == "ship" and (against_bare is None or against_bare[0] <= 0):
+            verdict, why = "needs-finetune", f"{why}, which so few rows do not show"
     else:
-        verdict = "ship" if checks[0].passed else "needs-finetune" if kept >= limits.finetune else "retrain"
+        most = interval[1] if few and interval is not None else kept
+        verdict = "ship" if checks[0].passed else "needs-finetune" if most >= limits.finetune else "retrain"
         why = f"{100 * kept:.0f} % of the lead kept"
         if interval is not None:
             why += f" (95 % interval {100 * interval[0]:.0f} to {100 * interval[1]:.0f} %)"
@@ -236,12 +220,25 @@ def _judge(measure: _Measure, limits: Thresholds) -> Judgement:
     if verdict == "ship" and failed:
         verdict = "needs-finetune"
     if failed:
-        why += "; missed " + ", ".join(_told(one, limits.lower_bound) for one in failed)
+        why += "; missed " + ", ".join(_told(one, by_bound) for one in failed)
+    why += _power(measure)
+    if verdict == "ship" and (measure.rows or 0) < limits.min_rows:
+        verdict, why = "unmeasured", f"{why}; an adapter ships on {limits.min_rows} rows or more"
     return Judgement(verdict=verdict, reason=f"{told}: {why}", **numbers)
 
 
 def _better(gain: float) -> str:
     return "better" if gain > 0 else "worse" if gain < 0 else "neither better nor worse"
+
+
+def _power(measure: Measure) -> str:
+    """What the rows can tell, in words."""
+    if measure.rows is None or measure.detectable is None:
+        return "" if measure.rows is None else f"; measured on {measure.rows} rows"
+    unit = f"{measure.detectable:.2g} bits per byte"
+    if measure.metric != "bits_per_byte":
+        unit = f"{100 * measure.detectable:.2g} points"
+    return f"; {measure.rows} rows tell differences of {unit}"
 
 
 def _told(check: Check, lower_bound: bool) -> str:
@@ -250,87 +247,3 @@ def _told(check: Check, lower_bound: bool) -> str:
     if lower_bound and check.interval is None and not check.name.startswith("right"):
         return f"{check.name} (no interval was measured)"
     return f"{check.name} {check.threshold:.4g}" + (" by the lower bound" if lower_bound and check.interval else "")
-
-
-def _measures(
-    evaluation: Mapping[Arm, EvaluationSummary],
-    tasks: Mapping[Arm, Mapping[str, TaskSummary]],
-    gate: Gate,
-    comparisons: Sequence[Comparison],
-) -> list[_Measure]:
-    """What is judged: one metric, or every task by itself where the gate looks at intervals or single tasks."""
-    found: list[_Measure] = []
-    if gate.tasks or (gate.lower_bound and gate.metric in ("auto", "tasks")):
-        names = dict.fromkeys(task for scores in tasks.values() for task in _single(scores))
-        each = [_measure(f"{task}", task, _task_scores(tasks, task), comparisons) for task in names]
-        found = [measure for measure in each if measure is not None]
-        if gate.metric == "tasks" or (found and not evaluation):
-            return found
-    for metric in ("exact_match", "bits_per_byte", "tasks") if gate.metric == "auto" else (gate.metric,):
-        scores = _scores(metric, evaluation, tasks)
-        measure = _measure(metric, None, scores, comparisons)
-        if measure is None:
-            continue
-        # an exact match that is the same everywhere tells nothing: look at the next metric, if there is one
-        same = len({measure.found, measure.old, measure.bare}) == 1
-        if gate.metric == "auto" and metric == "exact_match" and same:
-            continue
-        if metric == "tasks" and found:
-            break
-        return [*found, measure]
-    return found
-
-
-def _measure(
-    metric: str, task: str | None, scores: Mapping[Arm, float], comparisons: Sequence[Comparison]
-) -> _Measure | None:
-    arm = next((arm for arm in PUBLISHED_ARMS if arm in scores), None)
-    if arm is None or not set(BOTH) <= set(scores):
-        return None
-
-    def compared(other: Arm) -> Comparison | None:
-        for one in comparisons:
-            same = one.task == task if task else one.task is None and one.metric == metric
-            if (one.first, one.second) == (other, arm) and same:
-                return one
-        return None
-
-    return _Measure(
-        metric=metric,
-        task=task,
-        arm=arm,
-        old=scores[Arm.OLD_ADAPTER],
-        bare=scores[Arm.NEW],
-        found=scores[arm],
-        against_old=compared(Arm.OLD_ADAPTER),
-        against_bare=compared(Arm.NEW),
-    )
-
-
-def _task_scores(tasks: Mapping[Arm, Mapping[str, TaskSummary]], task: str) -> dict[Arm, float]:
-    found = {arm: _task_score(scores[task]) for arm, scores in tasks.items() if task in scores}
-    return {arm: value for arm, value in found.items() if value is not None}
-
-
-def _scores(
-    metric: str, evaluation: Mapping[Arm, EvaluationSummary], tasks: Mapping[Arm, Mapping[str, TaskSummary]]
-) -> dict[Arm, float]:
-    """The metric by arm, higher is better, for the arms that have it."""
-    if metric == "tasks":
-        found = {arm: [_task_score(score) for score in _single(scores).values()] for arm, scores in tasks.items()}
-        known = {arm: [value for value in values if value is not None] for arm, values in found.items()}
-        return {arm: sum(values) / len(values) for arm, values in known.items() if values}
-    sign = -1 if metric == "bits_per_byte" else 1
-    scores = {arm: getattr(result, metric) for arm, result in evaluation.items()}
-    return {arm: sign * float(score) for arm, score in scores.items() if score is not None}
-
-
-def _single(scores: Mapping[str, TaskSummary]) -> dict[str, TaskSummary]:
-    """The scores without those of groups, which are means of others."""
-    return {task: score for task, score in scores.items() if not score.group}
-
-
-def _task_score(score: TaskSummary) -> float | None:
-    """A task's preferred metric; None where it has none of those that are better when higher."""
-    by_name = {name.split(",")[0]: value for name, value in reversed(score.metrics.items())}
-    return next((float(by_name[name]) for name in TASK_METRICS if name in by_name), None)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from lorasuite.adapters import WEIGHTS
 from lorasuite.reporting._names import Z, wilson
 from lorasuite.reporting._record import MigrationRecord
 from lorasuite.reporting._tables import comparison, task_comparison
@@ -99,6 +100,8 @@ def _provenance(record: MigrationRecord) -> Iterator[list[str]]:
         revision = f" at `{base.revision}`" if base.revision else ""
         yield [title, f"`{base.name}`{revision}", f"`{base.fingerprint}`"]
     yield ["old adapter", f"`{record.adapter.name}`", f"`{record.adapter.fingerprint}`"]
+    if record.weights_sha256 is not None:
+        yield ["this adapter", f"`{WEIGHTS}`", f"`{record.weights_sha256}`"]
 
 
 def _results(record: MigrationRecord) -> list[Any]:

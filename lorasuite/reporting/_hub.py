@@ -7,6 +7,8 @@ from typing import Any
 
 from lorasuite.adapters import CONFIG, WEIGHTS
 from lorasuite.errors import ConfigError, OutputError, Problem, PushError
+from lorasuite.reporting._files import RECORD
+from lorasuite.reporting._record import MigrationRecord
 
 #: What goes to the Hub. The record, the report and the samples quote training and held-out rows and local paths.
 PUSHED = (WEIGHTS, CONFIG, "README.md")
@@ -51,6 +53,7 @@ def push(folder: Path, repo: str, *, private: bool = True) -> str:
 
     Raises:
         OutputError: if the directory is not complete.
+        AdapterError: if the adapter in it is not the one that its record is of.
         PushError: if the Hub refuses; what is published locally stays.
     """
     from huggingface_hub.errors import HfHubHTTPError
@@ -59,6 +62,8 @@ def push(folder: Path, repo: str, *, private: bool = True) -> str:
     if missing:
         what = f"has no {', '.join(missing)}"
         raise OutputError(Problem(str(folder), what, "Give the output directory of a migration."))
+    if (folder / RECORD).is_file():
+        MigrationRecord.read(folder / RECORD).check_weights(folder / WEIGHTS)
     api = _api()
     try:
         api.create_repo(repo, private=private, exist_ok=True, repo_type="model")

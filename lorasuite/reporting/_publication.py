@@ -41,7 +41,8 @@ def publish(
 
     Raises:
         OutputError: if the directory exists.
-        AdapterError: if PEFT would not find each of the adapter's tensors in the new base.
+        AdapterError: if PEFT would not find each of the adapter's tensors in the new base, or it is not the adapter
+            that the record is of.
     """
     if output.exists():
         raise OutputError(Problem(str(output), "exists already", "Give a new directory: nothing is overwritten."))
@@ -50,6 +51,7 @@ def publish(
     scratch.mkdir()
     try:
         shutil.copyfile(adapter / WEIGHTS, scratch / WEIGHTS)
+        record.check_weights(scratch / WEIGHTS)
         config = read_json(adapter / CONFIG)
         config["base_model_name_or_path"] = record.new_base.id
         config["revision"] = record.new_base.revision

@@ -12,8 +12,8 @@ from typing import Any, Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from lorasuite.bases import read_json
-from lorasuite.errors import CheckpointError, Problem
+from lorasuite.bases import file_digest, read_json
+from lorasuite.errors import AdapterError, CheckpointError, Problem
 from lorasuite.evaluation import (
     Arm,
     Comparison,
@@ -210,6 +210,7 @@ class ArmResults(_Part):
     evaluation: dict[Arm, EvaluationSummary] = Field(description="on the held-out rows")
     tasks: dict[Arm, dict[str, TaskSummary]] = Field({}, description="by lm-eval task or group")
     comparisons: list[Comparison] = Field([], description="of the published arm with others, sample by sample")
+    weights: dict[Arm, str] = Field({}, description="sha256 of the weight file of the adapter that was measured")
 
     def judge(self, gate: Gate) -> Judgement:
         """The gate's verdict."""
@@ -236,6 +237,7 @@ class MigrationRecord(PairRecord, ArmResults):
     fit_residual: dict[str, float] = Field({}, description="new module → relative residual of a joint fit")
     control: TrainingRecord | None = Field(description="the fine-tune of a new LoRA on the same rows")
     verdict: Judgement
+    weights_sha256: str | None = Field(None, description="of the adapter's weight file beside this record")
     serving: dict[str, Served] = Field({}, description="by loader")
     timings: list[StageTiming]
     peak_memory_bytes: dict[str, int] = Field(description="by stage")
@@ -276,6 +278,18 @@ class MigrationRecord(PairRecord, ArmResults):
     def write(self, path: Path) -> None:
         """Write ``migration.json``."""
         path.write_text(json.dumps(self.to_json(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    def check_weights(self, file: Path) -> None:
+        """Compare a weight file with what this record is of, and with what was measured.
+
+        Raises:
+            AdapterError: if it is another; a record of an earlier version does not say, and nothing is compared.
+        """
+        measured = None if self.published.arm is None else self.weights.get(self.published.arm)
+        wanted = {digest for digest in (self.weights_sha256, measured) if digest is not None}
+        if wanted and wanted != {file_digest(file)}:
+            what = "is not the adapter that was measured: its sha256 is not the one in the record"
+            raise AdapterError(Problem(str(file), what, "Migrate again, into a new directory."))
 
     @property
     def gate(self) -> Gate:

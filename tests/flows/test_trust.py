@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -16,7 +17,8 @@ from typer.testing import CliRunner
 from artifacts import Store
 from flows.command_line import app
 from lorasuite.adapters import Adapter
-from lorasuite.errors import InputChanged
+from lorasuite.errors import AdapterError, InputChanged
+from lorasuite.reporting import push
 from tasks.fingerprints import MEMORY
 from tasks.stage import StageOutput, Where, stage
 from tests.flows.small import Small
@@ -49,6 +51,24 @@ def test_a_sum_of_adapters_by_the_command_line(home: Path, small: Small, tmp_pat
     again = migrate(small, text, tmp_path / "again")
     assert again["key"] == done["key"] and all(row["cached"] for row in again["timings"])
     Store().verify(combined)
+
+
+def test_what_is_published_is_what_was_measured(home: Path, small: Small, tmp_path: Path) -> None:
+    """One digest in the record, of the evaluation and on the card; another file is neither pushed nor done."""
+    file = small.fleet(tmp_path / "fleet.yaml", ("one",))
+    (row,) = run("fleet", file)["adapters"]
+    output = Path(row["output"])
+    record = json.loads((output / "migration.json").read_text())
+    weights = output / "adapter_model.safetensors"
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    assert record["weights_sha256"] == record["weights"]["migrated"] == digest
+    assert digest in (output / "README.md").read_text() and digest in (output / "report.html").read_text()
+    assert row["verdict"] != "ship" and "4 rows" in row["reason"]
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    with pytest.raises(AdapterError, match="not the adapter that was measured"):
+        push(output, "org/name")
+    ran = CliRunner().invoke(app, ["fleet", str(file), "--json"])
+    assert ran.exit_code == 1 and "something other than" in ran.stdout
 
 
 def test_a_sum_of_adapters_in_a_fleet(home: Path, small: Small, tmp_path: Path) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import numpy as np
 import pytest
+from pydantic import ValidationError
 
-from lorasuite.evaluation import Arm, Comparison, EvaluationSummary, Gate, TaskSummary, fails, judge
+from lorasuite.evaluation import Arm, Comparison, EvaluationSummary, Gate, TaskSummary, compare, fails, judge
 from tests.records import scored, task_score
 
 
@@ -109,7 +112,7 @@ def test_a_gain_over_the_bare_base_and_a_bound_on_flips() -> None:
 
 def test_single_tasks() -> None:
     def scores(first: float, second: float) -> dict[str, TaskSummary]:
-        return {n: task_score(n, {"acc,none": v}) for n, v in {"a": first, "b": second}.items()}
+        return {n: task_score(n, {"acc,none": v}, n=200) for n, v in {"a": first, "b": second}.items()}
 
     tasks = {Arm.OLD_ADAPTER: scores(0.8, 0.8), Arm.NEW: scores(0.2, 0.2), Arm.MIGRATED: scores(0.8, 0.5)}
     assert judge({}, tasks, Gate(ship=0.7)).verdict == "ship", "the mean"
@@ -137,3 +140,53 @@ def test_what_fails_a_run() -> None:
         False, True, True, True, True,
     ]  # fmt: skip
     assert not fails("needs-finetune", "retrain")
+
+
+FEW = {"old": 0.9, "new": 0.1, "moved": 0.9}
+
+
+@pytest.mark.parametrize("metric", ["exact_match", "bits_per_byte"])
+@pytest.mark.parametrize("n", [1, 8, 29])
+def test_nothing_ships_on_few_rows(metric: str, n: int) -> None:
+    """Whatever the mean and however narrow the interval: with the lead, and where there was none to keep."""
+    for values in (FEW, {"old": 0.1, "new": 0.2, "moved": 0.9}):
+        values = values if metric == "exact_match" else {name: 1 - value for name, value in values.items()}
+        results = {arm: one.model_copy(update={"n": n}) for arm, one in arms(metric, **values).items()}
+        gain = 0.8 if metric == "exact_match" else -0.8
+        narrow = [compared(arm, gain, gain, metric=metric, n=n) for arm in ("old+adapter", "new")]
+        for comparisons in ([], narrow):
+            assert judge(results, {}, None, comparisons).verdict != "ship"
+        assert judge(results, {}, None, narrow).verdict == "unmeasured"
+        assert "30 rows or more" in judge(results, {}, None, narrow).reason
+        assert judge(results, {}, Gate(min_rows=1), narrow).verdict == "ship"
+
+
+def test_on_few_rows_the_interval_decides() -> None:
+    results = {arm: one.model_copy(update={"n": 40}) for arm, one in arms("exact_match", **FEW).items()}
+    assert judge(results, {}).verdict == "needs-finetune", "no interval was measured"
+    assert judge(results, {}, None, [compared("old+adapter", -0.05, 0.05)]).verdict == "ship"
+    assert judge(results, {}, None, [compared("old+adapter", -0.2, 0.1)]).verdict == "needs-finetune"
+    assert judge(results, {}, Gate(interval_below=40), [compared("old+adapter", -0.2, 0.1)]).verdict == "ship"
+    worse = {**results, Arm.MIGRATED: results[Arm.MIGRATED].model_copy(update={"exact_match": 0.2})}
+    assert judge(worse, {}, None, [compared("old+adapter", -0.8, -0.5)]).verdict == "needs-finetune"
+    assert judge(worse, {}, None, [compared("old+adapter", -0.8, -0.7)]).verdict == "retrain"
+
+
+def test_the_power_of_the_rows_is_told() -> None:
+    """20 of 200 answers differ: a difference of 6 points is seen four times in five (s = √0.1/√200, 2.8·s)."""
+    rng = np.random.default_rng(0)
+    flips = rng.permutation(200)[:20]
+    first = [{"index": i, "target": "t", "exact_match": bool(i not in flips[:10])} for i in range(200)]
+    second = [{"index": i, "target": "t", "exact_match": bool(i not in flips[10:])} for i in range(200)]
+    pair = compare(first, second, names=("old+adapter", "migrated"))
+    found = judge(arms("exact_match", old=0.95, new=0.1, moved=0.95), {}, None, [pair])
+    assert found.rows == 200 and found.detectable == pytest.approx(2.8 * (0.1 / 200) ** 0.5, rel=0.05)
+    assert "200 rows tell differences of 6" in found.reason
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"ship": math.nan}, {"ship": math.inf}, {"finetune": 0.95}, {"tasks": {"a": {"ship": 0.1}}}]
+)
+def test_thresholds_that_make_no_sense_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        Gate.model_validate(wrong)
