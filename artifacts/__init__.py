@@ -13,6 +13,7 @@ Knows neither the library nor Prefect.
 from artifacts.artifact import Artifact
 from artifacts.collection import GcReport, Listed, Removal
 from artifacts.errors import ArtifactDamaged, ArtifactError, ArtifactMissing
+from artifacts.files import private_directory
 from artifacts.keys import canonical_json, stage_key
 from artifacts.manifest import FileEntry, Manifest
 from artifacts.remote import MirroredStore, default_remote, open_store
@@ -36,5 +37,6 @@ __all__ = [
     "default_home",
     "default_remote",
     "open_store",
+    "private_directory",
     "stage_key",
 ]

@@ -65,6 +65,12 @@ def copy_files(files: Mapping[str, Path | bytes], scratch: Path) -> dict[str, Fi
     return entries
 
 
+def private_directory(path: Path) -> None:
+    """Create a directory that nobody but its owner can enter; one that is there stays as it is."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.mkdir(mode=0o700, exist_ok=True)
+
+
 def fsync(path: Path) -> None:
     """Flush one file or directory to disk, where its file system can."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import logging
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -51,7 +52,8 @@ class MirroredStore(Store):
         super().__init__(home)
         import fsspec
 
-        self.remote = remote
+        #: Its address as it is shown, without a password.
+        self.remote = re.sub(r"(?<=://)[^/@]*@", "***@", remote)
         # other hosts write too: a listing kept from before would hide what they made
         self._fs, root = fsspec.core.url_to_fs(remote, use_listings_cache=False)
         self._root = str(root).rstrip("/")

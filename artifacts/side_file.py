@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from artifacts.files import fsync
+from artifacts.files import fsync, private_directory
 from artifacts.keys import canonical_json
 
 
@@ -48,7 +48,7 @@ class SideFile:
         Raises:
             OSError: where it cannot be written; then it is as it was.
         """
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        private_directory(self.path.parent)
         with self.path.with_name(f"{self.path.name}.lock").open("a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             for left in self.path.parent.glob(f".{self.path.name}.*.partial"):  # of a writer that was killed

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from artifacts.artifact import Artifact
 from artifacts.collection import GcReport, Listed, collect
 from artifacts.errors import ArtifactDamaged, ArtifactMissing
-from artifacts.files import DATA, copy_files, flush, fsync, size
+from artifacts.files import DATA, copy_files, flush, fsync, private_directory, size
 from artifacts.keys import check_key, plain
 from artifacts.manifest import FileEntry, Manifest, library_versions
 
@@ -248,6 +248,7 @@ class Store:
             self._aside(target, "removed")
 
     def _temporary(self, name: str) -> Path:
+        private_directory(self.home)
         directory = self._tmp / f"{name}-{uuid.uuid4().hex}"
         directory.mkdir(parents=True)
         return directory
@@ -255,7 +256,7 @@ class Store:
     @contextlib.contextmanager
     def _exclusive(self) -> Iterator[None]:
         """One writer at a time moves objects in or out; the kernel frees the lock of a killed process."""
-        self.home.mkdir(parents=True, exist_ok=True)
+        private_directory(self.home)
         with (self.home / "objects.lock").open("a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield

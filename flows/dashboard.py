@@ -8,7 +8,16 @@ from pathlib import Path
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 
 from flows.context import Context
-from lorasuite.reporting import REPORT, MigrationRecord, PairRecord, comparison, heat_map_png, task_comparison
+from lorasuite.reporting import (
+    REPORT,
+    MigrationRecord,
+    PairRecord,
+    code_span,
+    comparison,
+    heat_map_png,
+    markdown,
+    task_comparison,
+)
 from tasks.stage import Ref
 
 
@@ -24,7 +33,7 @@ def show_pair(context: Context, pair: PairRecord, similarity: Ref | None) -> Non
         similarity: the artifact with the table ``(L_o, L_n)``; None where it was not measured.
     """
     layers = pair.layers
-    parts = [f"# {context.pair}\n"]
+    parts = [f"# {markdown(context.pair)}\n"]
     if similarity is not None:
         png = heat_map_png(context.open(similarity).tensor("similarity"), layers)
         parts.append(f"![Layer similarity and the chosen path](data:image/png;base64,{png})\n")
@@ -51,12 +60,13 @@ def show_migration(record: MigrationRecord, output: Path) -> None:
         if rows:
             table = [{"arm": row["name"], **dict(zip(columns, row["cells"], strict=True))} for row in rows]
             create_table_artifact(table, key=slug(title, *name), description="Before and after the migration")
-    verdict = record.verdict.verdict
+    verdict, bases = record.verdict.verdict, [markdown(base.name) for base in (record.old_base, record.new_base)]
     create_markdown_artifact(
-        f"# {verdict}\n\n{record.reason()}\n\n"
-        f"- adapter `{record.adapter.id}`, {record.old_base.name} → {record.new_base.name}\n"
-        f"- published: {record.published.headline}\n"
-        f"- written to `{output.absolute()}`\n- report [`{REPORT}`](file://{output.absolute() / REPORT})\n",
+        f"# {verdict}\n\n{markdown(record.reason())}\n\n"
+        f"- adapter {code_span(record.adapter.id)}, {bases[0]} → {bases[1]}\n"
+        f"- published: {markdown(record.published.headline)}\n"
+        f"- written to {code_span(str(output.absolute()))}\n"
+        f"- report [`{REPORT}`]({(output.absolute() / REPORT).as_uri()})\n",
         key=slug("verdict", *name),
         description=f"Verdict on {name[0]}: {verdict}",
     )

@@ -169,7 +169,7 @@ def check(
     if include_path is not None and not include_path.is_dir():
         problems.append(Problem(str(include_path), "is not a directory", "Give one with lm-eval task files."))
     elif tasks:
-        attempt(lambda: check_tasks(tasks, eval_dir, include_path))
+        attempt(lambda: check_tasks(tasks, eval_dir, include_path, trust_remote_code))
     if output is not None and output.exists():
         problems.append(Problem(str(output), "exists already", "Give a new directory: nothing is overwritten."))
     if problems:

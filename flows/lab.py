@@ -360,7 +360,7 @@ class TaskData:
         folders = (self.config.eval_dir, self.config.include_path)
         eval_dir, include_path = (None if folder is None else Path(folder) for folder in folders)
         if not self.held_out:
-            check_tasks(self.config.eval_tasks, eval_dir, include_path)
+            check_tasks(self.config.eval_tasks, eval_dir, include_path, self.trust)
         return Asked.of(context, options, self.held_out, self.config.eval_tasks, eval_dir, include_path)
 
 

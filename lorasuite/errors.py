@@ -30,6 +30,22 @@ class Problem:
         """The three fields by name, as JSON-able values."""
         return asdict(self)
 
+    def shown(self) -> Problem:
+        """The same without passwords of addresses, and with lines of bounded length."""
+        return Problem(*(told(text) for text in (self.where, self.what, self.remedy)))
+
+
+#: User and password in an address.
+_SECRET = re.compile(r"(?<=://)[^/\s@]*:[^/\s@]*@")
+#: Characters of one line of a message.
+LINE = 2000
+
+
+def told(text: str) -> str:
+    """A text as messages have it: no password of an address, no line longer than :data:`LINE`."""
+    lines = _SECRET.sub("***@", text).split("\n")
+    return "\n".join(line if len(line) <= LINE else f"{line[: LINE - 1]}…" for line in lines)
+
 
 #: What sets problems of one kind apart: the path of a module, or a number.
 _PARTICULAR = re.compile(r"\b\w+(?:\.\w+){2,}\b|\d+")
@@ -69,9 +85,10 @@ class LoRASuiteError(Exception):
     def __init__(self, problems: str | Problem | Iterable[Problem]) -> None:
         if isinstance(problems, str):
             self.problems: list[Problem] = []
-            super().__init__(problems)
+            super().__init__(told(problems))
             return
-        self.problems = [problems] if isinstance(problems, Problem) else list(problems)
+        given = [problems] if isinstance(problems, Problem) else list(problems)
+        self.problems = [problem.shown() for problem in given]
         kinds = grouped(self.problems)
         lines = [str(problem) for problem in kinds[:SHOWN]]
         if len(kinds) > SHOWN:

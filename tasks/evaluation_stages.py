@@ -95,6 +95,7 @@ def task_evaluation(inputs: TaskInputs, settings: TaskSettings, where: Where) ->
             include_path=where.paths.get("include_path"),
             progress=Progress(f"evaluation ({settings.task})").evaluation,
             device=where.device,
+            trust_remote_code=trusted(where),
         )["it"]
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / SAMPLES

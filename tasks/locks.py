@@ -16,6 +16,8 @@ from typing import NamedTuple
 from prefect.locking.protocol import LockManager
 from prefect.logging import get_logger
 
+from artifacts import private_directory
+
 logger = get_logger("lorasuite.locks")
 
 
@@ -74,7 +76,8 @@ class FileLockManager(LockManager):
             held = _holds.get(path)
             if held is not None:
                 return held.holder == holder
-            Path(self.directory).mkdir(parents=True, exist_ok=True)
+            private_directory(Path(self.directory).parent)
+            Path(self.directory).mkdir(exist_ok=True)
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

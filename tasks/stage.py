@@ -61,6 +61,7 @@ from artifacts import (
 from tasks.inputs import Input, Models, Ref, StageSettings, input_fingerprints
 from tasks.locks import FileLockManager
 from tasks.recording import Measure, Recorder, StageRun, current_recorder, run_log
+from tasks.results import drop_foreign_record
 from tasks.retries import DELAYS, halvings, note_out_of_memory, retry_stage
 from tasks.unchanged import check_unchanged, folder_stamp
 
@@ -229,6 +230,8 @@ class Stage:
         # an artifact that is missing is news only when it was there before
         if isinstance(problem, ArtifactDamaged) or (problem is not None and (results / key).exists()):
             run_log().warning("%s: computing it again, for %s", self.name, problem)
+        if drop_foreign_record(results / key, {"stage": self.name, "key": key}):
+            run_log().warning("%s: its record in %s is none of a stage, and is removed", self.name, results)
         name = f"{self.name} {label}" if label else self.name
         task = self.task.with_options(
             task_run_name=lambda: name,

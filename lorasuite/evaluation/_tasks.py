@@ -1,7 +1,4 @@
-"""Evaluation on lm-eval tasks by name: the paper's fifteen (:mod:`.eval_tasks`), lm-eval's own, or the user's.
-
-Importing this module loads neither torch, transformers nor lm-eval.
-"""
+"""Evaluation on lm-eval tasks by name: the paper's fifteen, lm-eval's own, or the user's. Loads lm-eval when called."""
 
 from __future__ import annotations
 
@@ -32,6 +29,8 @@ from lorasuite.evaluation._harness import (
     versions,
 )
 from lorasuite.evaluation._results import EvaluationSettings, write_jsonl
+from lorasuite.evaluation._task_code import code_in_tasks, trusted_code_only
+from lorasuite.evaluation.eval_tasks import TASK_FILES
 from lorasuite.progress import EvaluationProgress
 
 if TYPE_CHECKING:
@@ -125,7 +124,7 @@ def evaluate_tasks(
         apply_chat_template: whether prompts are put into the tokenizer's chat template.
         device: ``cpu`` or ``cuda``.
         progress: told of every answered request.
-        trust_remote_code: whether code of the base's own may run.
+        trust_remote_code: whether code of the base's own, and of task files, may run.
 
     Raises:
         ConfigError: no adapters, no or unknown tasks, or a device that is not there.
@@ -139,7 +138,7 @@ def evaluate_tasks(
     tokenizer = evaluation_tokenizer(tokenizer, generate=True)
     results: dict[str, dict[str, TaskScore]] = {}
     # Some of lm-eval's metrics and task scripts print.
-    with contextlib.redirect_stdout(sys.stderr), quiet():
+    with contextlib.redirect_stdout(sys.stderr), quiet(), trusted_code_only(trust_remote_code, [TASK_FILES]):
         loaded = _load_tasks(tasks, eval_dir, include_path, num_fewshot)
         with base_model(base, adapters, device, trust_remote_code) as model:
             context = context_length(model, tokenizer)
@@ -170,11 +169,16 @@ def evaluate_tasks(
     return results
 
 
-def check_tasks(tasks: Sequence[str], eval_dir: Path | None = None, include_path: Path | None = None) -> None:
+def check_tasks(
+    tasks: Sequence[str],
+    eval_dir: Path | None = None,
+    include_path: Path | None = None,
+    trust_remote_code: bool = False,
+) -> None:
     """Find unknown tasks and missing local rows before any model is loaded.
 
     Raises:
-        ConfigError: naming every task that does not exist.
+        ConfigError: naming every task that does not exist, and every task file that would run code without leave.
         DataError: naming every file of rows that does not.
     """
     from lorasuite.evaluation.eval_tasks import GROUPS, TASKS, data_file, expand
@@ -190,6 +194,8 @@ def check_tasks(tasks: Sequence[str], eval_dir: Path | None = None, include_path
         if problems:
             raise DataError(problems)
     others = [task for task in tasks if task not in TASKS and task not in GROUPS]
+    if others and not trust_remote_code and (problems := code_in_tasks(others, include_path)):
+        raise ConfigError(problems)
     if others:
         with contextlib.redirect_stdout(sys.stderr), quiet():
             _manager(others, None, include_path)
@@ -248,8 +254,6 @@ def _manager(tasks: Sequence[str], eval_dir: Path | None, include_path: Path | N
 @lru_cache(maxsize=4)
 def _index(defaults: bool, eval_dir: Path | None, include_path: Path | None) -> Any:
     from lm_eval.tasks import TaskManager
-
-    from lorasuite.evaluation.eval_tasks import TASK_FILES
 
     # a later directory has precedence: the name of one of the paper's tasks always means that task
     folders = [*([str(include_path)] if include_path is not None else []), str(TASK_FILES)]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from pydantic import Field
@@ -18,6 +19,8 @@ from lorasuite.planning._reading import Strict, build, located, located_data, me
 MODELS = ("adapter", "old_base", "new_base")
 #: Settings that name data: always files, relative to the fleet file.
 DATA = ("calibration", "train_data", "prompts", "eval_data", "eval_dir", "include_path", "architectures")
+#: The longest name of a file on the file systems there are.
+NAME_BYTES = 255
 
 
 class FleetPair(Strict):
@@ -34,7 +37,9 @@ class FleetPair(Strict):
 class FleetConfig(Strict):
     """The fleet file."""
 
-    output: str = Field("migrated", description="directory: output/<new base>/<adapter> for each adapter")
+    output: str = Field(
+        "migrated", pattern=r"^[^\x00]+$", description="directory: output/<new base>/<adapter> for each adapter"
+    )
     defaults: dict[str, Any] = Field({}, description="settings of every adapter")
     gate: Gate = Gate()
     pairs: list[FleetPair] = Field(min_length=1)
@@ -57,6 +62,7 @@ def read_fleet(
     folder = Path() if isinstance(source, Mapping) else Path(source).absolute().parent
     where = "fleet" if isinstance(source, Mapping) else str(source)
     fleet: FleetConfig = build(FleetConfig, content, where)
+    root = folder / fleet.output
     problems: list[Problem] = []
     found: list[tuple[str, MigrationConfig]] = []
     for p, pair in enumerate(fleet.pairs):
@@ -67,6 +73,9 @@ def read_fleet(
             place = f"{where}: pairs.{p}.adapters.{a}"
             values = merged(fleet.defaults, pair.defaults, entry)
             name = str(values.pop("name", "") or sources_name(str(values.get("adapter", ""))))
+            if wrong := _name_problems(name, f"{place}.name"):
+                problems += wrong
+                continue
             fixed = sorted({"old_base", "new_base", "output", "gate"} & set(values))
             if fixed:
                 problems += [Problem(f"{place}.{key}", "belongs to the pair or the fleet", "Move it.") for key in fixed]
@@ -75,7 +84,7 @@ def read_fleet(
             values |= {
                 "old_base": located(pair.old_base, folder),
                 "new_base": base,
-                "output": str(folder / fleet.output / Path(base).name / name),
+                "output": str(root / Path(base).name / name),
                 "gate": fleet.gate.model_dump(),
             }
             if isinstance(values.get("adapter"), str):
@@ -86,6 +95,11 @@ def read_fleet(
             except ConfigError as error:
                 problems += error.problems
     outputs = [config.output for _, config in found]
+    problems += [
+        Problem(where, f"{path!r} is not below the fleet's output {root}", "Give the adapter or new base another name.")
+        for path in outputs
+        if not _inside(Path(path), root)
+    ]
     problems += [
         Problem(where, f"two adapters would be written to {path}", "Give one of them another `name`.")
         for path in sorted({path for path in outputs if outputs.count(path) > 1})
@@ -98,6 +112,25 @@ def read_fleet(
     return {
         name if names.count(name) == 1 else f"{Path(config.new_base).name}/{name}": config for name, config in found
     }
+
+
+def _name_problems(name: str, where: str) -> list[Problem]:
+    """Why an adapter's name cannot be that of a directory below the fleet's output."""
+    path = PurePath(name)
+    if path.is_absolute() or ".." in path.parts or not path.parts or not name.isprintable():
+        what = f"{name!r} is no name of a directory below the fleet's output"
+        return [Problem(where, what, "Give a relative one without .. and control characters.")]
+    if any(len(os.fsencode(part)) > NAME_BYTES for part in path.parts):
+        return [Problem(where, f"{name[:40]!r}... is longer than file names can be", "Give a shorter `name`.")]
+    return []
+
+
+def _inside(path: Path, root: Path) -> bool:
+    """Whether a directory lies below another, whatever links lead to."""
+    try:
+        return path.resolve() != root.resolve() and path.resolve().is_relative_to(root.resolve())
+    except (OSError, RuntimeError, ValueError):  # a loop of links, a name that is too long or holds NUL
+        return False
 
 
 def fleet_output(source: str | Path | Mapping[str, Any]) -> Path:

@@ -81,7 +81,7 @@ def check(config: MigrationConfig, home: Path | None = None) -> Plan:
     if config.include_path is not None and not Path(config.include_path).is_dir():
         result.problems.append(Problem(config.include_path, "is not a directory", "Give one with lm-eval task files."))
     elif config.eval_tasks:
-        result.attempt(lambda: check_tasks(config.eval_tasks, *config.task_folders))
+        result.attempt(lambda: check_tasks(config.eval_tasks, *config.task_folders, config.trust_remote_code))
     _readable(result, [*train, *held_out, *(prompts or ())])
     _output(result, Path(config.output))
     if not result.problems:

@@ -16,7 +16,7 @@ from ._files import FLEET_RECORD, RECORD, REPORT
 from ._fleet_report import fleet_rows, write_fleet
 from ._gguf import export_gguf, find_converter
 from ._hub import check_target, push
-from ._names import wilson
+from ._names import code_span, markdown, wilson
 from ._publication import copy_samples, publish
 from ._published import NEW_START, OWN_ROWS_START, Published
 from ._record import ArmResults, MigrationRecord, PairRecord, StageTiming
@@ -41,6 +41,7 @@ __all__ = [
     "StageTiming",
     "arm_seconds",
     "check_target",
+    "code_span",
     "comparison",
     "copy_samples",
     "export_gguf",
@@ -48,6 +49,7 @@ __all__ = [
     "fleet_rows",
     "heat_map_png",
     "kept",
+    "markdown",
     "model_card",
     "publish",
     "push",

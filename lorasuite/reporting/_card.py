@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from lorasuite.adapters import WEIGHTS
-from lorasuite.reporting._names import Z, wilson
+from lorasuite.reporting._names import Z, code_span, markdown, wilson
 from lorasuite.reporting._record import MigrationRecord
 from lorasuite.reporting._tables import comparison, task_comparison
 
@@ -39,7 +40,7 @@ def model_card(record: MigrationRecord) -> str:
         metadata.to_yaml(),
         "---",
         "",
-        f"# {adapter.name} for {new.name}",
+        f"# {markdown(adapter.name)} for {markdown(new.name)}",
         "",
         _first_line(record),
     ]
@@ -47,13 +48,19 @@ def model_card(record: MigrationRecord) -> str:
         trained = "Trained" if published.is_new else f"Fine-tuned on {published.rows}"
         lines += ["", f"{trained} for {published.steps} steps at learning rate {published.learning_rate:g}."]
     reason = record.reason()
-    lines += ["", f"Verdict: **{record.verdict.verdict}**. {reason[:1].upper()}{reason[1:]}."]
+    lines += ["", f"Verdict: **{record.verdict.verdict}**. {markdown(reason[:1].upper() + reason[1:])}."]
     columns, rows = comparison(record.evaluation, record.label)
     if rows:
-        lines += ["", *_table(["arm", *columns, "n"], [[row["name"], *row["cells"], str(row["n"])] for row in rows])]
+        lines += [
+            "",
+            *_table(["arm", *columns, "n"], [[markdown(row["name"]), *row["cells"], str(row["n"])] for row in rows]),
+        ]
     columns, rows = task_comparison(record.tasks, record.label)
     if rows:
-        lines += ["", *_table(["arm", *columns], [[row["name"], *row["cells"]] for row in rows])]
+        lines += [
+            "",
+            *_table(["arm", *map(markdown, columns)], [[markdown(row["name"]), *row["cells"]] for row in rows]),
+        ]
     if rows or record.evaluation:
         lines += ["", "± is one standard error over the held-out rows."]
     lines += [
@@ -62,8 +69,8 @@ def model_card(record: MigrationRecord) -> str:
         "from peft import PeftModel",
         "from transformers import AutoModelForCausalLM",
         "",
-        f'base = AutoModelForCausalLM.from_pretrained("{new.id}"'
-        + (f', revision="{new.revision}")' if new.revision else ")"),
+        f"base = AutoModelForCausalLM.from_pretrained({_literal(new.id)}"
+        + (f", revision={_literal(new.revision)})" if new.revision else ")"),
         'model = PeftModel.from_pretrained(base, "<this directory>")',
         "```",
         "",
@@ -86,20 +93,27 @@ def _table(head: list[str], rows: list[list[str]]) -> list[str]:
     ]
 
 
+def _literal(text: str) -> str:
+    """A text as Python's literal, in double quotes and on one line, which ends no block of code."""
+    return json.dumps(text).replace("```", "\\x60\\x60\\x60")
+
+
 def _first_line(record: MigrationRecord) -> str:
     """What was published, and of what and by what it was made."""
-    old, new, made = record.old_base.name, record.new_base.name, f"lorasuite {record.versions['lorasuite']}"
+    old, new = code_span(record.old_base.name), code_span(record.new_base.name)
+    made = f"lorasuite {markdown(record.versions['lorasuite'])}"
     published = record.published
     if published.transform is not None:
-        return f"LoRA adapter moved from `{old}` to `{new}` by {made}, method `{published.transform}`."
-    return f"{published.headline}. Nothing of the adapter `{record.adapter.name}` of `{old}` is in it; made by {made}."
+        return f"LoRA adapter moved from {old} to {new} by {made}, method {code_span(published.transform)}."
+    adapter = code_span(record.adapter.name)
+    return f"{markdown(published.headline)}. Nothing of the adapter {adapter} of {old} is in it; made by {made}."
 
 
 def _provenance(record: MigrationRecord) -> Iterator[list[str]]:
     for title, base in {"old base": record.old_base, "new base": record.new_base}.items():
-        revision = f" at `{base.revision}`" if base.revision else ""
-        yield [title, f"`{base.name}`{revision}", f"`{base.fingerprint}`"]
-    yield ["old adapter", f"`{record.adapter.name}`", f"`{record.adapter.fingerprint}`"]
+        revision = f" at {code_span(base.revision)}" if base.revision else ""
+        yield [title, f"{code_span(base.name)}{revision}", code_span(base.fingerprint)]
+    yield ["old adapter", code_span(record.adapter.name), code_span(record.adapter.fingerprint)]
     if record.weights_sha256 is not None:
         yield ["this adapter", f"`{WEIGHTS}`", f"`{record.weights_sha256}`"]
 

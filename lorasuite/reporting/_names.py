@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import TypeVar
+from urllib.parse import quote
 
 from lorasuite.evaluation import Arm
 
@@ -40,6 +42,23 @@ def seconds(value: float) -> str:
     if value < 60:
         return f"{value:.1f} s" if value >= 0.1 else f"{1000 * value:.0f} ms"
     return f"{value / 60:.0f} min" if value < 5400 else f"{value / 3600:.1f} h"
+
+
+def link(path: str) -> str:
+    """A relative path as the address of a link: never one with a scheme, such as ``javascript:``."""
+    return quote(path.lstrip("/"), safe="/")
+
+
+def markdown(text: str) -> str:
+    """A name or sentence as plain text of a line of Markdown: nothing in it is markup, HTML or the end of a cell."""
+    line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return re.sub(r"([\\`*_\[\]<>|~$&])", r"\\\1", line)
+
+
+def code_span(text: str) -> str:
+    """A name as a code span of Markdown, in a table too; backticks in it are shown as apostrophes."""
+    line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return "`" + line.replace("`", "'").replace("|", "\\|") + "`"
 
 
 def arm_label(arm: str) -> str:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import re
+import uuid
+from html import unescape
 from typing import Any
 
-from lorasuite.reporting._names import number, percent, seconds
+from lorasuite.reporting._names import link, number, percent, seconds
 
 
 def render_template(template: str, **values: Any) -> str:
@@ -18,6 +23,30 @@ def render_template(template: str, **values: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": number, "percent": percent, "seconds": seconds}
-    page: str = environment.get_template(template).render(**values)
+    environment.filters |= {"number": number, "percent": percent, "seconds": seconds, "link": link}
+    marks = {name: uuid.uuid4().hex for name in _SOURCES}
+    page: str = environment.get_template(template).render(**values, **marks)
+    for name, mark in marks.items():
+        page = page.replace(mark, _hashes(page, name))
     return page
+
+
+#: What a page's policy allows: its own blocks by their hashes, and attributes of the templates and figures by theirs.
+_SOURCES = {
+    "style_sources": (re.compile(r"<style>(.*?)</style>", re.DOTALL), re.compile(r' style="([^"]*)"')),
+    "script_sources": (re.compile(r"<script>(.*?)</script>", re.DOTALL),),
+}
+
+
+def _hashes(page: str, name: str) -> str:
+    """Sources of a content security policy: the hash of each block of a page. Text in it is escaped, and is none."""
+    blocks, *attributes = (pattern.findall(page) for pattern in _SOURCES[name])
+    sources = [f"'sha256-{_digest(text)}'" for text in dict.fromkeys(blocks)]
+    for texts in attributes:
+        if texts:
+            sources += ["'unsafe-hashes'", *(f"'sha256-{_digest(unescape(text))}'" for text in dict.fromkeys(texts))]
+    return " ".join(sources) or "'none'"
+
+
+def _digest(text: str) -> str:
+    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

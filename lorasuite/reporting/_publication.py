@@ -82,6 +82,7 @@ def copy_samples(samples: Mapping[str, Path], folder: Path) -> None:
         target = folder / "samples" / f"{name}.jsonl"
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, target)
+        target.chmod(0o600)  # they quote held-out rows
 
 
 def _write(path: Path, text: str) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import stat
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 from prefect import flow
+from prefect.serializers import PickleSerializer
 from typer.testing import CliRunner
 
 from artifacts import Store
@@ -63,12 +66,54 @@ def test_what_is_published_is_what_was_measured(home: Path, small: Small, tmp_pa
     digest = hashlib.sha256(weights.read_bytes()).hexdigest()
     assert record["weights_sha256"] == record["weights"]["migrated"] == digest
     assert digest in (output / "README.md").read_text() and digest in (output / "report.html").read_text()
+    # what quotes rows is for its owner alone
+    assert stat.S_IMODE(home.stat().st_mode) == 0o700
+    assert {stat.S_IMODE(file.stat().st_mode) for file in (output / "samples").iterdir()} == {0o600}
     assert row["verdict"] != "ship" and "4 rows" in row["reason"]
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
     with pytest.raises(AdapterError, match="not the adapter that was measured"):
         push(output, "org/name")
     ran = CliRunner().invoke(app, ["fleet", str(file), "--json"])
     assert ran.exit_code == 1 and "something other than" in ran.stdout
+
+
+class Planted:
+    """Runs code when it is read as a pickle."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.mark,)
+
+
+@stage("numbers")
+def numbers(inputs: Mapping[str, Any], settings: Any, where: Where) -> StageOutput:
+    return StageOutput(info={"found": 1})
+
+
+@flow
+def counting(where: Where) -> str:
+    return numbers.run(inputs={"text": "a"}, where=where).key
+
+
+@pytest.mark.parametrize("kind", ["pickle", "backup", "object", "reference"])
+def test_a_planted_record_of_a_result_is_not_read(kind: str, home: Path, tmp_path: Path) -> None:
+    key = counting(Where())
+    record, mark = home / "results" / key, tmp_path / "ran"
+    sound = json.loads(record.read_text())
+    planted = PickleSerializer().dumps(Planted(mark))
+    if kind == "pickle":
+        sound["metadata"]["serializer"] = {"type": "pickle", "picklelib": "cloudpickle", "picklelib_version": None}
+        sound["result"] = planted.decode()
+    elif kind == "object":
+        sound["result"] = json.dumps({"__class__": "antigravity.fly_over", "data": {}})
+    elif kind == "reference":
+        sound["result"] = json.dumps({"stage": "numbers", "key": "0" * 64})
+    record.write_bytes(planted if kind == "backup" else json.dumps(sound).encode())
+    assert counting(Where()) == key and not mark.exists() and "antigravity" not in sys.modules
+    again = json.loads(record.read_text())
+    assert again["metadata"]["serializer"]["type"] == "json" and json.loads(again["result"])["key"] == key
 
 
 def test_a_sum_of_adapters_in_a_fleet(home: Path, small: Small, tmp_path: Path) -> None:

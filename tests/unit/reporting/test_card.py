@@ -94,3 +94,32 @@ def test_what_cannot_be_pushed_is_found_before_any_work(tmp_path: Path, monkeypa
     assert len(caught.value.problems) == 3
     monkeypatch.setattr(hub, "_api", Fake)
     hub.check_target("me/it", "org/new")
+
+
+HOSTILE = "x](javascript:alert(1)) <script>alert(2)</script> `c` | *b* _i_ ![p](http://e/)\n# head\n\n```\nend"
+
+
+def test_names_are_no_markup_of_the_card() -> None:
+    """Rendered as the Hub does: no link, image, script or heading of a name; tables keep their cells."""
+    from html.parser import HTMLParser
+
+    from markdown_it import MarkdownIt
+
+    changes: dict[str, Any] = {}
+    for part in ("old_base", "new_base", "adapter"):
+        changes[part] = {**content()[part], "name": HOSTILE}
+    changes["new_base"] |= {"id": HOSTILE + '"""', "revision": '"); import os #\n```'}
+    text = model_card(record(**changes))
+    _, _, body = text.partition("\n---\n")
+    renderer = MarkdownIt("gfm-like", {"html": True, "linkify": False})
+    html = renderer.render(body)
+    seen: list[str] = []
+    parser = HTMLParser()
+    parser.handle_starttag = lambda tag, attrs: seen.append(tag)  # type: ignore[method-assign]
+    parser.feed(html)
+    assert not {"a", "img", "script", "em"} & set(seen) and seen.count("h1") == 1 and seen.count("h2") == 1
+    assert seen.count("pre") == 1
+    plain = MarkdownIt("gfm-like", {"html": True, "linkify": False}).render(
+        model_card(record()).partition("\n---\n")[2]
+    )
+    assert html.count("<td>") == plain.count("<td>") and html.count("<th>") == plain.count("<th>")

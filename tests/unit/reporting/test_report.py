@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import re
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 import pytest
 import torch
@@ -231,3 +234,25 @@ def test_only_a_transform_that_does_not_read_the_head_maps_is_said_not_to() -> N
     for method, said in {"functional": True, "lorasuite": False, "of another package": False, "none": False}.items():
         page = Page(render(record(method=method), TABLE)).text
         assert (f"The method used ({method}) does not read it" in page) == said, method
+
+
+def test_addresses_of_reports_are_no_scripts(tmp_path: Path) -> None:
+    hostile = ["javascript:alert(1)", "new/a b#c?d%/\"'><script>/report.html", "//elsewhere.example/report.html"]
+    rows = [row(str(n), "ship", 1.0, None) | {"report": report} for n, report in enumerate(hostile)]
+    (tmp_path / "fleet.json").write_text(json.dumps({"fleet": None, "adapters": rows}))
+    links = [tag["href"] for tag in Page(write_report(tmp_path).read_text()).all("a") if "#" not in str(tag["href"])]
+    for link, wanted in zip(links, hostile, strict=True):
+        parts = urlsplit(str(link))
+        assert not parts.scheme and not parts.netloc and unquote(parts.path) == wanted.lstrip("/")
+
+
+def test_the_policy_allows_a_pages_own_blocks_alone(tmp_path: Path) -> None:
+    pages = [render(record(), TABLE)]
+    pages.append(write_fleet(tmp_path, {"adapters": [row("a", "ship", 1.0, None)]}, "fleet.yaml").read_text())
+    for page in pages:
+        (policy,) = re.findall(r'Content-Security-Policy" content="([^"]*)"', page)
+        assert "unsafe-inline" not in policy and "unsafe-eval" not in policy
+        blocks = re.findall(r"<(?:style|script)>(.*?)</(?:style|script)>", page, re.DOTALL)
+        for text in [*blocks, *re.findall(r' style="([^"]*)"', page)]:
+            assert base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() in policy
+    assert "script-src 'sha256-" in pages[1]
