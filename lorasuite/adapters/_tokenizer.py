@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorasuite.adapters._combination import split_sources
+from lorasuite.adapters._sources import split_sources
 from lorasuite.bases import digest_json, file_digest, load_tokenizer, read_json, resolve
 from lorasuite.errors import AdapterError, CheckpointError, Problem
 

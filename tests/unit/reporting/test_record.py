@@ -40,7 +40,12 @@ def test_the_report_of_an_earlier_record_still_builds(tmp_path: Path) -> None:
     found = MigrationRecord.read(UNVERSIONED)
     # nothing of it is lost: it had every field but those that came later
     before = json.loads(UNVERSIONED.read_text())
-    before |= {"prompts": None, "weights": {}, "weights_sha256": None, "verdict": before["verdict"] | {"rows": None, "detectable": None}}
+    before |= {
+        "prompts": None,
+        "weights": {},
+        "weights_sha256": None,
+        "verdict": before["verdict"] | {"rows": None, "detectable": None},
+    }
     assert found.to_json() == {"schema_version": 1, **before}
     assert "# mirror for new" in model_card(found)
 
