@@ -70,14 +70,14 @@ def _includes(root: yaml.Node | None) -> list[str]:
 
 
 @contextlib.contextmanager
-def trusted_code_only(trust_remote_code: bool, trusted: Iterable[Path]) -> Iterator[None]:
-    """Inside, lm-eval imports functions of task files in trusted directories alone, and its templates run no code.
+def trusted_code_only(trust_remote_code: bool, trusted: Iterable[Path] = ()) -> Iterator[None]:
+    """Inside, lm-eval imports functions of its own and this package's task files alone, and its templates run no code.
 
     Jinja templates of task files reach every attribute of Python's objects; in Jinja's sandbox they do not.
 
     Args:
         trust_remote_code: leave lm-eval as it is.
-        trusted: directories beside lm-eval's own tasks.
+        trusted: more directories whose functions may be imported.
     """
     if trust_remote_code:
         yield
@@ -86,7 +86,9 @@ def trusted_code_only(trust_remote_code: bool, trusted: Iterable[Path]) -> Itera
     from lm_eval import tasks, utils
     from lm_eval.tasks import _yaml_loader
 
-    folders = [folder.resolve() for folder in (*trusted, Path(tasks.__file__).parent)]
+    from lorasuite.evaluation.eval_tasks import TASK_FILES
+
+    folders = [folder.resolve() for folder in (*trusted, TASK_FILES, Path(tasks.__file__).parent)]
     imported, env = _yaml_loader._import_func_in_yml, utils.env
 
     def guarded(name: str, folder: Path) -> Any:

@@ -30,7 +30,6 @@ from lorasuite.evaluation._harness import (
 )
 from lorasuite.evaluation._results import EvaluationSettings, write_jsonl
 from lorasuite.evaluation._task_code import code_in_tasks, trusted_code_only
-from lorasuite.evaluation.eval_tasks import TASK_FILES
 from lorasuite.progress import EvaluationProgress
 
 if TYPE_CHECKING:
@@ -138,7 +137,7 @@ def evaluate_tasks(
     tokenizer = evaluation_tokenizer(tokenizer, generate=True)
     results: dict[str, dict[str, TaskScore]] = {}
     # Some of lm-eval's metrics and task scripts print.
-    with contextlib.redirect_stdout(sys.stderr), quiet(), trusted_code_only(trust_remote_code, [TASK_FILES]):
+    with contextlib.redirect_stdout(sys.stderr), quiet(), trusted_code_only(trust_remote_code):
         loaded = _load_tasks(tasks, eval_dir, include_path, num_fewshot)
         with base_model(base, adapters, device, trust_remote_code) as model:
             context = context_length(model, tokenizer)
@@ -254,6 +253,8 @@ def _manager(tasks: Sequence[str], eval_dir: Path | None, include_path: Path | N
 @lru_cache(maxsize=4)
 def _index(defaults: bool, eval_dir: Path | None, include_path: Path | None) -> Any:
     from lm_eval.tasks import TaskManager
+
+    from lorasuite.evaluation.eval_tasks import TASK_FILES
 
     # a later directory has precedence: the name of one of the paper's tasks always means that task
     folders = [*([str(include_path)] if include_path is not None else []), str(TASK_FILES)]

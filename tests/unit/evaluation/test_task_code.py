@@ -54,7 +54,7 @@ def test_lm_eval_imports_and_renders_nothing_of_it(folder: Path) -> None:
     file = folder / "local.yaml"
     file.write_text(FUNCTION)
     before = utils.env
-    with trusted_code_only(False, []):
+    with trusted_code_only(False):
         with pytest.raises(ConfigError, match="runs code of its own"):
             load_yaml(file)
         with pytest.raises(Exception, match="unsafe"):
@@ -63,5 +63,5 @@ def test_lm_eval_imports_and_renders_nothing_of_it(folder: Path) -> None:
     assert not (folder / "ran").exists() and utils.env is before
     with trusted_code_only(False, [folder]):
         assert load_yaml(file)["doc_to_text"] is str
-    with trusted_code_only(True, []):
+    with trusted_code_only(True):
         assert load_yaml(file)["doc_to_text"] is str and int(utils.apply_template(BREAKOUT, {})) > 1
