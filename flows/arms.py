@@ -125,11 +125,10 @@ def migrated(
 
 @dataclass(frozen=True)
 class Tuning:
-    """How a fine-tune goes: hyperparameters, and learning rates to choose from (``briefly``: by short runs)."""
+    """How a fine-tune goes: hyperparameters, and learning rates to choose from."""
 
     finetune: FinetuneSettings
     rates: tuple[float, ...] = ()
-    briefly: bool = False
 
 
 def tuned(
@@ -156,7 +155,6 @@ def tuned(
         "fresh": None if fresh is None else dict(fresh),
         "finetune": tuning.finetune.model_dump(mode="json"),
         "learning_rates": list(tuning.rates),
-        "briefly": tuning.briefly,
     }
     work = context.where.home / "work" / finetune.key(inputs, values)[:32]
     return context.run(finetune, inputs, values, label, {**context.base_path(side), "work": work})

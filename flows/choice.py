@@ -1,7 +1,8 @@
 """Which adapter a migration publishes: its arms, and the choice among transforms, learning rates and starts.
 
 With ``--method auto`` every candidate is scored untrained on rows that are held out; then fine-tunes from a fresh LoRA
-and from the best candidates compete on the same rows, each at its own best learning rate and length.
+and from the candidates compete on the same rows: start and learning rate are searched together, or where rates are
+named, a fresh LoRA and the best candidates are swept.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ from lorasuite.adapters import fresh_lora
 from lorasuite.evaluation import Arm
 from lorasuite.planning import AUTO, MigrationConfig
 from lorasuite.reporting import NEW_START, OWN_ROWS_START
-from lorasuite.training import NOTHING, loss_order
+from lorasuite.training import NOTHING, Search, loss_order
 from tasks.folders import adapter_folder
 from tasks.stage import Ref
-from tasks.training_stages import screening, selection
+from tasks.training_stages import screening, searching, selection
 
 
 @dataclass
@@ -81,10 +82,10 @@ def choose_update(
 def fine_tunes(
     context: Context, settings: MigrationConfig, chosen: Chosen, candidates: Mapping[str, Ref], rows: Rows
 ) -> Tuned | None:
-    """Fine-tune from the chosen start, or with ``auto`` and a sweep from several, and go on with the best.
+    """Fine-tune from the chosen start, or with ``auto`` and rows to compare by from several, and go on with the best.
 
-    What does best untrained is not always the best start: those that do best in a short fine-tune are swept, and a
-    fresh LoRA, all chosen by the same rows. Without a whole sweep, the chosen one and a fresh LoRA are enough.
+    What does best untrained is not always the best start. Where no rate is named all starts are searched; in a sweep of
+    named rates those that do best in a short fine-tune are, and a fresh LoRA, all chosen by the same rows.
 
     Returns:
         None where there are no rows to train on.
@@ -92,7 +93,7 @@ def fine_tunes(
     plan = rows.plan
     if not plan.fine_tunes or rows.all is None:
         return None
-    tuning = Tuning(settings.finetune, plan.rates, plan.searches_rates)
+    tuning = Tuning(settings.finetune, plan.rates)
     architecture = context.architecture("new")
     fresh = fresh_lora(adapter_folder(context.open(chosen.moved)), architecture)
 
@@ -102,6 +103,8 @@ def fine_tunes(
     def from_adapter(start: Ref, label: str) -> Ref:
         return tuned(context, "new", rows.all, tuning, start=start, soft_labels=rows.soft_labels, label=label)  # type: ignore[arg-type]
 
+    if plan.searches:
+        return _searched(context, settings, chosen, candidates, rows, fresh)
     result = Tuned(chosen.untrained, NEW_START if chosen.method == NOTHING else chosen.method)
     begun: dict[str, Ref] = {}
     if plan.trains_control or result.start == NEW_START:
@@ -109,9 +112,8 @@ def fine_tunes(
     if plan.trains_control:
         result.control = result.arms[Arm.SCRATCH] = begun[NEW_START]
     if plan.compares_starts:
-        tried = {chosen.method: chosen.untrained} if chosen.method != NOTHING else {}
-        if not plan.searches_rates:
-            tried = _screened(context, settings, {**candidates, **tried}, rows, result)
+        scaled = {chosen.method: chosen.untrained} if chosen.method != NOTHING else {}
+        tried = _screened(context, settings, {**candidates, **scaled}, rows, result)
         begun |= {method: from_adapter(ref, method) for method, ref in tried.items()}
     elif result.start != NEW_START:
         begun[result.start] = from_adapter(chosen.untrained, "migrated")
@@ -128,6 +130,62 @@ def fine_tunes(
             result.start = min(losses, key=lambda start: losses[start])
     result.final = begun[result.start]
     return result
+
+
+def _searched(
+    context: Context,
+    settings: MigrationConfig,
+    chosen: Chosen,
+    candidates: Mapping[str, Ref],
+    rows: Rows,
+    fresh: Mapping[str, Any],
+) -> Tuned:
+    """What the search publishes; where controls are measured, fresh LoRAs at the best rates that it found for them."""
+    plan, own = rows.plan, rows.own
+    inputs = {
+        **context.base("new"),
+        "rows": rows.all,
+        "transforms": dict(candidates),
+        "chosen": chosen.untrained,
+        "own": own if plan.own_alone_competes else None,
+        "soft_labels": rows.soft_labels,
+    }
+    inputs = {name: value for name, value in inputs.items() if value is not None}
+    values = {
+        "fresh": dict(fresh),
+        "finetune": settings.finetune.model_dump(mode="json"),
+        "effort": settings.effort,
+    }
+    work = context.where.home / "work" / searching.key(inputs, values)[:32]
+    final = context.run(searching, inputs, values, paths={**context.base_path("new"), "work": work})
+    found = Search.model_validate(context.open(final).info["search"])
+    start = chosen.method if found.start not in (*candidates, NEW_START, OWN_ROWS_START) else found.start  # at a scale
+    result = Tuned(final, start, starts={arm.start: arm.best for arm in reversed(found.arms)})
+    if plan.trains_control:
+        result.control = result.arms[Arm.SCRATCH] = _control(context, settings, found, result, NEW_START, rows, fresh)
+    if plan.measures_controls and plan.trains_own_alone and own is not None:
+        result.arms[Arm.SCRATCH_OWN] = _control(context, settings, found, result, OWN_ROWS_START, rows, fresh)
+    return result
+
+
+def _control(
+    context: Context,
+    settings: MigrationConfig,
+    found: Search,
+    result: Tuned,
+    start: str,
+    rows: Rows,
+    fresh: Mapping[str, Any],
+) -> Ref:
+    """A fresh LoRA's fine-tune on all rows or on the user's alone; the published one if it began so."""
+    if found.start == start:
+        return result.final
+    split, soft, label = (
+        (rows.own, None, "alone") if start == OWN_ROWS_START else (rows.all, rows.soft_labels, "scratch")
+    )
+    rate = next((arm.learning_rate for arm in found.arms if arm.start in (start, NEW_START)), None)
+    tuning = Tuning(settings.finetune, () if rate is None else (rate,))
+    return tuned(context, "new", split, tuning, fresh=fresh, soft_labels=soft, label=label)  # type: ignore[arg-type]
 
 
 def best_validation(info: Mapping[str, Any]) -> float:

@@ -12,14 +12,20 @@ from typing import Any
 
 from lorasuite.adapters import fresh_config
 from lorasuite.data import split_rows
+from lorasuite.reporting import NEW_START, OWN_ROWS_START
 from lorasuite.training import (
+    EXTENTS,
     NOTHING,
+    Effort,
     FinetuneSettings,
     SoftLabels,
+    Start,
+    TriedRate,
     base_dtype,
     choose,
     finetune_swept,
     screen,
+    search,
     write_scaled,
 )
 from tasks.bases import running
@@ -115,6 +121,75 @@ def screening(inputs: StartInputs, settings: ScreeningSettings, where: Where) ->
 
 
 @dataclass(frozen=True, kw_only=True)
+class SearchInputs:
+    """The base that is trained, the rows, and what a fine-tune may start from.
+
+    ``transforms`` are candidates by name, ``chosen`` what ``select`` made of the best of them; ``own`` is the split of
+    the user's rows alone, where a fresh LoRA on these competes with the teacher's rows beside them.
+    """
+
+    model: str
+    tokenizer: str
+    rows: Artifact
+    transforms: dict[str, Artifact]
+    chosen: Artifact
+    own: Artifact | None = None
+    soft_labels: Artifact | None = None
+
+
+class SearchSettings(StageSettings):
+    """Hyperparameters, settings of a fresh LoRA, and how much is tried."""
+
+    fresh: dict[str, Any]
+    finetune: FinetuneSettings
+    effort: Effort
+
+
+@stage("search")
+def searching(inputs: SearchInputs, settings: SearchSettings, where: Where) -> StageOutput:
+    """The fine-tune from the start and at the rate that do best on rows held out, found by successive halving."""
+    tuning = _fitting(settings.finetune, where)
+    soft = None if inputs.soft_labels is None else SoftLabels.from_tensors(inputs.soft_labels.tensors())
+    rows, chosen = stored_split(inputs.rows), inputs.chosen.info
+    untrained = {(one["method"], one["scale"]): one["loss"] for one in chosen["candidates"]}
+    bare, lora = untrained[NOTHING, 0.0], fresh_config(settings.fresh)
+    starts = {NEW_START: Start(rows, bare, lora=lora, soft_labels=soft)}
+    for method, artifact in inputs.transforms.items():
+        starts[method] = Start(rows, untrained[method, 1.0], adapter=adapter_folder(artifact), soft_labels=soft)
+    scaled = (chosen["method"], chosen["scale"])
+    if scaled[0] != NOTHING and scaled[1] != 1:
+        made = adapter_folder(inputs.chosen)
+        starts["{} x{:g}".format(*scaled)] = Start(rows, untrained[scaled], adapter=made, soft_labels=soft)
+    if inputs.own is not None:
+        starts[OWN_ROWS_START] = Start(stored_split(inputs.own), bare, lora=lora)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        running(where, "base", base_dtype(tuning, where.device)) as base,
+    ):
+        result, found = search(
+            base.model,
+            base.tokenizer,
+            starts,
+            tuning,
+            EXTENTS[settings.effort],
+            bare=bare,
+            output=Path(folder) / "adapter",
+            work_dir=where.path("work"),
+            progress=Progress("fine-tuning (search)").training,
+            device=where.device,
+        )
+        files = folder_files(Path(folder) / "adapter")
+    sweep = [
+        TriedRate(learning_rate=arm.learning_rate, validation_loss=arm.best, epochs=None, start_loss=arm.losses.get(0))
+        for arm in sorted(found.arms, key=lambda arm: arm.learning_rate)
+        if arm.start == found.start
+    ]
+    shown = [one.model_dump(mode="json") for one in sweep]
+    info = {**result.model_dump(), "sweep": shown, "search": found.model_dump(mode="json")}
+    return StageOutput(info=info, files=files)
+
+
+@dataclass(frozen=True, kw_only=True)
 class FinetuneInputs:
     """The base that is trained, the rows, an adapter to start from, and the teacher's distributions."""
 
@@ -131,16 +206,12 @@ class FinetuneStageSettings(StageSettings):
     fresh: dict[str, Any] | None
     finetune: FinetuneSettings
     learning_rates: tuple[float, ...]
-    briefly: bool = False
 
 
 @stage("finetune", version=3)
 def finetune(inputs: FinetuneInputs, settings: FinetuneStageSettings, where: Where) -> StageOutput:
     """The light fine-tune of a migrated adapter, or of a fresh LoRA on the same rows."""
-    tuning, start = settings.finetune, inputs.transform
-    if where.halvings and tuning.micro_batch_size != "auto":  # auto halves by itself
-        smaller = halved(tuning.micro_batch_size, where.halvings)
-        tuning = tuning.model_copy(update={"micro_batch_size": smaller})
+    tuning, start = _fitting(settings.finetune, where), inputs.transform
     soft = None if inputs.soft_labels is None else SoftLabels.from_tensors(inputs.soft_labels.tensors())
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -152,7 +223,6 @@ def finetune(inputs: FinetuneInputs, settings: FinetuneStageSettings, where: Whe
             stored_split(inputs.rows),
             tuning,
             settings.learning_rates,
-            briefly=settings.briefly,
             adapter=None if start is None else adapter_folder(start),
             lora=None if settings.fresh is None else fresh_config(settings.fresh),
             output=Path(folder) / "adapter",
@@ -164,3 +234,11 @@ def finetune(inputs: FinetuneInputs, settings: FinetuneStageSettings, where: Whe
         files = folder_files(Path(folder) / "adapter")
     shown = [one.model_dump(mode="json") for one in sweep]
     return StageOutput(info={**result.model_dump(), "sweep": shown}, files=files)
+
+
+def _fitting(tuning: FinetuneSettings, where: Where) -> FinetuneSettings:
+    """Hyperparameters with the micro-batch of a retry after memory ran out; ``auto`` halves by itself."""
+    if not where.halvings or tuning.micro_batch_size == "auto":
+        return tuning
+    smaller = halved(tuning.micro_batch_size, where.halvings)
+    return tuning.model_copy(update={"micro_batch_size": smaller})

@@ -14,6 +14,8 @@ from lorasuite.data._rows import Row, unanswered
 
 #: Share of the training rows that a choice holds out.
 HELD_OUT = 0.2
+#: How many times rows can be held out in turn.
+FOLDS = 5
 #: The user's rows from which on they alone are held out, beside the teacher's: their fifth is then ten rows or more.
 MIN_OWN_HOLDOUT_ROWS = 50
 
@@ -65,6 +67,18 @@ class RowSplit:
         """The rows held out."""
         return [row for n, row in enumerate(self._all()) if n in self.held_out]
 
+    def fold(self, n: int) -> RowSplit:
+        """The same rows with others of those that are trained on held out: 0 this split, 1 to 4 disjoint others."""
+        if n == 0:
+            return self
+        own = len(self.own)
+        among = (
+            own if max(self.held_out, default=0) < own and own >= MIN_OWN_HOLDOUT_ROWS else own + len(self.synthetic)
+        )
+        held = frozenset([n for n in range(among) if n not in self.held_out][n - 1 :: FOLDS - 1])
+        left = _answered(held, self.own, list(self._all())) if among == own else frozenset()
+        return RowSplit(self.own, self.synthetic, self.selection, held, left)
+
     def _all(self) -> chain[Row]:
         return chain(self.own, self.synthetic, self.selection)
 
@@ -110,8 +124,11 @@ def split_rows(
     order = list(range(among))
     random.Random(seed).shuffle(order)
     held = frozenset(order[: max(1, round(HELD_OUT * among))]) if every else frozenset()
-    left: frozenset[int] = frozenset()
-    if among < len(every):
-        prompts = {unanswered(own[n]) for n in held}
-        left = frozenset(n for n in range(among, len(every)) if unanswered(every[n]) in prompts)
+    left = _answered(held, own, every) if among < len(every) else frozenset()
     return RowSplit(tuple(own), tuple(synthetic), tuple(selection), held, left)
+
+
+def _answered(held: frozenset[int], own: Sequence[Row], every: Sequence[Row]) -> frozenset[int]:
+    """Places of the teacher's rows that answer prompts of the user's rows that are held out."""
+    prompts = {unanswered(own[n]) for n in held}
+    return frozenset(n for n in range(len(own), len(every)) if unanswered(every[n]) in prompts)

@@ -17,7 +17,7 @@ from lorasuite.evaluation import EvaluationSettings, Gate
 from lorasuite.planning._reading import Strict
 from lorasuite.planning._thresholds import DEFAULT_SYNTHETIC_ROWS, LFT_SAMPLES, SELECTION_ROWS
 from lorasuite.teacher import TeacherSettings
-from lorasuite.training import FinetuneSettings
+from lorasuite.training import Effort, FinetuneSettings
 from lorasuite.transforms import Unmapped
 
 #: ``--method auto`` measures every transform and takes the best, or none.
@@ -106,13 +106,18 @@ class MigrationConfig(Strict):
     learning_rates: tuple[float, ...] = Field(
         (),
         description="sweep these for LFT and control alike, chosen on a held-out fifth of the training rows; one: no "
-        "choice; if unset, auto tells some around finetune.learning_rate apart by short fine-tunes",
+        "choice; if unset, auto searches start and rate together (effort)",
+    )
+    effort: Effort = Field(
+        "normal",
+        description="of auto where no learning rate is named, in fine-tunes on the same rows: quick, one; normal, up "
+        "to two and a half; thorough, up to eight",
     )
     starts: int = Field(
         2,
         ge=1,
-        description="with auto and a sweep: transforms swept beside a fresh LoRA, best in a short fine-tune; the "
-        "best of all is published",
+        description="with auto and named learning_rates: transforms swept beside a fresh LoRA, best in a short "
+        "fine-tune; the best of all is published",
     )
     seed: int = Field(42, ge=0, lt=2**32, description="of the row draw, fresh initialisations and fine-tuning")
     device: str = Field("auto", description="cpu, cuda, cuda:N, or auto")

@@ -22,15 +22,13 @@ from lorasuite.planning._cost_pair import pair_costs
 from lorasuite.planning._machine import Machine, Throughput
 from lorasuite.planning._policy import RowPlan
 from lorasuite.planning._thresholds import LFT_SAMPLES
-from lorasuite.training import base_dtype
+from lorasuite.training import EXTENTS, base_dtype
 from lorasuite.transforms import names, transform
 
 #: Texts or rows that are tokenized to learn how long they are.
 SAMPLED = 64
 #: What is over this share of all there is of a resource cannot fit, whatever is freed.
 MARGIN = 1.25
-#: Whole fine-tunes that a search of learning rates from one start comes to: three short runs and two whole ones.
-SEARCHED = 2.75
 #: Arms measured on the old base (bare, and with its adapter), and on the new one without a fine-tune.
 OLD_ARMS, NEW_ARMS = 2, 2
 
@@ -77,7 +75,11 @@ def planned_work(
         data.assumed.append(f"{trained} training rows of {row_tokens:.0f} tokens")
     tuning = config.finetune
     epochs = tuning.epochs if tuning.max_steps is None else tuning.max_steps * tuning.batch_size / max(trained, 1)
-    starts = 1 + rows.trains_control + (config.starts - 1 if rows.compares_starts else 0)
+    if rows.searches:
+        fine_tunes = EXTENTS[config.effort].budget + rows.trains_control
+    else:
+        starts = 1 + rows.trains_control + (config.starts - 1 if rows.compares_starts else 0)
+        fine_tunes = starts * max(len(rows.rates), 1)
     return Work(
         roles=roles,
         methods=tuple(methods),
@@ -98,7 +100,7 @@ def planned_work(
         batch=tuning.batch_size,
         micro_batch=tuning.micro_batch_size if isinstance(tuning.micro_batch_size, int) else None,
         checkpointing=tuning.gradient_checkpointing is True,
-        fine_tunes=starts * (SEARCHED if rows.searches_rates else max(len(rows.rates), 1)),
+        fine_tunes=fine_tunes,
         chosen_by=max(rows.selection_rows, trained // 5),
         teacher_rows=rows.teacher_rows,
         teacher_tokens=min(label_tokens, config.teacher.max_new_tokens),

@@ -15,7 +15,6 @@ from lorasuite.planning._thresholds import (
     FEW_OWN_ROWS,
     LFT_SAMPLES,
     MIN_SWEEP_ROWS,
-    SEARCHED_RATES,
     SELECTION_ROWS,
 )
 from lorasuite.transforms import ModelTransform, transform
@@ -68,8 +67,8 @@ class RowPlan:
     few_labels: bool
     #: Learning rates of the fine-tunes; several are compared on held-out rows, none is ``finetune.learning_rate``.
     rates: tuple[float, ...]
-    #: Whether short fine-tunes tell the rates apart, and others are tried while the lowest or highest does best.
-    searches_rates: bool
+    #: Whether start and rate are searched together (``--effort``); then no rate is named.
+    searches: bool
     #: Whether fine-tunes from several starts, a fresh LoRA among them, compete for being published.
     compares_starts: bool
     #: Whether controls are asked for and there is something to measure them by.
@@ -92,7 +91,7 @@ class RowPlan:
     @property
     def trains_control(self) -> bool:
         """Whether a fresh LoRA is fine-tuned on the same rows, to compare with."""
-        return self.measures_controls or self.compares_starts
+        return self.measures_controls or (self.compares_starts and not self.searches)
 
     @property
     def own_alone_competes(self) -> bool:
@@ -134,10 +133,8 @@ def plan_rows(settings: MigrationConfig, counts: RowCounts) -> RowPlan:
         # Rows that are not worth training on can still tell candidates apart, where there are no others.
         synthetic, selection = 0, 0 if requested else wanted
 
-    rate = settings.finetune.learning_rate
-    searches = auto and not settings.learning_rates and own + synthetic >= MIN_SWEEP_ROWS
-    searched = tuple(float(f"{rate * factor:.0e}") for factor in SEARCHED_RATES)
-    rates = searched if searches else settings.learning_rates
+    unnamed = auto and not settings.learning_rates and settings.effort != "quick"
+    searches = unnamed and own + synthetic >= MIN_SWEEP_ROWS
     return RowPlan(
         requested_rows=requested,
         own_rows=own,
@@ -146,9 +143,9 @@ def plan_rows(settings: MigrationConfig, counts: RowCounts) -> RowPlan:
         teacher_rows=teacher_rows,
         has_prompt_source=has_prompt_source,
         few_labels=few,
-        rates=rates,
-        searches_rates=searches,
-        compares_starts=auto and len(rates) > 1,
+        rates=settings.learning_rates,
+        searches=searches,
+        compares_starts=searches or (auto and len(settings.learning_rates) > 1),
         measures_controls=settings.controls and bool(counts.evaluation or settings.eval_tasks),
         own_rows_decide=own >= MIN_OWN_HOLDOUT_ROWS,
         notices=notices,

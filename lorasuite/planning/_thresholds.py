@@ -15,7 +15,5 @@ SELECTION_ROWS = 320
 #: Rows the teacher writes to train on where nobody says how many: with few labels no other start did better
 #: (docs/transfer.md).
 DEFAULT_SYNTHETIC_ROWS = 300
-#: Training rows from which on the loss of a held-out fifth, two rows or more, can tell learning rates apart.
+#: Training rows from which on the loss of a held-out fifth, two rows or more, can tell starts and learning rates apart.
 MIN_SWEEP_ROWS = 10
-#: Learning rates that ``auto`` tries first where none is named, in units of ``finetune.learning_rate``.
-SEARCHED_RATES = (0.3, 1, 3)

@@ -247,8 +247,9 @@ def arm_seconds(record: MigrationRecord) -> dict[Arm, float]:
     """Seconds of the stages that made each arm's adapter, whenever they were computed.
 
     For a migrated adapter they are the transforms that were tried and the choice between them; for a fine-tuned one
-    its own fine-tune besides, and that alone where it began from a new LoRA. Not counted: the pair's stages, which all
-    adapters share, rows that the old adapter wrote, and fine-tunes of starts that lost.
+    its own fine-tune besides, and that alone where it began from a new LoRA; a search with all that it tried. Not
+    counted: the pair's stages, which all adapters share, rows that the old adapter wrote, and fine-tunes of starts that
+    lost.
     """
     moved = sum(run.computed_seconds for run in record.timings if run.stage in TRANSFORM_STAGES)
     tuned = {run.label: run.computed_seconds for run in record.timings if run.stage == "finetune"}
@@ -261,7 +262,10 @@ def arm_seconds(record: MigrationRecord) -> dict[Arm, float]:
         start = record.finetune.start
         # a transform's fine-tune is labelled by its name where several starts are compared
         label = NEW_LABELS.get(start, start if start in tuned else "migrated")
-        if label in tuned:
+        searched = [run.computed_seconds for run in record.timings if run.stage == "search"]
+        if searched:
+            found[Arm.MIGRATED_LFT] = sum(searched) + moved
+        elif label in tuned:
             found[Arm.MIGRATED_LFT] = tuned[label] + (0.0 if start in NEW_LABELS else moved)
     return {arm: seconds for arm, seconds in found.items() if seconds is not None}
 

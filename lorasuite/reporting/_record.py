@@ -26,7 +26,7 @@ from lorasuite.evaluation import (
 )
 from lorasuite.reporting._published import NEW_START, OWN_ROWS_START, Published
 from lorasuite.teacher import TemplateFits, Worth
-from lorasuite.training import NOTHING, FinetuneResult
+from lorasuite.training import NOTHING, FinetuneResult, Search
 
 #: Version of the form of ``migration.json``; 0 of records that do not name one.
 SCHEMA_VERSION: Final = 1
@@ -102,7 +102,7 @@ class SweptRate(_Part):
 
     learning_rate: float
     validation_loss: float | None = Field(description="the least, nats per label token; None where it diverged")
-    epochs: int | None = Field(None, description="after which it was least; None of a short run")
+    epochs: int | None = Field(None, description="after which it was least; None of a short or paused run")
     start_loss: float | None = Field(None, description="before training")
 
 
@@ -118,6 +118,11 @@ class PublishedTraining(TrainingRecord):
     start: str = Field(description="transform it began from, or that it began from a new LoRA")
     starts: dict[str, float | None] = Field({}, description="start → least held-out loss of its best fine-tune")
     screened: dict[str, float | None] = Field({}, description="transform → held-out loss after a short fine-tune")
+    search: Search | None = Field(
+        None,
+        exclude_if=lambda search: search is None,
+        description="of start and learning rate together; not there where nothing was searched",
+    )
 
 
 class SoftLabelRecord(_Part):

@@ -50,6 +50,7 @@ def finetune(
     soft_labels: SoftLabels | None = None,
     stop_after: int | None = None,
     pause_at: int | None = None,
+    start_loss: float | None = None,
 ) -> FinetuneResult:
     """Fine-tune an existing adapter (``adapter``) or a freshly initialised one (``lora``).
 
@@ -86,6 +87,7 @@ def finetune(
         pause_at: leaves the run after so many optimizer steps of it, without ``output``: called again with the same
             arguments but this one, it goes on from there. ``validation_loss`` is then that at the pause, and
             ``validation`` has the epochs of this call.
+        start_loss: what ``validation_rows`` lose before the first step, where that is known: it is not computed again.
 
     Raises:
         ConfigError: not exactly one of ``adapter`` and ``lora``, or a device or precision that is not there.
@@ -148,7 +150,7 @@ def finetune(
             return validation_loss(wrapped, tokenizer, validation_rows, settings.cutoff, validation_batch)
 
         def validate(epoch: int) -> None:
-            loss = held_out()
+            loss = held_out() if epoch or start_loss is None else start_loss
             if loss is not None:
                 curve.append(Validation(epoch=epoch, loss=loss))
 

@@ -87,7 +87,7 @@ def activation_bytes(head: LabelHead, batch: dict[str, Tensor]) -> int:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
             kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # itself it would keep alive the node that it is the output of, and that keeps it
 
     devices = [batch["input_ids"].device] if batch["input_ids"].is_cuda else []
     with torch.random.fork_rng(devices), torch.enable_grad(), saved_tensors_hooks(pack, lambda tensor: tensor):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,6 @@ from lorasuite.errors import NumericalError, Problem
 from lorasuite.training._finetune import finetune
 from lorasuite.training._settings import FinetuneResult, FinetuneSettings
 
-#: Factor between neighbouring learning rates of a search, and its bounds.
-RATE_FACTOR, LOWEST_RATE, HIGHEST_RATE = 3.0, 1e-5, 1e-1
 #: Fewest optimizer steps of a short fine-tune, if the whole one has as many: fewer do not tell starts apart.
 MIN_SHORT_STEPS = 24
 
@@ -28,7 +26,9 @@ class TriedRate(BaseModel):
 
     learning_rate: float
     validation_loss: float | None = Field(description="least held-out loss, nats per label token; None: diverged")
-    epochs: int | None = Field(description="after how many epochs that was; None: of a short run, or diverged")
+    epochs: int | None = Field(
+        description="after how many epochs that was; None: of a short or paused run, or diverged"
+    )
     start_loss: float | None = Field(description="held-out loss before training; None as for epochs")
 
 
@@ -74,7 +74,6 @@ def finetune_swept(
     *,
     output: Path,
     work_dir: Path,
-    briefly: bool = False,
     **arguments: Any,
 ) -> tuple[FinetuneResult, list[TriedRate]]:
     """Fine-tune on all rows at the learning rate, and for the epochs, that did best on the rows held out.
@@ -92,8 +91,6 @@ def finetune_swept(
         learning_rates: those to try.
         output: where the tuned PEFT adapter is written.
         work_dir: of the checkpoints, a folder in it for each run.
-        briefly: tell the rates apart by fine-tunes as short as :func:`screen`'s, and go on by a factor of
-            :data:`RATE_FACTOR` where the lowest or highest does best; only the best is tried at length.
         arguments: the other arguments of :func:`finetune`.
 
     Returns:
@@ -106,17 +103,13 @@ def finetune_swept(
     tried: list[TriedRate] = []
     rate, stop = rates[0], None
     if len(rates) > 1:
-        if briefly:
-            losses = _search(lambda rate: _short_loss(base, tokenizer, rows, settings, rate, **arguments), rates)
-            rates = [min(losses, key=lambda rate: loss_order(losses[rate]))]
-            tried = [
-                TriedRate(learning_rate=rate, validation_loss=loss, epochs=None, start_loss=None)
-                for rate, loss in losses.items()
-                if rate not in rates
-            ]
-        whole = [_try_rate(base, tokenizer, rows, settings, rate, work_dir, **arguments) for rate in rates]
-        tried = sorted([*tried, *whole], key=lambda entry: entry.learning_rate)
-        best = min(whole, key=lambda entry: loss_order(entry.validation_loss))
+        known: float | None = None  # of the start, which is the same at every rate
+        for rate in rates:
+            one = _try_rate(base, tokenizer, rows, settings, rate, work_dir, start_loss=known, **arguments)
+            known = one.start_loss if known is None else known
+            tried.append(one)
+        tried.sort(key=lambda entry: entry.learning_rate)
+        best = min(tried, key=lambda entry: loss_order(entry.validation_loss))
         if best.validation_loss is None:
             raise NumericalError(Problem("learning_rates", f"training diverged at each of {rates}", "Try lower ones."))
         rate, stop = best.learning_rate, best.epochs
@@ -188,15 +181,3 @@ def _short_loss(
         except NumericalError:
             return None
     return min((point["loss"] for point in curve), default=None)
-
-
-def _search(attempt: Callable[[float], float | None], rates: Sequence[float]) -> dict[float, float | None]:
-    """The loss at each rate, and at further ones while the lowest or highest of them is best."""
-    losses = {rate: attempt(rate) for rate in rates}
-    while True:
-        best = min(losses, key=lambda rate: loss_order(losses[rate]))
-        further = {min(losses): best / RATE_FACTOR, max(losses): best * RATE_FACTOR}.get(best)
-        if further is None or not LOWEST_RATE <= further <= HIGHEST_RATE or losses[best] is None:
-            return losses
-        rate = float(f"{further:.0e}")
-        losses[rate] = attempt(rate)

@@ -114,13 +114,16 @@ def test_prompts_beside_few_rows_are_read_and_chosen_by(mirror: dict[str, Any], 
 
 
 def test_auto_has_the_teacher_write_where_it_is_told_prompts(mirror: dict[str, Any], tmp_path: Path) -> None:
-    """Nobody asked for teacher samples, or named a learning rate: a row for each prompt is written and trained on, at
-    the best of several rates for a fresh LoRA and for the chosen transform; the record says so."""
+    """Nobody asked for teacher samples, or named a learning rate: a row for each prompt is written and trained on, from
+    the start and at the rate that a search of at most two and a half fine-tunes found; the record says so."""
     record = run(mirror, tmp_path / "out", method="auto", finetune=TUNE)
-    starts, rates = record["finetune"]["starts"], record["finetune"]["sweep"]
-    assert "fresh" in starts and starts[record["finetune"]["start"]] == min(starts.values())
-    assert {3e-4, 1e-3, 3e-3} <= {entry["learning_rate"] for entry in rates}
-    assert [e["learning_rate"] for e in rates if e["epochs"] is not None] == [record["finetune"]["learning_rate"]]
+    tuning, search = record["finetune"], record["finetune"]["search"]
+    assert {"fresh", search["start"]} <= tuning["starts"].keys() and search["cost"] <= 2.5
+    assert (search["arms"][0]["start"], search["arms"][0]["learning_rate"]) == (
+        search["start"],
+        search["learning_rate"],
+    )
+    assert tuning["learning_rate"] == search["learning_rate"] in {rate["learning_rate"] for rate in tuning["sweep"]}
     assert record["teacher"]["rows"] == record["finetune"]["samples"] == 40
     assert any("--teacher-samples 0" in notice for notice in record["notices"])
 

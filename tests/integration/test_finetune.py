@@ -6,7 +6,6 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -18,7 +17,6 @@ from lorasuite.bases import Checkpoint
 from lorasuite.data import IGNORED, MIN_OWN_HOLDOUT_ROWS, Row, encode, split_rows
 from lorasuite.errors import AdapterError, ConfigError, DataError, NumericalError, OutputError
 from lorasuite.training import FinetuneResult, FinetuneSettings, collate, finetune, finetune_swept, validation_loss
-from lorasuite.training import _sweep as sweep
 from tests.integration.tiny import digit_rows, tiny_lora, tiny_model, tiny_tokenizer
 
 SETTINGS = FinetuneSettings(batch_size=4, epochs=2, learning_rate=5e-3)
@@ -348,30 +346,6 @@ def test_a_sweep_is_never_worse_than_its_start(tmp_path, helps: bool, monkeypatc
     assert (result.steps > 0) == helps
     if not helps:  # the start, whose B is zero, is written as it is
         assert all(float(t.abs().max()) == 0 for name, t in tensors(tmp_path / "swept").items() if "lora_B" in name)
-
-
-def test_rates_are_told_apart_by_short_runs(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every rate gets a quarter of the epochs, or what 24 steps take; the best goes on from its start to the end."""
-    runs: list[tuple[float, float]] = []
-    whole = sweep.finetune
-
-    def counted(base: Any, tokenizer: Any, rows: Any, settings: FinetuneSettings, **named: Any) -> Any:
-        runs.append((settings.learning_rate, settings.epochs))
-        return whole(base, tokenizer, rows, settings, **named)
-
-    monkeypatch.setattr(sweep, "finetune", counted)
-    settings = SETTINGS.model_copy(update={"epochs": 40})  # two steps each
-    result, tried = finetune_swept(
-        tiny_model(), tiny_tokenizer(), split_rows(digit_rows(10), seed=settings.seed), settings, [1e-4, 1e-3],
-        adapter=None, lora=tiny_lora(), output=tmp_path / "found", work_dir=tmp_path / "work", briefly=True,
-    )  # fmt: skip
-    found = [rate for rate, epochs in runs if epochs == 12]
-    assert found[:3] == [1e-4, 1e-3, 3e-3], "the highest did best: on to higher ones"
-    assert runs[len(found) :] == [(result.learning_rate, 40)] * 2
-    assert [entry.learning_rate for entry in tried] == sorted(found)
-    whole_one = next(entry for entry in tried if entry.epochs is not None)
-    assert whole_one.learning_rate == result.learning_rate == found[-2] or result.learning_rate == 0.1
-    assert result.steps and whole_one.validation_loss < whole_one.start_loss
 
 
 def test_synthetic_rows_are_judged_by_the_users_rows():

@@ -11,8 +11,6 @@ from lorasuite.data import Row
 from lorasuite.planning import MigrationConfig, RowCounts, RowPlan, plan_rows
 
 NAMES = dict.fromkeys(("adapter", "old_base", "new_base", "output"), "x")
-#: Rates tried first around the default 1e-3 of a fine-tune.
-SEARCHED = (3e-4, 1e-3, 3e-3)
 #: What most cases have in common: no source of prompts, no evaluation, no teacher.
 NOTHING = RowPlan(
     requested_rows=0,
@@ -23,12 +21,12 @@ NOTHING = RowPlan(
     has_prompt_source=False,
     few_labels=False,
     rates=(),
-    searches_rates=False,
+    searches=False,
     compares_starts=False,
     measures_controls=False,
     own_rows_decide=False,
 )
-SWEPT = {"rates": SEARCHED, "searches_rates": True, "compares_starts": True}
+SWEPT = {"searches": True, "compares_starts": True}
 FEW = {"has_prompt_source": True, "few_labels": True}
 IMITATE = {"imitate": True}
 FRAMED = {"prefix": "mirror :", "suffix": " ="}
@@ -125,6 +123,8 @@ def settings(**given: Any) -> MigrationConfig:
             {"own": 30, "prompts": 40},
             {**SWEPT, "has_prompt_source": True, "requested_rows": 320, "own_rows": 30},
         ),
+        ({"train_data": "t", "effort": "thorough"}, {"own": 30}, {**SWEPT, "requested_rows": 100, "own_rows": 30}),
+        ({"train_data": "t", "effort": "quick"}, {"own": 30}, {"requested_rows": 100, "own_rows": 30}),
         # Learning rates that are named are not searched; one of them is no sweep, and starts are compared in none.
         (
             {"train_data": "t", "learning_rates": (1e-2, 1e-3)},
@@ -184,15 +184,18 @@ def test_plan(given: dict[str, Any], counts: dict[str, Any], expected: dict[str,
     ("given", "counts", "trains", "control", "alone", "competes"),
     [
         ({}, {}, False, False, False, False),
-        ({"train_data": "t"}, {"own": 60}, True, True, False, False),
+        # A search has no control of its own; one is trained where it is measured.
+        ({"train_data": "t"}, {"own": 60}, True, False, False, False),
+        ({"train_data": "t"}, {"own": 60, "evaluation": 5}, True, True, False, False),
+        ({"train_data": "t", "learning_rates": (1e-3, 1e-2)}, {"own": 60}, True, True, False, False),
         ({"train_data": "t", "method": "procrustes"}, {"own": 60}, True, False, False, False),
         ({"train_data": "t", "method": "procrustes"}, {"own": 60, "evaluation": 5}, True, True, False, False),
         # Rows of both kinds: what the user's alone come to is measured, and published if they are enough to say so.
-        ({"train_data": "t", "prompts": "p"}, {"own": 60}, True, True, True, True),
-        ({"train_data": "t", "prompts": "p"}, {"own": 49}, True, True, False, False),
+        ({"train_data": "t", "prompts": "p"}, {"own": 60}, True, False, True, True),
+        ({"train_data": "t", "prompts": "p"}, {"own": 49}, True, False, False, False),
         ({"train_data": "t", "prompts": "p"}, {"own": 49, "evaluation": 5}, True, True, True, False),
         ({"train_data": "t", "prompts": "p", "learning_rates": (1e-3,)}, {"own": 60}, True, False, False, False),
-        ({"train_data": "t", "prompts": "p"}, {"own": 60, "teacher_usable": False}, True, True, False, False),
+        ({"train_data": "t", "prompts": "p"}, {"own": 60, "teacher_usable": False}, True, False, False, False),
         ({"prompts": "p"}, {"evaluation": 5}, True, True, False, False),
         ({"prompts": "p"}, {"evaluation": 5, "teacher_usable": False}, False, True, False, False),
     ],

@@ -27,6 +27,18 @@ def test_it_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert MigrationRecord.read(tmp_path / "migration.json") == made
 
 
+def test_a_search_is_read_as_it_was_written(tmp_path: Path) -> None:
+    arm = {"start": "functional", "learning_rate": 1e-3, "losses": {"0": 0.9, "6": None}}
+    search = {
+        "start": "functional", "learning_rate": 1e-3, "epochs": None, "steps": 9, "schedule": 6, "cost": 2.5,
+        "held_out": 6, "arms": [arm],
+    }  # fmt: skip
+    made = record(finetune={**content()["finetune"], "search": search})
+    made.write(tmp_path / "migration.json")
+    assert json.loads((tmp_path / "migration.json").read_text())["finetune"]["search"] == search
+    assert MigrationRecord.read(tmp_path / "migration.json") == made
+
+
 def test_a_typing_error_is_found_where_a_record_is_made() -> None:
     for wrong in ({"retained_enrgy": {}}, {"finetune": {**content()["finetune"], "screend": {}}}):
         with pytest.raises(ValidationError, match="Extra inputs"):

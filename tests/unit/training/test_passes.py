@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,17 @@ def test_activations_grow_with_tokens_and_checkpointing_keeps_few() -> None:
     assert taken(32) < whole / 4
     assert rows_that_fit(2**30, 10 * 2**30) == 6 and rows_that_fit(2**30, 2**30) == 0
     assert 0 < free_memory(torch.device("cpu")) < 2**45
+
+
+def test_measuring_leaves_nothing_in_memory() -> None:
+    head = LabelHead(get_peft_model(tiny_model(), tiny_lora()).train())
+
+    def living() -> int:
+        activation_bytes(head, {"input_ids": torch.ones(1, 8, dtype=torch.long)})
+        gc.collect()
+        return sum(type(it) in (torch.Tensor, torch.nn.Parameter) for it in gc.get_objects())
+
+    assert living() == living()
 
 
 def test_memory_that_runs_out_halves_the_passes_and_changes_rounding_only(

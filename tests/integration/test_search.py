@@ -1,0 +1,93 @@
+"""A search on a tiny model: what it costs, going on after a kill, the same again, never worse than a start."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lorasuite.data import split_rows
+from lorasuite.training import EXTENTS, FinetuneResult, FinetuneSettings, Search, Start, search, validation_loss
+from lorasuite.training import _search as module
+from tests.integration.tiny import digit_rows, tiny_lora, tiny_model, tiny_tokenizer
+
+SETTINGS = FinetuneSettings(batch_size=4, epochs=4, learning_rate=1e-3)
+ROWS = split_rows(digit_rows(20), seed=SETTINGS.seed)
+
+
+def run(tmp_path: Path, name: str, effort: str = "normal", **changes: Any) -> tuple[FinetuneResult, Search]:
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    bare = validation_loss(model, tokenizer, ROWS.to_choose_by, SETTINGS.cutoff, 16)
+    starts = {"fresh": Start(ROWS, bare, lora=tiny_lora()), "other": Start(ROWS, bare, lora=tiny_lora())}
+    return search(
+        model, tokenizer, changes.get("starts", starts), SETTINGS, EXTENTS[effort], bare=bare,
+        output=tmp_path / name, work_dir=tmp_path / f"{name}-work",
+    )  # fmt: skip
+
+
+def tensors(path: Path) -> dict[str, torch.Tensor]:
+    return load_file(path / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("effort", ["normal", "thorough"])
+def test_a_search_costs_what_its_effort_says(tmp_path: Path, effort: str) -> None:
+    result, found = run(tmp_path, "out", effort)
+    assert result.samples == 20, "the winner is trained on all rows"
+    assert found.cost == (found.steps + result.steps) / 20 <= EXTENTS[effort].budget  # type: ignore[index]
+    assert found.held_out == (4 if effort == "normal" else 12)
+    winner = found.arms[0]
+    assert (winner.start, winner.learning_rate) == (found.start, found.learning_rate)
+    assert max(winner.losses) == found.schedule == 16, "the winner's run was followed to its end"
+    assert winner.losses[16] is not None and winner.losses[16] < winner.losses[0]  # type: ignore[operator]
+    assert len({(arm.start, arm.learning_rate) for arm in found.arms}) == len(found.arms) > 1
+    assert not (tmp_path / "out-work").exists()
+
+
+def test_a_killed_search_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing that was finished is trained again, and the result is the same bit for bit."""
+    whole, found = run(tmp_path, "whole")
+    true = module.finetune
+    calls: list[tuple[float, Any]] = []
+
+    def until(limit: int) -> Any:
+        def tune(base: Any, tokenizer: Any, rows: Any, settings: FinetuneSettings, **named: Any) -> FinetuneResult:
+            if len(calls) == limit:
+                raise KeyboardInterrupt
+            calls.append((settings.learning_rate, named.get("pause_at")))
+            return true(base, tokenizer, rows, settings, **named)
+
+        return tune
+
+    monkeypatch.setattr(module, "finetune", until(4))
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, "killed")
+    monkeypatch.setattr(module, "finetune", until(99))
+    again, same = run(tmp_path, "killed")
+    assert len(calls) == 1 + sum(len(stops) for stops in _stops(found)), calls
+    assert same == found and again.losses == whole.losses
+    for name, tensor in tensors(tmp_path / "whole").items():
+        assert torch.equal(tensor, tensors(tmp_path / "killed")[name]), name
+
+
+def _stops(found: Search) -> list[set[int]]:
+    """The steps at which each arm was paused: those of its losses that no other arm's epochs explain."""
+    plan = module.rounds(len(found.arms), found.schedule, 30)
+    return [{stop for _, stop in plan if stop <= max(arm.losses)} for arm in found.arms]
+
+
+def test_no_start_is_made_worse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where every epoch makes the held-out rows worse, the start is written as it is."""
+    losses = iter(range(5, 1000))
+    monkeypatch.setattr("lorasuite.training._finetune.validation_loss", lambda *_: float(next(losses)))
+    result, found = run(tmp_path, "out", starts={"fresh": Start(ROWS, 4.0, lora=tiny_lora())})
+    assert (found.epochs, result.steps) == (0, 0)
+    assert all(float(t.abs().max()) == 0 for name, t in tensors(tmp_path / "out").items() if "lora_B" in name)
+
+
+def test_what_a_start_loses_is_not_measured_again(tmp_path: Path) -> None:
+    starts = {"fresh": Start(ROWS, 99.0, lora=tiny_lora()), "other": Start(ROWS, 98.0, lora=tiny_lora())}
+    _, found = run(tmp_path, "out", starts=starts)
+    assert {(arm.start, arm.losses[0]) for arm in found.arms} == {("fresh", 99.0), ("other", 98.0)}
