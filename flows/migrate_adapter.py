@@ -30,7 +30,7 @@ from lorasuite.planning import AUTO, MigrationConfig, Plan, build, check
 from lorasuite.reporting import ArmResults, MigrationRecord, publish
 from lorasuite.teacher import TemplateFits
 from lorasuite.training import NOTHING
-from lorasuite.transforms import ModelTransform, names, transform
+from lorasuite.transforms import ModelTransform, can_move, names, transform
 from tasks.evaluation_stages import serving
 from tasks.fingerprints import fingerprint_migration
 from tasks.folders import adapter_folder, weights_digest
@@ -104,11 +104,13 @@ def candidates(settings: MigrationConfig, plan: Plan, pair: Pair, source: Source
     """The transform that is named, or with ``auto`` every one that can move this adapter between these bases."""
     if settings.method != AUTO:
         return [settings.method]
-    moved = tuple(role for role in source.roles if role in pair.new.architecture.roles)
+    moved = tuple(role for role in source.roles if role in pair.new.every_role)
     found = []
     for name in names():
         one = transform(name)
-        usable = not one.problems(pair.old.dims, pair.new.dims, moved)
+        usable = not one.problems(pair.old.sizes, pair.new.sizes, moved) and (
+            any(can_move(one, role) for role in moved) or not moved
+        )
         if one.reads_texts and pair.texts is None:
             usable = False
         if isinstance(one, ModelTransform) and not source.plain:

@@ -14,7 +14,7 @@ from prefect.concurrency.sync import concurrency
 from prefect.exceptions import ObjectAlreadyExists
 
 from flows.context import Context
-from lorasuite.bases import ATTENTION, Checkpoint, Role, digest_json
+from lorasuite.bases import ATTENTION, MLP, ROLES, Checkpoint, Role, digest_json
 from lorasuite.correspondence import FUNCTIONAL, ORTHOGONAL, End, HeadMaps, MapKind
 from lorasuite.planning import PairSettings
 from lorasuite.transforms import AlignedTransform, Input, transform
@@ -34,7 +34,7 @@ from tasks.stage import Ref
 #: A host that dies while it computes a pair's artifacts holds the others up for so long.
 LEASE_SECONDS = 60
 #: Roles aligned together: adapters of attention alone do not pay for the MLP's.
-GROUPS: dict[str, tuple[Role, ...]] = {"attention": ATTENTION, "mlp": ("gate", "up", "down")}
+GROUPS: dict[str, tuple[Role, ...]] = {"attention": ATTENTION, "mlp": MLP}
 #: The kinds of map that every pair's alignment has, of what projections read and of what they write.
 SHARED: dict[End, tuple[MapKind, ...]] = {"in": (FUNCTIONAL, ORTHOGONAL), "out": (ORTHOGONAL,)}
 
@@ -106,7 +106,7 @@ class Pair:
     def mlp_factors(self) -> dict[str, Ref]:
         """The old base's MLP factors by role, of the roles both bases have."""
         inputs = {"old_model": self.context.fingerprints["old_model"]}
-        roles = [role for role in self.roles if role in self._shared_roles and role not in ATTENTION]
+        roles = [role for role in self.roles if role in self._shared_roles and role in MLP]
         return {role: self.context.run(mlp_factors, inputs, {"role": role}, label=role) for role in roles}
 
     @cached_property
@@ -164,7 +164,9 @@ class Pair:
         return {
             "layer_map": layers["layers"],
             "layer_similarity": layers["similarity"],
-            "head_map": {f"{o}->{n}": heads.info["heads"][o] for o, n in layers["layers"].items()},
+            "head_map": {
+                f"{o}->{n}": matched for o, n in layers["layers"].items() if (matched := heads.info["heads"].get(o))
+            },
             "transfer_matrix": {name: fitted[name] for name in ("identity", "residual", "tokens")},
             "head_similarity": HeadMaps.read(heads).mean_similarity(),
             "alignment": None if aligned is None else _fit(context.open(aligned).info),
@@ -204,12 +206,13 @@ class Pair:
 
     @property
     def _shared_roles(self) -> list[Role]:
-        return [role for role in self.old.architecture.roles if role in self.new.architecture.roles]
+        return [role for role in self.old.every_role if role in self.new.every_role]
 
     @property
     def _groups(self) -> dict[str, list[Role]]:
         """Roles that both bases have, by group, of those groups that an adapter of these roles has any of."""
-        both = {group: [role for role in members if role in self._shared_roles] for group, members in GROUPS.items()}
+        groups = {**GROUPS, "own": tuple(role for role in self._shared_roles if role not in ROLES)}
+        both = {group: [role for role in members if role in self._shared_roles] for group, members in groups.items()}
         return {group: kept for group, kept in both.items() if set(kept) & set(self.roles)}
 
     def _activations(self, side: str, texts: Ref) -> Ref:

@@ -63,6 +63,13 @@ def grouped(problems: Iterable[Problem]) -> list[Problem]:
     return [_counted(members) for members in kinds.values()]
 
 
+def examples(names: Sequence[str]) -> str:
+    """``"a, b, c and 9 more"``: names, three of them where there are more than four."""
+    if len(names) <= 4:
+        return ", ".join(names)
+    return f"{', '.join(names[:3])} and {len(names) - 3} more"
+
+
 def _counted(members: Sequence[Problem]) -> Problem:
     first, *others = members
     if not others:

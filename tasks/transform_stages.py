@@ -127,7 +127,11 @@ def model_fit(inputs: ModelFitInputs, settings: ModelFitSettings, where: Where) 
             cutoff=settings.cutoff,
             progress=Progress(f"{settings.method} fit").step,
         )
-    moved = Migrated(updates=fitted.updates, rank=settings.rank, retained=dict.fromkeys(fitted.updates, 1.0))
+    lost = [role for role in roles if role not in new.every_role]
+    dropped = [{"module": f"every {role} projection", "why": f"the new base has no {role} projection"} for role in lost]
+    moved = Migrated(
+        updates=fitted.updates, rank=settings.rank, retained=dict.fromkeys(fitted.updates, 1.0), dropped=dropped
+    )
     # A fit may leave modules of the adapter out; a fine-tune is to have them all.
     initialise(moved, new, (), roles, settings.rank, settings.seed)
     files = adapter_files(adapter, new, moved.updates, settings.rank, settings.output_type, extra=moved.fresh)

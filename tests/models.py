@@ -31,10 +31,16 @@ FAMILIES = (
     "llama", "qwen2", "gpt_neox", "bloom", "mistral", "ministral", "ministral3", "mistral3", "mixtral", "qwen3",
     "qwen3_moe", "qwen2_moe", "llama4_text", "llama4", "phi", "phi3", "gemma", "gemma2", "gemma3_text", "gemma3",
     "olmo", "olmo2", "olmo3", "smollm3", "stablelm", "granite", "cohere", "cohere2", "minicpm", "gpt2", "opt",
+    "lfm2", "qwen3_next",
 )  # fmt: skip
 MULTIMODAL = ("llama4", "gemma3", "mistral3")
-MOE = ("mixtral", "qwen3_moe", "qwen2_moe", "llama4_text", "llama4")
+MOE = ("mixtral", "qwen3_moe", "qwen2_moe", "llama4_text", "llama4", "qwen3_next")
 FUSED = ("gpt_neox", "bloom", "phi3", "gpt2")
+#: Families of which only some layers have attention, and how the kinds of layer alternate.
+HYBRID: dict[str, tuple[str, ...]] = {
+    "lfm2": ("conv", "full_attention"),
+    "qwen3_next": ("linear_attention", "full_attention"),
+}
 
 LLAMA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 NEOX_TARGETS = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
@@ -49,6 +55,8 @@ ALL_TARGETS: dict[str, list[str] | str] = {
     "phi3": ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"],
     "gpt2": ["c_attn", "c_proj", "c_fc"],
     "opt": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
+    "lfm2": ["q_proj", "k_proj", "v_proj", "in_proj", "out_proj", "w1", "w2", "w3"],
+    "qwen3_next": [*LLAMA_TARGETS[:4], "in_proj_qkvz", "in_proj_ba", "out_proj"],
 }
 
 EXPERTS: dict[str, Any] = {"num_local_experts": 2, "num_experts_per_tok": 1}
@@ -69,6 +77,12 @@ PECULIAR: dict[str, dict[str, Any]] = {
     "gemma3_text": {"head_dim": 16, "query_pre_attn_scalar": 16},
     "granite": {"embedding_multiplier": 3.0, "residual_multiplier": 0.5},
     "minicpm": {"scale_emb": 12, "scale_depth": 1.4},
+    "lfm2": {"block_auto_adjust_ff_dim": False},
+    "qwen3_next": {
+        **EXPERTS, "num_experts": 2, "moe_intermediate_size": 8, "mlp_only_layers": [1], "head_dim": 12,
+        "shared_expert_intermediate_size": 20, "linear_num_value_heads": 4, "linear_num_key_heads": 2,
+        "linear_key_head_dim": 6, "linear_value_head_dim": 10,
+    },
 }  # fmt: skip
 NO_KV_HEADS = ("gpt_neox", "bloom", "gpt2", "opt")
 VISION: dict[str, dict[str, Any]] = {
@@ -144,6 +158,7 @@ def config_for(
         "max_position_embeddings": 128,
         **ids,
         **PECULIAR.get(family, {}),
+        **({"layer_types": [HYBRID[family][n % 2] for n in range(layers)]} if family in HYBRID else {}),
         **extra,
     }
     if family == "opt":

@@ -11,8 +11,11 @@ import torch
 from torch import Tensor
 
 from lorasuite.adapters._contents import Contents, Update
+from lorasuite.adapters._files import initial_adapter
+from lorasuite.adapters._left_out import left_out
 from lorasuite.adapters._reader import Adapter
 from lorasuite.adapters._sources import split_sources
+from lorasuite.adapters._tidy import write_tidy
 from lorasuite.adapters._writer import write_adapter
 from lorasuite.bases import Checkpoint, digest_json
 from lorasuite.errors import AdapterError, LoRASuiteError, Problem
@@ -20,7 +23,7 @@ from lorasuite.errors import AdapterError, LoRASuiteError, Problem
 
 @dataclass(frozen=True, eq=False)
 class Combined(Adapter):
-    """A weighted sum of adapters; its rank is the sum of theirs. Not on disk: :func:`write_combined` writes it."""
+    """A weighted sum of adapters; its rank is the sum of theirs. Not on disk: :func:`write_ready` writes it."""
 
     members: tuple[tuple[Adapter, float], ...]
 
@@ -106,8 +109,9 @@ def _only_updates(adapter: Adapter) -> list[Problem]:
     ]
 
 
-def write_combined(adapter: Combined, base: Checkpoint, folder: Path, base_name: str) -> Path:
-    """Write a sum as one LoRA whose rank is the sum of the ranks.
+def write_ready(adapter: Adapter, base: Checkpoint, folder: Path, base_name: str) -> Path:
+    """Write an adapter so that PEFT finds its modules: a sum as one LoRA whose rank is the sum of the ranks, another
+    under the names of the base's own model and without what is left out of it.
 
     Args:
         base: the old base, of which the modules are and from which some kinds are read.
@@ -117,7 +121,13 @@ def write_combined(adapter: Combined, base: Checkpoint, folder: Path, base_name:
     Raises:
         AdapterError: if factors hold NaN or Inf.
     """
-    updates = {module: adapter.update(module, base) for module in adapter.modules}
+    members = adapter.members if isinstance(adapter, Combined) else ((adapter, 1.0),)
+    # What a changed base was before training lies in a folder of its own, and is part of the sum.
+    if not isinstance(adapter, Combined) and (initial_adapter(adapter.path) is None or not adapter.plain(base.architecture)):
+        return write_tidy(adapter, base, folder)
+    idle = {module for member, _ in members for module in left_out(member, base).modules}
+    own = base.architecture.own_name
+    updates = {own(module): adapter.update(module, base) for module in adapter.modules if module not in idle}
     rank = max(update.rank for update in updates.values())
     return write_adapter(
         folder,

@@ -35,7 +35,8 @@ BiasChange = Callable[[Checkpoint], Tensor | None]
 class Contents:
     """What an adapter holds, by module path of the base model: updates, changes of biases, names of other tensors.
 
-    ``tokens``: embedding path → its tensor, and the ids its rows stand for.
+    ``tokens``: embedding path → its tensor, and the ids its rows stand for. ``copies``: whole weights that the config
+    does not name as trained. ``frozen``: copies of what trained modules were before, which are never read.
     """
 
     updates: dict[str, Update] = field(default_factory=dict)
@@ -43,6 +44,8 @@ class Contents:
     biases: dict[str, BiasChange] = field(default_factory=dict)
     saved: dict[str, str] = field(default_factory=dict)
     tokens: dict[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)
+    copies: dict[str, str] = field(default_factory=dict)
+    frozen: tuple[str, ...] = ()
 
 
 #: What a reader of one kind of adapter gives: the contents, empty where there are problems.

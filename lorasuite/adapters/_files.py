@@ -20,12 +20,48 @@ CONFIG = "adapter_config.json"
 PREFIX = "base_model.model."
 
 
+#: What wrappers of a model leave in names: torch.compile, FSDP and activation checkpointing.
+_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+#: The name of an adapter in a state dict that was saved as it is in memory; PEFT's own saving leaves it out.
+_NAMED = (
+    re.compile(
+        r"(\.(?:lora_[ABE]|lora_magnitude_vector|modules_to_save))\.(?!weight$|original_module\b)\w+(?=\.weight$)"
+    ),
+    re.compile(r"(\.(?:lora_[ABE]|lora_embedding_[AB]|lora_magnitude_vector))\.(?!weight$)\w+$"),
+    re.compile(r"()\.default(?=\.|$)"),
+)
+
+
+def peft_name(name: str) -> str:
+    """The name PEFT saves a tensor under, of one that was saved otherwise: by a state dict or from inside a wrapper."""
+    found = _WRAPPERS.sub("", name)
+    for pattern in _NAMED:
+        found = pattern.sub(r"\1", found)
+    outside = found.startswith("base_model.") and not found.startswith(PREFIX)  # tensors that all modules share
+    return found if outside or found.startswith(PREFIX) else PREFIX + found.removeprefix("module.")
+
+
 class Tensors:
-    """An adapter's tensors: safetensors, or a pickle file read with ``weights_only=True``."""
+    """An adapter's tensors: safetensors, or a pickle file read with ``weights_only=True``.
+
+    They go by the names that PEFT's ``save_pretrained`` gives them, whatever they are called in the file.
+    """
 
     def __init__(self, file: Path) -> None:
         """The tensors of a file, which is read when they are asked for."""
         self.file = file
+
+    @cached_property
+    def stored(self) -> dict[str, str]:
+        """Name → the name in the file: another one where it was not PEFT that saved it.
+
+        Raises:
+            CheckpointError: if the file cannot be read.
+        """
+        names = list(self._shapes)
+        found = {peft_name(name): name for name in names}
+        # of two adapters in one file, which would get the same names, each keeps its own
+        return found if len(found) == len(names) else {name: name for name in names}
 
     @cached_property
     def _pickled(self) -> dict[str, Tensor]:
@@ -45,6 +81,10 @@ class Tensors:
         Raises:
             CheckpointError: if the file cannot be read.
         """
+        return {name: self._shapes[stored] for name, stored in self.stored.items()}
+
+    @cached_property
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
         if self.file.suffix == ".bin":
             return {name: tuple(tensor.shape) for name, tensor in self._pickled.items()}
         try:
@@ -56,6 +96,18 @@ class Tensors:
             )
             raise CheckpointError(problem) from error
 
+    def raw(self, name: str) -> Tensor:
+        """One tensor as it is stored.
+
+        Raises:
+            CheckpointError: if the file cannot be read.
+        """
+        if self.file.suffix == ".bin":
+            return self._pickled[self.stored[name]]
+        with safe_open(self.file, framework="pt") as handle:
+            tensor: Tensor = handle.get_tensor(self.stored[name])
+        return tensor
+
     def tensor(self, name: str) -> Tensor:
         """One tensor in float32 (integers as they are).
 
@@ -63,11 +115,7 @@ class Tensors:
             AdapterError: if it holds NaN or Inf.
             CheckpointError: if the file cannot be read.
         """
-        if self.file.suffix == ".bin":
-            tensor = self._pickled[name]
-        else:
-            with safe_open(self.file, framework="pt") as handle:
-                tensor = handle.get_tensor(name)
+        tensor = self.raw(name)
         if not tensor.is_floating_point():
             return tensor
         if not bool(torch.isfinite(tensor).all()):
@@ -82,7 +130,7 @@ def initial_adapter(folder: Path) -> Path | None:
     return next((path.parent for path in sorted(folder.glob(f"*_init/{WEIGHTS}"))), None)
 
 
-def elsewhere(folder: Path) -> str:
-    """The adapters in subfolders, such as named ones of PEFT and those of a trainer's checkpoints, for a message."""
-    found = [f"{path.parent.relative_to(folder)}/" for path in sorted(folder.glob(f"*/{CONFIG}"))]
-    return ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
+def elsewhere(folder: Path) -> list[str]:
+    """The adapters in subfolders, such as named ones of PEFT and those of a trainer's checkpoints, nearest first."""
+    inside = [*sorted(folder.glob(f"*/{CONFIG}")), *sorted(folder.glob(f"*/*/{CONFIG}"))]
+    return [path.parent.relative_to(folder).as_posix() for path in inside]

@@ -25,6 +25,7 @@ _MAGNITUDE = re.compile(r"(?P<module>.+)\.lora_magnitude_vector(\.weight)?")
 _TOKENS = re.compile(r"(?P<module>.+)\.token_adapter\.trainable_tokens_delta")
 _EMBEDDING_COPY = re.compile(r"(?P<module>.+)\.base_layer\.weight")
 _BIAS = re.compile(r"(?P<module>.+?)(\.base_layer)?\.bias")
+_FROZEN = re.compile(r"(?P<module>.+)\.original_module\.(weight|bias)")
 _SAVED = re.compile(r"(?P<module>.+?)(\.modules_to_save)?\.weight")
 
 
@@ -37,6 +38,8 @@ def read_lora(folder: Path, config: Mapping[str, Any], weights: Tensors) -> Read
     biases: dict[str, BiasChange] = {}
     saved: dict[str, str] = {}
     tokens: dict[str, tuple[str, tuple[int, ...]]] = {}
+    copies: dict[str, str] = {}
+    frozen: list[str] = []
     strange: list[str] = []
     for full in weights.shapes:
         name = full.removeprefix(PREFIX) if full.startswith(PREFIX) else ""
@@ -54,10 +57,14 @@ def read_lora(folder: Path, config: Mapping[str, Any], weights: Tensors) -> Read
                 problems.append(Problem(f"{folder / CONFIG}: trainable_token_indices", what, "The two do not belong."))
         elif _EMBEDDING_COPY.fullmatch(name):
             continue  # the frozen base weight of an embedding, which PEFT stores beside its LoRA
+        elif match := _FROZEN.fullmatch(name):
+            frozen.append(match["module"])
         elif (match := _BIAS.fullmatch(name)) and config.get("bias") == "lora_only":
             biases[match["module"]] = _trained_bias(match["module"], full, weights)
         elif (match := _SAVED.fullmatch(name)) and _is_saved(match["module"], config):
             saved[match["module"]] = full
+        elif (match := _SAVED.fullmatch(name)) and ".lora_" not in name:
+            copies[match["module"]] = full
         else:
             strange.append(full)
     if strange:
@@ -78,7 +85,7 @@ def read_lora(folder: Path, config: Mapping[str, Any], weights: Tensors) -> Read
     if not problems and isinstance(init, str) and CHANGES_BASE.search(init):
         undone = _undo_initialisation(folder, init.lower(), updates)
         updates, problems = ({}, undone) if isinstance(undone, list) else (undone, [])
-    return Contents(updates, magnitudes, biases, saved, tokens), problems
+    return Contents(updates, magnitudes, biases, saved, tokens, copies, tuple(dict.fromkeys(frozen))), problems
 
 
 def _trained_bias(module: str, name: str, weights: Tensors) -> BiasChange:

@@ -16,23 +16,24 @@ from lorasuite.adapters._adalora_format import read_adalora
 from lorasuite.adapters._base_modules import vocabulary_shape, vocabulary_side
 from lorasuite.adapters._contents import Contents, Read
 from lorasuite.adapters._delta_format import read_delta
-from lorasuite.adapters._files import CONFIG, PICKLE, WEIGHTS, Tensors, elsewhere, initial_adapter
+from lorasuite.adapters._files import CONFIG, PICKLE, PREFIX, WEIGHTS, Tensors, elsewhere, initial_adapter
 from lorasuite.adapters._kinds import ORDERED, config_problems, kind_of
+from lorasuite.adapters._left_out import left_out
 from lorasuite.adapters._lora_format import read_lora
 from lorasuite.adapters._lowrank import LowRank
 from lorasuite.bases import (
-    ROLES,
     Architecture,
     Checkpoint,
     Module,
     Role,
     digest_json,
     file_digest,
+    in_order,
     module_order,
     read_json,
     resolve,
 )
-from lorasuite.errors import AdapterError, CheckpointError, Problem
+from lorasuite.errors import AdapterError, CheckpointError, Problem, examples
 
 #: Config fields that say nothing about what an adapter computes.
 INERT = ("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type")
@@ -67,9 +68,10 @@ class Adapter:
         """
         path = resolve(source)
         if not (path / CONFIG).is_file() and (found := elsewhere(path)):
-            raise AdapterError(
-                [Problem(str(path / CONFIG), "is missing", f"There is one in {found}: give that directory.")]
-            )
+            name, _, revision = str(source).partition("@")
+            example = f"{name}/{found[0]}" + (f"@{revision}" if revision else "")
+            remedy = f"There is one in {examples([f'{folder}/' for folder in found])}: give that directory, {example}."
+            raise AdapterError([Problem(str(path / CONFIG), "is missing", remedy)])
         config = read_json(path / CONFIG)
         problems = config_problems(config, str(path / CONFIG), initial_adapter(path) is not None)
         file = path / WEIGHTS
@@ -85,6 +87,8 @@ class Adapter:
         if problems:
             raise AdapterError(problems)
         tensors = Tensors(file)
+        if problem := _empty(tensors):
+            raise AdapterError(problem)
         contents, problems = _read(path, config, tensors)
         if problems:
             raise AdapterError(problems)
@@ -174,9 +178,24 @@ class Adapter:
         c = self.contents
         return sorted(path for path in {*c.updates, *c.saved, *c.tokens} if vocabulary_side(architecture, path))
 
+    def left_out(self, checkpoint: Checkpoint) -> list[tuple[str, str]]:
+        """``(module, why)`` of what its file holds and what changes nothing in its base.
+
+        Raises:
+            AdapterError: if an update holds NaN or Inf.
+            CheckpointError: if the base cannot be read.
+        """
+        return list(left_out(self, checkpoint).rows)
+
     def check(self, checkpoint: Checkpoint) -> list[Problem]:
-        """Why this adapter does not fit a base model; empty if it does."""
-        problems: list[Problem] = []
+        """Why this adapter does not fit a base model; empty if it does.
+
+        Raises:
+            AdapterError: if an update that may be left out holds NaN or Inf.
+            CheckpointError: if the base cannot be read.
+        """
+        idle = left_out(self, checkpoint)
+        problems: list[Problem] = list(idle.problems)
         wrong_base = "The adapter was trained on another base: give that one as --old-base."
         where, shapes = str(self.tensors.file), self.tensors.shapes
         if self.vocabulary_modules(checkpoint.architecture) and self.config.get("ensure_weight_tying"):
@@ -199,6 +218,8 @@ class Adapter:
                     what = f"{path} updates a {update.shape} weight, the old base has {wanted}"
                     problems.append(Problem(where, what, wrong_base))
                 continue
+            if path in idle.modules:
+                continue
             located = checkpoint.architecture.locate(path)
             if located is None:
                 problems.append(
@@ -216,7 +237,7 @@ class Adapter:
                 problems.append(Problem(where, what, wrong_base))
                 continue
             if module not in checkpoint.modules(layer):
-                what = f"{path} is not in the old base, whose layer {layer} has another kind of MLP"
+                what = f"{path} is not in the old base, whose layer {layer} is of another kind"
                 problems.append(Problem(where, what, wrong_base))
                 continue
             dims = checkpoint.layer_dims(layer)
@@ -251,8 +272,8 @@ class Adapter:
 
     def roles(self, architecture: Architecture) -> tuple[Role, ...]:
         """The roles it updates in a base of that architecture."""
-        held = {role for path in self.modules if (found := architecture.locate(path)) for role in found[1].roles}
-        return tuple(role for role in ROLES if role in held)
+        located = (architecture.locate(path) for path in self.modules)
+        return in_order(role for found in located if found for role in found[1].roles)
 
     def fingerprint(self) -> str:
         """What the adapter computes, as a digest of its weights and its scalings (of its config, if it is no LoRA)."""
@@ -264,6 +285,19 @@ class Adapter:
         if start is not None:
             parts.append(file_digest(start / WEIGHTS))
         return digest_json(parts)
+
+
+def _empty(tensors: Tensors) -> Problem | None:
+    """What is wrong with a file of which a sharded training left the tensors' names alone."""
+    empty = [name for name, shape in tensors.shapes.items() if shape == (0,)]
+    if not empty:
+        return None
+    what = f"holds {len(empty)} empty tensors of {len(tensors.shapes)}, such as {empty[0].removeprefix(PREFIX)}"
+    remedy = (
+        "Each process of a sharded training (DeepSpeed ZeRO-3) has a part of every tensor: save with "
+        "stage3_gather_16bit_weights_on_model_save, or gather the checkpoint with zero_to_fp32.py."
+    )
+    return Problem(str(tensors.file), what, remedy)
 
 
 def _read(folder: Path, config: Mapping[str, Any], weights: Tensors) -> Read:

@@ -1,4 +1,4 @@
-from ._architecture import ATTENTION, ROLES, Architecture, Dimensions, Module, Role
+from ._architecture import ATTENTION, MLP, ROLES, Architecture, Dimensions, Module, Role, StandardRole, in_order
 from ._architecture_files import BUILT_IN, add_architectures, architecture_for, architectures, load
 from ._cache import ModelCache, loaded_model, model_cache, release_models
 from ._checkpoint import Checkpoint
@@ -18,6 +18,7 @@ __all__ = [
     "ATTENTION",
     "BUILT_IN",
     "METER",
+    "MLP",
     "ROLES",
     "ActivationRecorder",
     "Architecture",
@@ -32,6 +33,7 @@ __all__ = [
     "Module",
     "Place",
     "Role",
+    "StandardRole",
     "StreamedBase",
     "TextBatch",
     "Weights",
@@ -46,6 +48,7 @@ __all__ = [
     "file_digest",
     "fingerprint_model",
     "fingerprint_tokenizer",
+    "in_order",
     "is_directory",
     "length_batches",
     "linear_modules",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -16,19 +16,30 @@ from torch import Tensor
 
 from lorasuite.errors import ArchitectureError, Problem
 
-#: What a projection does in a transformer block, whatever a family calls it.
-Role = Literal["q", "k", "v", "o", "gate", "up", "down"]
-ROLES: tuple[Role, ...] = get_args(Role)
-ATTENTION: tuple[Role, ...] = ("q", "k", "v", "o")
+#: The projections of a transformer block that most families have: softmax attention's and the MLP's.
+StandardRole = Literal["q", "k", "v", "o", "gate", "up", "down"]
+#: What a projection does in a block, whatever a family calls it: a standard role, or one that an architecture file
+#: names itself (``linear_qkv``, ``kv_latent``). Two families that use one name mean the same by it.
+Role = str
+ROLES: tuple[StandardRole, ...] = get_args(StandardRole)
+ATTENTION: tuple[StandardRole, ...] = ("q", "k", "v", "o")
+MLP: tuple[StandardRole, ...] = ("gate", "up", "down")
 
 #: How several roles share one weight, along its output axis:
 #: ``plain`` one role; ``interleaved`` head by head (q₀ k₀ v₀ q₁ k₁ v₁ …); ``stacked`` role after role.
 Layout = Literal["plain", "interleaved", "stacked"]
 
 
+#: Numbers that can be read from the shapes of a layer's weights.
+Measured = Literal["head_dim", "kv_heads", "intermediate_size"]
+
+
 @dataclass(frozen=True)
 class Dimensions:
-    """The numbers by which two bases differ (the paper's upgrade factors, section 2.1), and the head size."""
+    """The numbers by which two bases differ (the paper's upgrade factors, section 2.1), and the head size.
+
+    ``own`` has ``(role, out, in)`` of the roles of one layer that are no standard ones, as its checkpoint has them.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -37,6 +48,7 @@ class Dimensions:
     heads: int
     kv_heads: int
     head_dim: int
+    own: tuple[tuple[Role, int, int], ...] = ()
 
     @property
     def attention(self) -> str:
@@ -52,6 +64,9 @@ class Dimensions:
 
     def rows(self, role: Role) -> int:
         """Output features of a role's weight."""
+        own = next((out for name, out, _ in self.own if name == role), None)
+        if own is not None:
+            return own
         return {
             "q": self.heads * self.head_dim,
             "k": self.kv_heads * self.head_dim,
@@ -64,7 +79,20 @@ class Dimensions:
 
     def columns(self, role: Role) -> int:
         """Input features of a role's weight."""
+        own = next((inside for name, _, inside in self.own if name == role), None)
+        if own is not None:
+            return own
         return {"o": self.heads * self.head_dim, "down": self.intermediate_size}.get(role, self.hidden_size)
+
+
+#: What the names of a language model's modules begin with: in its own class, in multimodal ones (from transformers 4.52
+#: on, and before), and in the bare stack of blocks. Checkpoints and adapters may have any of them.
+STACKS = ("model.language_model.", "language_model.model.", "language_model.", "model.text_model.", "model.", "")
+#: The same of the output embedding.
+HEADS = ("lm_head", "language_model.lm_head", "model.lm_head")
+
+#: The numbers a config gives.
+NUMBERS = tuple(f.name for f in fields(Dimensions) if f.name != "own")
 
 
 class _Strict(BaseModel):
@@ -91,7 +119,9 @@ class Module(_Strict):
     """One linear module of a block: its path below the layer, the roles it holds and how they share its rows.
 
     ``transposed``: the weight is stored ``(in, out)``, as transformers' ``Conv1D`` does.
-    ``optional``: only some layers have it (mixture-of-experts layers among dense ones); the checkpoint says which.
+    ``roles``: standard ones, or at most one of the family's own, whose size is what the checkpoint leaves for it.
+    ``optional``: only some layers have it (attention among linear attention, dense layers among mixtures of experts);
+    the checkpoint says which. ``apart``: it may be absent where other optional ones below its parent are not.
     ``intermediate_size``: where the config keeps this module's own MLP width, if it is not the family's.
     """
 
@@ -100,13 +130,21 @@ class Module(_Strict):
     layout: Layout = "plain"
     transposed: bool = False
     optional: bool = False
+    apart: bool = False
     intermediate_size: Sources = ()
 
     @model_validator(mode="after")
     def _layout_fits(self) -> Module:
         if (self.layout == "plain") != (len(self.roles) == 1):
             raise ValueError(f"module {self.name}: layout {self.layout!r} does not fit roles {self.roles}")
+        if len(self.own_roles) > 1:
+            raise ValueError(f"module {self.name}: {' and '.join(self.own_roles)} are both no standard roles")
         return self
+
+    @property
+    def own_roles(self) -> tuple[Role, ...]:
+        """Its roles that are no standard ones: one at most."""
+        return tuple(role for role in self.roles if role not in ROLES)
 
     def split(self, rows: Tensor, dims: Dimensions) -> dict[Role, Tensor]:
         """Split a fused weight ``(out, in)``, bias ``(out,)`` or factor ``B (out, r)`` into its roles (views)."""
@@ -136,6 +174,8 @@ class Architecture(_Strict):
 
     Names are those of the model that transformers builds, as PEFT writes them.
 
+    ``measured`` are numbers that layers need not share, and that are read from each layer's weights.
+    ``own_roles`` names the roles that are no standard ones, and says what each is.
     ``config`` maps each field of :class:`Dimensions` to the config keys tried in order (or to a :class:`Multiple`).
     ``defaults`` are values of the family's config class that a ``config.json`` may leave out.
     ``text_config`` is the key under which a multimodal config keeps its language model's.
@@ -154,6 +194,8 @@ class Architecture(_Strict):
     unembedding: str
     layers: str
     modules: tuple[Module, ...]
+    measured: tuple[Measured, ...] = ()
+    own_roles: dict[Role, str] = {}
     aliases: dict[str, tuple[str, ...]] = {}
     refused: dict[str, str] = {}
     notes: str = ""
@@ -161,14 +203,17 @@ class Architecture(_Strict):
     @field_validator("config")
     @classmethod
     def _config_names_every_dimension(cls, value: dict[str, Sources]) -> dict[str, Sources]:
-        wanted = {f.name for f in fields(Dimensions)}
+        wanted = set(NUMBERS)
         if set(value) != wanted:
             raise ValueError(f"config must name exactly {sorted(wanted)}, got {sorted(value)}")
         return value
 
     @model_validator(mode="after")
     def _roles_appear_once(self) -> Architecture:
-        for role in ROLES:
+        used = [role for module in self.modules for role in module.own_roles]
+        if unknown := [role for role in used if role not in self.own_roles]:
+            raise ValueError(f"roles {unknown} are neither {', '.join(ROLES)} nor among own_roles")
+        for role in self.roles:
             holders = [module for module in self.modules if role in module.roles]
             if len(holders) > 1 and not all(module.optional for module in holders):
                 raise ValueError(f"role {role} belongs to more than one module, and not all of them are optional")
@@ -176,8 +221,8 @@ class Architecture(_Strict):
 
     @property
     def roles(self) -> tuple[Role, ...]:
-        """Every role the family's blocks may have."""
-        return tuple(role for role in ROLES if any(role in module.roles for module in self.modules))
+        """Every role the family's blocks may have: the standard ones first."""
+        return in_order(role for module in self.modules for role in module.roles)
 
     def module(self, role: Role) -> Module | None:
         """The first module that holds a role, or None where blocks have no such projection."""
@@ -193,6 +238,22 @@ class Architecture(_Strict):
         for start, others in self.aliases.items():
             if name.startswith(start):
                 yield from (other + name.removeprefix(start) for other in others)
+        for starts in (STACKS, HEADS):
+            start = next((start for start in starts if start and name.startswith(start)), None)
+            if start is not None:
+                yield from (other + name.removeprefix(start) for other in starts if other != start)
+                return
+
+    def own_name(self, name: str) -> str:
+        """The family's own name of what may be called otherwise in a checkpoint or an adapter."""
+        found = self._split(name)
+        if found is not None:
+            return f"{self.layers}.{found[0]}.{found[1]}"
+        for known in (self.embedding, self.unembedding):
+            for other in self.names(known):
+                if name == other or name.startswith(f"{other}."):
+                    return known + name.removeprefix(other)
+        return name
 
     def locate(self, path: str) -> tuple[int, Module] | None:
         """The layer and module of a full module path, or None where the file does not describe it."""
@@ -226,13 +287,12 @@ class Architecture(_Strict):
         """What the embedding's rows are multiplied with before the first block."""
         return _number(self.embedding_scale, self.settings(config)) or 1.0
 
-    def widths(self, dims: Dimensions, modules: Iterable[Module], config: Mapping[str, Any]) -> Dimensions:
-        """The dimensions of a layer that has these modules: with their own MLP width where they have one."""
-        for module in modules:
-            width = _number(module.intermediate_size, self.settings(config))
-            if width is not None:
-                return replace(dims, intermediate_size=int(width))
-        return dims
+    def widths(self, dims: Dimensions, layer: int, modules: Iterable[Module], config: Mapping[str, Any]) -> Dimensions:
+        """The dimensions of a layer that has these modules: with its modules' MLP width, or its place's in a list."""
+        own = [source for module in modules for source in module.intermediate_size]
+        sources = (*own, *self.config["intermediate_size"])
+        width = _number(sources, {**asdict(dims), **self.settings(config)}, layer)
+        return dims if width is None else replace(dims, intermediate_size=int(width))
 
     def dimensions(self, config: Mapping[str, Any], where: str = "config.json") -> Dimensions:
         """Read the numbers from a model's config.
@@ -241,7 +301,7 @@ class Architecture(_Strict):
             ArchitectureError: naming every number the config lacks.
         """
         settings = self.settings(config)
-        found: dict[str, int] = {}
+        found: dict[str, Any] = {}
         problems: list[Problem] = []
         for name, sources in self.config.items():
             value = _number(sources, {**settings, **found})
@@ -268,10 +328,18 @@ class Architecture(_Strict):
         return dims
 
 
-def _number(sources: Sources, settings: Mapping[str, Any]) -> float | None:
-    """The first positive number among the sources."""
+def in_order(roles: Iterable[Role]) -> tuple[Role, ...]:
+    """Roles once each: the standard ones in their order, then the others as they come."""
+    found = dict.fromkeys(roles)
+    return (*(role for role in ROLES if role in found), *(role for role in found if role not in ROLES))
+
+
+def _number(sources: Sources, settings: Mapping[str, Any], layer: int = 0) -> float | None:
+    """The first positive number among the sources; of a list with one for each layer, that layer's."""
     for source in sources:
         value = settings.get(source if isinstance(source, str) else source.of)
+        if isinstance(value, list | tuple) and layer < len(value):
+            value = value[layer]
         if isinstance(value, int | float) and not isinstance(value, bool) and value > 0:
             return value if isinstance(source, str) else source.times * float(value) ** source.power
     return None

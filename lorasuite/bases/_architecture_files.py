@@ -36,6 +36,8 @@ _added: list[Path] = []
 def architectures() -> dict[str, Architecture]:
     """Every known family by model type: this package's, those of ``LORASUITE_ARCHITECTURES`` and those added.
 
+    A file of the user's own goes before this package's.
+
     Raises:
         ArchitectureError: naming each file and field that is not valid, and each model type described twice.
     """
@@ -51,7 +53,7 @@ def architectures() -> dict[str, Architecture]:
             problems.extend(error.problems)
             continue
         for model_type in architecture.model_types:
-            if model_type in found:
+            if model_type in found and places[model_type].parent != BUILT_IN:
                 what = f"model type {model_type!r} is already described by {places[model_type]}"
                 problems.append(Problem(path.name, what, "Keep it in one file."))
             found[model_type], places[model_type] = architecture, path

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 from torch import Tensor
 
-from lorasuite.bases._architecture import ROLES, Architecture, Dimensions, Module, Role
+from lorasuite.bases._architecture import Architecture, Dimensions, Module, Role, in_order
 from lorasuite.bases._architecture_files import architecture_for
 from lorasuite.bases._files import DAMAGED, Weights, is_finite, missing, open_safetensors
 from lorasuite.bases._meter import METER
@@ -44,10 +47,14 @@ class Checkpoint(Weights):
         where = str(self.path / "config.json")
         self.architecture: Architecture = architecture_for(self.config, where)
         self.dims: Dimensions = self.architecture.dimensions(self.config, where)
+        with contextlib.suppress(CheckpointError):  # of weights that are asked for
+            if self.architecture.measured:
+                self.dims = replace(self.layer_dims(0), own=())
 
     def find(self, name: str) -> str | None:
         """The name a tensor has in this checkpoint (a family's checkpoints may differ in prefixes), or None."""
-        names = [*self.architecture.names(name)]
+        own = self.architecture.own_name(name)
+        names = [*self.architecture.names(name), *(self.architecture.names(own) if own != name else ())]
         if name == self.architecture.embedding + ".weight" and self.architecture.tied(self.config):
             # a tied pair may be stored under either name
             names += self.architecture.names(self.architecture.unembedding + ".weight")
@@ -66,12 +73,66 @@ class Checkpoint(Weights):
 
     def roles(self, layer: int) -> tuple[Role, ...]:
         """The roles one layer has."""
-        held = {role for module in self.modules(layer) for role in module.roles}
-        return tuple(role for role in ROLES if role in held)
+        return in_order(role for module in self.modules(layer) for role in module.roles)
 
     def layer_dims(self, layer: int) -> Dimensions:
-        """The dimensions of one layer, whose MLP width may be its own."""
-        return self.architecture.widths(self.dims, self.modules(layer), self.config)
+        """The dimensions of one layer: its heads and MLP width may be its own, and its roles that are no standard ones
+        have the sizes of their weights."""
+        modules = self.modules(layer)
+        dims = self._measured(layer, modules, self.architecture.widths(self.dims, layer, modules, self.config))
+        own = [(module, found) for module in modules if module.own_roles and (found := self._own(layer, module, dims))]
+        return replace(dims, own=tuple((module.own_roles[0], *size) for module, size in own)) if own else dims
+
+    @cached_property
+    def every_role(self) -> tuple[Role, ...]:
+        """The roles that any layer has."""
+        return in_order(role for layer in range(self.dims.layers) for role in self.roles(layer))
+
+    @cached_property
+    def sizes(self) -> Dimensions:
+        """The dimensions, with the size of each role that is no standard one in the first layer that has it."""
+        own: dict[Role, tuple[Role, int, int]] = {}
+        if any(module.own_roles for module in self.architecture.modules):
+            for layer in range(self.dims.layers):
+                own = {size[0]: size for size in self.layer_dims(layer).own} | own
+        return replace(self.dims, own=tuple(own.values()))
+
+    def _measured(self, layer: int, modules: tuple[Module, ...], dims: Dimensions) -> Dimensions:
+        """The dimensions with the numbers that the architecture says are read from the shapes of a layer's weights."""
+        sizes = {
+            module.roles[0]: size
+            for module in modules
+            if self.architecture.measured and len(module.roles) == 1 and (size := self._size(layer, module))
+        }
+        for name in self.architecture.measured:
+            match name:
+                case "head_dim" if "o" in sizes:
+                    dims = replace(dims, head_dim=sizes["o"][1] // dims.heads)
+                case "kv_heads" if "k" in sizes:
+                    dims = replace(dims, kv_heads=max(sizes["k"][0] // dims.head_dim, 1))
+                case "intermediate_size" if "down" in sizes:
+                    dims = replace(dims, intermediate_size=sizes["down"][1])
+        return dims
+
+    def _size(self, layer: int, module: Module) -> tuple[int, int] | None:
+        """``(out, in)`` of a module's weight; None where there is none."""
+        stored = self.find(self.architecture.path(layer, module) + ".weight")
+        header = self._headers.get(stored) if stored else None
+        if header is None or len(header[0]) != 2:
+            return None
+        rows, columns = header[0][::-1] if module.transposed else header[0]
+        return rows, columns
+
+    def _own(self, layer: int, module: Module, dims: Dimensions) -> tuple[int, int] | None:
+        """``(out, in)`` of a module's role that is no standard one: what is left by the others that it holds."""
+        size = self._size(layer, module)
+        if size is None:
+            return None
+        rows, columns = size
+        if module.layout == "interleaved":
+            return dims.heads * dims.head_dim, columns
+        others = sum(dims.rows(role) for role in module.roles if role not in module.own_roles)
+        return max(rows - others, 0), columns
 
     def shape(self, name: str) -> tuple[int, ...]:
         """A tensor's shape, from the header alone.
@@ -150,8 +211,11 @@ class Checkpoint(Weights):
             for layer in range(self.dims.layers):
                 dims, modules = self.layer_dims(layer), self.modules(layer)
                 for module in (*modules, *self._siblings(modules)):
-                    shape = sum(dims.rows(role) for role in module.roles), dims.columns(module.roles[0])
                     name = self.architecture.path(layer, module) + ".weight"
+                    if module.own_roles and self._own(layer, module, dims) is None:
+                        problems.append(self._missing(name))
+                        continue
+                    shape = sum(dims.rows(role) for role in module.roles), dims.columns(module.roles[0])
                     expected.append((name, shape[::-1] if module.transposed else shape))
         except CheckpointError as error:
             return error.problems
@@ -187,7 +251,10 @@ class Checkpoint(Weights):
         return [
             module
             for module in self.architecture.modules
-            if module.optional and module not in modules and module.name.rpartition(".")[0] in parents
+            if module.optional
+            and not module.apart
+            and module not in modules
+            and module.name.rpartition(".")[0] in parents
         ]
 
     def _missing(self, name: str) -> Problem:

@@ -12,6 +12,8 @@ import yaml
 
 Shape = tuple[int, ...]
 
+STANDARD = ("q", "k", "v", "o", "gate", "up", "down")
+
 #: Config keys each number is found under in known families.
 KEYS: dict[str, tuple[str, ...]] = {
     "vocab_size": ("vocab_size", "padded_vocab_size", "n_vocab"),
@@ -35,6 +37,8 @@ NAMES: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"down(_proj)?|w2|wo_mlp|w_down|fc2|fc_out|dense_4h_to_h|linear_2", ("down",)),
 )
 ATTENTION = re.compile(r"att|^mixer\.|temporal_block")
+#: Parents of the projections of linear attention, state spaces and convolutions, which are no attention's.
+RECURRENT = re.compile(r"(^|\.)(linear_att\w*|\w*mamba\w*|conv|short_conv|ssm|\w*delta\w*|rwkv\w*|\w*recurrent\w*)\.")
 OUTPUT = re.compile(r"(o|out|c|output|wo|out_lin|dense|proj)(_proj)?")
 EXPERTS = "expert weights are not mapped between models: one expert of a base has no known counterpart in another"
 ROUTER = "a router's outputs number the experts of its own base"
@@ -114,6 +118,8 @@ def propose(config: Mapping[str, Any], shapes: Mapping[str, Shape]) -> Proposal:
     data["layers"] = stack or "model.layers"
     modules, refused = _modules(layers, numbers, questions)
     _own_widths(modules, layers, numbers, settings, questions)
+    if own := [role for entry in modules for role in entry["roles"] if role not in STANDARD]:
+        data["own_roles"] = dict.fromkeys(own, "?")
     data["modules"] = modules
     if refused:
         data["refused"] = refused
@@ -193,6 +199,11 @@ def _modules(
         if re.search(r"(^|\.)(router|gate)$", name) and shape[0] < numbers.get("hidden_size", 0) // 8:
             refused[name] = ROUTER
             continue
+        if RECURRENT.search(name) and len(shape) == 2 and min(shape) > 1:
+            own = name.replace(".", "_")
+            modules.append({"name": name, "roles": [own], **({"optional": True} if len(where) < depth else {})})
+            questions.append(f"{name} is no standard projection: is {own}, a role of its own, that of another family?")
+            continue
         roles = _roles(name)
         if len(shape) != 2 or not roles:
             questions.append(f"What is {name} {list(shape)}? It is left out.")
@@ -223,8 +234,8 @@ def _modules(
     missing = [role for role in ("q", "k", "v", "o", "up", "down") if not held[role]]
     if missing:
         questions.append(f"No module was recognised for {', '.join(missing)}.")
-    order = ("q", "k", "v", "o", "gate", "up", "down")
-    return sorted(modules, key=lambda e: (order.index(e["roles"][0]), e["name"])), refused
+    place = {role: n for n, role in enumerate(STANDARD)}
+    return sorted(modules, key=lambda e: (place.get(e["roles"][0], len(STANDARD)), e["name"])), refused
 
 
 def _own_widths(

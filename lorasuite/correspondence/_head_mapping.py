@@ -111,6 +111,8 @@ def map_heads(
 ) -> dict[int, HeadMatch]:
     """Match the heads of every mapped layer pair, two layers' attention weights at a time: ``{old layer: match}``.
 
+    Layer pairs of which one lacks any of q, k, v and o (linear attention, or none) have no heads to match.
+
     A layer pair costs ``2·d·(H_o·e_o)·(H_n·e_n)`` FLOP for q and o each, and the same of key/value heads for k and v:
     0.34 TFLOP at Llama-2-7B to Llama-3-8B, 11 TFLOP for the bases; another ``2·d_o·d_n`` a row of the old weights where
     ``W_h`` is no identity.
@@ -122,8 +124,10 @@ def map_heads(
     found: dict[int, HeadMatch] = {}
     device = device if torch.device(device).type == "cuda" else "cpu"
     for done, (o, n) in enumerate(layers.items(), 1):
-        table = head_similarity(_on(device, old, o), _on(device, new, n), old.dims, new.dims, transfer).cpu()
-        found[o] = HeadMatch(match_heads(table) if matching else index_heads(old.dims, new.dims), table)
+        if set(ATTENTION) <= {*old.roles(o)} & {*new.roles(n)}:
+            dims = old.layer_dims(o), new.layer_dims(n)
+            table = head_similarity(_on(device, old, o), _on(device, new, n), *dims, transfer).cpu()
+            found[o] = HeadMatch(match_heads(table) if matching else index_heads(*dims), table)
         if progress is not None:
             progress(done, len(layers))
     return found

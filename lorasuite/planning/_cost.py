@@ -111,14 +111,12 @@ class Shape:
             block = max(block, sum(dims.rows(role) * dims.columns(role) for role in base.roles(n)))
         block = max(block, int(blocks / base.dims.layers))  # experts, which no role names
         files = sum(file.stat().st_size for file in base.weight_files)
-        return cls(
-            base.dims, tuple(base.architecture.roles), block, int(blocks), int(active), int(total), files / total
-        )
+        return cls(base.sizes, base.every_role, block, int(blocks), int(active), int(total), files / total)
 
     @classmethod
     def configured(cls, architecture: Architecture, config: Mapping[str, Any], stored: float = HALF) -> Shape:
         """Of a configuration alone, of a dense model."""
-        dims, roles = architecture.dimensions(config), tuple(architecture.roles)
+        dims, roles = architecture.dimensions(config), tuple(role for role in architecture.roles if role in ROLES)
         block = sum(dims.rows(role) * dims.columns(role) for role in roles)
         blocks = block * dims.layers
         embeddings = (1 if architecture.tied(config) else 2) * dims.vocab_size * dims.hidden_size

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lorasuite.bases import ATTENTION
+from lorasuite.bases import MLP
 from lorasuite.planning._cost import (
     DOUBLE,
     FLOAT,
@@ -20,7 +20,7 @@ from lorasuite.planning._cost import (
     weight_bytes,
 )
 from lorasuite.planning._cost_pair import DIRECTIONS, FEATURES, spaces
-from lorasuite.transforms import Input, ModelTransform, transform
+from lorasuite.transforms import Input, ModelTransform, can_move, transform
 
 #: Scales that ``auto`` tries on the best transform, and the bare base.
 OTHER_SCALES = 6
@@ -86,11 +86,12 @@ def transforming(old: Shape, new: Shape, work: Work, method: str) -> Cost:
         ops = Ops(single=3 * pairs * products, read=HALF * pairs * kept)
         return Cost("transform", ops, **Work().held(0, 2 * FLOAT * kept), disk=disk)
     d_o, d_n = old.dims.hidden_size, new.dims.hidden_size
+    roles = [role for role in roles if can_move(chosen, role)]
     looked_at = chosen.weights(roles)  # type: ignore[union-attr]
     weights = [sum(s.dims.rows(role) * s.dims.columns(role) for role in looked_at) for s in (old, new)]
     products = sum(2 * old.dims.rows(role) * old.dims.columns(role) + 2 * d_o * d_n for role in looked_at)
     read = pairs * sum(count * s.stored for count, s in zip(weights, (old, new), strict=True))
-    factors = DOUBLE * d_o**2 * sum(role not in ATTENTION for role in roles)
+    factors = DOUBLE * d_o**2 * sum(role in MLP for role in roles)
     read += pairs * factors if Input.MLP_FACTORS in chosen.inputs else 0
     held = FLOAT * sum(weights) + factors + 2 * DOUBLE * d_o * d_n
     return Cost("transform", Ops(double=2 * pairs * r * products, read=read), **Work().held(0, held), disk=disk)

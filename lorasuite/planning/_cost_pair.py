@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from lorasuite.bases import ATTENTION
+from lorasuite.bases import ATTENTION, MLP, ROLES
 from lorasuite.planning._cost import (
     DOUBLE,
     FLOAT,
@@ -82,7 +82,7 @@ def mlp_factors(old: Shape, new: Shape, work: Work) -> Iterator[Cost]:
 
     At 8B: 32 layers × 3 roles × 0.44 TFLOP in float32, 3.2 GB.
     """
-    roles = [role for role in shared_roles(old, new, work.roles) if role not in ATTENTION]
+    roles = [role for role in shared_roles(old, new, work.roles) if role in MLP]
     if roles:
         d, i = old.dims.hidden_size, old.dims.intermediate_size
         one = Ops(single=2 * i * d * d + d**3, read=i * d * old.stored, written=FLOAT * d * d / 2)
@@ -145,7 +145,7 @@ def spaces(old: Shape, new: Shape, work: Work) -> list[tuple[int, int, int]]:
     """Old and new width, and kinds of map, of each space of a layer pair: what projections read has two, what they
     write one. q, k and v read one space, gate and up another, and what gate and up write is what ``down`` reads."""
     roles = shared_roles(old, new, work.roles)
-    groups = [tuple(ATTENTION), ("gate", "up", "down")]
+    groups = [ATTENTION, MLP, tuple(role for role in old.roles if role not in ROLES)]
     wanted = [role for group in groups if set(group) & set(roles) for role in shared_roles(old, new, group)]
     reads = [role for role in wanted if role not in ("k", "v", "gate")]
     writes = [role for role in wanted if role not in ("gate", "up")]
@@ -188,7 +188,7 @@ def state_map(old: Shape, new: Shape, work: Work) -> Cost:
     """
     features = min(FEATURES, sum(2 * old.dims.hidden_size + old.dims.intermediate_size for _ in range(old.dims.layers)))
     kept = min(DIRECTIONS, features, int(work.positions))
-    groups = sum(bool(set(group) & set(work.roles)) for group in (tuple(ATTENTION), ("gate", "up", "down")))
+    groups = sum(bool(set(group) & set(work.roles)) for group in (ATTENTION, MLP))
     columns = (1 + 2 * groups) * new.dims.hidden_size
     layers, tokens = new.dims.layers, work.positions
     sums = Ops(single=2 * tokens * kept * (6 * features + layers * columns), svd=kept**3)

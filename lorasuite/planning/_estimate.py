@@ -126,10 +126,10 @@ def weight_items(config: MigrationConfig, device: str) -> tuple[float, float, fl
 
 def _tried(old: Checkpoint, new: Checkpoint, roles: Sequence[Role], rows: RowPlan) -> Iterator[str]:
     """The transforms that ``auto`` tries between these bases."""
-    moved = tuple(role for role in roles if role in new.architecture.roles)
+    moved = tuple(role for role in roles if role in new.every_role)
     for name in names():
         one = transform(name)
-        if not one.problems(old.dims, new.dims, moved) and (one.starts_finetune or not rows.fine_tunes):
+        if not one.problems(old.sizes, new.sizes, moved) and (one.starts_finetune or not rows.fine_tunes):
             yield name
 
 

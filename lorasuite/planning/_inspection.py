@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,10 @@ from lorasuite.adapters import (
     own_tokenizer,
     tokenizer_folder,
 )
-from lorasuite.bases import ROLES, Checkpoint, Role, Weights, add_architectures, common_tokens, load_tokenizer, propose
-from lorasuite.errors import LoRASuiteError, PreflightError, Problem
+from lorasuite.bases import Checkpoint, Role, Weights, add_architectures, common_tokens, load_tokenizer, propose
+from lorasuite.errors import LoRASuiteError, PreflightError, Problem, examples
 from lorasuite.planning._config import AUTO
-from lorasuite.transforms import ModelTransform, transform
+from lorasuite.transforms import ModelTransform, can_move, transform
 
 
 @dataclass
@@ -116,7 +116,10 @@ def inspect(
         _factors(result, old, new)
         _vocabulary(result, old, new, trust_remote_code)
     if old is not None and opened is not None:
-        result.problems += opened.check(old) or result.attempt(lambda: _something_to_move(opened)) or []
+        found = result.attempt(lambda: opened.check(old))
+        result.problems += found or result.attempt(lambda: _something_to_move(opened)) or []
+        if found is not None:
+            result.notices += _left_out(opened, old)
         if output_type == "adalora":
             c = opened.contents
             biases = [path for path in c.biases if old.find(f"{path}.bias")]
@@ -187,6 +190,14 @@ def _own_tokenizer(result: Inspection, old: Checkpoint, adapter: str, trust_remo
         result.notices.append(own.notice("the old base, with and without the adapter, and for the teacher"))
 
 
+def _left_out(adapter: Adapter, old: Checkpoint) -> list[str]:
+    """One notice a reason, with a count and three examples."""
+    reasons: dict[str, list[str]] = {}
+    for module, why in adapter.left_out(old):
+        reasons.setdefault(why, []).append(module)
+    return [f"left out: {len(mods)} of its modules ({examples(mods)}), {why}" for why, mods in reasons.items()]
+
+
 def _something_to_move(adapter: Adapter) -> list[Problem]:
     """Whether the adapter does anything: a problem if every update is zero (it was never trained).
 
@@ -245,20 +256,23 @@ def _modules(result: Inspection, old: Checkpoint, new: Checkpoint, adapter: Adap
         located = old.architecture.locate(path)
         if located is not None:
             counts.update(located[1].roles)
-    for role in ROLES:
-        if not counts[role]:
-            continue
+    chosen = None if method == AUTO else transform(method)
+    for role in adapter.roles(old.architecture):
         source, target = old.architecture.module(role), new.architecture.module(role)
+        why = "" if role in new.every_role else f"the new base has no {role} projection"
+        if not why and chosen is not None and not can_move(chosen, role):
+            why = f"{method} has no rule for it"
         result.modules.append(
             {
                 "role": role,
                 "count": counts[role],
                 "old": source.name if source else None,
                 "new": target.name if target else None,
-                "moves": target is not None,
-                "why": "" if target else f"the new base has no {role} projection",
+                "moves": not why,
+                "why": why,
             }
         )
+    _some_layers(result, old, new, adapter.roles(old.architecture))
     if not any(row["moves"] for row in result.modules):
         result.problems.append(
             Problem(str(adapter.path), "none of its modules has a counterpart in the new base", "It cannot be moved.")
@@ -267,13 +281,28 @@ def _modules(result: Inspection, old: Checkpoint, new: Checkpoint, adapter: Adap
         result.notices.append(
             f"{old.dims.layers - new.dims.layers} of {old.dims.layers} old layers have no partner and are dropped"
         )
-    if method == AUTO:
+    if chosen is None:
         return
-    chosen = transform(method)
     if isinstance(chosen, ModelTransform) and not adapter.plain(old.architecture):
         what = f"{method} moves updates of blocks only, and the adapter has more"
         result.problems.append(Problem("method", what, "Use --method auto, or another one."))
-    result.problems += chosen.problems(old.dims, new.dims, tuple(counts))
+    shared = tuple(role for role in counts if role in new.every_role)
+    result.problems += chosen.problems(old.sizes, new.sizes, shared)
+
+
+def _some_layers(result: Inspection, old: Checkpoint, new: Checkpoint, roles: Sequence[Role]) -> None:
+    """A notice where a base has some of the adapter's roles in some of its layers only."""
+    for name, base in (("old", old), ("new", new)):
+        counted: dict[int, list[Role]] = {}
+        for role in roles:
+            layers = sum(role in base.roles(n) for n in range(base.dims.layers))
+            if 0 < layers < base.dims.layers:
+                counted.setdefault(layers, []).append(role)
+        for layers, members in counted.items():
+            result.notices.append(
+                f"{', '.join(members)}: in {layers} of {base.dims.layers} layers of the {name} base; updates whose "
+                "layer pair has them on one side only are dropped, and listed in the record"
+            )
 
 
 def _outside_factors(result: Inspection, old: Checkpoint, adapter: Adapter) -> None:

@@ -11,6 +11,7 @@ from ._protocol import (
     LayerTransform,
     ModelTransform,
     Transform,
+    can_move,
 )
 from ._registry import AnyTransform, map_kind, names, register, transform
 
@@ -27,6 +28,7 @@ __all__ = [
     "Transform",
     "Unmapped",
     "bias_changes",
+    "can_move",
     "initialise",
     "map_kind",
     "migrate",

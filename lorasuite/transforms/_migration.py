@@ -13,14 +13,14 @@ from jaxtyping import Float32, Float64
 from torch import Tensor
 
 from lorasuite.adapters import Adapter, Extras, LowRank, fuse_updates, split_update
-from lorasuite.bases import ATTENTION, Checkpoint, CommonTokens, Dimensions, Module, Role
+from lorasuite.bases import ATTENTION, MLP, Checkpoint, CommonTokens, Dimensions, Module, Role
 from lorasuite.correspondence import End, MapKind, SpaceMap, TransferMatrix, index_heads
 from lorasuite.errors import AdapterError, ConfigError, Problem
 from lorasuite.progress import Progress
 from lorasuite.transforms._embeddings import move_embeddings
 from lorasuite.transforms._magnitudes import bias_changes, move_rows, new_magnitudes, own_biases, relative_magnitudes
 from lorasuite.transforms._options import Unmapped
-from lorasuite.transforms._protocol import Input, LayerPair, LayerTransform
+from lorasuite.transforms._protocol import Input, LayerPair, LayerTransform, can_move
 from lorasuite.transforms._registry import transform
 
 
@@ -80,7 +80,7 @@ def migrate(
 
     Args:
         layers: old → new layer.
-        heads: for each old layer, old → new query head.
+        heads: for each old layer, old → new query head; none for a pair of layers that do not both have attention.
         mlp_factor: gives :func:`lorasuite.correspondence.mlp_factor` of an old layer and role.
         alignment: gives a map of an old layer's role and end, for transforms that look at activations.
         rank: output rank of every module.
@@ -98,6 +98,7 @@ def migrate(
         raise ConfigError(Problem("method", f"{method} fits whole models, not one layer", "Use its `fit`."))
     result = Migrated()
     by_layer = adapter.by_layer(old)
+    result.dropped += [{"module": module, "why": why} for module, why in adapter.left_out(old)]
     covered: set[Role] = set()
 
     def keep(path: str, update: LowRank) -> None:
@@ -114,21 +115,17 @@ def migrate(
         updates: dict[Role, LowRank] = {}
         for path, module in modules.items():
             updates.update(split_update(adapter.update(path, old), module, old_dims))
-        for role in [role for role in updates if role not in new.roles(n)]:
-            result.dropped.append(
-                {
-                    "module": old.architecture.path(o, _holder(old, o, role)),
-                    "why": _lacks(new, n, role),
-                }
-            )
-            del updates[role]
+        for role in list(updates):
+            if why := _no_place(chosen, old, new, (o, n), role, o in heads):
+                result.dropped.append({"module": old.architecture.path(o, _holder(old, o, role)), "why": why})
+                del updates[role]
         needed = tuple(chosen.weights(tuple(updates)))
         factors = {}
         if Input.MLP_FACTORS in chosen.inputs:
-            factors = {role: mlp_factor(o, role) for role in needed if role not in ATTENTION}
+            factors = {role: mlp_factor(o, role) for role in needed if role in MLP}
         maps = None if alignment is None else partial(alignment, o)
         pair = LayerPair(
-            old.layer(o, needed), new.layer(n, needed), old_dims, new_dims, heads[o], transfer, factors, maps
+            old.layer(o, needed), new.layer(n, needed), old_dims, new_dims, heads.get(o, {}), transfer, factors, maps
         )
         moved = chosen.move(pair, updates)
         del pair  # its weights go before the next layers come
@@ -138,7 +135,7 @@ def migrate(
                 path = new.architecture.path(n, module)
                 covered.update(module.roles)
                 keep(path, fuse_updates(parts, module, new_dims))
-        rows = index_heads(old_dims, new_dims) if chosen.keeps_places else heads[o]
+        rows = index_heads(old_dims, new_dims) if chosen.keeps_places else heads.get(o, {})
         _move_rows_of_layer(adapter, result, modules, (old, o, old_dims), (new, n, new_dims), rows)
         if progress is not None:
             progress(done, len(by_layer))
@@ -221,10 +218,24 @@ def _holder(checkpoint: Checkpoint, layer: int, role: Role) -> Module:
     return next(module for module in checkpoint.modules(layer) if role in module.roles)
 
 
-def _lacks(new: Checkpoint, layer: int, role: Role) -> str:
-    if role in new.architecture.roles:
-        return f"layer {layer} of the new base has no {role} projection outside its experts"
-    return f"the new base has no {role} projection"
+def _no_place(
+    chosen: LayerTransform, old: Checkpoint, new: Checkpoint, pair: tuple[int, int], role: Role, matched: bool
+) -> str:
+    """Why a role's update does not go from one old layer to the new one that continues it; empty if it does.
+
+    Args:
+        matched: whether the heads of the two layers are.
+    """
+    o, n = pair
+    if role not in new.every_role:
+        return f"the new base has no {role} projection"
+    if role not in new.roles(n):
+        return f"layer {n} of the new base has no {role} projection{' outside its experts' if role in MLP else ''}"
+    if not can_move(chosen, role):
+        return f"{chosen.name} has no rule for {role} projections"
+    if role in ATTENTION and Input.HEAD_MAPPING in chosen.inputs and not matched:
+        return f"old layer {o} and new layer {n} do not both have all of {', '.join(ATTENTION)}: no heads are matched"
+    return ""
 
 
 def initialise(

@@ -6,7 +6,7 @@ Nothing outside a transform's own module knows its name: flows, stages and setti
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Protocol, runtime_checkable
@@ -85,7 +85,10 @@ class FittedUpdates:
 
 @runtime_checkable
 class Transform(Protocol):
-    """What every transform declares; derive from :class:`LayerTransform` or :class:`ModelTransform`."""
+    """What every transform declares; derive from :class:`LayerTransform` or :class:`ModelTransform`.
+
+    One with rules for certain roles alone also has ``roles``, which ones (:func:`can_move`).
+    """
 
     #: What ``--method`` calls it.
     name: str
@@ -101,6 +104,12 @@ class Transform(Protocol):
     def problems(self, old: Dimensions, new: Dimensions, updated: Sequence[Role]) -> list[Problem]:
         """Why it cannot move updates of the roles ``updated`` between bases of these dimensions; empty if it can."""
         return []
+
+
+def can_move(chosen: Transform, role: Role) -> bool:
+    """Whether a transform has a rule for a role: for any, unless it declares ``roles``."""
+    known: Collection[Role] | None = getattr(chosen, "roles", None)
+    return known is None or role in known
 
 
 @runtime_checkable

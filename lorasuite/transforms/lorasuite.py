@@ -13,7 +13,7 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from lorasuite.adapters import LowRank
-from lorasuite.bases import Role
+from lorasuite.bases import ROLES, Role
 from lorasuite.correspondence import heads
 from lorasuite.transforms._protocol import LAYER_INPUTS, Input, LayerPair, LayerTransform
 from lorasuite.transforms._registry import register
@@ -25,6 +25,7 @@ class LoRASuite(LayerTransform):
 
     name = "lorasuite"
     inputs = LAYER_INPUTS | {Input.MLP_FACTORS}
+    roles = frozenset(ROLES)
 
     def weights(self, updated: Sequence[Role]) -> Sequence[Role]:
         """All that are updated: weights carry the update across."""

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from lorasuite.adapters import LowRank
 from lorasuite.bases import (
+    ROLES,
     ActivationRecorder,
     LayerStream,
     LoadedBase,
@@ -62,6 +63,7 @@ class Sequential(ModelTransform):
 
     name = "sequential"
     inputs = frozenset({Input.STATE_MAP})
+    roles = frozenset(ROLES)
     reads_texts = True
 
     def fit(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,16 @@ BLOCKS: dict[str, list[dict[str, str]]] = {
     "gpt2": [{"q k v": "attn.c_attn", "o": "attn.c_proj", "up": "mlp.c_fc", "down": "mlp.c_proj"}],
     "opt": [{**{r: LLAMA[r] for r in "qkv"}, "o": "self_attn.out_proj", "up": "fc1", "down": "fc2"}],
 }
+LINEAR = {"qkvz": "linear_attn.in_proj_qkvz", "ba": "linear_attn.in_proj_ba", "linear_o": "linear_attn.out_proj"}
+BLOCKS["lfm2"] = [
+    {**{r: LLAMA[r] for r in "qkv"}, "o": "self_attn.out_proj"},
+    {"conv_in": "conv.in_proj", "conv_out": "conv.out_proj"},
+    {"gate": "feed_forward.w1", "up": "feed_forward.w3", "down": "feed_forward.w2"},
+]
+BLOCKS["qwen3_next"] = [
+    {"q/gate_of_q": LLAMA["q"], **{r: LLAMA[r] for r in "kvo"}},
+    LINEAR,
+]
 BLOCKS["llama4"] = BLOCKS["llama4_text"]
 #: Model type → where PEFT finds the blocks, and where they and the embedding are on disk; the others are as Llama.
 PLACES: dict[str, tuple[str, str, str]] = {
@@ -90,6 +101,8 @@ class Dense:
         """A module's rows as one matrix a role."""
         if group == "qkv":
             return cut_fused(rows, self.H, self.e)
+        if "/" in group:
+            return cut_fused(rows, self.H, self.e, group.split("/"))
         roles = group.split()
         width = {"q": self.H * self.e, "k": self.K * self.e, "v": self.K * self.e}
         found, start = {}, 0
@@ -101,18 +114,18 @@ class Dense:
         return found
 
 
-def cut_fused(rows: Tensor, H: int, e: int) -> dict[str, Tensor]:
+def cut_fused(rows: Tensor, H: int, e: int, roles: Sequence[str] = QKV) -> dict[str, Tensor]:
     """GPTNeoX and Bloom: for each head its q, then its k, then its v rows."""
-    parts: dict[str, list[Tensor]] = {role: [] for role in QKV}
+    parts: dict[str, list[Tensor]] = {role: [] for role in roles}
     for a in range(H):
-        for n, role in enumerate(QKV):
-            start = (3 * a + n) * e
+        for n, role in enumerate(roles):
+            start = (len(roles) * a + n) * e
             parts[role].append(rows[start : start + e])
     return {role: torch.cat(blocks) for role, blocks in parts.items()}
 
 
-def join_fused(parts: dict[str, Tensor], H: int, e: int) -> Tensor:
-    return torch.cat([parts[role][a * e : (a + 1) * e] for a in range(H) for role in QKV])
+def join_fused(parts: dict[str, Tensor], H: int, e: int, roles: Sequence[str] = QKV) -> Tensor:
+    return torch.cat([parts[role][a * e : (a + 1) * e] for a in range(H) for role in roles])
 
 
 def first(config: dict[str, Any], *keys: str) -> Any:
@@ -163,11 +176,12 @@ def put_together(updates: dict[int, dict[str, Tensor]], model: Dense) -> dict[st
     found: dict[str, Tensor] = {}
     for layer, deltas in updates.items():
         for group, name in model.names[layer].items():
-            roles = QKV if group == "qkv" else group.split()
+            roles = QKV if group == "qkv" else group.replace("/", " ").split()
             if not set(roles) & set(deltas):
                 continue
             parts = {r: deltas.get(r, torch.zeros_like(model.layers[layer][r])) for r in roles}
-            whole = join_fused(parts, model.H, model.e) if group == "qkv" else torch.cat([parts[r] for r in roles])
+            headed = group == "qkv" or "/" in group
+            whole = join_fused(parts, model.H, model.e, roles) if headed else torch.cat([parts[r] for r in roles])
             found[model.path(layer, name)] = whole
     return found
 
@@ -254,7 +268,7 @@ def move(
     """Equation 3 and the MLP rules for one layer: role → dense ΔW of the new model."""
     moved: dict[str, Tensor] = {}
     for role in QKV:
-        if role not in delta:
+        if role not in delta or role not in new_w:
             continue
         stored_o, stored_n = (old.H, new.H) if role == "q" else (old.K, new.K)
         P_o, dP_o = repeat(old_w[role], stored_o, old.H), repeat(delta[role], stored_o, old.H)
@@ -263,7 +277,7 @@ def move(
         for a, b in heads.items():
             blocks[b] = (P_n[b] @ W.T @ P_o[a].T) @ dP_o[a] @ W
         moved[role] = average(blocks, stored_n)
-    if "o" in delta:
+    if "o" in delta and "o" in new_w:
         dO = torch.zeros(new.d, new.H * new.e, dtype=torch.float64)
         for a, b in heads.items():
             at_o, at_n = slice(a * old.e, (a + 1) * old.e), slice(b * new.e, (b + 1) * new.e)

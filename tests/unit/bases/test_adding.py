@@ -174,14 +174,21 @@ def test_adding_a_directory_again_reads_what_has_changed(own: Path) -> None:
     assert architecture_for({"model_type": "novel2"}).family == "novel"
 
 
+def test_a_file_of_one_s_own_goes_before_the_package_s(own: Path) -> None:
+    assert architecture_for({"model_type": "llama"}).family == "llama"
+    (own / "novel.yaml").write_text(NOVEL.replace("[novel]", "[novel, llama]"))
+    add_architectures(own)
+    assert architecture_for({"model_type": "llama"}).family == architecture_for({"model_type": "novel"}).family
+
+
 def test_every_problem_of_a_directory_is_named_and_it_is_not_added(own: Path, tmp_path: Path) -> None:
     (own / "second.yaml").write_text(NOVEL.replace("[novel]", "[llama]") + "surprise: 1\n")
-    (own / "third.yaml").write_text(NOVEL.replace("[novel]", "[llama, novel]"))
+    (own / "third.yaml").write_text(NOVEL.replace("[novel]", "[novel]"))
     with pytest.raises(ArchitectureError) as caught:
         add_architectures(own)
     said = str(caught.value)
     assert "second.yaml" in said and "surprise" in said
-    assert "'llama' is already described by" in said and "'novel' is already described by" in said
+    assert "'novel' is already described by" in said
     assert "novel" not in architectures()
     (tmp_path / "empty").mkdir()
     for folder, what in (("empty", "holds no .yaml files"), ("absent", "is no directory")):
