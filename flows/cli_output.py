@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import sys
+import traceback
 from collections.abc import Iterator
 from typing import Annotated, Any
 
+import click
 import typer
 from rich.console import Console
 
@@ -26,21 +29,86 @@ Verbose = Annotated[
     ),
 ]
 
+#: Environment variable that is set to show the traceback of an error, as ``--debug`` does.
+DEBUG = "LORASUITE_DEBUG"
+
 err = Console(stderr=True)
+
+
+def debugging() -> bool:
+    """Whether tracebacks are shown."""
+    return os.environ.get(DEBUG, "") not in ("", "0")
+
+
+def quiet_tracebacks() -> None:
+    """Keep tracebacks out of what Prefect logs of a failed run, unless they are asked for: the error is told once."""
+    make = logging.getLogRecordFactory()
+
+    def record(*args: Any, **named: Any) -> logging.LogRecord:
+        made = make(*args, **named)
+        if made.name.startswith("prefect") and not debugging():
+            made.exc_info = None
+        return made
+
+    logging.setLogRecordFactory(record)
+
+
+def debug_option(
+    debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error (with any command)")] = False,
+) -> None:
+    """Move LoRA adapters to a new base model, and measure what arrives."""
+    if debug:
+        os.environ[DEBUG] = "1"
+
+
+def run_app(app: typer.Typer) -> None:
+    """Run the command that was typed; ``--debug`` may stand before or behind it."""
+    quiet_tracebacks()
+    if "--debug" in sys.argv[2:]:
+        sys.argv = [sys.argv[0], "--debug", *(word for word in sys.argv[1:] if word != "--debug")]
+    try:
+        with errors("--json" in sys.argv):
+            app()
+    except click.exceptions.Exit as ended:  # of an error that no command was running at
+        sys.exit(ended.exit_code)
 
 
 @contextlib.contextmanager
 def errors(as_json: bool) -> Iterator[None]:
-    """Turn errors raised on purpose into a message and an exit code; others keep their traceback."""
+    """Turn errors into a message and an exit code: 2 for input that cannot be used, 1 for a run that failed.
+
+    The traceback of an error that nobody raised on purpose is shown with ``--debug``.
+    """
     try:
         yield
+    except (click.ClickException, click.exceptions.Exit, click.Abort):
+        raise
     except (LoRASuiteError, ArtifactError) as error:
         problems = [problem.to_dict() for problem in getattr(error, "problems", [])]
         if as_json:
             print_json({"error": type(error).__name__, "message": str(error), "problems": problems})
         err.print(f"[bold red]{type(error).__name__}[/]", highlight=False)
         err.print(str(error), style="red", markup=False, highlight=False)
+        _debug()
         raise typer.Exit(1 if isinstance(error, (NumericalError, PushError)) else 2) from None
+    except Exception as error:
+        name, text = type(error).__name__, " ".join(str(error).split())
+        if as_json:
+            print_json({"error": name, "message": text, "problems": []})
+        err.print(f"[bold red]{name}[/]", highlight=False)
+        err.print(text or "no message", style="red", markup=False, highlight=False)
+        if not debugging():
+            err.print(
+                "This was not foreseen: --debug shows where it came from. Please report it with that.", highlight=False
+            )
+        _debug()
+        raise typer.Exit(1) from None
+
+
+def _debug() -> None:
+    """The traceback of the error in hand, where it is asked for."""
+    if debugging():
+        sys.stderr.write(traceback.format_exc())
 
 
 def print_json(value: Any) -> None:

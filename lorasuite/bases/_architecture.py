@@ -21,9 +21,9 @@ StandardRole = Literal["q", "k", "v", "o", "gate", "up", "down"]
 #: What a projection does in a block, whatever a family calls it: a standard role, or one that an architecture file
 #: names itself (``linear_qkv``, ``kv_latent``). Two families that use one name mean the same by it.
 Role = str
-ROLES: tuple[StandardRole, ...] = get_args(StandardRole)
-ATTENTION: tuple[StandardRole, ...] = ("q", "k", "v", "o")
-MLP: tuple[StandardRole, ...] = ("gate", "up", "down")
+ROLES: tuple[Role, ...] = get_args(StandardRole)
+ATTENTION: tuple[Role, ...] = ("q", "k", "v", "o")
+MLP: tuple[Role, ...] = ("gate", "up", "down")
 
 #: How several roles share one weight, along its output axis:
 #: ``plain`` one role; ``interleaved`` head by head (q₀ k₀ v₀ q₁ k₁ v₁ …); ``stacked`` role after role.

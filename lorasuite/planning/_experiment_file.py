@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from lorasuite.bases import ATTENTION, StandardRole
+from lorasuite.bases import StandardRole
 from lorasuite.evaluation import Arm
 from lorasuite.planning._reading import Strict
 from lorasuite.training import FinetuneSettings
@@ -68,7 +68,9 @@ class Lora(Strict):
     kind: Kind = Field("lora", description="lora, dora or adalora; the control is of the same kind")
     rank: int = Field(32, ge=1)
     scaling: float = Field(1.0, gt=0, description="alpha / rank, kept where the rank varies")
-    targets: tuple[StandardRole, ...] = Field(ATTENTION, min_length=1, description="q, k, v, o, gate, up, down")
+    targets: tuple[StandardRole, ...] = Field(
+        ("q", "k", "v", "o"), min_length=1, description="q, k, v, o, gate, up, down"
+    )
 
 
 class FullFinetune(FinetuneSettings):
