@@ -117,7 +117,7 @@ class Pair:
         """
         if self.texts is None:
             return None
-        roles = [role for group in self._groups.values() for role in group]
+        roles = [role for group, members in self._groups.items() for role in members if group in GROUPS]
         inputs = {**self._models, **self._tokenizers, "texts": self.texts}
         return self.context.run(state_map, inputs, {"roles": roles, "cutoff": self.settings.calibration_cutoff})
 

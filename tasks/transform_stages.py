@@ -11,7 +11,7 @@ from lorasuite.adapters import OutputType, attached
 from lorasuite.bases import METER, Checkpoint, CommonTokens
 from lorasuite.correspondence import AlignedMaps, HeadMaps, LayerMap, MlpFactors, StateMap, TransferMatrix
 from lorasuite.data import whole_text
-from lorasuite.transforms import Migrated, ModelTransform, Unmapped, initialise, migrate
+from lorasuite.transforms import Migrated, ModelTransform, Unmapped, can_move, initialise, migrate
 from lorasuite.transforms import transform as transform_named
 from tasks.bases import checkpoints, loaded
 from tasks.data import stored_split
@@ -120,15 +120,16 @@ def model_fit(inputs: ModelFitInputs, settings: ModelFitSettings, where: Where) 
             old,
             fresh,
             lambda: attached(old.model, adapter_path(inputs.adapter, where), where.device),
-            roles,
+            [role for role in roles if can_move(chosen, role)],
             states=states,
             texts=[whole_text(row, fresh.tokenizer) for row in stored_split(inputs.rows).to_fit],
             rank=settings.rank,
             cutoff=settings.cutoff,
             progress=Progress(f"{settings.method} fit").step,
         )
-    lost = [role for role in roles if role not in new.every_role]
-    dropped = [{"module": f"every {role} projection", "why": f"the new base has no {role} projection"} for role in lost]
+    reasons = {role: f"the new base has no {role} projection" for role in roles if role not in new.every_role}
+    reasons |= {r: f"{chosen.name} has no rule for {r} projections" for r in roles if not can_move(chosen, r)}
+    dropped = [{"module": f"every {role} projection", "why": why} for role, why in reasons.items()]
     moved = Migrated(
         updates=fitted.updates, rank=settings.rank, retained=dict.fromkeys(fitted.updates, 1.0), dropped=dropped
     )

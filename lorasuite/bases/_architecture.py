@@ -239,9 +239,9 @@ class Architecture(_Strict):
             if name.startswith(start):
                 yield from (other + name.removeprefix(start) for other in others)
         for starts in (STACKS, HEADS):
-            start = next((start for start in starts if start and name.startswith(start)), None)
-            if start is not None:
-                yield from (other + name.removeprefix(start) for other in starts if other != start)
+            known = next((one for one in starts if one and name.startswith(one)), None)
+            if known is not None:
+                yield from (other + name.removeprefix(known) for other in starts if other != known)
                 return
 
     def own_name(self, name: str) -> str:
