@@ -31,26 +31,54 @@ FAMILIES = (
     "llama", "qwen2", "gpt_neox", "bloom", "mistral", "ministral", "ministral3", "mistral3", "mixtral", "qwen3",
     "qwen3_moe", "qwen2_moe", "llama4_text", "llama4", "phi", "phi3", "gemma", "gemma2", "gemma3_text", "gemma3",
     "olmo", "olmo2", "olmo3", "smollm3", "stablelm", "granite", "cohere", "cohere2", "minicpm", "gpt2", "opt",
-    "lfm2", "qwen3_next",
+    "lfm2", "lfm2_moe", "qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_vl",
+    "gpt_oss", "glm", "glm4", "glm4_moe", "glm4_moe_lite", "deepseek_v2", "deepseek_v3", "gemma3n_text", "gemma4",
+    "gemma4_text", "granitemoehybrid", "falcon_h1", "ernie4_5", "ernie4_5_moe", "exaone4",
+    "exaone_moe", "hunyuan_v1_dense", "hunyuan_v1_moe", "seed_oss",
 )  # fmt: skip
-MULTIMODAL = ("llama4", "gemma3", "mistral3")
-MOE = ("mixtral", "qwen3_moe", "qwen2_moe", "llama4_text", "llama4", "qwen3_next")
-FUSED = ("gpt_neox", "bloom", "phi3", "gpt2")
+MULTIMODAL = (
+    "llama4", "gemma3", "mistral3", "qwen3_5", "qwen3_5_moe", "qwen3_vl", "gemma4",
+)  # fmt: skip
+#: Families of latent attention, whose projections are roles of their own.
+LATENT = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite")
+FUSED = ("gpt_neox", "bloom", "phi3", "gpt2", "glm", "glm4", "granitemoehybrid")
 #: Families of which only some layers have attention, and how the kinds of layer alternate.
 HYBRID: dict[str, tuple[str, ...]] = {
     "lfm2": ("conv", "full_attention"),
-    "qwen3_next": ("linear_attention", "full_attention"),
+    "lfm2_moe": ("conv", "full_attention"),
+    **dict.fromkeys(("qwen3_next", "qwen3_5", "qwen3_5_moe"), ("linear_attention", "full_attention")),
+    **dict.fromkeys(("qwen3_5_text", "qwen3_5_moe_text"), ("linear_attention", "full_attention")),
+    "granitemoehybrid": ("mamba", "attention"),
 }
 
 LLAMA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+GEMMA4 = [*LLAMA_TARGETS, "per_layer_input_gate", "per_layer_projection"]
+LAUREL = ["linear_left", "linear_right"]
+QWEN3_5 = ["in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj"]
 NEOX_TARGETS = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
 #: Every linear module of a block, by PEFT target name (or pattern, where a vision tower has the same names).
 ALL_TARGETS: dict[str, list[str] | str] = {
     **dict.fromkeys(FAMILIES, LLAMA_TARGETS),
-    **dict.fromkeys(("gemma3", "mistral3"), r"model\.language_model\..*(q|k|v|o|gate|up|down)_proj"),
+    **dict.fromkeys(("gemma3", "mistral3", "qwen3_vl"), r"model\.language_model\..*(q|k|v|o|gate|up|down)_proj"),
+    "gemma4": rf"model\.language_model\.layers\..*({'|'.join(GEMMA4)})",
+    "gemma4_text": GEMMA4,
+    "gemma3n_text": [*GEMMA4, *LAUREL],
     "gpt_neox": NEOX_TARGETS,
     "bloom": NEOX_TARGETS,
-    **dict.fromkeys(("mixtral", "qwen3_moe"), LLAMA_TARGETS[:4]),
+    **dict.fromkeys(
+        ("mixtral", "qwen3_moe", "gpt_oss", "glm4_moe", "ernie4_5_moe", "exaone_moe", "hunyuan_v1_moe"),
+        LLAMA_TARGETS[:4],
+    ),
+    **{key: ["q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"] for key in LATENT},
+    **{key: [*LLAMA_TARGETS[:4], "gate_up_proj", "down_proj"] for key in ("glm", "glm4")},
+    **{key: [*LLAMA_TARGETS, *QWEN3_5] for key in ("qwen3_5", "qwen3_5_text")},
+    **{
+        key: [*LLAMA_TARGETS[:4], *QWEN3_5, *(f"shared_expert.{n}" for n in LLAMA_TARGETS[4:])]
+        for key in ("qwen3_5_moe", "qwen3_5_moe_text")
+    },
+    "granitemoehybrid": [*LLAMA_TARGETS[:4], "in_proj", "out_proj", "input_linear", "output_linear"],
+    "falcon_h1": [*LLAMA_TARGETS, "in_proj"],
+    "lfm2_moe": ["q_proj", "k_proj", "v_proj", "in_proj", "out_proj", "w1", "w2", "w3"],
     "phi": ["q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"],
     "phi3": ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"],
     "gpt2": ["c_attn", "c_proj", "c_fc"],
@@ -60,6 +88,14 @@ ALL_TARGETS: dict[str, list[str] | str] = {
 }
 
 EXPERTS: dict[str, Any] = {"num_local_experts": 2, "num_experts_per_tok": 1}
+ROUTED: dict[str, Any] = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 8}
+GROUPED: dict[str, Any] = {"n_routed_experts": 2, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
+LINEAR: dict[str, Any] = {
+    "head_dim": 12, "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 6,
+    "linear_value_head_dim": 10,
+}  # fmt: skip
+MLA: dict[str, Any] = {"kv_lora_rank": 10, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 7}
+STATE: dict[str, Any] = {"mamba_n_heads": 4, "mamba_d_state": 5, "mamba_n_groups": 1, "mamba_chunk_size": 4}
 #: What a family's fixture has beside the common numbers: what sets the family apart.
 PECULIAR: dict[str, dict[str, Any]] = {
     "ministral": {"head_dim": 8},
@@ -77,14 +113,36 @@ PECULIAR: dict[str, dict[str, Any]] = {
     "gemma3_text": {"head_dim": 16, "query_pre_attn_scalar": 16},
     "granite": {"embedding_multiplier": 3.0, "residual_multiplier": 0.5},
     "minicpm": {"scale_emb": 12, "scale_depth": 1.4},
+    "qwen3_vl_text": {"head_dim": 12},
     "lfm2": {"block_auto_adjust_ff_dim": False},
-    "qwen3_next": {
-        **EXPERTS, "num_experts": 2, "moe_intermediate_size": 8, "mlp_only_layers": [1], "head_dim": 12,
-        "shared_expert_intermediate_size": 20, "linear_num_value_heads": 4, "linear_num_key_heads": 2,
-        "linear_key_head_dim": 6, "linear_value_head_dim": 10,
+    "lfm2_moe": {**ROUTED, "num_dense_layers": 1},
+    "qwen3_next": {**ROUTED, **LINEAR, "mlp_only_layers": [1], "shared_expert_intermediate_size": 20},
+    **dict.fromkeys(("qwen3_5", "qwen3_5_text"), LINEAR),
+    **{key: {**LINEAR, **ROUTED} for key in ("qwen3_5_moe", "qwen3_5_moe_text")},
+    **{key: {"head_dim": 12} for key in ("seed_oss", "ernie4_5")},
+    "gpt_oss": {**EXPERTS, "head_dim": 12},
+    **{key: {"head_dim": 8} for key in ("glm", "glm4", "hunyuan_v1_dense")},
+    "glm4_moe": {**ROUTED, **GROUPED, "head_dim": 12},
+    "exaone_moe": {**ROUTED, **GROUPED, "num_shared_experts": 1, "head_dim": 12},
+    "deepseek_v2": {**ROUTED, **GROUPED, **MLA, "q_lora_rank": None},
+    **{key: {**ROUTED, **GROUPED, **MLA, "q_lora_rank": 10} for key in ("deepseek_v3", "glm4_moe_lite")},
+    "gemma3n_text": {
+        "head_dim": 16, "laurel_rank": 4, "altup_num_inputs": 2, "hidden_size_per_layer_input": 6,
+        "num_kv_shared_layers": 0, "vocab_size_per_layer_input": 96, "activation_sparsity_pattern": None,
     },
+    "gemma4_text": {
+        "head_dim": 16, "global_head_dim": 16, "hidden_size_per_layer_input": 6, "vocab_size_per_layer_input": 96,
+    },
+    "ernie4_5_moe": {"moe_num_experts": 2, "moe_k": 1, "moe_intermediate_size": 8, "moe_num_shared_experts": 1},
+    "hunyuan_v1_moe": {"num_experts": 2, "moe_topk": 1, "head_dim": 8},
+    "granitemoehybrid": {**EXPERTS, "embedding_multiplier": 3.0, "residual_multiplier": 0.5, **STATE},
+    "falcon_h1": {"embedding_multiplier": 2.0, "key_multiplier": 0.5, **STATE},
 }  # fmt: skip
 NO_KV_HEADS = ("gpt_neox", "bloom", "gpt2", "opt")
+QWEN_VISION = {
+    "hidden_size": 16, "intermediate_size": 16, "depth": 1, "num_heads": 2, "patch_size": 14, "out_hidden_size": 32,
+    "num_position_embeddings": 4, "deepstack_visual_indexes": [0],
+}  # fmt: skip
 VISION: dict[str, dict[str, Any]] = {
     "gemma3": {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
                "image_size": 28, "patch_size": 14},
@@ -93,7 +151,12 @@ VISION: dict[str, dict[str, Any]] = {
     "llama4": {"hidden_size": 16, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
                "image_size": 28, "patch_size": 14, "projector_input_dim": 16, "projector_output_dim": 16,
                "vision_output_dim": 16},
+    **{key: QWEN_VISION for key in ("qwen3_5", "qwen3_5_moe", "qwen3_vl")},
+    "gemma4": {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+               "num_key_value_heads": 2, "head_dim": 8, "patch_size": 4},
 }  # fmt: skip
+#: Type of the language model inside a multimodal one.
+INNER = {**{family: f"{family}_text" for family in VISION}, "mistral3": "mistral"}
 
 SPECIAL = ("<pad>", "<unk>", "<s>", "</s>")
 
@@ -134,12 +197,12 @@ def config_for(
     """A transformers config of the family. Bloom's MLP is always 4 × hidden, whatever ``intermediate`` says."""
     ids = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
     if family in VISION:
-        inner = {"gemma3": "gemma3_text", "mistral3": "mistral", "llama4": "llama4_text"}[family]
         text = config_for(
-            inner, vocab=vocab, hidden=hidden, intermediate=intermediate, layers=layers, heads=heads,
+            INNER[family], vocab=vocab, hidden=hidden, intermediate=intermediate, layers=layers, heads=heads,
             kv_heads=kv_heads, head_dim=head_dim, **extra,
         )  # fmt: skip
-        nested = {key: value for key, value in text.to_dict().items() if key != "layer_types"}
+        own = () if family in HYBRID or family.startswith("gemma") else ("layer_types",)
+        nested = {key: value for key, value in text.to_dict().items() if key not in own}
         more = {"mm_tokens_per_image": 1} if family == "gemma3" else {}
         return CONFIG_MAPPING[family](text_config=nested, vision_config=VISION[family], **more)
     if family == "bloom":
@@ -165,8 +228,16 @@ def config_for(
         common["ffn_dim"] = common.pop("intermediate_size")
         common.setdefault("word_embed_proj_dim", hidden)
     if family not in NO_KV_HEADS:
-        common["num_key_value_heads"] = kv_heads or heads
-    if head_dim is not None:
+        common["num_key_value_heads"] = heads if family in LATENT else kv_heads or heads
+    if family.startswith("qwen3_5_moe"):
+        common["shared_expert_intermediate_size"] = common.pop("intermediate_size")
+    if family == "granitemoehybrid":
+        common |= {"shared_intermediate_size": intermediate, "intermediate_size": 8, "mamba_d_head": hidden // 2}
+    if family == "falcon_h1":
+        common |= {"mamba_d_ssm": 2 * hidden, "mamba_d_head": hidden // 2}
+    if family.startswith(("gemma3n", "gemma4")):
+        common["layer_types"] = [("full_attention", "sliding_attention")[n % 2] for n in range(layers)]
+    if head_dim is not None and family not in LATENT:
         common["head_dim"] = head_dim
     if family in ("ministral3", "cohere2") and head_dim is None:
         common["head_dim"] = hidden // heads

@@ -28,17 +28,19 @@ KEYS: dict[str, tuple[str, ...]] = {
 #: The last part of a module's name → the roles it usually has. Which of them it has here, shapes decide.
 NAMES: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"query_key_value|qkv(_proj)?|w_?qkv|c_attn|in_proj|qkv_lin", ("q", "k", "v")),
-    (r"gate_up(_proj)?|gate_and_up_proj|w_?12|fc1_gate|up_gate_proj", ("gate", "up")),
+    (r"gate_up(_proj)?|gate_and_up_proj|w_?12|fc1_gate|up_gate_proj|input_linear", ("gate", "up")),
     (r"q(_proj|_lin)?|query(_proj)?|wq|to_q", ("q",)),
     (r"k(_proj|_lin)?|key(_proj)?|wk|to_k", ("k",)),
     (r"v(_proj|_lin)?|value(_proj)?|wv|to_v", ("v",)),
     (r"gate(_proj)?|w1|wi_0|w_gate", ("gate",)),
     (r"up(_proj)?|w3|wi_1|w_up|fc1|fc_in|c_fc|dense_h_to_4h|linear_1", ("up",)),
-    (r"down(_proj)?|w2|wo_mlp|w_down|fc2|fc_out|dense_4h_to_h|linear_2", ("down",)),
+    (r"down(_proj)?|w2|wo_mlp|w_down|fc2|fc_out|dense_4h_to_h|linear_2|output_linear", ("down",)),
 )
 ATTENTION = re.compile(r"att|^mixer\.|temporal_block")
 #: Parents of the projections of linear attention, state spaces and convolutions, which are no attention's.
 RECURRENT = re.compile(r"(^|\.)(linear_att\w*|\w*mamba\w*|conv|short_conv|ssm|\w*delta\w*|rwkv\w*|\w*recurrent\w*)\.")
+#: The projections of multi-head latent attention, by the beginning of their names.
+LATENT = re.compile(r".*\.((?:q|kv)_[ab]|q|o)_proj")
 OUTPUT = re.compile(r"(o|out|c|output|wo|out_lin|dense|proj)(_proj)?")
 EXPERTS = "expert weights are not mapped between models: one expert of a base has no known counterpart in another"
 ROUTER = "a router's outputs number the experts of its own base"
@@ -190,6 +192,7 @@ def _modules(
     modules: list[dict[str, Any]] = []
     refused: dict[str, str] = {}
     depth = len({layer for where in layers.values() for layer in where})
+    compressed = {name.rpartition(".")[0] for name in layers if re.search(r"\.kv_a_proj", name)}
     for name, where in layers.items():
         shape = next(iter(where.values()))
         expert = re.match(r"(.*?\bexperts?)\b", name)
@@ -199,8 +202,9 @@ def _modules(
         if re.search(r"(^|\.)(router|gate)$", name) and shape[0] < numbers.get("hidden_size", 0) // 8:
             refused[name] = ROUTER
             continue
-        if RECURRENT.search(name) and len(shape) == 2 and min(shape) > 1:
-            own = name.replace(".", "_")
+        latent = LATENT.match(name) if name.rpartition(".")[0] in compressed else None
+        if len(shape) == 2 and min(shape) > 1 and (latent or RECURRENT.search(name)):
+            own = f"mla_{latent[1]}" if latent else name.replace(".", "_")
             modules.append({"name": name, "roles": [own], **({"optional": True} if len(where) < depth else {})})
             questions.append(f"{name} is no standard projection: is {own}, a role of its own, that of another family?")
             continue

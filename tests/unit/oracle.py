@@ -61,6 +61,36 @@ BLOCKS["qwen3_next"] = [
     {"q/gate_of_q": LLAMA["q"], **{r: LLAMA[r] for r in "kvo"}},
     LINEAR,
 ]
+STATE = {"mamba_in": "mamba.in_proj", "mamba_out": "mamba.out_proj"}
+GATED = {"q/gate_of_q": LLAMA["q"], **{r: LLAMA[r] for r in "kvo"}}
+DELTA = {name: f"linear_attn.in_proj_{name}" for name in ("qkv_of_delta", "z", "b", "a")}
+DELTA = {**DELTA, "qkv_of_delta": "linear_attn.in_proj_qkv", "linear_o": "linear_attn.out_proj"}
+SWIGLU = {"gate": "feed_forward.w1", "up": "feed_forward.w3", "down": "feed_forward.w2"}
+LAYER_INPUT = {"layer_gate": "per_layer_input_gate", "layer_out": "per_layer_projection"}
+LAUREL = {"left": "laurel.linear_left", "right": "laurel.linear_right"}
+MLA = {name: f"self_attn.{name}" for name in ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj")}
+BLOCKS |= {
+    "lfm2_moe": BLOCKS["lfm2"],
+    **{key: [GATED, DELTA, {r: LLAMA[r] for r in ("gate", "up", "down")}] for key in ("qwen3_5", "qwen3_5_text")},
+    **{key: [GATED, DELTA, under("mlp.shared_expert")] for key in ("qwen3_5_moe", "qwen3_5_moe_text")},
+    **{
+        key: [{r: LLAMA[r] for r in "qkvo"}]
+        for key in ("gpt_oss", "glm4_moe", "ernie4_5_moe", "exaone_moe", "hunyuan_v1_moe")
+    },
+    **{
+        key: [{**{r: LLAMA[r] for r in "qkvo"}, "gate up": "mlp.gate_up_proj", "down": "mlp.down_proj"}]
+        for key in ("glm", "glm4")
+    },
+    "gemma3n_text": [{**LLAMA, **LAYER_INPUT, **LAUREL}],
+    **{key: [{**LLAMA, **LAYER_INPUT}] for key in ("gemma4", "gemma4_text")},
+    "granitemoehybrid": [
+        {r: LLAMA[r] for r in "qkvo"},
+        STATE,
+        {"gate up": "shared_mlp.input_linear", "down": "shared_mlp.output_linear"},
+    ],
+    "falcon_h1": [{**LLAMA, **under("feed_forward"), "mamba_in": "mamba.in_proj"}],
+    **{key: [{**MLA, "q_of_mla": "self_attn.q_proj"}] for key in ("deepseek_v2", "deepseek_v3", "glm4_moe_lite")},
+}
 BLOCKS["llama4"] = BLOCKS["llama4_text"]
 #: Model type → where PEFT finds the blocks, and where they and the embedding are on disk; the others are as Llama.
 PLACES: dict[str, tuple[str, str, str]] = {
@@ -72,11 +102,18 @@ PLACES: dict[str, tuple[str, str, str]] = {
         ("gemma3", "mistral3"),
         ("model.language_model.layers", "language_model.model.layers", "language_model.model.embed_tokens"),
     ),
+    **dict.fromkeys(
+        ("qwen3_vl", "gemma4"),
+        ("model.language_model.layers", "model.language_model.layers", "model.language_model.embed_tokens"),
+    ),
 }
 #: What the embedding's rows are multiplied with before the first block.
 SCALES = {
-    **dict.fromkeys(("gemma", "gemma2", "gemma3_text", "gemma3"), lambda c: math.sqrt(c["hidden_size"])),
-    "granite": lambda c: c["embedding_multiplier"],
+    **dict.fromkeys(
+        ("gemma", "gemma2", "gemma3_text", "gemma3", "gemma3n_text", "gemma4", "gemma4_text"),
+        lambda c: math.sqrt(c["hidden_size"]),
+    ),
+    **dict.fromkeys(("granite", "granitemoehybrid", "falcon_h1"), lambda c: c["embedding_multiplier"]),
     "minicpm": lambda c: c["scale_emb"],
 }
 

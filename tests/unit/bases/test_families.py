@@ -17,7 +17,7 @@ from transformers import CONFIG_MAPPING
 from transformers.pytorch_utils import Conv1D
 
 from lorasuite.adapters import Adapter, check_loads, fresh_config, fresh_lora, write_adapter
-from lorasuite.bases import ATTENTION, BUILT_IN, Architecture, Checkpoint, Module, Role, architectures, load, load_model
+from lorasuite.bases import BUILT_IN, Architecture, Checkpoint, Module, Role, architectures, load, load_model
 from lorasuite.errors import AdapterError, CheckpointError
 from lorasuite.evaluation import _serving as serving
 from lorasuite.planning import inspect
@@ -32,7 +32,8 @@ LARGER: dict[str, Any] = {"hidden": 40, "heads": 8, "kv_heads": 4, "head_dim": 6
 
 
 def test_every_model_type_has_a_fixture() -> None:
-    assert set(models.FAMILIES) == set(architectures())
+    without = {"gemma3n", "gemma4_unified"}  # a vision tower of timm's, a type that is as gemma4 is
+    assert set(models.FAMILIES) == set(architectures()) - without
 
 
 @pytest.mark.parametrize("family", models.FAMILIES)
@@ -73,7 +74,8 @@ def test_the_embedding_is_what_the_first_block_reads(family: str, base: Callable
     )
     with torch.no_grad():
         model(IDS)
-    torch.testing.assert_close(seen[0], checkpoint.embedding()[IDS], rtol=1e-5, atol=1e-6)
+    first = seen[0][0] if seen[0].dim() == 4 else seen[0]  # the first of several streams
+    torch.testing.assert_close(first, checkpoint.embedding()[IDS], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("family", sorted(set(models.FAMILIES) - {"minicpm"}))
@@ -88,7 +90,8 @@ def test_the_defaults_are_those_of_the_config_class(family: str) -> None:
         head_dim = config.get("head_dim")
         hidden, heads = config.get("hidden_size", 0), config.get("num_attention_heads", 1)
         # a default that is not hidden size / heads has to be in the file: config.json may leave it out
-        assert head_dim is None or head_dim * heads == hidden or given["head_dim"] == head_dim
+        read = "head_dim" in architecture.config["head_dim"]
+        assert not read or head_dim is None or head_dim * heads == hidden or given["head_dim"] == head_dim
 
 
 def test_a_stacked_projection_is_what_phi3_and_gpt2_attend_with(
@@ -131,12 +134,12 @@ def test_gate_and_up_are_the_ones_of_the_mlp(family: str, base: Callable[..., Pa
     """``down(act(gate·x) * up·x)`` with our weights is what the layer's own (shared or dense) MLP gives."""
     checkpoint, model = Checkpoint(base(family)), models.load(base(family))
     x = torch.randn(2, 5, 32)
-    for layer in range(3):
+    for layer in [n for n in range(3) if "gate" in checkpoint.roles(n)]:
         module = next(m for m in checkpoint.modules(layer) if "gate" in m.roles)
         mlp = model.get_submodule(checkpoint.architecture.path(layer, module).rpartition(".")[0])
         if family == "minicpm":
             mlp._forward_hooks.clear()  # its scale of what a block adds
-        act = getattr(mlp, "act_fn", None) or getattr(mlp, "activation_fn", torch.nn.functional.silu)
+        act = getattr(mlp, "act_fn", None) or getattr(mlp, "activation_fn", None) or torch.nn.functional.silu
         w = checkpoint.layer(layer, ("gate", "up", "down"))
         with torch.no_grad():
             ours = (act(x @ w["gate"].T) * (x @ w["up"].T)) @ w["down"].T
@@ -157,6 +160,10 @@ def test_an_adapter_moves_into_the_family(
     adapter = lora(old)
     heads = some_heads(LAYERS, 2, 4)
     rank = 9 if family in models.FUSED else 3  # unfused projections have an A each
+    if family in models.LATENT:
+        with pytest.raises(AdapterError, match=r"the new base has no down projection; .* no gate projection"):
+            run(adapter, old, new, LAYERS, heads, rank)
+        return
     result = run(adapter, old, new, LAYERS, heads, rank)
     check(result.updates, expected_updates(adapter, old, new, LAYERS, heads))
     target = Checkpoint(new)
@@ -204,6 +211,10 @@ def test_an_adapter_moves_out_of_the_family(family: str, base: Callable[..., Pat
     adapter = lora(old)
     assert Adapter.open(adapter).check(Checkpoint(old)) == []
     heads = some_heads(LAYERS, 4, 8)
+    if family in models.LATENT:
+        with pytest.raises(AdapterError, match=r"the new base has no mla_kv_a projection; "):
+            run(adapter, old, new, LAYERS, heads)
+        return
     result = run(adapter, old, new, LAYERS, heads)
     check(result.updates, expected_updates(adapter, old, new, LAYERS, heads))
     assert {d["module"] for d in result.dropped} == without_standard_role(Checkpoint(old), LAYERS)
@@ -268,7 +279,7 @@ def test_a_module_of_another_kind_of_layer_is_refused(base: Callable[..., Path],
     adapter = Adapter.open(lora(base("qwen2_moe")))
     problems = adapter.check(Checkpoint(base("qwen2_moe", mlp_only_layers=[])))
     assert len(problems) == 3
-    assert all("layers.1.mlp" in str(p) and "layer 1 has another kind of MLP" in str(p) for p in problems)
+    assert all("layers.1.mlp" in str(p) and "layer 1 is of another kind" in str(p) for p in problems)
 
 
 def test_peft_adapters_of_fused_experts_are_refused(base: Callable[..., Path], lora: Callable[..., Path]) -> None:
@@ -412,8 +423,8 @@ def test_a_projected_embedding_is_refused(tmp_path: Path) -> None:
 
 def test_attention_is_in_every_layer_or_all_of_it_is_optional() -> None:
     for architecture in architectures().values():
-        holders = [module for module in architecture.modules if set(module.roles) & set(ATTENTION)]
-        assert len({module.optional for module in holders}) == 1
+        holders = [module for module in architecture.modules if set(module.roles) & {"q", "o"}]
+        assert len({module.optional for module in holders}) == bool(holders)
 
 
 def test_the_page_on_architectures_is_in_step() -> None:
