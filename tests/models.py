@@ -151,7 +151,7 @@ VISION: dict[str, dict[str, Any]] = {
     "llama4": {"hidden_size": 16, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
                "image_size": 28, "patch_size": 14, "projector_input_dim": 16, "projector_output_dim": 16,
                "vision_output_dim": 16},
-    **{key: QWEN_VISION for key in ("qwen3_5", "qwen3_5_moe", "qwen3_vl")},
+    **dict.fromkeys(("qwen3_5", "qwen3_5_moe", "qwen3_vl"), QWEN_VISION),
     "gemma4": {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
                "num_key_value_heads": 2, "head_dim": 8, "patch_size": 4},
 }  # fmt: skip
