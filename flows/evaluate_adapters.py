@@ -19,11 +19,10 @@ from flows.context import Context, base_record, check_stages, fetch, tag_run, ti
 from flows.measure import Asked, Measured
 from lorasuite.adapters import OwnTokenizer, own_tokenizer
 from lorasuite.bases import Checkpoint, LoadSettings, load_tokenizer, resolve
-from lorasuite.data import DEFAULT_TEMPLATE, Row, parse_columns, read_rows, read_template, templated
+from lorasuite.data import DEFAULT_TEMPLATE, Row, accepted, parse_columns, read_rows, read_template, templated
 from lorasuite.errors import (
     AdapterError,
     ConfigError,
-    DataError,
     LoRASuiteError,
     OutputError,
     PreflightError,
@@ -201,11 +200,7 @@ def _readers(found: Checked, base: str, adapters: tuple[str, ...], trust_remote_
             found.notices.append(f"the bare base has no chat template: it is measured with that of {found.bare.folder}")
     every = {id(own): own for own in (found.bare, *found.own.values())}
     for own in every.values():
-        try:
-            for row in found.rows:
-                row.target(reader if own is None else own.tokenizer)
-        except DataError as error:
-            problems += error.problems
+        problems += accepted(found.rows, [reader if own is None else own.tokenizer])[1]
     if problems:
         raise PreflightError(problems)
 

@@ -33,13 +33,14 @@ def load_tokenizer(source: str | Path, trust_remote_code: bool = False) -> Any:
     try:
         return AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
     except Exception as error:
-        raise CheckpointError(
-            Problem(
-                str(path),
-                f"its tokenizer cannot be loaded ({type(error).__name__}: {error})",
-                "Save the tokenizer beside the model.",
+        remedy = "Save the tokenizer beside the model."
+        if (path / "tekken.json").is_file() and not (path / "tokenizer.json").is_file():
+            remedy = (
+                "It has only tekken.json: a newer transformers reads that, as does mistral-common (pip install "
+                "mistral-common); or put the tokenizer.json of a converted repository beside it."
             )
-        ) from error
+        what = f"its tokenizer cannot be loaded ({type(error).__name__}: {error})"
+        raise CheckpointError(Problem(str(path), what, remedy)) from error
 
 
 def auto_class(config: Any) -> Any:

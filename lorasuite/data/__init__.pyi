@@ -3,6 +3,7 @@ from ._containers import source_digest
 from ._drawing import HELD_OUT, MIN_OWN_HOLDOUT_ROWS, SPLIT, RowSplit, draw, split_rows
 from ._encoding import IGNORED, encode, encode_pair, encode_rows, end_tokens, prompt_ids
 from ._reading import calibration_texts, read_prompts, read_rows, rows_to_jsonl
+from ._refused import accepted
 from ._rows import (
     CONTEXT_TEMPLATE,
     INSTRUCTION_TEMPLATE,
@@ -33,6 +34,7 @@ __all__ = [
     "Row",
     "RowSplit",
     "Template",
+    "accepted",
     "calibration_texts",
     "draw",
     "encode",

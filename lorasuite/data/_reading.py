@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from lorasuite.data._columns import KNOWN_KEYS, lacking, renamed
 from lorasuite.data._containers import read_text, records, suffix
+from lorasuite.data._refused import accepted
 from lorasuite.data._rows import Kind, Message, Row, unanswered, whole_text
 from lorasuite.data._tables import HUB
 from lorasuite.data._templates import Template, templated
@@ -77,7 +79,7 @@ def _rows(
             record = renamed(record, columns)
         row = _to_row(where, prepare(record), problems)
         if row is not None:
-            rows.append(row)
+            rows.append(replace(row, where=where))
     if problems:
         raise DataError(problems)
     if not rows:
@@ -89,6 +91,7 @@ def calibration_texts(
     source: str | Path,
     tokenizer: PreTrainedTokenizerBase | None = None,
     columns: Mapping[str, str] = _AS_NAMED,
+    skip: bool = False,
 ) -> list[str]:
     """The texts of a data file, to be read by a model for its activations: prompt and completion as one string.
 
@@ -96,10 +99,19 @@ def calibration_texts(
     contents are joined by newlines: calibration reads the *same* text with two tokenizers, which may disagree
     on templates. Rows that lack one of the ``columns`` are read as they are: texts may have another shape than rows.
 
+    Args:
+        skip: leave out conversations that the template refuses.
+
     Raises:
-        DataError: as :func:`read_rows`.
+        DataError: as :func:`read_rows`; naming every conversation that the template refuses, where none is left or
+            they may not be skipped.
     """
-    return [whole_text(row, tokenizer) for row in _rows(source, columns, strict=False)]
+    rows = _rows(source, columns, strict=False)
+    if getattr(tokenizer, "chat_template", None) is not None and tokenizer is not None:
+        rows, problems = accepted(rows, [tokenizer])
+        if problems and not (skip and rows):
+            raise DataError(problems)
+    return [whole_text(row, tokenizer) for row in rows]
 
 
 def read_prompts(

@@ -76,6 +76,8 @@ class Row:
     messages: tuple[Message, ...] = ()
     text: str = ""
     extra: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    #: The file and the line or number it was read from, for messages.
+    where: str = field(default="", compare=False)
 
     def prompt_and_completion(self, tokenizer: PreTrainedTokenizerBase | None = None) -> tuple[str, str]:
         """The text the model is given and the text it should write.
@@ -128,7 +130,7 @@ def _render_chat(row: Row, tokenizer: PreTrainedTokenizerBase | None) -> tuple[s
     Where the answer is, the template itself says, with a placeholder in the answer's place: searched for, a short
     answer might be found in the words of the prompt or in an end-of-turn token.
     """
-    where, messages = "messages row", row.messages
+    where, messages = row.where or "messages row", row.messages
     if tokenizer is None:
         raise DataError([Problem(where, "needs a tokenizer with a chat template", "Pass the base's tokenizer")])
     if getattr(tokenizer, "chat_template", None) is None:
@@ -158,7 +160,13 @@ def _render_chat(row: Row, tokenizer: PreTrainedTokenizerBase | None) -> tuple[s
         prompt, whole, marked = rendered(turns[:-1], True), rendered(turns), rendered(marked_turns)
     except Exception as error:  # a template is code of the checkpoint's author and raises what it likes
         raise DataError(
-            [Problem(where, f"the chat template refused it ({error})", "Use the roles and order it accepts")]
+            [
+                Problem(
+                    where,
+                    f"the chat template refused it ({error})",
+                    "Use the roles and order it accepts, or go on without such rows: --skip-refused-rows",
+                )
+            ]
         ) from error
     continues = whole.startswith(prompt)
     span = _answer_span(whole, marked)

@@ -84,6 +84,9 @@ class MigrationConfig(Strict):
         description="fields of rows that the data calls otherwise: prompt=text,completion=label. Of all data; texts "
         "for calibration may have them or not",
     )
+    skip_refused_rows: bool = Field(
+        False, description="leave out conversations that a chat template refuses, with a notice; else they are an error"
+    )
     eval_tasks: tuple[str, ...] = Field(
         (), description="lm-eval tasks, by name; the paper's are lorasuite_math and lorasuite_commonsense"
     )

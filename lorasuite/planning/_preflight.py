@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from lorasuite.correspondence import SMALLEST_BATCH
 from lorasuite.data import (
     DEFAULT_TEMPLATE,
     Row,
     Template,
+    accepted,
     calibration_texts,
     draw,
     encode_rows,
@@ -22,7 +25,7 @@ from lorasuite.data import (
     unanswered,
     unread_keys,
 )
-from lorasuite.errors import Problem
+from lorasuite.errors import Problem, grouped
 from lorasuite.evaluation import check_tasks
 from lorasuite.planning._config import AUTO, MigrationConfig, torch_device
 from lorasuite.planning._cost import Shape
@@ -70,7 +73,7 @@ def check(config: MigrationConfig, home: Path | None = None) -> Plan:
     wanted = plan_rows(config, RowCounts())
     given, measured = _drawn(result, config, wanted), _read_held_out(result, config)
     train = _training_rows(result, config, wanted, _templated(result, given, template))
-    held_out = _held_out_rows(result, _templated(result, measured, template))
+    held_out = _held_out_rows(result, config, _templated(result, measured, template))
     prompts = _teacher(result, config, wanted, template) if wanted.teacher_rows else None
     if not template.default and not any(row.kind == "instruction" for row in (*given, *measured)) and not prompts:
         result.notices.append(f"template {template.name}: there are no instruction rows, and it is not used")
@@ -91,6 +94,7 @@ def check(config: MigrationConfig, home: Path | None = None) -> Plan:
         result.problems += unfit(result.cost)
     result.raise_problems()
     rendered = [row for row in given or measured if row.kind in ("instruction", "messages")]
+    rendered = accepted(rendered, [result.old_reader] if result.old_reader is not None else [])[0]
     return Plan(result, texts, train, held_out, rows, counts, template, prompts, rendered)
 
 
@@ -197,7 +201,12 @@ def _calibration(result: Inspection, config: MigrationConfig) -> list[str]:
             result.notices.append("no calibration texts: layers are mapped one to one, without similarities")
         return []
     texts: list[str] = (
-        result.attempt(lambda: calibration_texts(source, result.new_tokenizer, config.renamed_columns)) or []
+        result.attempt(
+            lambda: calibration_texts(
+                source, result.new_tokenizer, config.renamed_columns, skip=config.skip_refused_rows
+            )
+        )
+        or []
     )
     if texts and len(texts) < SMALLEST_BATCH:
         result.problems.append(
@@ -240,10 +249,11 @@ def _training_rows(result: Inspection, config: MigrationConfig, wanted: RowPlan,
     if not rows:
         return []
     _unread(result, "training rows", rows)
+    rows = _accepted(result, config, "training rows", rows, [result.new_tokenizer])
     if len(config.learning_rates) > 1 and len(rows) + wanted.synthetic_train_rows < MIN_SWEEP_ROWS:
         result.problems.append(too_few_to_sweep(len(rows), "learning_rates"))
     tokenizer = result.new_tokenizer
-    if tokenizer is not None:
+    if tokenizer is not None and rows:
         result.attempt(lambda: encode_rows(rows, tokenizer, config.finetune.cutoff))
     return rows
 
@@ -279,6 +289,8 @@ def _teacher(result: Inspection, config: MigrationConfig, wanted: RowPlan, templ
     if source is None:
         return None
     rows: list[Row] = result.attempt(lambda: read_prompts(source, config.renamed_columns, template)) or []
+    if getattr(tokenizer, "chat_template", None) is not None:
+        rows = _accepted(result, config, "prompts", rows, [tokenizer, result.new_tokenizer])
     words = config.teacher.text_prefix
     distinct = set()
     for number, row in enumerate(rows, start=1):
@@ -304,12 +316,28 @@ def _read_held_out(result: Inspection, config: MigrationConfig) -> list[Row]:
     return result.attempt(lambda: read_rows(source, config.renamed_columns)) or []
 
 
-def _held_out_rows(result: Inspection, rows: list[Row]) -> list[Row]:
+def _held_out_rows(result: Inspection, config: MigrationConfig, rows: list[Row]) -> list[Row]:
     """The held-out rows as they are used, checked."""
     _unread(result, "held-out rows", rows)
-    tokenizers = [t for t in (result.old_reader, result.new_tokenizer) if t is not None]
-    result.attempt(lambda: [row.target(tokenizer) for tokenizer in tokenizers for row in rows])
-    return rows
+    return _accepted(result, config, "held-out rows", rows, [result.old_reader, result.new_tokenizer])
+
+
+def _accepted(
+    result: Inspection, config: MigrationConfig, subject: str, rows: list[Row], tokenizers: Sequence[Any]
+) -> list[Row]:
+    """The rows that every chat template renders; the others are problems, or said in a notice if the user allows it and
+    some are left."""
+    kept, problems = accepted(rows, [tokenizer for tokenizer in tokenizers if tokenizer is not None])
+    if not problems:
+        return rows
+    if config.skip_refused_rows and kept:
+        first = grouped(problems)[0]
+        left_out = f"{len(rows) - len(kept)} of {len(rows)} left out"
+        result.notices.append(f"{subject}: {left_out}, such as {first.where}: {first.what}")
+        return kept
+    known = set(result.problems)
+    result.problems += [problem for problem in problems if problem not in known]
+    return kept
 
 
 def _readable(result: Inspection, rows: list[Row]) -> None:

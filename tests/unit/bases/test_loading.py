@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, get_peft_model
 from pydantic import ValidationError
 
 from flows.context import Context
-from lorasuite.bases import LoadSettings, ModelCache, load_model
-from lorasuite.errors import ConfigError
+from lorasuite.bases import LoadSettings, ModelCache, load_model, load_tokenizer
+from lorasuite.errors import CheckpointError, ConfigError
 from tasks.bases import running
 from tasks.stage import Where
 
@@ -69,3 +72,24 @@ def test_an_adapter_left_in_a_base_folder_is_not_attached(base: Callable[..., Pa
     assert (path / "adapter_config.json").is_file()
     names = [name for name, _ in bare.named_parameters()]
     assert [name for name, _ in load_model(path).named_parameters()] == names
+
+
+def test_a_tokenizer_that_is_a_tekken_file_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Mistral's own repositories have it: read by transformers, or what reads it is named."""
+    special = [{"rank": n, "token_str": token, "is_control": True} for n, token in enumerate(["<unk>", "<s>", "</s>"])]
+    words = [*(bytes([n]) for n in range(256)), b"he", b"ll", b"hell", b"hello"]
+    vocabulary = [{"rank": n, "token_bytes": base64.b64encode(word).decode()} for n, word in enumerate(words)]
+    config = {"pattern": r"\p{L}+|[^\p{L}]+", "num_vocab_tokens": 260, "default_vocab_size": 263, "version": "v3"}
+    tekken = {"config": {**config, "default_num_special_tokens": 3}, "vocab": vocabulary, "special_tokens": special}
+    (tmp_path / "tekken.json").write_text(json.dumps(tekken))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mistral", "vocab_size": 263}))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer("hello", add_special_tokens=False)["input_ids"] == [262]  # special tokens come first
+    assert tokenizer.get_vocab()["<s>"] == 1
+
+    def unable(*_args: object, **_named: object) -> None:
+        raise ValueError("no such tokenizer")
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", unable)
+    with pytest.raises(CheckpointError, match=r"only tekken\.json.*mistral-common"):
+        load_tokenizer(tmp_path)
