@@ -11,7 +11,7 @@ from ._paths import is_directory
 from ._proposal import propose
 from ._settings import LoadSettings
 from ._streaming import LayerStream, StreamedBase, streamed_base
-from ._tracing import ActivationRecorder, LoadedBase, Place, linear_modules, put_weights
+from ._tracing import ActivationRecorder, LoadedBase, Place, linear_modules, main_stream, put_weights
 from ._vocabulary import CommonTokens, common_tokens, convention, surface
 
 __all__ = [
@@ -56,6 +56,7 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "loaded_model",
+    "main_stream",
     "model_cache",
     "module_order",
     "paired_positions",

@@ -167,7 +167,7 @@ class ActivationRecorder:
         self.seen, self._handles = {}, []
 
     def _keep(self, place: Place, value: Tensor) -> None:
-        self.seen[place] = value.detach()
+        self.seen[place] = main_stream(value.detach()) if place[1] == "block" else value.detach()
         if self._last and self._last <= self.seen.keys():
             raise AllSeen
 
@@ -213,6 +213,12 @@ class ActivationRecorder:
             chosen = tuple(index.to(value.device) for index in rows)
             found[place] = value.reshape(*ids.shape, -1)[chosen].to(device=device, dtype=dtype)
         return found
+
+
+def main_stream(states: Tensor) -> Tensor:
+    """What a block's attention and MLP read and add to, ``(texts, tokens, d)``: of several streams, ``(streams, texts,
+    tokens, d)`` as in Gemma 3n, the first."""
+    return states[0] if states.dim() == 4 else states
 
 
 def linear_modules(base: LoadedBase, layer: int) -> dict[str, tuple[Module, Any]]:

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Float32, Integer
 from torch import Tensor
 
-from lorasuite.bases import LayerStream, LoadedBase, length_batches
+from lorasuite.bases import LayerStream, LoadedBase, length_batches, main_stream
 from lorasuite.correspondence._options import Pooling
 from lorasuite.errors import DataError, Problem
 from lorasuite.progress import Progress
@@ -47,7 +47,7 @@ def hidden_states(
     with LayerStream(base, [batch.ids for batch in batches]) as stream:
         for layer in range(layers):
             for number, batch in enumerate(batches):
-                pooled[layer, batch.numbers] = _pool(stream.run(number), batch.lengths, pooling).cpu()
+                pooled[layer, batch.numbers] = _pool(main_stream(stream.run(number)), batch.lengths, pooling).cpu()
             stream.advance()
             if progress is not None:
                 progress(layer + 1, layers)

@@ -51,24 +51,29 @@ BLOCKS: dict[str, list[dict[str, str]]] = {
     "gpt2": [{"q k v": "attn.c_attn", "o": "attn.c_proj", "up": "mlp.c_fc", "down": "mlp.c_proj"}],
     "opt": [{**{r: LLAMA[r] for r in "qkv"}, "o": "self_attn.out_proj", "up": "fc1", "down": "fc2"}],
 }
-LINEAR = {"qkvz": "linear_attn.in_proj_qkvz", "ba": "linear_attn.in_proj_ba", "linear_o": "linear_attn.out_proj"}
+LINEAR = {
+    "linear_qkvz": "linear_attn.in_proj_qkvz",
+    "linear_ba": "linear_attn.in_proj_ba",
+    "linear_o": "linear_attn.out_proj",
+}
 BLOCKS["lfm2"] = [
     {**{r: LLAMA[r] for r in "qkv"}, "o": "self_attn.out_proj"},
     {"conv_in": "conv.in_proj", "conv_out": "conv.out_proj"},
     {"gate": "feed_forward.w1", "up": "feed_forward.w3", "down": "feed_forward.w2"},
 ]
 BLOCKS["qwen3_next"] = [
-    {"q/gate_of_q": LLAMA["q"], **{r: LLAMA[r] for r in "kvo"}},
+    {"q/attention_gate": LLAMA["q"], **{r: LLAMA[r] for r in "kvo"}},
     LINEAR,
 ]
 STATE = {"mamba_in": "mamba.in_proj", "mamba_out": "mamba.out_proj"}
-GATED = {"q/gate_of_q": LLAMA["q"], **{r: LLAMA[r] for r in "kvo"}}
-DELTA = {name: f"linear_attn.in_proj_{name}" for name in ("qkv_of_delta", "z", "b", "a")}
-DELTA = {**DELTA, "qkv_of_delta": "linear_attn.in_proj_qkv", "linear_o": "linear_attn.out_proj"}
+GATED = {"q/attention_gate": LLAMA["q"], **{r: LLAMA[r] for r in "kvo"}}
+DELTA = {f"linear_{name}": f"linear_attn.in_proj_{name}" for name in ("qkv", "z", "b", "a")}
+DELTA["linear_o"] = "linear_attn.out_proj"
 SWIGLU = {"gate": "feed_forward.w1", "up": "feed_forward.w3", "down": "feed_forward.w2"}
-LAYER_INPUT = {"layer_gate": "per_layer_input_gate", "layer_out": "per_layer_projection"}
-LAUREL = {"left": "laurel.linear_left", "right": "laurel.linear_right"}
-MLA = {name: f"self_attn.{name}" for name in ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj")}
+LAYER_INPUT = {"per_layer_gate": "per_layer_input_gate", "per_layer_out": "per_layer_projection"}
+LAUREL = {"laurel_in": "laurel.linear_left", "laurel_out": "laurel.linear_right"}
+MLA = {f"mla_{name}": f"self_attn.{name}_proj" for name in ("q", "q_a", "q_b", "kv_b", "o")}
+MLA["mla_kv_a"] = "self_attn.kv_a_proj_with_mqa"
 BLOCKS |= {
     "lfm2_moe": BLOCKS["lfm2"],
     **{key: [GATED, DELTA, {r: LLAMA[r] for r in ("gate", "up", "down")}] for key in ("qwen3_5", "qwen3_5_text")},
@@ -89,7 +94,7 @@ BLOCKS |= {
         {"gate up": "shared_mlp.input_linear", "down": "shared_mlp.output_linear"},
     ],
     "falcon_h1": [{**LLAMA, **under("feed_forward"), "mamba_in": "mamba.in_proj"}],
-    **{key: [{**MLA, "q_of_mla": "self_attn.q_proj"}] for key in ("deepseek_v2", "deepseek_v3", "glm4_moe_lite")},
+    **{key: [MLA] for key in ("deepseek_v2", "deepseek_v3", "glm4_moe_lite")},
 }
 BLOCKS["llama4"] = BLOCKS["llama4_text"]
 #: Model type → where PEFT finds the blocks, and where they and the embedding are on disk; the others are as Llama.

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lorasuite.adapters import Adapter, write_adapter
-from lorasuite.bases import Architecture, Checkpoint, LoadedBase, load_model
+from lorasuite.bases import ROLES, Architecture, Checkpoint, LoadedBase, load_model
 from lorasuite.correspondence import FUNCTIONAL, ORTHOGONAL, AlignedMaps, HeadMaps, TransferMatrix, align, map_heads
 from lorasuite.planning import inspect
 from lorasuite.transforms import can_move, migrate, transform
@@ -17,7 +17,8 @@ from tests import models
 
 Base = Callable[..., Path]
 LAYERS = {0: 0, 1: 1, 2: 2}
-OWN = {"lfm2": {"conv_in", "conv_out"}, "qwen3_next": {"attention_gate", "linear_qkvz", "linear_ba", "linear_o"}}
+SOME_HYBRID = ("lfm2", "qwen3_next", "granitemoehybrid")
+SOME_OWN = (*SOME_HYBRID, "qwen3_5", "falcon_h1", "gemma3n_text", "gemma4_text", "deepseek_v3")
 
 
 class Kept:
@@ -37,7 +38,7 @@ def loaded(path: Path) -> LoadedBase:
     return LoadedBase.of(load_model(path), models.tokenizer_of(path), Checkpoint(path))
 
 
-@pytest.mark.parametrize("family", models.HYBRID)
+@pytest.mark.parametrize("family", SOME_HYBRID)
 def test_heads_are_matched_where_both_layers_have_attention(family: str, base: Base, lora: Base) -> None:
     old, new = Checkpoint(base("llama")), Checkpoint(base(family))
     matches = map_heads(old, new, LAYERS, TransferMatrix())
@@ -48,7 +49,7 @@ def test_heads_are_matched_where_both_layers_have_attention(family: str, base: B
     assert map_heads(new, old, LAYERS, TransferMatrix()).keys() == {1}
 
 
-@pytest.mark.parametrize("family", models.HYBRID)
+@pytest.mark.parametrize("family", SOME_HYBRID)
 def test_attention_is_dropped_with_the_reason_where_one_layer_has_none(family: str, base: Base, lora: Base) -> None:
     old, new = Checkpoint(base("llama")), Checkpoint(base(family, seed=1))
     adapter = Adapter.open(lora(old.path, targets=models.LLAMA_TARGETS[:4]))
@@ -77,7 +78,7 @@ def test_a_transform_that_reads_heads_drops_attention_whose_layers_are_not_match
     assert any("no heads are matched" in row["why"] for row in result.dropped)
 
 
-@pytest.mark.parametrize("family", models.HYBRID)
+@pytest.mark.parametrize("family", SOME_OWN)
 def test_roles_of_a_family_s_own_move_by_maps_of_what_they_read_and_write(
     family: str, base: Base, lora: Base, tmp_path: Path
 ) -> None:
@@ -86,7 +87,8 @@ def test_roles_of_a_family_s_own_move_by_maps_of_what_they_read_and_write(
     old, new = map(Checkpoint, paths)
     adapter = Adapter.open(lora(paths[0]))
     roles = adapter.roles(old.architecture)
-    assert OWN[family] == {role for role in roles if role not in ("q", "k", "v", "o", "gate", "up", "down")}
+    own = {role for role in roles if role not in ROLES}
+    assert own == {role for role in old.every_role if role not in ROLES} and own
     texts = [" ".join(f"w{(7 * n + k) % 90}" for k in range(12)) for n in range(12)]
     kinds = {"in": [FUNCTIONAL, ORTHOGONAL], "out": [ORTHOGONAL]}
     found, info = align(loaded(paths[0]), loaded(paths[1]), LAYERS, roles, texts, kinds)
@@ -104,16 +106,18 @@ def test_roles_of_a_family_s_own_move_by_maps_of_what_they_read_and_write(
     )  # fmt: skip
     assert models.load_tuned(output, paths[1])(torch.tensor([[5, 6, 7]])).logits.isfinite().all()
 
-    heads = {1: {n: n for n in range(4)}}
+    table = inspect(*map(str, paths), str(adapter.path), method="lorasuite").modules
+    assert {row["role"] for row in table if not row["moves"]} == own
+    assert can_move(transform("procrustes"), "conv_in") and not can_move(transform("lorasuite"), "conv_in")
+    if family in models.LATENT:
+        return
+    heads = {n: {n: n for n in range(4)} for n in range(3)}
     moved = migrate(
         adapter, old, new, method="lorasuite", layers=LAYERS, heads=heads, transfer=TransferMatrix(),
         mlp_factor=lambda *_: torch.eye(32, dtype=torch.float64), rank=3,
     )  # fmt: skip
     said = {row["why"] for row in moved.dropped}
-    assert said == {f"lorasuite has no rule for {role} projections" for role in OWN[family]}
-    table = inspect(*map(str, paths), str(adapter.path), method="lorasuite").modules
-    assert {row["role"] for row in table if not row["moves"]} == OWN[family]
-    assert can_move(transform("procrustes"), "conv_in") and not can_move(transform("lorasuite"), "conv_in")
+    assert said == {f"lorasuite has no rule for {role} projections" for role in own}
 
 
 def test_sizes_of_own_roles_are_those_of_the_weights(base: Base) -> None:
@@ -123,7 +127,33 @@ def test_sizes_of_own_roles_are_those_of_the_weights(base: Base) -> None:
     assert (linear.rows("linear_qkvz"), linear.columns("linear_o")) == (2 * 12 + 2 * 40, 40)
     assert checkpoint.roles(0) == ("linear_qkvz", "linear_ba", "linear_o")
     assert checkpoint.roles(1) == ("q", "k", "v", "o", "attention_gate")
-    assert {name for name, *_ in checkpoint.sizes.own} == OWN["qwen3_next"]
+    assert {name for name, *_ in checkpoint.sizes.own} == set(checkpoint.architecture.own_roles)
+
+
+def test_layers_with_wider_heads_and_with_the_keys_and_values_of_others(base: Base, lora: Base) -> None:
+    """Gemma 4's full-attention layers, and its layers that reuse keys and values."""
+    path = base("gemma4_text", layers=4, global_head_dim=20, num_kv_shared_layers=2, use_double_wide_mlp=True)
+    checkpoint = Checkpoint(path)
+    assert checkpoint.check() == []
+    assert [checkpoint.layer_dims(n).head_dim for n in range(4)] == [20, 16, 20, 16]
+    assert [checkpoint.layer_dims(n).intermediate_size for n in range(4)] == [48, 48, 96, 96]
+    assert ["k" in checkpoint.roles(n) for n in range(4)] == [True, True, False, False]
+    old = Checkpoint(base("llama", layers=4))
+    matches = map_heads(old, checkpoint, {n: n for n in range(4)}, TransferMatrix())
+    assert set(matches) == {0, 1}
+    result = migrate(
+        Adapter.open(lora(old.path)), old, checkpoint, method="lorasuite", layers={n: n for n in range(4)},
+        heads={o: match.heads for o, match in matches.items()}, transfer=TransferMatrix(),
+        mlp_factor=lambda *_: torch.eye(32, dtype=torch.float64), rank=3,
+    )  # fmt: skip
+    assert result.updates["model.layers.0.self_attn.q_proj"].shape == (80, 32)
+    assert result.updates["model.layers.2.mlp.down_proj"].shape == (32, 96)
+    lost = {row["module"].split(".", 2)[2]: row["why"] for row in result.dropped}
+    assert "layer 2 of the new base has no k projection" in lost["2.self_attn.k_proj"]
+    assert "no heads are matched" in lost["2.self_attn.q_proj"]
+
+    shared = Checkpoint(base("gemma4_text", attention_k_eq_v=True))
+    assert shared.check() == [] and "v" not in shared.roles(0) and "v" in shared.roles(1)
 
 
 def test_a_width_that_the_config_does_not_tell_is_read_from_the_weights(base: Base) -> None:
