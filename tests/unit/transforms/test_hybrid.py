@@ -135,7 +135,7 @@ def test_layers_with_wider_heads_and_with_the_keys_and_values_of_others(base: Ba
     path = base("gemma4_text", layers=4, global_head_dim=20, num_kv_shared_layers=2, use_double_wide_mlp=True)
     checkpoint = Checkpoint(path)
     assert checkpoint.check() == []
-    assert [checkpoint.layer_dims(n).head_dim for n in range(4)] == [20, 16, 20, 16]
+    assert [checkpoint.layer_dims(n).head_dim for n in range(4)] == [20, 16, 20, 20]
     assert [checkpoint.layer_dims(n).intermediate_size for n in range(4)] == [48, 48, 96, 96]
     assert ["k" in checkpoint.roles(n) for n in range(4)] == [True, True, False, False]
     old = Checkpoint(base("llama", layers=4))
