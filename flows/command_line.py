@@ -20,7 +20,7 @@ from rich.markup import escape
 
 from artifacts import default_home
 from flows.after_commands import Private, export, push, report
-from flows.cli_output import RUN, Json, Verbose, debug_option, errors, print_json, progress_line, run_app
+from flows.cli_output import RUN, Json, Verbose, errors, print_json, progress_line, run_app
 from flows.init_command import init
 from flows.options import with_settings
 from flows.store_commands import store_app
@@ -41,6 +41,7 @@ MANY, AFTER, KEPT = "Many adapters", "Afterwards", "What is kept"
 app.command()(init)
 for afterwards in (report, push, export):
     app.command(rich_help_panel=AFTER)(afterwards)
+app.callback()(debug_option)
 app.add_typer(store_app, name="artifacts", rich_help_panel=KEPT)
 
 

@@ -202,7 +202,7 @@ Results = dict[str, dict[str, str]]
 
 def some() -> list[tuple[str, str]]:
     """``(architecture, kind)`` of the cells the tests run: each architecture and each kind at least once."""
-    families, names = models.FAMILIES, list(kinds.MIGRATED)
+    families, names = models.CROSSED, list(kinds.MIGRATED)
     down = {(families[n * 7 % len(families)], name) for n, name in enumerate(names)}
     across = {(family, names[n * 11 % len(names)]) for n, family in enumerate(families)}
     return sorted(down | across)
@@ -233,7 +233,7 @@ def _build(folder: Path, family: str, **numbers: Any) -> Path:
 def table(results: Results) -> str:
     """The table in Markdown: a row a kind, a column for architectures that agree in every row, and the reasons."""
     columns: dict[tuple[str, ...], list[str]] = {}
-    for family in models.FAMILIES:
+    for family in models.CROSSED:
         columns.setdefault(tuple(row[family] for row in results.values()), []).append(family)
     reasons: dict[str, int] = {}
 
@@ -255,12 +255,12 @@ def table(results: Results) -> str:
 
 
 if __name__ == "__main__":
-    parts = run(sys.argv[1:] or models.FAMILIES)
+    parts = run(sys.argv[1:] or models.CROSSED)
     before = stored() if RESULTS.is_file() else {}
     merged_rows = {name: {**before.get(name, {}), **row} for name, row in parts.items()}
     RESULTS.write_text(json.dumps(merged_rows, indent=1, ensure_ascii=False) + "\n")
     page, mark = Path(__file__).parents[1] / "docs" / "adapters.md", "architectures"
     head, _, rest = page.read_text().partition(f"<!-- {mark} -->\n")
     rest = rest.partition(f"<!-- /{mark} -->")[2]
-    if all(set(row) >= set(models.FAMILIES) for row in merged_rows.values()):
+    if all(set(row) >= set(models.CROSSED) for row in merged_rows.values()):
         page.write_text(f"{head}<!-- {mark} -->\n{table(stored())}<!-- /{mark} -->{rest}")
