@@ -20,7 +20,7 @@ from rich.markup import escape
 
 from artifacts import default_home
 from flows.after_commands import Private, export, push, report
-from flows.cli_output import RUN, Json, Verbose, errors, print_json, progress_line, run_app
+from flows.cli_output import RUN, Json, Verbose, debug_option, errors, print_json, progress_line, run_app
 from flows.init_command import init
 from flows.options import with_settings
 from flows.store_commands import store_app

@@ -36,10 +36,9 @@ FAMILIES = (
     "gemma4_text", "granitemoehybrid", "falcon_h1", "ernie4_5", "ernie4_5_moe", "exaone4",
     "exaone_moe", "hunyuan_v1_dense", "hunyuan_v1_moe", "seed_oss",
 )  # fmt: skip
-#: Families that the table of adapter kinds has no column for: what they add to others are names and roles, which kinds
-#: of adapters have nothing to do with.
-UNCROSSED = FAMILIES[FAMILIES.index("lfm2_moe") :][:1] + FAMILIES[FAMILIES.index("qwen3_5") :]
-CROSSED = tuple(family for family in FAMILIES if family not in UNCROSSED)
+#: Families that the table of adapter kinds has a column for. What the others add are names and roles, which kinds of
+#: adapters have nothing to do with.
+CROSSED = tuple(family for n, family in enumerate(FAMILIES) if n <= FAMILIES.index("lfm2") or family == "qwen3_next")
 MULTIMODAL = (
     "llama4", "gemma3", "mistral3", "qwen3_5", "qwen3_5_moe", "qwen3_vl", "gemma4",
 )  # fmt: skip
