@@ -75,7 +75,7 @@ Refresh = Annotated[
 
 PAIR_FLAGS = (
     "old_base", "new_base", "calibration", "method", "device", "trust_remote_code", "architectures",
-    "columns", "skip_refused_rows", "calibration_samples", "calibration_cutoff", "pooling", "similarity", "cka_batch", "layer_strategy",
+    "columns", "calibration_samples", "calibration_cutoff", "pooling", "similarity", "cka_batch", "layer_strategy",
     "max_offset", "head_matching", "transfer_matrix",
 )  # fmt: skip
 

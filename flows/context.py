@@ -26,7 +26,7 @@ from artifacts import (
     open_store,
     stage_key,
 )
-from lorasuite.adapters import Combined, OwnTokenizer, open_adapters, write_combined
+from lorasuite.adapters import OwnTokenizer, is_ready, open_adapters, write_ready
 from lorasuite.bases import Architecture, Checkpoint, LoadSettings, digest_json, resolve
 from lorasuite.data import Row, fingerprint_rows
 from lorasuite.errors import ConfigError, InputChanged, Problem, did_you_mean
@@ -216,7 +216,8 @@ def base_record(source: str, fingerprint: str) -> dict[str, Any]:
 
 
 def adapter_directory(settings: MigrationConfig, old_model: str) -> Path:
-    """The directory of the adapter; of several, that of their sum, which is kept in the store.
+    """The directory of the adapter; of several, that of their sum, and of one whose modules PEFT would not find by
+    their names, that of a copy under the right ones. Those are kept in the store.
 
     Args:
         old_model: fingerprint of the old base.
@@ -225,7 +226,8 @@ def adapter_directory(settings: MigrationConfig, old_model: str) -> Path:
         CheckpointError, AdapterError: if one of them cannot be read, or is no sum of updates.
     """
     adapter = open_adapters(settings.adapter, settings.allow_pickle)
-    if not isinstance(adapter, Combined):
+    base = Checkpoint(settings.old_base)
+    if is_ready(adapter, base):
         return adapter.path
     store = open_store(default_home(), default_remote())
     inputs = {"adapters": adapter.fingerprint(), "old_model": old_model}
@@ -237,7 +239,7 @@ def adapter_directory(settings: MigrationConfig, old_model: str) -> Path:
     except ArtifactDamaged as error:
         get_run_logger().warning("%s: it is written again, for %s", settings.adapter, error)
     with tempfile.TemporaryDirectory() as folder:
-        path = write_combined(adapter, Checkpoint(settings.old_base), Path(folder), ANY_BASE)
+        path = write_ready(adapter, base, Path(folder), ANY_BASE)
         if adapter.fingerprint() != inputs["adapters"]:
             raise InputChanged(Problem(settings.adapter, "changed while it was read", "Run again."))
         store.put(key, stage="combined", version=1, inputs=inputs, settings={}, files=folder_files(path))

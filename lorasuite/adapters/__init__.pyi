@@ -1,6 +1,6 @@
 from ._attachment import attach_adapter, attached, detach_adapter, restored, save_adapter, unwrap
 from ._base_modules import base_weight, vocabulary_side, vocabulary_weight, weight_shape
-from ._combination import Combined, open_adapters, write_combined
+from ._combination import Combined, is_ready, open_adapters, write_ready
 from ._files import CONFIG, PREFIX, WEIGHTS, Tensors
 from ._fused import fuse_updates, split_update
 from ._kinds import REFUSED, OutputType, config_problems
@@ -32,6 +32,7 @@ __all__ = [
     "fresh_config",
     "fresh_lora",
     "fuse_updates",
+    "is_ready",
     "not_in_adalora",
     "open_adapters",
     "own_tokenizer",
@@ -50,5 +51,5 @@ __all__ = [
     "vocabulary_weight",
     "weight_shape",
     "write_adapter",
-    "write_combined",
+    "write_ready",
 ]

@@ -15,7 +15,7 @@ from lorasuite.adapters._files import initial_adapter
 from lorasuite.adapters._left_out import left_out
 from lorasuite.adapters._reader import Adapter
 from lorasuite.adapters._sources import split_sources
-from lorasuite.adapters._tidy import write_tidy
+from lorasuite.adapters._tidy import is_tidy, write_tidy
 from lorasuite.adapters._writer import write_adapter
 from lorasuite.bases import Checkpoint, digest_json
 from lorasuite.errors import AdapterError, LoRASuiteError, Problem
@@ -109,6 +109,11 @@ def _only_updates(adapter: Adapter) -> list[Problem]:
     ]
 
 
+def is_ready(adapter: Adapter, base: Checkpoint) -> bool:
+    """Whether PEFT finds exactly the tensors of its file in the model that transformers builds of its base."""
+    return not isinstance(adapter, Combined) and is_tidy(adapter, base)
+
+
 def write_ready(adapter: Adapter, base: Checkpoint, folder: Path, base_name: str) -> Path:
     """Write an adapter so that PEFT finds its modules: a sum as one LoRA whose rank is the sum of the ranks, another
     under the names of the base's own model and without what is left out of it.
@@ -123,8 +128,10 @@ def write_ready(adapter: Adapter, base: Checkpoint, folder: Path, base_name: str
     """
     members = adapter.members if isinstance(adapter, Combined) else ((adapter, 1.0),)
     # What a changed base was before training lies in a folder of its own, and is part of the sum.
-    if not isinstance(adapter, Combined) and (initial_adapter(adapter.path) is None or not adapter.plain(base.architecture)):
-        return write_tidy(adapter, base, folder)
+    if not isinstance(adapter, Combined) and (
+        initial_adapter(adapter.path) is None or not adapter.plain(base.architecture)
+    ):
+        return write_tidy(adapter, base, folder, base_name)
     idle = {module for member, _ in members for module in left_out(member, base).modules}
     own = base.architecture.own_name
     updates = {own(module): adapter.update(module, base) for module in adapter.modules if module not in idle}

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
-from lorasuite.adapters._files import CONFIG, PICKLE, PREFIX, WEIGHTS
+from lorasuite.adapters._files import CONFIG, PREFIX, WEIGHTS
 from lorasuite.adapters._kinds import kind_of
 from lorasuite.adapters._left_out import left_out
 from lorasuite.adapters._reader import Adapter
@@ -50,18 +49,18 @@ def is_tidy(adapter: Adapter, base: Checkpoint) -> bool:
     return kept_tensors(adapter, base) == {name: name for name in adapter.tensors.stored.values()}
 
 
-def write_tidy(adapter: Adapter, base: Checkpoint, output: Path) -> Path:
+def write_tidy(adapter: Adapter, base: Checkpoint, output: Path, base_name: str) -> Path:
     """Write what :func:`kept_tensors` names, with a config that says which modules they belong to.
 
-    Whatever else lies in the adapter's directory (its tokenizer, its template, what it was before training) is copied.
+    Args:
+        output: directory to create.
+        base_name: what the config names as its base.
     """
     own = base.architecture.own_name
-    shutil.copytree(
-        adapter.path, output, ignore=shutil.ignore_patterns(WEIGHTS, PICKLE, "checkpoint-*", "*.pt", "*.pth")
-    )
+    output.mkdir(parents=True, exist_ok=True)
     tensors = {new: adapter.tensors.raw(name).contiguous() for new, name in kept_tensors(adapter, base).items()}
     save_file(_apart(tensors), output / WEIGHTS, metadata={"format": "pt"})
-    config: dict[str, Any] = dict(adapter.config)
+    config: dict[str, Any] = {**adapter.config, "base_model_name_or_path": base_name}
     idle = left_out(adapter, base).modules
     if kind_of(config) in ("LORA", "ADALORA"):
         config |= dict.fromkeys(name for name in _CHOOSING if name in config)

@@ -11,8 +11,8 @@ FIRST = (
 HEADINGS: dict[str, tuple[str, ...]] = {
     "The new adapter": ("rank", "energy", "output_type", "unmapped"),
     "Rows and what is measured": (
-        "columns", "template", "finetune_samples", "teacher_samples", "eval_tasks", "eval_dir", "include_path",
-        "controls", "seed",
+        "columns", "skip_refused_rows", "template", "finetune_samples", "teacher_samples", "eval_tasks", "eval_dir",
+        "include_path", "controls", "seed",
     ),
     "Choosing": ("effort", "learning_rates", "starts"),
     "Reading models and adapters": ("trust_remote_code", "allow_pickle", "architectures", "loading"),

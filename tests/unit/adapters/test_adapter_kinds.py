@@ -23,7 +23,7 @@ from lorasuite.adapters import (
     detach_adapter,
     open_adapters,
     split_sources,
-    write_combined,
+    write_ready,
 )
 from lorasuite.bases import Checkpoint, CommonTokens
 from lorasuite.correspondence import fit_transfer_matrix
@@ -354,7 +354,7 @@ def test_several_adapters_are_summed(made: Callable[..., Any], tmp_path: Path) -
         and both.fingerprint() != open_adapters(text.replace("0.7", "0.6")).fingerprint()
     )
     assert isinstance(both, Combined)
-    path = write_combined(both, checkpoint, tmp_path / "work", "base")
+    path = write_ready(both, checkpoint, tmp_path / "work", "base")
     check_tensors(path, model)
     written = Adapter.open(path)
     for module in written.modules:

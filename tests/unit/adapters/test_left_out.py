@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lorasuite.adapters import Adapter, attached, materialise, open_adapters
+from lorasuite.adapters import Adapter, attached, is_ready, open_adapters, write_ready
 from lorasuite.bases import Checkpoint
 from lorasuite.errors import AdapterError
 from lorasuite.planning import inspect
@@ -33,6 +33,14 @@ def changed(adapter: Path, to: Path, change: Callable[[State], State], **config:
     return to
 
 
+def ready(text: Path | str, model: Path, folder: Path) -> Path:
+    """The directory of an adapter as flows use it."""
+    adapter, checkpoint = open_adapters(str(text)), Checkpoint(model)
+    if is_ready(adapter, checkpoint):
+        return adapter.path
+    return write_ready(adapter, checkpoint, folder / adapter.fingerprint(), "base")
+
+
 def logits(model: Path, adapter: Path) -> torch.Tensor:
     """What the base writes with the adapter attached as every flow attaches it."""
     with torch.no_grad(), attached(models.load(model), adapter) as tuned:
@@ -49,8 +57,8 @@ def same_effect(found: Path, original: Path, model: Path, folder: Path) -> None:
     assert set(updates) == set(theirs.modules)
     for path, update in updates.items():
         assert torch.equal(update, theirs.update(path).dense())
-    tidy = materialise(str(found), checkpoint, folder)
-    assert tidy != found and materialise(str(found), checkpoint, folder) == tidy
+    tidy = ready(found, model, folder)
+    assert tidy != found and ready(tidy, model, folder) == tidy and ready(original, model, folder) == original
     assert torch.equal(logits(model, tidy), logits(model, original))
 
 
@@ -107,7 +115,7 @@ def test_vision_modules_that_were_never_trained_are_left_out(
     found = inspect(str(model), str(new), str(zero))
     (notice,) = [notice for notice in found.notices if "never trained" in notice]
     assert not found.problems and f"{len(idle)} of its modules" in notice and notice.count("vision") == 3
-    tidy = Adapter.open(materialise(str(zero), Checkpoint(model), tmp_path / "work"))
+    tidy = Adapter.open(ready(zero, model, tmp_path / "work"))
     assert set(tidy.modules) == set(Adapter.open(text_only).modules) == set(opened.modules) - idle
     assert logits(model, tidy.path).shape == (1, 5, 96)
 
@@ -168,7 +176,7 @@ def test_what_a_trained_module_was_before_is_left_out(base: Base, lora: Callable
     opened, checkpoint = Adapter.open(other), Checkpoint(model)
     assert opened.check(checkpoint) == [] and list(opened.contents.saved) == ["lm_head"]
     assert [path for path, _ in opened.left_out(checkpoint)] == ["lm_head"]
-    tidy = materialise(str(other), checkpoint, tmp_path / "work")
+    tidy = ready(other, model, tmp_path / "work")
     assert torch.equal(logits(model, tidy), logits(model, adapter))
 
 
@@ -217,7 +225,7 @@ def test_sums_of_adapters_leave_out_what_each_holds_beside_its_updates(
     copied = changed(adapter, tmp_path / "copied", with_embeddings(model, 96))
     both = open_adapters(f"{copied}:0.5,{adapter}:0.5")
     assert both.check(Checkpoint(model)) == []
-    written = Adapter.open(materialise(f"{copied}:0.5,{adapter}:0.5", Checkpoint(model), tmp_path / "work"))
+    written = Adapter.open(ready(f"{copied}:0.5,{adapter}:0.5", model, tmp_path / "work"))
     path = written.modules[0]
     torch.testing.assert_close(written.update(path).dense(), Adapter.open(adapter).update(path).dense())
     config = json.loads((written.path / "adapter_config.json").read_text())
