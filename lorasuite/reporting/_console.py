@@ -24,6 +24,8 @@ from lorasuite.reporting._tables import Label, comparison, task_comparison
 TRANSFORM_STAGES = ("transform", "model_fit", "sequential", "select")
 #: Tasks and metrics shown at the end of a migration; the report has all.
 TASK_ROWS = 12
+#: Notes shown there.
+NOTICES = 3
 #: Labels of fine-tunes that begin from a new LoRA, by ``finetune.start``.
 NEW_LABELS = {NEW_START: "scratch", OWN_ROWS_START: "alone"}
 
@@ -157,9 +159,11 @@ def show_migration(record: MigrationRecord, output: Path, pushed: str | None = N
             _show_scores(record.evaluation, record.label, arm_seconds(record))
         else:
             _show_tasks(record.tasks, record.label, TASK_ROWS)
-    kept = len(record.notices)
-    if kept and not verbose:
-        console.print(f"{kept} notices on what was read and how: in {REPORT} and {RECORD}", highlight=False)
+    if not verbose:
+        for notice in record.notices[:NOTICES]:
+            console.print(f"note: {notice}", highlight=False, markup=False)
+        if len(record.notices) > NOTICES:
+            console.print(f"and {len(record.notices) - NOTICES} more notes, in the report", highlight=False)
     console.print(f"written to {output}", highlight=False, soft_wrap=True)
     for what, name in (("report", REPORT), ("record", RECORD)):
         if (output / name).is_file():
@@ -208,7 +212,7 @@ def _show_scores(
     columns, rows = comparison(evaluation, label)
     if not rows:
         return
-    table = Table("arm", *columns, "n", *(["seconds"] if seconds else []))
+    table = Table("arm", *columns, "n", *(["seconds"] if seconds else []), box=SIMPLE_HEAD)
     for row in rows:
         spent = None if not seconds else seconds.get(row["arm"])
         time = [] if not seconds else ["–" if spent is None else f"{spent:.2f}"]

@@ -26,7 +26,7 @@ def test_watchers_are_told_of_stages_and_steps() -> None:
 def test_a_line_in_a_terminal(terminal: bool, verbose: bool, shown: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     out = io.StringIO()
     monkeypatch.setattr(cli_output, "err", Console(file=out, force_terminal=terminal, width=120))
-    monkeypatch.delenv("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", raising=False)
+    monkeypatch.setenv("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "WARNING")
     with cli_output.progress_line(False, verbose):
         Progress("fine-tuning").training(3, 10, 0.5)
     assert ("fine-tuning: 3 of 10, loss 0.5000" in out.getvalue()) is shown
