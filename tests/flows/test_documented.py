@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from flows.command_line import app
-from lorasuite import zoo
+from tests.recorded import HEAD, PAGE, WIDTH, prepare, session, stable
 
 ROOT = Path(__file__).parents[2]
 
@@ -25,19 +25,12 @@ def commands(page: str) -> list[list[str]]:
 
 @pytest.mark.parametrize("page", ["README.md", "docs/getting-started.md"])
 def test_they_run(page: str, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pair = zoo.pair("neox")
-    names = {"OLD": pair.old, "NEW": pair.new, "ADAPTER": pair.adapter("mirror")}
     monkeypatch.chdir(tmp_path)
-    zoo.write_rows([{"text": text} for text in zoo.texts("neox", 12)], Path("texts.jsonl"))
-    zoo.write_rows(
-        [{"prompt": row["prompt"]} for row in zoo.rows("neox", "mirror", "train", 12)], Path("prompts.jsonl")
-    )
-    for name, count in (("train", 12), ("test", 4)):
-        zoo.write_rows(zoo.rows("neox", "mirror", name, count, seed=5), Path(f"{name}.jsonl"))
+    prepare()
     found = commands(page)
     assert [arguments[0] for arguments in found] == ["inspect", "migrate"]
     for arguments in found:
-        ran = CliRunner().invoke(app, [str(names.get(word, word)) for word in arguments])
+        ran = CliRunner().invoke(app, arguments)
         assert ran.exit_code == 0, ran.output
     assert {
         "adapter_model.safetensors",
@@ -47,6 +40,16 @@ def test_they_run(page: str, home: Path, tmp_path: Path, monkeypatch: pytest.Mon
         "README.md",
         "samples",
     } <= {path.name for path in Path("OUT").iterdir()}
+
+
+def test_the_recorded_session(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", str(WIDTH))
+    prepare()
+    parts = list(session())
+    assert [code for _, code in parts] == [0, 0, 0, 2, 0], parts
+    said = stable(HEAD + "".join(text for text, _ in parts))
+    assert said == stable(PAGE.read_text(encoding="utf-8")), "run: python -m tests.recorded"
 
 
 def test_what_the_text_names_is_there() -> None:
