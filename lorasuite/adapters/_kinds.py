@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from lorasuite.adapters._config_types import type_problems
 from lorasuite.errors import Problem
 
 #: What an adapter is written as; a DoRA stays one.
@@ -109,6 +111,8 @@ def config_problems(config: Mapping[str, Any], where: str, initial: bool = False
     Args:
         initial: whether the adapter before training lies beside it, against which a changed base can be undone.
     """
+    if wrong := type_problems(config, where):
+        return wrong
     kind = kind_of(config)
     if kind in REFUSED:
         return [Problem(f"{where}: peft_type", f"{kind} {REFUSED[kind]}", "Train a LoRA adapter.")]
@@ -119,7 +123,7 @@ def config_problems(config: Mapping[str, Any], where: str, initial: bool = False
     problems: list[Problem] = []
     for name in ("lora_alpha", "r" if kind == "LORA" else "init_r"):
         value = config.get(name)
-        if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
             problems.append(Problem(f"{where}: {name}", f"is {value!r}", "It must be a positive number."))
     understood = UNDERSTOOD if kind == "LORA" else ADALORA_UNDERSTOOD
     problems += [

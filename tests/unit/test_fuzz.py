@@ -115,8 +115,8 @@ def test_files_of_any_content(content: bytes, suffix: str, tmp_path_factory: pyt
 FIELDS = (
     "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "bias", "init_lora_weights",
     "target_modules", "modules_to_save", "layers_to_transform", "trainable_token_indices", "fan_in_fan_out",
-    "peft_type", "init_r", "task_type", "base_model_name_or_path", "revision", "target_parameters", "lora_bias", "a_new_field",
-    "exclude_modules", "lora_dropout", "loftq_config", "megatron_config", "eva_config", "inference_mode",
+    "peft_type", "init_r", "task_type", "base_model_name_or_path", "revision", "target_parameters", "lora_bias",
+    "a_new_field", "exclude_modules", "lora_dropout", "loftq_config", "megatron_config", "eva_config", "inference_mode",
 )  # fmt: skip
 LIKELY = st.sampled_from(
     [
