@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import runpy
 from pathlib import Path
 
@@ -34,3 +35,15 @@ def test_what_everyone_needs_comes_first() -> None:
     assert sorted(named) == sorted(settings), "each setting has one place"
     shown = [p for p in get_command(app).commands["migrate"].params if p.name in settings]
     assert [p.name for p in shown if p.rich_help_panel is None] == list(FIRST)
+
+
+def test_messages_that_troubleshooting_explains_are_said() -> None:
+    code = "".join(file.read_text(encoding="utf-8") for file in (DOCS.parent / "lorasuite").rglob("*.py"))
+    code = re.sub(r'"\s*\n\s*f?"', "", code)  # sentences that go over two lines
+    table = (DOCS / "troubleshooting.md").read_text(encoding="utf-8").partition("## What people bring")[2]
+    quoted = re.findall(r'"([^"]+)"', "".join(line.split("|")[2] for line in table.splitlines() if line.count("|") > 3))
+    assert len(quoted) > 30
+    # the code leaves a field's name open, and what a foreign file is
+    for words in quoted:
+        variants = {words, words.replace("'completion'", "{name!r}"), words.removeprefix("is ")}
+        assert any(variant in code for variant in variants), words
