@@ -139,7 +139,7 @@ def _table(path: Path) -> Iterator[Any]:
 def _csv_records(path: Path, text: str, problems: list[Problem]) -> Iterator[tuple[str, Any]]:
     """By the standard library: datasets and pandas make numbers of answers that look like one."""
     delimiter = "\t" if suffix(path) == ".tsv" else ","
-    csv.field_size_limit(len(text) + 1)  # else 128 KiB, which a document exceeds
+    csv.field_size_limit(max(csv.field_size_limit(), len(text) + 1))  # 128 KiB, which a document exceeds
     try:
         for number, row in enumerate(csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter), start=1):
             if None in row or None in row.values():
