@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from lorasuite.adapters._config_types import type_problems
-from lorasuite.errors import Problem
+from lorasuite.errors import Problem, examples
 
 #: What an adapter is written as; a DoRA stays one.
 OutputType = Literal["lora", "adalora"]
@@ -127,7 +127,7 @@ def config_problems(config: Mapping[str, Any], where: str, initial: bool = False
             problems.append(Problem(f"{where}: {name}", f"is {value!r}", "It must be a positive number."))
     understood = UNDERSTOOD if kind == "LORA" else ADALORA_UNDERSTOOD
     problems += [
-        Problem(f"{where}: {name}", REFUSED_FIELDS[name], "Train without it.")
+        Problem(f"{where}: {name}", REFUSED_FIELDS[name], _instead(name, value))
         if name in REFUSED_FIELDS
         else _not_understood(where, name, value)
         for name, value in _given(config)
@@ -159,6 +159,17 @@ def config_problems(config: Mapping[str, Any], where: str, initial: bool = False
 def _given(config: Mapping[str, Any]) -> list[tuple[str, Any]]:
     """The fields that are set: neither empty nor false."""
     return [(name, value) for name, value in config.items() if value not in (None, False, {}, [], "", "none")]
+
+
+def _instead(name: str, value: Any) -> str:
+    """What to do in place of an adapter with a field that is refused."""
+    if name != "target_parameters":
+        return "Train without it."
+    named = [value] if isinstance(value, str) else list(map(str, value))
+    return (
+        f"It names {len(named)} of them ({examples(named)}). Train linear modules alone (attention), or fine-tune a "
+        "fresh adapter of the new base on what the old base writes with this one."
+    )
 
 
 def _not_understood(where: str, name: str, value: Any) -> Problem:

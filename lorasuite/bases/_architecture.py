@@ -85,6 +85,16 @@ class Dimensions:
         return {"o": self.heads * self.head_dim, "down": self.intermediate_size}.get(role, self.hidden_size)
 
 
+#: Reasons of :attr:`Architecture.refused` that several families have, by the word that stands for each.
+REASONS = {
+    "router": "a router's outputs number the experts of its own base",
+    "experts": (
+        "expert weights are not mapped: one expert of the old base has no known counterpart among the new base's (and "
+        "transformers 5 keeps the experts of a layer as one 3-D parameter, not as linear modules). Train it without "
+        "its experts, or fine-tune a fresh adapter of the new base on what the old base writes with this one."
+    ),
+}
+
 #: What the names of a language model's modules begin with: in its own class, in multimodal ones (from transformers 4.52
 #: on, and before), and in the bare stack of blocks. Checkpoints and adapters may have any of them.
 STACKS = ("model.language_model.", "language_model.model.", "language_model.", "model.text_model.", "model.", "")
@@ -181,7 +191,8 @@ class Architecture(_Strict):
     ``text_config`` is the key under which a multimodal config keeps its language model's.
     ``embedding_scale`` is the factor, if any, between the embedding's rows and what the first block reads.
     ``aliases`` maps the start of a name to what checkpoints or adapters may write instead.
-    ``refused`` maps the start of a module's name below the layer to why an adapter of it is not migrated.
+    ``refused`` maps the start of a module's name below the layer to why an adapter of it is not migrated: a sentence,
+    or a word of :data:`REASONS`.
     """
 
     family: str
@@ -266,7 +277,8 @@ class Architecture(_Strict):
         found = self._split(path)
         if found is None:
             return ""
-        return next((why for start, why in self.refused.items() if f"{found[1]}.".startswith(f"{start}.")), "")
+        why = next((why for start, why in self.refused.items() if f"{found[1]}.".startswith(f"{start}.")), "")
+        return REASONS.get(why, why)
 
     def _split(self, path: str) -> tuple[int, str] | None:
         """The layer and the name below it, of a path under any of the layer stack's names."""

@@ -42,8 +42,7 @@ RECURRENT = re.compile(r"(^|\.)(linear_att\w*|\w*mamba\w*|conv|short_conv|ssm|\w
 #: The projections of multi-head latent attention, by the beginning of their names.
 LATENT = re.compile(r".*\.((?:q|kv)_[ab]|q|o)_proj")
 OUTPUT = re.compile(r"(o|out|c|output|wo|out_lin|dense|proj)(_proj)?")
-EXPERTS = "expert weights are not mapped between models: one expert of a base has no known counterpart in another"
-ROUTER = "a router's outputs number the experts of its own base"
+EXPERTS, ROUTER = "experts", "router"  # of REASONS in the module of architectures
 
 
 @dataclass(frozen=True)
