@@ -397,7 +397,7 @@ def test_target_modules_outside_the_blocks_are_refused(
     gate = f"{PREFIX}model.layers.0.mlp.router"
     edit(
         tmp_path / "a",
-        lambda s: s.update({f"{gate}.lora_A.weight": torch.zeros(3, 32), f"{gate}.lora_B.weight": torch.zeros(4, 3)}),
+        lambda s: s.update({f"{gate}.lora_A.weight": torch.ones(3, 32), f"{gate}.lora_B.weight": torch.ones(4, 3)}),
     )
     with pytest.raises(AdapterError, match=r"mlp\.router is not a linear module"):
         Adapter.open(tmp_path / "a").by_layer(Checkpoint(model))
