@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from lorasuite.bases import Checkpoint, LoadedBase, load_model, streamed_base
+from lorasuite.bases import Checkpoint, LoadedBase, load_model, main_stream, streamed_base
 from lorasuite.correspondence import Pooling, hidden_states
 from lorasuite.errors import DataError
 from tests import models
@@ -32,7 +32,7 @@ def one_at_a_time(path: Path, pooling: str, cutoff: int = 256) -> torch.Tensor:
     for text in TEXTS:
         ids = torch.tensor([tokenizer(text)["input_ids"][:cutoff]])
         with torch.no_grad():
-            layers = model(ids, output_hidden_states=True).hidden_states[1:-1]
+            layers = map(main_stream, model(ids, output_hidden_states=True).hidden_states[1:-1])
         found.append(torch.stack([h[0].mean(0) if pooling == "mean" else h[0, -1] for h in layers]))
     return torch.stack(found, 1)
 
