@@ -9,7 +9,12 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, NonNegativeInt, 
 
 from lorasuite.errors import Problem
 
-_Positive = Annotated[FiniteFloat, Field(gt=0)]
+#: Beyond these nobody trains, and half precision holds no product of them.
+LARGEST_RANK, LARGEST_ALPHA = 2**16, 1e6
+#: How PEFT can begin a LoRA, in any case; it refuses other names when it loads one.
+_INITIALISATIONS = r"(?i)^(gaussian|eva|olora|mica|pissa|pissa_niter_\d+|corda|loftq|orthogonal|lora_ga|default)$"
+
+_Positive = Annotated[FiniteFloat, Field(gt=0, le=LARGEST_ALPHA)]
 _Names = str | list[str] | None
 
 
@@ -23,9 +28,10 @@ class _Fields(BaseModel):
     bias: str | None = None
     exclude_modules: _Names = None
     fan_in_fan_out: bool | None = None
-    init_lora_weights: bool | str | None = None
+    init_lora_weights: bool | Annotated[str, Field(pattern=_INITIALISATIONS)] | None = None
     layers_pattern: _Names = None
     layers_to_transform: int | list[int] | None = None
+    lora_dropout: Annotated[float, Field(ge=0, le=1)] = 0
     modules_to_save: list[str] | None = None
     peft_type: str | None = None
     rank_pattern: dict[str, PositiveInt | list[bool]] | None = None

@@ -116,13 +116,18 @@ class Tensors:
             CheckpointError: if the file cannot be read.
         """
         tensor = self.raw(name)
+        if tensor.is_complex() or (not tensor.is_floating_point() and ".lora_" in name):
+            what = f"{name} holds {str(tensor.dtype)[6:]} values"
+            problem = Problem(str(self.file), what, "Save it as a float type.")
+            raise AdapterError(problem)
         if not tensor.is_floating_point():
             return tensor
+        tensor = tensor.float()  # 8-bit floats can be asked for nothing
         if not bool(torch.isfinite(tensor).all()):
             owner = re.sub(r"\.(lora_|base_layer\.|token_adapter\.).*|\.weight$|\.bias$", "", name.removeprefix(PREFIX))
             problem = Problem(str(self.file), f"{owner} holds NaN or Inf", "Training diverged: train it again.")
             raise AdapterError(problem)
-        return tensor.float()
+        return tensor
 
 
 def initial_adapter(folder: Path) -> Path | None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from lorasuite.adapters._config_types import type_problems
+from lorasuite.adapters._config_types import LARGEST_ALPHA, LARGEST_RANK, type_problems
 from lorasuite.errors import Problem, examples
 
 #: What an adapter is written as; a DoRA stays one.
@@ -122,8 +121,9 @@ def config_problems(config: Mapping[str, Any], where: str, initial: bool = False
         return _delta_problems(config, where)
     problems: list[Problem] = []
     for name in ("lora_alpha", "r" if kind == "LORA" else "init_r"):
-        value = config.get(name)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+        value, largest = config.get(name), LARGEST_ALPHA if name == "lora_alpha" else LARGEST_RANK
+        kind_of_number = int | float if name == "lora_alpha" else int
+        if not isinstance(value, kind_of_number) or isinstance(value, bool) or not 0 < value <= largest:
             problems.append(Problem(f"{where}: {name}", f"is {value!r}", "It must be a positive number."))
     understood = UNDERSTOOD if kind == "LORA" else ADALORA_UNDERSTOOD
     problems += [

@@ -104,6 +104,9 @@ def _update(
     where, shapes = str(weights.file), weights.shapes
     if len(names) == 1:
         return Problem(where, f"{module} has only lora_{next(iter(names))}", "The file is damaged.")
+    if any(len(shapes[name]) != 2 or 0 in shapes[name] for name in names.values()):
+        both = " and ".join(str(shapes[names[side]]) for side in "BA")
+        return Problem(where, f"{module} has factors of sizes {both}", "The file is damaged, or was never trained.")
     ranks = shapes[names["B"]][1], shapes[names["A"]][0]
     if ranks[0] != ranks[1]:
         what = f"{module} has lora_B of rank {ranks[0]} and lora_A of rank {ranks[1]}"

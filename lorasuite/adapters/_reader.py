@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lorasuite.adapters._adalora_format import read_adalora
 from lorasuite.adapters._base_modules import vocabulary_shape, vocabulary_side
+from lorasuite.adapters._config_patterns import pattern_problems, unmatched
 from lorasuite.adapters._contents import Contents, Read
 from lorasuite.adapters._delta_format import read_delta
 from lorasuite.adapters._files import CONFIG, PICKLE, PREFIX, WEIGHTS, Tensors, elsewhere, initial_adapter
@@ -89,7 +90,10 @@ class Adapter:
         tensors = Tensors(file)
         if problem := _empty(tensors):
             raise AdapterError(problem)
+        if problems := pattern_problems(config, tensors.shapes, str(path / CONFIG)):
+            raise AdapterError(problems)
         contents, problems = _read(path, config, tensors)
+        problems = problems or unmatched(config, contents.updates, str(path / CONFIG))
         if problems:
             raise AdapterError(problems)
         return cls(path, config, contents, tensors)

@@ -325,6 +325,10 @@ class Architecture(_Strict):
                     Problem(where, f"no usable {name} (looked for {keys})", f"Add it, or fix {self.family}.yaml.")
                 )
                 continue
+            if not value <= LARGEST or value != int(value):
+                what = f"{name} is {value!r}"
+                problems.append(Problem(where, what, f"It must be a whole number, at most {LARGEST}."))
+                continue
             found[name] = int(value)
         if problems:
             raise ArchitectureError(problems)
@@ -338,6 +342,10 @@ class Architecture(_Strict):
                 )
             )
         return dims
+
+
+#: No model has a dimension beyond; checks go through one layer after the other.
+LARGEST = 2**31 - 1
 
 
 def in_order(roles: Iterable[Role]) -> tuple[Role, ...]:

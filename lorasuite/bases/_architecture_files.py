@@ -125,6 +125,8 @@ def architecture_for(config: Mapping[str, Any], where: str = "config.json") -> A
     Raises:
         ArchitectureError: for an unknown model type, with the nearest known ones.
     """
+    if not isinstance(config.get("model_type"), str | None):
+        raise ArchitectureError(Problem(f"{where}: model_type", "is no text", "Give the name of a family."))
     model_type = str(config.get("model_type") or _declared(config))
     known = architectures()
     if model_type in known:
@@ -141,5 +143,6 @@ def architecture_for(config: Mapping[str, Any], where: str = "config.json") -> A
 
 def _declared(config: Mapping[str, Any]) -> str:
     """The family that a model with code of its own names its config module after, as MiniCPM's does: no model_type."""
-    match = re.search(r"configuration_(\w+)\.", str((config.get("auto_map") or {}).get("AutoConfig", "")))
+    classes = config.get("auto_map")
+    match = re.search(r"configuration_(\w+)\.", str(classes.get("AutoConfig", "") if isinstance(classes, dict) else ""))
     return match[1] if match else ""

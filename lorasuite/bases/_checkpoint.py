@@ -208,6 +208,10 @@ class Checkpoint(Weights):
         try:
             self.check_readable()
             shapes = self.shapes()
+            if self.dims.layers > len(shapes):
+                what = f"says {self.dims.layers} layers, and the weights are {len(shapes)} tensors"
+                remedy = "The config does not belong to these weights."
+                return [Problem(str(self.path / "config.json"), what, remedy)]
             for layer in range(self.dims.layers):
                 dims, modules = self.layer_dims(layer), self.modules(layer)
                 for module in (*modules, *self._siblings(modules)):
@@ -231,6 +235,9 @@ class Checkpoint(Weights):
                     "which is not supported.",
                 )
             )
+        elif shapes[embedding][0] != self.dims.vocab_size:
+            what = f"is {shapes[embedding]}, config says {self.dims.vocab_size} tokens"
+            problems.append(Problem(embedding, what, "The config does not belong to these weights."))
         for name, shape in expected:
             stored = self.find(name)
             if stored is None or stored not in shapes:

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from lorasuite.bases import _quantized
+from lorasuite.bases._paths import is_directory, is_file
 from lorasuite.errors import CheckpointError, Problem
 
 #: Patterns of the files that are fetched from the Hub.
@@ -28,12 +29,12 @@ def resolve(source: str | Path, revision: str | None = None) -> Path:
     Raises:
         CheckpointError: if it is neither, or the Hub cannot be reached and has no local copy.
     """
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return path
-    if path.suffix == ".gguf" and path.is_file():
+    path = Path(source)
+    if is_directory(source):
+        return path.expanduser()
+    if path.suffix == ".gguf" and is_file(source):
         raise CheckpointError(_quantized.gguf_problem(path))
-    if path.is_file():
+    if is_file(source):
         raise CheckpointError(
             Problem(str(source), "is a file, not a model directory", f"Give its directory, {path.parent}.")
         )
@@ -91,6 +92,18 @@ class Weights:
         index = self.path / "model.safetensors.index.json"
         return index if index.is_file() and not (self.path / "model.safetensors").is_file() else None
 
+    def _indexed(self, index: Path) -> dict[str, Path]:
+        """Tensor name → file, as the index says.
+
+        Raises:
+            CheckpointError: if it says so in another form.
+        """
+        found = read_json(index).get("weight_map")
+        if not isinstance(found, dict) or not found or not all(isinstance(file, str) for file in found.values()):
+            what = "has no weight_map from names of tensors to names of files"
+            raise CheckpointError(Problem(str(index), what, "Download it again."))
+        return {name: self.path / file for name, file in found.items()}
+
     @cached_property
     def shards(self) -> dict[str, Path]:
         """Tensor name → file that holds it.
@@ -100,9 +113,8 @@ class Weights:
         """
         index = self._index
         if index is not None:
-            weight_map: dict[str, str] = read_json(index).get("weight_map", {})
-            files = {name: self.path / file for name, file in weight_map.items()}
-            missing = sorted({str(file) for file in files.values() if not file.is_file()})
+            files = self._indexed(index)
+            missing = sorted({str(file) for file in files.values() if not is_file(file)})
             if missing:
                 raise CheckpointError(
                     [Problem(file, "shard named by the index is missing", "Download it again.") for file in missing]
@@ -123,7 +135,7 @@ class Weights:
         """
         index = self._index
         if index is not None:
-            return sorted({self.path / file for file in read_json(index).get("weight_map", {}).values()})
+            return sorted(set(self._indexed(index).values()))
         single = self.path / "model.safetensors"
         files = [single] if single.is_file() else sorted(self.path.glob("*.safetensors"))
         if files:
@@ -232,16 +244,21 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: if the file is missing or holds no JSON object.
     """
+    if path.exists() and not path.is_file():  # a directory, or a pipe or device, which may never end
+        raise CheckpointError(Problem(str(path), "is no regular file", "Give a directory saved with save_pretrained."))
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(
             Problem(str(path), "is missing", "Give a directory saved with save_pretrained.")
         ) from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # also of integers of thousands of digits, and nesting as deep
         raise CheckpointError(
             Problem(str(path), f"is not valid JSON ({error})", "Download or save it again.")
         ) from None
+    except OSError as error:
+        why = error.strerror or str(error)
+        raise CheckpointError(Problem(str(path), f"cannot be read ({why})", "Check it and its permissions.")) from None
     if not isinstance(value, dict):
         raise CheckpointError(Problem(str(path), "holds no JSON object", "Download or save it again."))
     return value

@@ -11,3 +11,11 @@ def is_directory(source: str | Path) -> bool:
         return Path(source).expanduser().is_dir()
     except (OSError, RuntimeError, ValueError):  # longer than file names are, a loop of links, the home of nobody, NUL
         return False
+
+
+def is_file(source: str | Path) -> bool:
+    """Whether a regular file of that name is here; as :func:`is_directory`."""
+    try:
+        return Path(source).expanduser().is_file()
+    except (OSError, RuntimeError, ValueError):
+        return False

@@ -21,7 +21,7 @@ class LoadSettings(BaseModel):
     Stages that read weights alone, or stream a base layer by layer, do not heed it.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     dtype: Dtype = Field(
         "auto", description="of a base that is run; auto: float32 on a CPU, on a GPU that of its files"

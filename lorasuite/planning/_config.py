@@ -216,7 +216,7 @@ def torch_device(name: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     kind, _, index = name.partition(":")
-    if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
+    if kind not in ("cpu", "cuda") or (index and not (index.isascii() and index.isdigit())):
         raise ConfigError(Problem("device", f"unknown device {name!r}", "Use cpu, cuda, cuda:N or auto."))
     if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
         raise ConfigError(

@@ -108,7 +108,7 @@ def inspect(
     opened = result.opened = result.attempt(lambda: open_adapters(adapter, allow_pickle)) if adapter else None
     for checkpoint in (old, new):
         if checkpoint is not None:
-            result.problems += checkpoint.check() + _own_code(checkpoint, trust_remote_code)
+            result.problems += checkpoint.check() + _own_code(checkpoint, trust_remote_code) + _unusable(checkpoint)
             with contextlib.suppress(LoRASuiteError):  # what cannot be read has been noted
                 if checkpoint.quantization is not None and not checkpoint.quantization.why:
                     result.notices.append(f"{checkpoint.source}: {checkpoint.quantization.notice()}")
@@ -144,7 +144,7 @@ def _propose(result: Inspection, side: str, source: str) -> None:
     """A draft of an architecture file, if what stopped the base from being read is that there is none."""
     with contextlib.suppress(LoRASuiteError):  # noted already
         weights = Weights(source)
-        if weights.config.get("model_type") not in bases.architectures():
+        if str(weights.config.get("model_type")) not in bases.architectures():
             weights.check_readable()
             draft = propose(weights.config, weights.shapes())
             result.proposal[side] = {"yaml": draft.text, "questions": draft.questions}
@@ -160,6 +160,26 @@ def _own_code(checkpoint: Checkpoint, trust_remote_code: bool) -> list[Problem]:
         return []
     what = "is a model with code of its own, which running it takes"
     return [Problem(checkpoint.source, what, "Read that code, and give --trust-remote-code if you trust it.")]
+
+
+def _unusable(checkpoint: Checkpoint) -> list[Problem]:
+    """Why transformers could make no model of a base's config: values it refuses, an unknown activation."""
+    from transformers import CONFIG_MAPPING
+    from transformers.activations import ACT2FN
+
+    kind, where = str(checkpoint.config.get("model_type")), str(checkpoint.path / "config.json")
+    if kind not in CONFIG_MAPPING:
+        return []
+    try:
+        text = CONFIG_MAPPING[kind].from_pretrained(str(checkpoint.path)).get_text_config()
+    except Exception as error:  # each family's class checks in its own way
+        return [Problem(where, f"is refused by transformers ({type(error).__name__}: {error})", "Mend the config.")]
+    named = {name: getattr(text, name, None) for name in ("hidden_act", "hidden_activation", "activation_function")}
+    return [
+        Problem(f"{where}: {name}", f"{value!r} is no activation that transformers has", "Mend the config.")
+        for name, value in named.items()
+        if isinstance(value, str) and value not in ACT2FN
+    ]
 
 
 def _other_base(result: Inspection, old: Checkpoint, adapter: Adapter) -> None:

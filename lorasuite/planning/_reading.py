@@ -12,12 +12,13 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from lorasuite.bases import is_directory
 from lorasuite.data import HUB
 from lorasuite.errors import ConfigError, Problem, did_you_mean
+from lorasuite.planning._yaml import load_yaml
 
 
 class Strict(BaseModel):
     """Unknown fields are errors, values do not change."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 def build(model: type[BaseModel], values: dict[str, Any], where: str = "settings") -> Any:
@@ -55,9 +56,14 @@ def read_config(path: Path) -> dict[str, Any]:
         ConfigError: if it is missing, not YAML, or not a mapping.
     """
     try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if path.exists() and not path.is_file():  # a pipe or a device may never end
+            raise ConfigError(Problem(str(path), "is no regular file", "Give a YAML file."))
+        value = load_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(Problem(str(path), "no such file", "Check --config.")) from None
+    except OSError as error:
+        why = error.strerror or str(error)
+        raise ConfigError(Problem(str(path), f"cannot be read ({why})", "Check it and its permissions.")) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(Problem(str(path), f"is not valid YAML ({error})", "Fix the file.")) from None
     if not isinstance(value, dict):
@@ -80,12 +86,18 @@ def located_data(source: str, folder: Path) -> str:
 
 
 def merged(*layers: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of several files or flags: later ones over earlier ones, nested mappings setting by setting."""
+    """Settings of several files or flags: later ones over earlier ones, nested mappings setting by setting.
+
+    Raises:
+        ConfigError: where settings by name are given over something else, which would be lost without a word.
+    """
     result: dict[str, Any] = {}
     for layer in layers:
         for key, value in layer.items():
             before = result.get(key)
             if isinstance(before, Mapping) and isinstance(value, Mapping):
                 value = merged(before, value)
+            elif isinstance(value, Mapping) and before is not None:
+                raise ConfigError(Problem(key, f"is {before!r}, and not settings by name", f"Write `{key}: {{...}}`."))
             result[key] = value
     return result

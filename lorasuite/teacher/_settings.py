@@ -17,7 +17,7 @@ ATTEMPTS_PER_ROW = 3
 class TeacherSettings(BaseModel):
     """How the teacher writes, and what of it is kept."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     temperature: float | None = Field(
         None,

@@ -14,7 +14,7 @@ TAKEN_OUT = ("pissa", "olora", "loftq")
 class FinetuneSettings(BaseModel):
     """Hyperparameters of one fine-tuning run; the defaults are the paper's lightweight fine-tuning."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     learning_rate: float = Field(1e-3, gt=0, description="peak learning rate")
     batch_size: int = Field(16, ge=1, description="rows per optimiser step")

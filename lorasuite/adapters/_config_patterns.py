@@ -1,0 +1,96 @@
+"""Regular expressions in an adapter's config, tried within a time limit, and the modules they name."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from lorasuite.errors import Problem
+
+#: Seconds that all regular expressions of a config may take on the names of its file.
+TIME_LIMIT = 5.0
+#: Names that they are tried on.
+NAMES = 40
+
+
+def unmatched(config: Mapping[str, Any], modules: Iterable[str], where: str) -> list[Problem]:
+    """Whether ``target_modules`` names none of the modules in the file: PEFT would load none of them.
+
+    Args:
+        config: one that :func:`pattern_problems` finds nothing in.
+        modules: paths of the modules that have factors.
+    """
+    targets = config.get("target_modules")
+    if not targets or targets == "all-linear":
+        return []
+    if isinstance(targets, str):
+        found = any(re.fullmatch(targets, module) for module in modules)
+    else:
+        found = any(module == name or module.endswith(f".{name}") for module in modules for name in targets)
+    if found:
+        return []
+    return [Problem(f"{where}: target_modules", "names no module of the file beside it", "The two do not belong.")]
+
+
+#: Run in a process of its own, as Python's expressions can be stopped in no other way: says each field it begins with.
+_TRY = """
+import json, re, resource, sys
+resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30))
+given = json.load(sys.stdin)
+for field, pattern in given["patterns"]:
+    print(json.dumps([field, None]), flush=True)
+    try:
+        compiled = re.compile(pattern)
+        for name in given["names"]:
+            compiled.fullmatch(name)
+    except Exception as error:
+        print(json.dumps([field, f"{type(error).__name__}: {error}"]), flush=True)
+print("done", flush=True)
+"""
+
+
+def pattern_problems(config: Mapping[str, Any], names: Iterable[str], where: str) -> list[Problem]:
+    """Regular expressions that are none, or take too long on the names of an adapter's tensors.
+
+    Args:
+        config: one that the check of types finds nothing in.
+    """
+    patterns = [(field, text) for field, text in _patterns(config) if not re.fullmatch(r"[\w.\-]*", text)]
+    if not patterns:
+        return []
+    tried = sorted(set(names))[:NAMES]
+    given = {"patterns": patterns, "names": [*tried, *(f"{name}!" for name in tried)]}  # what fails backtracks most
+    try:
+        done = subprocess.run(
+            [sys.executable, "-I", "-c", _TRY],
+            input=json.dumps(given).encode(),
+            capture_output=True,
+            timeout=TIME_LIMIT,
+            check=False,
+        ).stdout
+    except subprocess.TimeoutExpired as error:
+        done = error.stdout or b""
+    lines = done.decode().splitlines()
+    said = [json.loads(line) for line in lines if line != "done"]
+    wrong = {field: f"is no regular expression ({why})" for field, why in said if why}
+    if lines[-1:] != ["done"]:
+        field = said[-1][0] if said else patterns[0][0]
+        wrong[field] = f"has a regular expression that takes more than {TIME_LIMIT:.0f} seconds, or more than 1 GiB"
+    return [Problem(f"{where}: {field}", what, "Name the modules in a simpler way.") for field, what in wrong.items()]
+
+
+def _patterns(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """``(field, expression)`` as PEFT matches them with names of modules."""
+    for field in ("target_modules", "exclude_modules"):
+        if isinstance(config.get(field), str):
+            yield field, config[field]
+    layers = config.get("layers_pattern") or []
+    for text in [layers] if isinstance(layers, str) else layers:
+        yield "layers_pattern", rf".*\.{text}\.(\d+)\..*"
+    for field in ("rank_pattern", "alpha_pattern"):
+        for text in config.get(field) or {}:
+            yield field, rf"(.*\.)?({text})"

@@ -1,0 +1,186 @@
+"""Configs, weights and settings that no program writes: told as problems, in bounded time, before anything runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lorasuite.errors import ConfigError, LoRASuiteError
+from lorasuite.planning import MigrationConfig, build, inspect, merged, read_config, torch_device
+from tests import models
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    root = tmp_path_factory.mktemp("hostile")
+    models.build(root / "base", "llama", layers=1)
+    return root / "base", models.build_adapter(root / "adapter", root / "base", targets=["q_proj"])
+
+
+def found(base: Path, adapter: Path) -> list[str]:
+    begun = time.monotonic()
+    problems = [str(problem) for problem in inspect(str(base), str(base), str(adapter)).problems]
+    assert time.monotonic() - begun < 12 and all(len(line) < 3000 for line in problems)
+    return problems
+
+
+def changed(folder: Path, name: str, target: Path, **fields: Any) -> Path:
+    shutil.copytree(folder, target)
+    content = json.loads((target / name).read_text()) | fields
+    (target / name).write_text(json.dumps(content))
+    return target
+
+
+ADAPTER: list[tuple[str, Any]] = [
+    *(("r", value) for value in (NAN, 0.5, 1e30, 10**30, INF, 8.0, 0, -1, "8")),
+    *(("lora_alpha", value) for value in (1e30, NAN, INF, 0, "16", [1])),
+    *(("alpha_pattern", value) for value in ([], [1], "x", 5, {"(": 1}, {"q_proj": "x"}, {"q_proj": None}, {"a": NAN})),
+    *(("rank_pattern", value) for value in ([1], {"(": 1}, {"q_proj": 0.5}, {"q_proj": [1]}, {"q_proj": 1e30})),
+    *(("target_modules", value) for value in ("(", 5, [1], {"a": 1}, "k_proj", ["k_proj"], "(a|a|.)*!")),
+    *((name, "(.*.*)*$x") for name in ("exclude_modules", "layers_pattern")),
+    *(("alpha_pattern", {text: 2}) for text in (r"([a-z_.0-9]+)+!", r"(x{1,5000}){1,5000}{1,5000}")),
+    ("lora_dropout", 5), ("use_rslora", "yes"), ("init_lora_weights", "banana"), ("modules_to_save", "lm_head"),
+    ("layers_to_transform", "all"), ("base_model_name_or_path", {"a": 1}), ("trainable_token_indices", "x"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("field", "value"), ADAPTER, ids=str)
+def test_fields_of_an_adapter(field: str, value: Any, pair: tuple[Path, Path], tmp_path: Path) -> None:
+    problems = found(pair[0], changed(pair[1], "adapter_config.json", tmp_path / "a", **{field: value}))
+    assert problems and field in problems[0]
+
+
+BASE: list[tuple[str, Any]] = [
+    *(("model_type", value) for value in (5, [], {"a": 1})),
+    *(("num_hidden_layers", value) for value in (10**7, 1e30, 10**30, INF, 2.5)),
+    *((name, value) for name in ("vocab_size", "hidden_size", "num_attention_heads") for value in (10**30, 3.5, INF)),
+    ("hidden_act", "banana"), ("auto_map", ["x"]), ("rope_parameters", "x"), ("vocab_size", 5),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("field", "value"), BASE, ids=str)
+def test_fields_of_a_base(field: str, value: Any, pair: tuple[Path, Path], tmp_path: Path) -> None:
+    assert found(changed(pair[0], "config.json", tmp_path / "b", **{field: value}), pair[1]) or field == "auto_map"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "words"),
+    [(torch.int8, "int8"), (torch.complex64, "complex64"), (torch.float8_e4m3fn, ""), (torch.bfloat16, "")],
+)
+def test_kinds_of_factors(dtype: torch.dtype, words: str, pair: tuple[Path, Path], tmp_path: Path) -> None:
+    adapter = shutil.copytree(pair[1], tmp_path / "a")
+    file = adapter / "adapter_model.safetensors"
+    save_file({name: (10 * tensor).to(dtype) for name, tensor in load_file(file).items()}, file)
+    problems = found(pair[0], adapter)
+    assert bool(problems) == bool(words) and all(words in line for line in problems)
+
+
+def test_factors_of_rank_zero_and_of_one_dimension(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    for number, shape in enumerate(((0, 32), (32,))):
+        adapter = shutil.copytree(pair[1], tmp_path / str(number))
+        file = adapter / "adapter_model.safetensors"
+        tensors = {n: torch.zeros(shape if "lora_A" in n else shape[::-1]) for n in load_file(file)}
+        save_file(tensors, file)
+        assert "factors of sizes" in found(pair[0], adapter)[0]
+
+
+def files(name: str) -> dict[str, Callable[[Path], object]]:
+    return {
+        "deep": lambda path: path.write_text("[" * 100_000),
+        "long integer": lambda path: path.write_text('{"a": ' + "1" * 5_000 + "}"),
+        "a directory": lambda path: path.mkdir(),
+        "a pipe": lambda path: os.mkfifo(path),
+        "a device": lambda path: path.symlink_to("/dev/zero"),
+        "a loop": lambda path: path.symlink_to(path),
+        "not text": lambda path: path.write_bytes(b"\xff\xfe"),
+    }
+
+
+@pytest.mark.parametrize("name", ["config.json", "adapter_config.json", "model.safetensors.index.json"])
+@pytest.mark.parametrize("kind", files(""))
+def test_files_that_are_no_json(name: str, kind: str, pair: tuple[Path, Path], tmp_path: Path) -> None:
+    base, adapter = (shutil.copytree(folder, tmp_path / folder.name) for folder in pair)
+    target = (adapter if name.startswith("adapter") else base) / name
+    target.unlink(missing_ok=True)
+    files(name)[kind](target)
+    if "index" in name:
+        (base / "model.safetensors").rename(base / "model-00001-of-00001.safetensors")
+    assert found(base, adapter) or (kind == "a directory" and "index" in name)
+
+
+@pytest.mark.parametrize("weight_map", [5, [], ["x"], {}, {"a": 1}, {"a": "x" * 300}, {"a": "../../x\0"}, "x"])
+def test_an_index_of_another_form(weight_map: Any, pair: tuple[Path, Path], tmp_path: Path) -> None:
+    base = shutil.copytree(pair[0], tmp_path / "b")
+    (base / "model.safetensors").unlink()
+    (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert found(base, pair[1])
+
+
+@pytest.mark.parametrize(
+    "source", ["x" * 300, "/" + "x" * 5000, "~nobody-here/x", "a\0b", "/dev/zero", ":0.5", ",", "a:1e999"]
+)
+def test_names_that_are_no_directories(source: str, pair: tuple[Path, Path]) -> None:
+    assert found(pair[0], Path(source) if source.startswith("/") else source)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "rank: 4\nrank: 8\n",
+        "finetune: {epochs: 1, epochs: 2}\n",
+        "a: &a [x, x, x, x, x, x, x, x, x, x]\n"
+        + "".join(
+            f"{n}: &{n} [*{p}, *{p}, *{p}, *{p}, *{p}, *{p}, *{p}, *{p}, *{p}]\n"
+            for p, n in zip("abcdefgh", "bcdefghi")
+        ),
+        "a: &a [*a]\n",
+        "[" * 5_000,
+        "\0",
+    ],
+)
+def test_settings_files_that_are_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(ConfigError):
+        read_config(tmp_path / "c.yaml")
+
+
+def test_settings_files_that_never_end_or_are_none(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path, Path("/dev/zero"), tmp_path / ("x" * 300)):
+        with pytest.raises(ConfigError):
+            read_config(path)
+    (tmp_path / "c.yaml").write_text("defaults: &d {rank: 4}\npairs:\n" + "  - {<<: *d, method: auto}\n" * 50)
+    assert read_config(tmp_path / "c.yaml")["pairs"][0] == {"rank": 4, "method": "auto"}
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"finetune": {"epochs": INF}}, {"finetune": {"learning_rate": NAN}}, {"learning_rates": [INF]}, {"energy": NAN},
+        {"gate": {"ship": NAN}}, {"gate": {"ship": 0.1, "finetune": 0.5}}, {"teacher": {"temperature": INF}},
+        {"finetune": "fast"}, {"evaluation": {"batch_size": 0.5}},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_settings_that_cannot_run(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        build(MigrationConfig, {"adapter": "a", "old_base": "b", "new_base": "c", "output": "d", **wrong})
+
+
+def test_flags_over_text_and_devices() -> None:
+    with pytest.raises(ConfigError, match="finetune: is 'fast'"):
+        merged({"finetune": "fast"}, {"finetune": {"epochs": 1}})
+    for device in ("cuda:²", "cuda:-1", "cuda:", "tpu", "cuda:99999999999999999999"):
+        with pytest.raises(LoRASuiteError):
+            torch_device(device)
