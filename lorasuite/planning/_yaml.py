@@ -28,7 +28,7 @@ def load_yaml(text: str) -> Any:
     """A document's value.
 
     Raises:
-        yaml.YAMLError: if it is not valid, gives a key twice, is nested too deep, or has aliases that make it larger than
+        yaml.YAMLError: if it is not valid, gives a key twice, is nested too deep, or its aliases make it larger than
             :data:`MOST_VALUES` values.
     """
     loader = _Loader(text)

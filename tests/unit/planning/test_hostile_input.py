@@ -7,6 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from lorasuite.errors import ConfigError, LoRASuiteError
 from lorasuite.planning import MigrationConfig, build, inspect, merged, read_config, torch_device
 from tests import models
 
+#: A document of a few lines that stands for 10^9 values.
+ALIASES = [f"{name}: &{name} [{', '.join(['*' + inner] * 9)}]" for inner, name in pairwise("abcdefghi")]
 NAN, INF = float("nan"), float("inf")
 
 
@@ -28,7 +31,13 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return root / "base", models.build_adapter(root / "adapter", root / "base", targets=["q_proj"])
 
 
-def found(base: Path, adapter: Path) -> list[str]:
+@pytest.fixture(autouse=True)
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Regular expressions are given up after one second."""
+    monkeypatch.setattr("lorasuite.adapters._config_types.TIME_LIMIT", 1.0)
+
+
+def found(base: Path, adapter: Path | str) -> list[str]:
     begun = time.monotonic()
     problems = [str(problem) for problem in inspect(str(base), str(base), str(adapter)).problems]
     assert time.monotonic() - begun < 12 and all(len(line) < 3000 for line in problems)
@@ -116,7 +125,8 @@ def test_files_that_are_no_json(name: str, kind: str, pair: tuple[Path, Path], t
     files(name)[kind](target)
     if "index" in name:
         (base / "model.safetensors").rename(base / "model-00001-of-00001.safetensors")
-    assert found(base, adapter) or (kind == "a directory" and "index" in name)
+    ignored = "index" in name and kind in ("a directory", "a pipe", "a device", "a loop")  # then it is no index
+    assert ignored or found(base, adapter)
 
 
 @pytest.mark.parametrize("weight_map", [5, [], ["x"], {}, {"a": 1}, {"a": "x" * 300}, {"a": "../../x\0"}, "x"])
@@ -131,7 +141,7 @@ def test_an_index_of_another_form(weight_map: Any, pair: tuple[Path, Path], tmp_
     "source", ["x" * 300, "/" + "x" * 5000, "~nobody-here/x", "a\0b", "/dev/zero", ":0.5", ",", "a:1e999"]
 )
 def test_names_that_are_no_directories(source: str, pair: tuple[Path, Path]) -> None:
-    assert found(pair[0], Path(source) if source.startswith("/") else source)  # type: ignore[arg-type]
+    assert found(pair[0], source)
 
 
 @pytest.mark.parametrize(
@@ -139,13 +149,9 @@ def test_names_that_are_no_directories(source: str, pair: tuple[Path, Path]) -> 
     [
         "rank: 4\nrank: 8\n",
         "finetune: {epochs: 1, epochs: 2}\n",
-        "a: &a [x, x, x, x, x, x, x, x, x, x]\n"
-        + "".join(
-            f"{n}: &{n} [*{p}, *{p}, *{p}, *{p}, *{p}, *{p}, *{p}, *{p}, *{p}]\n"
-            for p, n in zip("abcdefgh", "bcdefghi")
-        ),
+        "\n".join(["a: &a [x, x, x, x, x, x, x, x, x, x]", *ALIASES]),
         "a: &a [*a]\n",
-        "[" * 5_000,
+        "[" * 2_000,
         "\0",
     ],
 )
