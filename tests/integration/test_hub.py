@@ -187,7 +187,7 @@ def migrated(lora: Callable[..., Path], base: Callable[..., Path], tmp_path: Pat
     """What a migration leaves, as far as a push reads it, with things that are not for the Hub."""
     folder = tmp_path / "out"
     shutil.copytree(lora(base("llama")), folder)
-    made = record()
+    made = record(weights_sha256=hashlib.sha256((folder / "adapter_model.safetensors").read_bytes()).hexdigest())
     made.write(folder / "migration.json")
     (folder / "README.md").write_text(model_card(made))
     (folder / "report.html").write_text("held-out rows")
