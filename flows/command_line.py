@@ -276,15 +276,20 @@ def up(
 ) -> None:
     """Start server, work pool, a worker for each GPU (or one for the CPU) and all deployments; Ctrl-C stops them."""
     with errors(as_json):
-        from flows.host import running, stay
+        from flows.host import auth_file, running, stay
 
         with running(host, port) as started:
             workers = [name for name in started.processes if name != "server"]
             if as_json:
-                print_json({"dashboard": started.dashboard, "api": started.api, "workers": workers})
+                told = {"dashboard": started.dashboard, "api": started.api, "auth_file": str(auth_file())}
+                print_json({**told, "workers": workers})
             else:
                 Console().print(f"dashboard  {started.dashboard}\napi        {started.api}", highlight=False)
                 Console().print(f"in other terminals: export PREFECT_API_URL={started.api}", highlight=False)
+                Console().print(
+                    f'                    export PREFECT_API_AUTH_STRING="$(cat {auth_file()})"', highlight=False
+                )
+                Console().print("the dashboard asks for the same, once", highlight=False)
             sys.stdout.flush()
             code = stay(started)
     if code:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from typing import Any
 
 import httpx
 
+from artifacts import default_home, private_directory
 from lorasuite.errors import ConfigError, Problem
 
 POOL = "lorasuite"
@@ -72,6 +74,33 @@ def project_root() -> Path:
     raise ConfigError(Problem("prefect.yaml", "is not here", "Run `lorasuite up` in a checkout of lorasuite."))
 
 
+def auth_file() -> Path:
+    """Where what requests to the API must show is kept, for its owner alone."""
+    return default_home() / "api-auth"
+
+
+def api_auth() -> str:
+    """``PREFECT_SERVER_API_AUTH_STRING``, or what is kept in :func:`auth_file`, made at the first start.
+
+    Raises:
+        ConfigError: if others can read the file, or it belongs to another user.
+    """
+    given = os.environ.get("PREFECT_SERVER_API_AUTH_STRING")
+    if given:
+        return given
+    path = auth_file()
+    private_directory(path.parent)
+    with contextlib.suppress(FileExistsError):
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "w") as file:
+            file.write(f"lorasuite:{secrets.token_urlsafe(32)}")
+    kept = path.stat()
+    if kept.st_uid != os.getuid() or kept.st_mode & 0o077 or not path.read_text().strip():
+        what = "is empty, can be read by others, or belongs to another user"
+        raise ConfigError(Problem(str(path), what, "Remove it: another one is made."))
+    return path.read_text().strip()
+
+
 @dataclass
 class Host:
     """The processes of one host."""
@@ -80,6 +109,8 @@ class Host:
     port: int = 4200
     root: Path = field(default_factory=project_root)
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+    #: What every request to the API must show.
+    auth: str = field(default_factory=lambda: api_auth(), repr=False)
 
     @property
     def dashboard(self) -> str:
@@ -96,6 +127,10 @@ class Host:
         settings = {
             "PREFECT_API_URL": self.api,
             "PREFECT_SERVER_UI_API_URL": "/api",  # where the browser found the page, whatever host name it used
+            "PREFECT_SERVER_API_AUTH_STRING": self.auth,
+            "PREFECT_API_AUTH_STRING": self.auth,
+            # pages of other origins get no answer from the API
+            "PREFECT_SERVER_API_CORS_ALLOWED_ORIGINS": f"{self.dashboard},http://localhost:{self.port}",
             "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
             "DO_NOT_TRACK": "1",
             "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT),
@@ -184,16 +219,21 @@ def _answers(api: str) -> bool:
         return False
 
 
-def set_up(api: str, plans: Sequence[WorkerPlan], crash_after: float = CRASH_AFTER) -> None:
-    """Create, or bring up to date, the work pool, its queues and the crash automation."""
+def set_up(api: str, plans: Sequence[WorkerPlan], crash_after: float = CRASH_AFTER, auth: str | None = None) -> None:
+    """Create, or bring up to date, the work pool, its queues and the crash automation.
+
+    Args:
+        auth: what requests show; ``PREFECT_API_AUTH_STRING`` if None.
+    """
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.actions import WorkPoolCreate
     from prefect.exceptions import ObjectAlreadyExists
-    from prefect.settings import PREFECT_API_URL, temporary_settings
+    from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 
     # shared queues have no limit of their own: each worker has one, and other hosts may take from them as well
     limits = {queue: None if queue in (CONTROL, ANY_GPU) else 1 for plan in plans for queue in plan.queues}
-    with temporary_settings({PREFECT_API_URL: api}), get_client(sync_client=True) as client:
+    settings: dict[Any, Any] = {PREFECT_API_URL: api} | ({} if auth is None else {PREFECT_API_AUTH_STRING: auth})
+    with temporary_settings(settings), get_client(sync_client=True) as client:
         with contextlib.suppress(ObjectAlreadyExists):
             client.create_work_pool(WorkPoolCreate(name=POOL, type="process", base_job_template=_job_template()))
         for name, limit in limits.items():
@@ -262,7 +302,7 @@ def running(
     started = Host(host, port)
     try:
         started.start_server()
-        set_up(started.api, chosen, crash_after)
+        set_up(started.api, chosen, crash_after, started.auth)
         started.deploy()
         for plan in chosen:
             started.start_worker(plan)

@@ -7,12 +7,14 @@ import os
 import re
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
-from uuid import UUID
+from uuid import UUID, uuid4
 
+import httpx
 import pytest
 from PIL import Image
 from prefect import flow as prefect_flow
@@ -39,6 +41,25 @@ def test_what_up_starts(up: Up) -> None:
     assert {name for name, d in names.items() if d.schedules} == {"migrate-fleet", "watch-base-models"}
     assert not any(schedule.active for d in names.values() for schedule in d.schedules)
     assert names["migrate-fleet"].concurrency_options.collision_strategy.value == "ENQUEUE"
+
+
+def test_nobody_else_reaches_the_api(up: Up) -> None:
+    """No request without what is kept for the owner alone, whatever it calls itself; pages of other origins neither."""
+    secret = Path(up.told["auth_file"])
+    assert stat.S_IMODE(secret.stat().st_mode) == 0o600 and len(secret.read_text()) > 40
+    event = {"event": "lorasuite.base-model.released", "resource": {"prefect.resource.id": "x"}, "id": str(uuid4()),
+             "occurred": "2026-01-01T00:00:00Z", "payload": {"fleet": "/etc/passwd"}}  # fmt: skip
+    for headers in ({}, {"Host": "evil.example"}, {"Authorization": "Basic bG9yYXN1aXRlOng="}):
+        assert httpx.post(f"{up.api}/events", json=[event], headers=headers).status_code == 401
+        assert httpx.post(f"{up.api}/flow_runs/filter", json={}, headers=headers).status_code == 401
+    asked = httpx.post(
+        f"{up.api}/flow_runs/filter",
+        json={},
+        auth=tuple(up.auth.split(":", 1)),
+        headers={"Origin": "http://evil.example"},
+    )
+    assert asked.status_code == 200 and "access-control-allow-origin" not in asked.headers
+    assert secret.read_text() not in up.log.read_text()
 
 
 def start_probe(up: Up, folder: Path, queue: str, name: str) -> UUID:
@@ -77,7 +98,7 @@ def test_a_worker_pins_its_gpu_and_a_dead_ones_run_waits_and_is_retried(
     (tmp_path / "wait-hangs").unlink()
     done = subprocess.run(
         [sys.executable, "-m", "prefect", "flow-run", "retry", str(hanging)],
-        env={**environment, "PREFECT_API_URL": up.api},
+        env={**environment, **up.variables},
         capture_output=True,
         text=True,
         check=False,
@@ -97,7 +118,18 @@ def test_a_worker_pins_its_gpu_and_a_dead_ones_run_waits_and_is_retried(
 def test_an_event_over_http_starts_the_fleet(up: Up, tmp_path: Path) -> None:
     payload = {"new_base": "/models/new", "fleet": str(tmp_path / "none.yaml"), "old_base": ""}
     event = {"event": EVENT, "resource": {"prefect.resource.id": "lorasuite.base-model.x"}, "payload": payload}
-    command = ["curl", "-sS", "--fail", "-X", "POST", f"{up.api}/events", "-H", "content-type: application/json"]
+    command = [
+        "curl",
+        "-sS",
+        "--fail",
+        "-X",
+        "POST",
+        "-u",
+        up.auth,
+        f"{up.api}/events",
+        "-H",
+        "content-type: application/json",
+    ]
     event |= {"id": "5d0f1c1e-8f1b-4b55-9a53-0d5ff2b1a001", "occurred": "2026-01-01T00:00:00Z"}
     subprocess.run([*command, "-d", json.dumps([event])], check=True)
     run = until(lambda: up.runs("migrate-fleet"), "the trigger")[-1]
@@ -146,6 +178,9 @@ def test_the_dashboard_shows_cached_stages_and_the_heat_map(up: Up, small: Small
     dashboard = str(up.told["dashboard"])
     with page(1400, 1600) as seen:
         seen.page.set_default_timeout(60_000)
+        seen.page.add_init_script(
+            f"localStorage.setItem('prefect-password', btoa({json.dumps(up.auth)}))"
+        )  # as asked for
         seen.page.goto(f"{dashboard}/runs/flow-run/{run.id}")
         seen.page.get_by_role("tab", name="Task Runs").or_(seen.page.get_by_text("Task Runs", exact=True)).first.click()
         for text in ("small-old→small-new", "head_mapping", "Cached"):
@@ -186,7 +221,7 @@ def test_the_commands(up: Up, environment: dict[str, str], small: Small, tmp_pat
     done = subprocess.run(
         ["bash", "-euxc", script],
         cwd=tmp_path,
-        env={**environment, "PREFECT_API_URL": up.api, "PATH": f"{tmp_path / 'bin'}:{environment['PATH']}"},
+        env={**environment, **up.variables, "PATH": f"{tmp_path / 'bin'}:{environment['PATH']}"},
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
@@ -219,7 +254,7 @@ def test_deploy_from_a_plain_checkout(up: Up, environment: dict[str, str], tmp_p
     done = subprocess.run(
         [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"],
         cwd=tmp_path,
-        env={**environment, "PREFECT_API_URL": up.api, "PYTHONPATH": str(tmp_path)},
+        env={**environment, **up.variables, "PYTHONPATH": str(tmp_path)},
         capture_output=True,
         text=True,
         stdin=subprocess.DEVNULL,

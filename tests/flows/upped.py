@@ -20,7 +20,7 @@ import pytest
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import FlowFilter, FlowFilterName
 from prefect.events.worker import EventsWorker
-from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 
 ROOT = Path(__file__).parents[2]
 #: Numbers no machine has, so that the runs stay on the CPU.
@@ -48,6 +48,14 @@ class Up:
     @property
     def api(self) -> str:
         return str(self.told["api"])
+
+    @property
+    def auth(self) -> str:
+        return Path(self.told["auth_file"]).read_text()
+
+    @property
+    def variables(self) -> dict[str, str]:
+        return {"PREFECT_API_URL": self.api, "PREFECT_API_AUTH_STRING": self.auth}
 
     def client(self) -> SyncPrefectClient:
         return get_client(sync_client=True)
@@ -126,6 +134,6 @@ def server_up(environment: dict[str, str]) -> Iterator[Up]:
 def up(server_up: Up) -> Iterator[Up]:
     """The running ``lorasuite up``, and Prefect in this process talking to it for the time of the test."""
     EventsWorker.drain_all()  # what sends events keeps the server it first met
-    with temporary_settings({PREFECT_API_URL: server_up.api}):
+    with temporary_settings({PREFECT_API_URL: server_up.api, PREFECT_API_AUTH_STRING: server_up.auth}):
         yield server_up
         EventsWorker.drain_all()
