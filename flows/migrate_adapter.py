@@ -223,7 +223,7 @@ def _record(
             "rank": moved["rank"],
             "fit_residual": moved.get("fit_residual", {}),
             "finetune": finetune,
-            "control": None if tuned is None or tuned.control is None else context.open(tuned.control).info,
+            "control": None if tuned is None or tuned.control is None else _control(context.open(tuned.control).info),
             **results.model_dump(mode="json"),
             "verdict": results.judge(settings.gate).model_dump(mode="json"),
             "weights_sha256": weights_digest(context.open(final)),
@@ -245,3 +245,8 @@ def _record(
             "command": "lorasuite " + shlex.join(sys.argv[1:]) if Path(sys.argv[0]).name == "lorasuite" else "",
         }
     )
+
+
+def _control(info: Mapping[str, Any]) -> dict[str, Any]:
+    """What the record keeps of the control: not the search, which it has where it is the published fine-tune, too."""
+    return {name: value for name, value in info.items() if name != "search"}

@@ -71,6 +71,10 @@ __all__ = ["Artifact", "Recorder", "Ref", "Stage", "StageOutput", "StageRun", "S
 StageFunction = Callable[[Any, Any, "Where"], "StageOutput | Mapping[str, Any]"]
 
 
+#: Name of the path that a stage writes to while it runs.
+WORK = "work"
+
+
 class Where(BaseModel):
     """Where a stage runs: everything that may differ between two machines with the same result."""
 
@@ -97,14 +101,18 @@ class Where(BaseModel):
 
     @model_validator(mode="after")
     def _stamped(self) -> Where:
-        for path in self.paths.values():
+        for path in self._read():
             if str(path) not in self.stamps:
                 self.stamps[str(path)] = folder_stamp(path)
         return self
 
+    def _read(self) -> set[Path]:
+        """The paths but the stage's own work directory."""
+        return {path for name, path in self.paths.items() if name != WORK}
+
     def check_unchanged(self) -> None:
         """Compare the directories that are read with their stamps. Raises ``InputChanged``."""
-        check_unchanged({path: self.stamps.get(str(path), "") for path in set(self.paths.values())})
+        check_unchanged({path: self.stamps.get(str(path), "") for path in self._read()})
 
     def path(self, name: str) -> Path:
         """The path given for ``name``. Raises ``KeyError`` naming those given."""

@@ -14,7 +14,7 @@ from lorasuite.training import EXTENTS, FinetuneResult, FinetuneSettings, Search
 from lorasuite.training import _search as module
 from tests.integration.tiny import digit_rows, tiny_lora, tiny_model, tiny_tokenizer
 
-SETTINGS = FinetuneSettings(batch_size=4, epochs=4, learning_rate=1e-3)
+SETTINGS = FinetuneSettings(batch_size=4, epochs=2, learning_rate=1e-3)
 ROWS = split_rows(digit_rows(20), seed=SETTINGS.seed)
 
 
@@ -36,12 +36,12 @@ def tensors(path: Path) -> dict[str, torch.Tensor]:
 def test_a_search_costs_what_its_effort_says(tmp_path: Path, effort: str) -> None:
     result, found = run(tmp_path, "out", effort)
     assert result.samples == 20, "the winner is trained on all rows"
-    assert found.cost == (found.steps + result.steps) / 20 <= EXTENTS[effort].budget  # type: ignore[index]
+    assert found.cost == (found.steps + result.steps) / 10 <= EXTENTS[effort].budget  # type: ignore[index]
     assert found.held_out == (4 if effort == "normal" else 12)
     winner = found.arms[0]
     assert (winner.start, winner.learning_rate) == (found.start, found.learning_rate)
-    assert max(winner.losses) == found.schedule == 16, "the winner's run was followed to its end"
-    assert winner.losses[16] is not None and winner.losses[16] < winner.losses[0]  # type: ignore[operator]
+    assert max(winner.losses) == found.schedule == 8, "the winner's run was followed to its end"
+    assert winner.losses[8] is not None and winner.losses[8] < winner.losses[0]  # type: ignore[operator]
     assert len({(arm.start, arm.learning_rate) for arm in found.arms}) == len(found.arms) > 1
     assert not (tmp_path / "out-work").exists()
 
@@ -74,7 +74,7 @@ def test_a_killed_search_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def _stops(found: Search) -> list[set[int]]:
     """The steps at which each arm was paused: those of its losses that no other arm's epochs explain."""
-    plan = module.rounds(len(found.arms), found.schedule, 30)
+    plan = module.rounds(len(found.arms), found.schedule, 15)
     return [{stop for _, stop in plan if stop <= max(arm.losses)} for arm in found.arms]
 
 

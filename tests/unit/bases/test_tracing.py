@@ -195,7 +195,7 @@ def test_states_go_on_from_weights_as_they_are(layer_by_layer: bool, tmp_path: P
     assert not torch.allclose(before, stream.states[0])
 
 
-@pytest.mark.parametrize("family", models.FAMILIES)
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bloom", "gemma3_text", "mixtral"])
 def test_a_pass_ends_behind_what_is_wanted(family: str, tmp_path: Path) -> None:
     base = loaded(models.build(tmp_path / "base", family, seed=3, shard="20KB"))
     texts = token_ids()

@@ -30,8 +30,14 @@ VLLM_NOT = {
     "ministral3",
     "llama4_text",
     "llama4",
+    "gemma3n_text",
+    "exaone_moe",
+    "qwen3_5",
+    "qwen3_5_moe",
+    "qwen3_5_text",
+    "qwen3_5_moe_text",
 }
-LLAMA_CPP_NOT = {"opt", "ministral", "gpt2"}
+LLAMA_CPP_NOT = {"opt", "ministral", "gpt2", "exaone_moe", "gemma4_text"}
 
 
 def changed(

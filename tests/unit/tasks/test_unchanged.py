@@ -9,6 +9,7 @@ import pytest
 
 from lorasuite.errors import InputChanged
 from tasks.fingerprints import fingerprint_folder
+from tasks.stage import Where
 from tasks.unchanged import check_unchanged, folder_stamp
 
 
@@ -38,3 +39,16 @@ def test_what_python_compiles_beside_task_files_is_no_content(tmp_path: Path) ->
     assert (folder_stamp(tmp_path), fingerprint_folder(tmp_path)) == before
     (tmp_path / "tasks" / "one.yaml").write_text("task: two")
     assert folder_stamp(tmp_path) != before[0] and fingerprint_folder(tmp_path) != before[1]
+
+
+def test_the_directory_that_a_stage_works_in_may_change(tmp_path: Path) -> None:
+    """A killed fine-tune goes on from the checkpoints there."""
+    for name in ("base", "work"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+    where = Where(home=tmp_path, paths={"base": tmp_path / "base", "work": tmp_path / "work"})
+    (tmp_path / "work" / "config.json").write_text("changed")
+    where.check_unchanged()
+    (tmp_path / "base" / "config.json").write_text("changed")
+    with pytest.raises(InputChanged):
+        where.check_unchanged()
