@@ -7,6 +7,7 @@ Operations and bytes are counted (:mod:`lorasuite.planning._cost`) and divided b
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -27,6 +28,8 @@ from lorasuite.transforms import names, transform
 
 #: Texts or rows that are tokenized to learn how long they are.
 SAMPLED = 64
+#: Tokens of an answer that the teacher has yet to write.
+ANSWER_TOKENS = 32
 #: What is over this share of all there is of a resource cannot fit, whatever is freed.
 MARGIN = 1.25
 #: Arms measured on the old base (bare, and with its adapter), and on the new one without a fine-tune.
@@ -41,6 +44,8 @@ class Data:
     train: Sequence[Row] = ()
     evaluation: Sequence[Row] = ()
     tokenizer: Any = None
+    #: Rows without answers, which the old base with its adapter answers.
+    prompts: Sequence[Row] = ()
     #: What had to be assumed.
     assumed: list[str] = field(default_factory=list)
 
@@ -156,6 +161,14 @@ def _row_tokens(config: MigrationConfig, data: Data) -> tuple[float, float]:
                 continue
             labels = sum(label != IGNORED for one in found for label in one["labels"])
             return sum(len(one["input_ids"]) for one in found) / len(found), labels / len(found)
+    asked = [row for row in data.prompts[:: max(len(data.prompts) // SAMPLED, 1)] if row.kind != "text"]
+    if asked and data.tokenizer is not None:
+        with contextlib.suppress(LoRASuiteError):
+            prompts = [row.target(data.tokenizer)[0] for row in asked]
+            answer = min(config.teacher.max_new_tokens, ANSWER_TOKENS)
+            tokens = _mean_tokens(data.tokenizer, prompts, config.finetune.cutoff)
+            data.assumed.append(f"written answers of {answer} tokens")
+            return tokens + answer, float(answer)
     return float(config.finetune.cutoff), config.finetune.cutoff / 2
 
 

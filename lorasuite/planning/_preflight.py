@@ -89,7 +89,13 @@ def check(config: MigrationConfig, home: Path | None = None) -> Plan:
     _output(result, Path(config.output))
     if not result.problems:
         _count(
-            result, config, rows, Data(texts, train, held_out, result.new_tokenizer), home, adapter=True, timed=False
+            result,
+            config,
+            rows,
+            Data(texts, train, held_out, result.new_tokenizer, prompts or ()),
+            home,
+            adapter=True,
+            timed=False,
         )
         result.problems += unfit(result.cost)
     result.raise_problems()
@@ -122,6 +128,8 @@ def survey(
     if train is not None:
         read = result.attempt(lambda: read_rows(train, config.renamed_columns)) or []
         data.train = _templated(result, draw(read, wanted.requested_rows, config.seed), template)
+    if (prompts := config.prompts) is not None:
+        data.prompts = result.attempt(lambda: read_prompts(prompts, config.renamed_columns, template)) or []
     if held_out is not None:
         data.evaluation = _templated(result, _read_held_out(result, config), template)
     if not result.problems:

@@ -191,6 +191,9 @@ def test_survey_reads_the_data_there_is_and_says_what_it_assumes(
     assert not known.cost["assumed"]
     short, full = (stages(one.cost)["finetune"] for one in (known, bare))
     assert short["ram_bytes"] < full["ram_bytes"]  # short rows instead of the cut-off
+    asked = survey(config(old, new, lora(old), Path("none"), prompts=str(rows), calibration=str(rows)), tmp_path)
+    assert asked.cost["assumed"] == ["written answers of 32 tokens"]
+    assert stages(asked.cost)["finetune"]["ram_bytes"] < full["ram_bytes"]
     untimed = survey(config(old, new, lora(old), Path("none")), tmp_path, timed=False)
     assert untimed.cost["measured"] is None and untimed.cost["total"]["seconds"] is None
     pair = survey(config(old, new, Path("none"), Path("none")), tmp_path, adapter=False, pair_only=True, timed=False)
