@@ -28,12 +28,18 @@ def unmatched(config: Mapping[str, Any], modules: Iterable[str], where: str) -> 
     if not targets or targets == "all-linear":
         return []
     if isinstance(targets, str):
-        found = any(re.fullmatch(targets, module) for module in modules)
+        found = any(re.fullmatch(targets, name) for module in modules for name in _names(module))
     else:
         found = any(module == name or module.endswith(f".{name}") for module in modules for name in targets)
     if found:
         return []
     return [Problem(f"{where}: target_modules", "names no module of the file beside it", "The two do not belong.")]
+
+
+def _names(module: str) -> list[str]:
+    """A module's path, and what it is called where the language model is a part of a larger one: savers write either."""
+    inner = module.removeprefix("model.")
+    return [module, f"model.language_model.{inner}", f"language_model.{module}", f"model.{module}"]
 
 
 #: Run in a process of its own, as Python's expressions can be stopped in no other way: says each field it begins with.
