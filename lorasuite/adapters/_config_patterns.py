@@ -37,7 +37,7 @@ def unmatched(config: Mapping[str, Any], modules: Iterable[str], where: str) -> 
 
 
 def _names(module: str) -> list[str]:
-    """A module's path, and what it is called where the language model is a part of a larger one: savers write either."""
+    """A module's path, and what it is called where the language model is a part of a larger one."""
     inner = module.removeprefix("model.")
     return [module, f"model.language_model.{inner}", f"language_model.{module}", f"model.{module}"]
 
