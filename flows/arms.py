@@ -19,7 +19,7 @@ from lorasuite.planning import MigrationConfig
 from lorasuite.training import FinetuneSettings
 from lorasuite.transforms import LAYER_INPUTS, ModelTransform, transform
 from tasks.bases import OWN_TOKENIZER
-from tasks.stage import Ref
+from tasks.stage import WORK, Ref
 from tasks.training_stages import finetune
 from tasks.transform_stages import model_fit
 from tasks.transform_stages import transform as transform_stage
@@ -156,5 +156,5 @@ def tuned(
         "finetune": tuning.finetune.model_dump(mode="json"),
         "learning_rates": list(tuning.rates),
     }
-    work = context.where.home / "work" / finetune.key(inputs, values)[:32]
-    return context.run(finetune, inputs, values, label, {**context.base_path(side), "work": work})
+    work = context.where.home / WORK / finetune.key(inputs, values)[:32]
+    return context.run(finetune, inputs, values, label, {**context.base_path(side), WORK: work})

@@ -22,7 +22,7 @@ from lorasuite.planning import AUTO, MigrationConfig
 from lorasuite.reporting import NEW_START, OWN_ROWS_START
 from lorasuite.training import NOTHING, Search, loss_order
 from tasks.folders import adapter_folder
-from tasks.stage import Ref
+from tasks.stage import WORK, Ref
 from tasks.training_stages import screening, searching, selection
 
 
@@ -156,8 +156,8 @@ def _searched(
         "finetune": settings.finetune.model_dump(mode="json"),
         "effort": settings.effort,
     }
-    work = context.where.home / "work" / searching.key(inputs, values)[:32]
-    final = context.run(searching, inputs, values, paths={**context.base_path("new"), "work": work})
+    work = context.where.home / WORK / searching.key(inputs, values)[:32]
+    final = context.run(searching, inputs, values, paths={**context.base_path("new"), WORK: work})
     found = Search.model_validate(context.open(final).info["search"])
     start = chosen.method if found.start not in (*candidates, NEW_START, OWN_ROWS_START) else found.start  # at a scale
     result = Tuned(final, start, starts={arm.start: arm.best for arm in reversed(found.arms)})

@@ -65,7 +65,7 @@ from tasks.results import drop_foreign_record
 from tasks.retries import DELAYS, halvings, note_out_of_memory, retry_stage
 from tasks.unchanged import check_unchanged, folder_stamp
 
-__all__ = ["Artifact", "Recorder", "Ref", "Stage", "StageOutput", "StageRun", "StageSettings", "Where", "stage"]
+__all__ = ["WORK", "Artifact", "Recorder", "Ref", "Stage", "StageOutput", "StageRun", "StageSettings", "Where", "stage"]
 
 #: A stage's function: resolved inputs, settings, locations in; results out.
 StageFunction = Callable[[Any, Any, "Where"], "StageOutput | Mapping[str, Any]"]

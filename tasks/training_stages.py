@@ -33,7 +33,7 @@ from tasks.data import stored_rows, stored_split
 from tasks.folders import adapter_folder, folder_files
 from tasks.progress import Progress
 from tasks.retries import halved
-from tasks.stage import Artifact, StageOutput, StageSettings, Where, stage
+from tasks.stage import WORK, Artifact, StageOutput, StageSettings, Where, stage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,7 +174,7 @@ def searching(inputs: SearchInputs, settings: SearchSettings, where: Where) -> S
             EXTENTS[settings.effort],
             bare=bare,
             output=Path(folder) / "adapter",
-            work_dir=where.path("work"),
+            work_dir=where.path(WORK),
             progress=Progress("fine-tuning (search)").training,
             device=where.device,
         )
@@ -226,7 +226,7 @@ def finetune(inputs: FinetuneInputs, settings: FinetuneStageSettings, where: Whe
             adapter=None if start is None else adapter_folder(start),
             lora=None if settings.fresh is None else fresh_config(settings.fresh),
             output=Path(folder) / "adapter",
-            work_dir=where.path("work"),
+            work_dir=where.path(WORK),
             progress=Progress(f"fine-tuning ({'scratch' if start is None else 'migrated'})").training,
             device=where.device,
             soft_labels=soft,

@@ -80,16 +80,8 @@ class ActivationRecorder:
 
     def block(self, layer: int) -> ActivationRecorder:
         """Record the hidden states before and after a block."""
-
-        def before(_module: Any, args: Any, kwargs: Any) -> None:
-            self._keep((layer, "block", "in"), args[0] if args else kwargs["hidden_states"])
-
-        def after(_module: Any, _args: Any, output: Any) -> None:
-            self._keep((layer, "block", "out"), output[0] if isinstance(output, tuple) else output)
-
-        block = self.base.blocks[layer]
-        self._hooks.append(lambda: block.register_forward_pre_hook(before, with_kwargs=True))
-        self._hooks.append(lambda: block.register_forward_hook(after))
+        for end in ("in", "out"):
+            self._hooks.append(functools.partial(self._hooked, self.base.blocks[layer], (layer, "block", end)))
         return self
 
     def module(self, layer: int, module: Module, by_role: bool = False) -> ActivationRecorder:
@@ -130,19 +122,19 @@ class ActivationRecorder:
         """
         self._last = set(places)
         for place in self._last:
-            layer, name, end = place
+            layer, name, _ = place
             module = self.base.blocks[layer] if name == "block" else linear_modules(self.base, layer)[name][1]
-            self._hooks.append(functools.partial(self._hooked, module, place, end))
+            self._hooks.append(functools.partial(self._hooked, module, place))
         return self
 
-    def _hooked(self, module: Any, place: Place, end: str) -> Any:
+    def _hooked(self, module: Any, place: Place) -> Any:
         def before(_module: Any, args: Any, kwargs: Any) -> None:
             self._keep(place, args[0] if args else kwargs["hidden_states"])
 
         def after(_module: Any, _args: Any, output: Any) -> None:
             self._keep(place, output[0] if isinstance(output, tuple) else output)
 
-        if end == "in":
+        if place[2] == "in":
             return module.register_forward_pre_hook(before, with_kwargs=True)
         return module.register_forward_hook(after)
 

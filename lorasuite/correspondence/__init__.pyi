@@ -3,7 +3,7 @@ from ._alignment import AlignedMaps, SpaceMap, align, space_name
 from ._head_mapping import HeadMaps, head_similarity, heads, index_heads, map_heads, match_heads
 from ._layer_mapping import LayerMap, map_layers
 from ._moments import FUNCTIONAL, ORTHOGONAL, MapKind, Moments, polar
-from ._options import POSITIONS, End, Metric, MlpRole, Pooling, Strategy, When
+from ._options import DIRECTIONS, FEATURES, POSITIONS, End, Metric, MlpRole, Pooling, Strategy, When
 from ._regression import (
     FIT_RIDGE,
     RIDGE,
@@ -37,6 +37,8 @@ from ._transfer_matrix import (
 )
 
 __all__ = [
+    "DIRECTIONS",
+    "FEATURES",
     "FIT_RIDGE",
     "FUNCTIONAL",
     "ORTHOGONAL",

@@ -18,3 +18,7 @@ MlpRole = Literal["gate", "up", "down"]
 End = Literal["in", "out"]
 #: Sampled positions that wide spaces are mapped by: docs/transfer.md has what fewer and more do.
 POSITIONS = 512
+#: Features of an old state at most: above it, each space is projected at random onto its share of them.
+FEATURES = 2048
+#: Principal directions of the features that the state map keeps.
+DIRECTIONS = 1200

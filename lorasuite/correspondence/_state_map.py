@@ -39,15 +39,12 @@ from lorasuite.bases import (
     text_batches,
     unpaired,
 )
+from lorasuite.correspondence._options import DIRECTIONS, FEATURES
 from lorasuite.correspondence._regression import TargetSums
 
 #: Ridge of the map, relative to the mean variance of its features. It is read far from the texts it was learned on, so
 #: it must not follow their every detail: 1e-3 fits those better, and did worse on each of six tasks (docs/transfer.md).
 MAP_RIDGE = 0.1
-#: Features of an old state at most: above it, each space is projected at random onto its share of them.
-FEATURES = 2048
-#: Principal directions of the features that are kept (docs/transfer.md has what fewer and more do).
-RANK = 1200
 
 
 class StateFeatures:
@@ -128,11 +125,11 @@ class StateFeatures:
     def reduce(self, rows: Sequence[Float[Tensor, "_ features"]]) -> tuple[list[Tensor], Float64[Tensor, " k"]]:
         """Find the principal directions of standardised rows: the rows along these, and ``XᵀX + λI``, diagonal there.
 
-        More than :data:`RANK` of them are found by subspace iteration, in products of ``2·N·F·k`` operations.
+        More than :data:`DIRECTIONS` of them are found by subspace iteration, in products of ``2·N·F·k`` operations.
         """
         whole = torch.cat(list(rows))
         strength = MAP_RIDGE * whole.square().sum().double().cpu() / whole.shape[1]
-        basis = _span(whole, min(RANK, len(whole)), self.seed)
+        basis = _span(whole, min(DIRECTIONS, len(whole)), self.seed)
         inside = whole @ basis
         values, vectors = torch.linalg.eigh((inside.T @ inside).double().cpu())
         self.basis = _rounded(basis.cpu() @ vectors.float())

@@ -14,6 +14,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from lorasuite.bases import ATTENTION, ROLES, Architecture, Checkpoint, Dimensions, Role
+from lorasuite.correspondence import POSITIONS
 
 #: Bytes of a float32, of a float64, and of a weight in half precision.
 FLOAT, DOUBLE, HALF = 4, 8, 2
@@ -156,7 +157,7 @@ class Work:
     texts: int = 0
     text_tokens: float = 256
     #: Paired positions that wide spaces are mapped by.
-    map_positions: int = 512
+    map_positions: int = POSITIONS
     cka_batch: int = 64
     rows: int = 0
     row_tokens: float = 256

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lorasuite.bases import MLP
+from lorasuite.correspondence import DIRECTIONS, FEATURES
 from lorasuite.planning._cost import (
     DOUBLE,
     FLOAT,
@@ -19,7 +20,7 @@ from lorasuite.planning._cost import (
     shared_roles,
     weight_bytes,
 )
-from lorasuite.planning._cost_pair import DIRECTIONS, FEATURES, spaces
+from lorasuite.planning._cost_pair import spaces
 from lorasuite.transforms import Input, ModelTransform, can_move, transform
 
 #: Scales that ``auto`` tries on the best transform, and the bare base.

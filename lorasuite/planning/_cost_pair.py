@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from lorasuite.bases import ATTENTION, MLP, ROLES
+from lorasuite.correspondence import DIRECTIONS, FEATURES
 from lorasuite.planning._cost import (
     DOUBLE,
     FLOAT,
@@ -25,10 +26,6 @@ from lorasuite.transforms import Input, transform
 TEXTS_AT_ONCE = 16
 #: Rows of the embeddings that are in float64 at once.
 ROWS_AT_ONCE = 8192
-#: Features of an old state at most (the state map's), see :mod:`lorasuite.correspondence`.
-FEATURES = 2048
-#: Directions of them that are kept.
-DIRECTIONS = 1200
 
 
 def pair_costs(old: Shape, new: Shape, work: Work) -> list[Cost]:
