@@ -6,17 +6,23 @@ import contextlib
 import json
 import logging
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Iterator
 from typing import Annotated, Any
 
-import click
 import typer
 from rich.console import Console
+from typer.rich_utils import rich_format_error
 
 from artifacts import ArtifactError
-from lorasuite.errors import LoRASuiteError, NumericalError, PushError
+from flows.interruption import interruptible, signal_of
+from lorasuite.errors import LoRASuiteError, MachineError, NumericalError, Problem, PushError, foreseen
+from tasks import at_work
+
+#: What typer raises for a command line that cannot be read, wherever it has it from.
+UsageError: Any = typer.BadParameter.__mro__[2]
 
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object and nothing else")]
 
@@ -62,47 +68,98 @@ def debug_option(
 
 
 def run_app(app: typer.Typer) -> None:
-    """Run the command that was typed; ``--debug`` may stand before or behind it."""
+    """Run the command that was typed, to its one end; ``--debug`` may stand before or behind it."""
     quiet_tracebacks()
     if "--debug" in sys.argv[2:]:
         sys.argv = [sys.argv[0], "--debug", *(word for word in sys.argv[1:] if word != "--debug")]
+    as_json = "--json" in sys.argv
+
+    def last_words(number: signal.Signals) -> None:
+        _tell("Interrupted", _interrupted(number), as_json)
+        err.show_cursor()
+        sys.stdout.flush()
+
+    code: Any = 0
     try:
-        with errors("--json" in sys.argv):
-            app()
-    except click.exceptions.Exit as ended:  # of an error that no command was running at
-        sys.exit(ended.exit_code)
+        with interruptible(at_work.is_computing, last_words), errors(as_json):
+            code = app(standalone_mode=False, prog_name="lorasuite") or 0
+    except typer.Exit as ended:
+        code = ended.exit_code
+    if code > 128:  # a signal: nobody waits for Prefect's server to stop, which the watchdog sees to
+        sys.stdout.flush()
+        os._exit(code)
+    logging.getLogger("prefect").setLevel(logging.WARNING)  # that its server stops: what was said is the end
+    sys.exit(code)
 
 
 @contextlib.contextmanager
 def errors(as_json: bool) -> Iterator[None]:
     """Turn errors into a message and an exit code: 2 for input that cannot be used, 1 for a run that failed.
 
-    The traceback of an error that nobody raised on purpose is shown with ``--debug``.
+    What the machine refused is named (:func:`lorasuite.errors.foreseen`); the traceback of an error that nobody raised
+    on purpose is shown with ``--debug``. An interruption ends with 128 and the number of its signal.
     """
     try:
         yield
-    except (click.ClickException, click.exceptions.Exit, click.Abort):
+    except (typer.Exit, typer.Abort):
         raise
-    except (LoRASuiteError, ArtifactError) as error:
-        problems = [problem.to_dict() for problem in getattr(error, "problems", [])]
-        if as_json:
-            print_json({"error": type(error).__name__, "message": str(error), "problems": problems})
-        err.print(f"[bold red]{type(error).__name__}[/]", highlight=False)
-        err.print(str(error), style="red", markup=False, highlight=False)
-        _debug()
-        raise typer.Exit(1 if isinstance(error, (NumericalError, PushError)) else 2) from None
-    except Exception as error:
-        name, text = type(error).__name__, " ".join(str(error).split())
-        if as_json:
-            print_json({"error": name, "message": text, "problems": []})
-        err.print(f"[bold red]{name}[/]", highlight=False)
-        err.print(text or "no message", style="red", markup=False, highlight=False)
-        if not debugging():
-            err.print(
-                "This was not foreseen: --debug shows where it came from. Please report it with that.", highlight=False
-            )
-        _debug()
+    except KeyboardInterrupt as error:
+        number = signal_of(error)
+        _tell("Interrupted", _interrupted(number), as_json)
+        raise typer.Exit(128 + number) from None
+    except BrokenPipeError:  # who read the output has gone: `lorasuite artifacts ls | head`
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(1) from None
+    except Exception as error:
+        if isinstance(error, UsageError):
+            _misused(error, as_json)
+            raise typer.Exit(2) from None
+        raised = error if isinstance(error, (LoRASuiteError, ArtifactError)) else foreseen(error)
+        if raised is not None:
+            _tell(type(raised).__name__, raised, as_json)
+        else:
+            text = " ".join(str(error).split()) or "no message"
+            where = "where it came from is below" if debugging() else "--debug shows where it came from"
+            remedy = f"This was not foreseen; {where}. Please report it with that."
+            _tell(type(error).__name__, LoRASuiteError(Problem("lorasuite", text, remedy)), as_json)
+        _debug()
+        failed = isinstance(raised, (NumericalError, PushError, MachineError)) or raised is None
+        raise typer.Exit(1 if failed else 2) from None
+
+
+def _tell(name: str, error: Exception, as_json: bool) -> None:
+    """The last lines: what failed, where, and what to do."""
+    problems = [problem.to_dict() for problem in getattr(error, "problems", [])]
+    if as_json:
+        with contextlib.suppress(OSError):  # it may be standard output that cannot be written
+            print_json({"error": name, "message": str(error), "problems": problems})
+    err.print(f"[bold red]{name}[/]", highlight=False)
+    err.print(str(error), style="red", markup=False, highlight=False)
+
+
+def _interrupted(number: signal.Signals) -> LoRASuiteError:
+    """What was stopped, and what was kept."""
+    by = "Ctrl-C" if number == signal.SIGINT else number.name
+    stage, (kept, computed) = at_work.current(), at_work.kept()
+    what = f"stopped by {by}" + (" before it was done" if stage else "")
+    if kept:
+        told = f"Kept: {kept} {'stage' if kept == 1 else 'stages'}, {computed} of them computed now. "
+    else:
+        told = "No stage was done. "
+    again = "The same command goes on from there; a fine-tune from its last checkpoint." if kept or stage else ""
+    return LoRASuiteError(Problem(f"stage {stage}" if stage else "lorasuite", what, (told + again).strip()))
+
+
+def _misused(error: UsageError, as_json: bool) -> None:
+    """A command line that cannot be read, as typer shows it."""
+    if as_json:
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context is not None else "lorasuite"
+        problem = Problem(command, " ".join(error.format_message().split()).rstrip("."), f"See `{command} --help`.")
+        with contextlib.suppress(OSError):
+            print_json({"error": "UsageError", "message": str(problem), "problems": [problem.to_dict()]})
+    rich_format_error(error)
 
 
 def _debug() -> None:
@@ -114,6 +171,7 @@ def _debug() -> None:
 def print_json(value: Any) -> None:
     """One line of JSON on standard output."""
     sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
+    sys.stdout.flush()  # where it cannot be written, that is said
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import get_client
 from prefect.logging.loggers import get_run_logger
 from prefect.runtime import flow_run
+from prefect.settings import PREFECT_API_URL
 
 from artifacts import (
     Artifact,
@@ -43,6 +44,11 @@ from tasks.teacher_stages import soft_labelling, teacher_worth, teaching, templa
 from tasks.training_stages import finetune, screening, selection, split
 from tasks.transform_stages import model_fit, transform
 from tasks.unchanged import folder_stamp
+
+if not PREFECT_API_URL.value():  # the first thing that asks for a server will start one
+    from flows import temporary_server
+
+    temporary_server.watch()
 
 #: Every cached stage by name, in the order they run.
 STAGES: dict[str, Stage] = {

@@ -19,6 +19,8 @@ from typing import Any
 import httpx
 
 from artifacts import default_home, private_directory
+from flows import watchdog
+from flows.interruption import take_time
 from lorasuite.errors import ConfigError, Problem
 
 POOL = "lorasuite"
@@ -149,6 +151,7 @@ class Host:
             stdin=subprocess.DEVNULL,
             start_new_session=True,  # Ctrl-C reaches this process only, which stops the others in order
         )
+        watchdog.keep(self.processes[name].pid)
 
     def start_server(self, timeout: float = 120) -> None:
         """Start the server, and wait until it answers.
@@ -210,6 +213,7 @@ class Host:
             with contextlib.suppress(ProcessLookupError, PermissionError):  # its session: what it left behind, too
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+            watchdog.release(process.pid)
 
 
 def _answers(api: str) -> bool:
@@ -300,6 +304,7 @@ def running(
     """
     chosen = list(plans) if plans is not None else plan_workers(visible_gpus())
     started = Host(host, port)
+    take_time(60 * (len(chosen) + 1))
     try:
         started.start_server()
         set_up(started.api, chosen, crash_after, started.auth)

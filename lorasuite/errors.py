@@ -7,6 +7,8 @@ to do about it.
 from __future__ import annotations
 
 import difflib
+import errno
+import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -143,6 +145,10 @@ class NumericalError(LoRASuiteError, ArithmeticError):
     """A computation that gave NaN, Inf or an empty result."""
 
 
+class MachineError(LoRASuiteError, OSError):
+    """What the machine or its network refused: room on a disk, a permission, memory, a connection."""
+
+
 class PushError(LoRASuiteError, OSError):
     """The Hub did not take a finished migration; it is whole where it was published."""
 
@@ -153,3 +159,78 @@ def did_you_mean(name: str, choices: Sequence[str]) -> str:
     if close:
         return f"Did you mean {close[0]!r}?"
     return "Choose one of: " + ", ".join(sorted(choices)) + "."
+
+
+_KEPT = "then run the same command again: stages that were computed are kept."
+#: Number of an error of the operating system → what is wrong, and what to do.
+_REFUSED: dict[int, tuple[str, str]] = {
+    **dict.fromkeys(
+        (errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
+        ("the disk is full", f"Free room there, or set LORASUITE_HOME and the output to another disk; {_KEPT}"),
+    ),
+    **dict.fromkeys(
+        (errno.EACCES, errno.EPERM),
+        ("permission is missing", f"Give this user the right to it, or name another place; {_KEPT}"),
+    ),
+    errno.EROFS: ("the disk is read-only", f"Make it writable, or set LORASUITE_HOME or the output elsewhere; {_KEPT}"),
+    errno.EIO: ("the disk failed", f"Look at the system's log; {_KEPT}"),
+    errno.ESTALE: ("the network disk is gone", f"Mount it again; {_KEPT}"),
+    errno.ENAMETOOLONG: ("the name is too long for this disk", "Give a shorter one."),
+    **dict.fromkeys(
+        (errno.EMFILE, errno.ENFILE), ("too many files are open", f"Raise the limit (`ulimit -n 4096`); {_KEPT}")
+    ),
+    errno.ENOMEM: ("memory ran out", ""),
+}
+_MEMORY = f"Free memory, take a smaller batch size, or load in half precision or fewer bits; {_KEPT}"
+_NETWORK = f"Look at the connection and the address, and at a proxy in between; {_KEPT}"
+#: How libraries that are not written in Python tell an error of the operating system, and memory that ran out.
+_NUMBERED = re.compile(r"\(os error (\d+)\)|\[Errno (\d+)\]")
+_ALLOCATION = re.compile(r"can't allocate memory|out of memory|Unable to allocate|bad_alloc")
+_UNWRITTEN = re.compile(r"PytorchStreamWriter failed|inline_container.*unexpected pos")
+#: Kinds of errors that say that somebody at the other end of a network did not answer, in Python and its HTTP clients.
+_CONNECTION = {
+    *("ConnectionError", "TransportError", "gaierror", "herror", "ProxyError", "SSLError", "IncompleteRead"),
+    *("EndpointConnectionError", "ConnectTimeout", "ReadTimeout", "ClientConnectionError", "LocalEntryNotFoundError"),
+}
+
+
+def foreseen(error: BaseException) -> LoRASuiteError | None:
+    """What the machine refused, where that is what an error, or one that it came from, says."""
+    seen: set[int] = set()
+    found: BaseException | None = error
+    while found is not None and id(found) not in seen:
+        problem = _refused(found)
+        if problem is not None:
+            return MachineError(problem)
+        seen.add(id(found))
+        found = found.__cause__ or (None if found.__suppress_context__ else found.__context__)
+    return None
+
+
+def _refused(error: BaseException) -> Problem | None:
+    text = " ".join(str(error).split())
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    number = error.errno if isinstance(error, OSError) else None
+    if number is None and (match := _NUMBERED.search(text)):
+        number = int(match[1] or match[2])
+    if isinstance(error, MemoryError) or "OutOfMemoryError" in kinds or number == errno.ENOMEM:
+        return Problem("memory", f"it ran out ({text or type(error).__name__})", _MEMORY)
+    if isinstance(error, RuntimeError) and _ALLOCATION.search(text):
+        return Problem("memory", f"it ran out ({text})", _MEMORY)
+    if number in _REFUSED and isinstance(number, int):
+        what, remedy = _REFUSED[number]
+        place = " -> ".join(str(name) for name in _places(error)) or "a file"
+        return Problem(place, f"{what} ({os.strerror(number)})", remedy)
+    if isinstance(error, RuntimeError) and _UNWRITTEN.search(text):
+        return Problem(
+            "a checkpoint", f"it could not be written: the disk may be full ({text})", _REFUSED[errno.ENOSPC][1]
+        )
+    if kinds & _CONNECTION and not isinstance(error, BrokenPipeError):
+        return Problem("network", f"no answer ({type(error).__name__}: {text})", _NETWORK)
+    return None
+
+
+def _places(error: BaseException) -> list[object]:
+    """The file or files that an error of the operating system names."""
+    names = (getattr(error, "filename", None), getattr(error, "filename2", None))
+    return [os.fsdecode(name) if isinstance(name, bytes) else name for name in names if name is not None]

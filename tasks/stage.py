@@ -58,6 +58,7 @@ from artifacts import (
     open_store,
     stage_key,
 )
+from tasks import at_work
 from tasks.inputs import Input, Models, Ref, StageSettings, input_fingerprints
 from tasks.locks import FileLockManager
 from tasks.recording import Measure, Recorder, StageRun, current_recorder, run_log
@@ -251,6 +252,7 @@ class Stage:
             ),
         )
         begun = time.perf_counter()
+        at_work.asked(name)
         state: Any = task(
             inputs=self.models.plain_inputs(self.name, inputs),
             settings=self.models.plain_settings(settings),
@@ -259,6 +261,7 @@ class Stage:
             return_state=True,
         )
         state.result(_sync=True)  # raises what the function raised
+        at_work.done(name, computed=state.name != "Cached")
         recorder = current_recorder()
         if recorder is not None:
             recorder.runs.append(
@@ -287,21 +290,22 @@ class Stage:
         where = where.model_copy(update={"halvings": halvings(key)})
         where.check_unchanged()
         try:
-            made = self.fn(resolved, parsed, where)
-            output = made if isinstance(made, StageOutput) else StageOutput(info=made)
-            store.put(
-                key,
-                stage=self.name,
-                version=self.version,
-                inputs=fingerprints,
-                settings=settings,
-                tensors=measure.through(output.tensors),
-                info=output.info,
-                files=output.files,
-                run=measure.results,
-                replace=refresh,
-                before_it_counts=where.check_unchanged,
-            )
+            with at_work.computing():
+                made = self.fn(resolved, parsed, where)
+                output = made if isinstance(made, StageOutput) else StageOutput(info=made)
+                store.put(
+                    key,
+                    stage=self.name,
+                    version=self.version,
+                    inputs=fingerprints,
+                    settings=settings,
+                    tensors=measure.through(output.tensors),
+                    info=output.info,
+                    files=output.files,
+                    run=measure.results,
+                    replace=refresh,
+                    before_it_counts=where.check_unchanged,
+                )
         except torch.OutOfMemoryError as error:
             note_out_of_memory(key, error)
             raise

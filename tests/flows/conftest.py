@@ -38,6 +38,9 @@ def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         # each flow run would wait a second for its heartbeat's thread to end
         PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None,
     }
+    from flows import temporary_server
+
+    temporary_server.watch()  # a test run that is killed leaves no server
     with (
         temporary_settings(updates),
         prefect_test_harness(server_startup_timeout=120),

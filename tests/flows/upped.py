@@ -22,6 +22,8 @@ from prefect.client.schemas.filters import FlowFilter, FlowFilterName
 from prefect.events.worker import EventsWorker
 from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 
+from flows import watchdog
+
 ROOT = Path(__file__).parents[2]
 #: Numbers no machine has, so that the runs stay on the CPU.
 GPUS = ("61", "62")
@@ -115,6 +117,7 @@ def server_up(environment: dict[str, str]) -> Iterator[Up]:
             stderr=file,
             text=True,
         )
+    watchdog.keep(process.pid)
     assert process.stdout is not None
     line = process.stdout.readline()
     assert line, log.read_text()[-6000:]
@@ -124,6 +127,7 @@ def server_up(environment: dict[str, str]) -> Iterator[Up]:
     assert len(below) > len(started.told["workers"])
     process.terminate()
     assert process.wait(60) == 0, "stopped cleanly"
+    watchdog.release(process.pid)
     _, left = psutil.wait_procs(below, timeout=5)
     assert not left
     with pytest.raises(httpx.ConnectError):
