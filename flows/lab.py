@@ -287,7 +287,7 @@ class Lab:
     # ------------------------------------------------------------------------------------------------------ measuring
 
     def measure(self, cell: Cell) -> Measurement:
-        """Run a cell, or with ``dry`` only name its stages. A training that diverges is a result, too."""
+        """Run a cell, or with ``dry`` only look for it. A training that diverges is a result, too."""
         self.steps.used.clear()
         failed = ""
         keys: tuple[str, ...] = ()
@@ -306,7 +306,8 @@ class Lab:
             cached=not failed and all(step.cached for step in steps),
             failed=failed,
         )
-        return made if self.dry or not keys else made.model_copy(update=self._measured(cell, keys, steps))
+        known = bool(keys) and (made.cached or not self.dry)
+        return made.model_copy(update=self._measured(cell, keys, steps)) if known else made
 
     def _measured(self, cell: Cell, keys: tuple[str, ...], steps: tuple[Step, ...]) -> dict[str, Any]:
         """What the artifacts of a cell say: its scores, and what its adapter cost."""

@@ -145,8 +145,6 @@ def _pair_problems(config: ExperimentConfig, where: str) -> Iterator[Problem]:
             continue
         if task.ready:
             yield Problem(f"{place}.ready", "is for miniature tasks", "Give adapter and retrained.")
-        if bool(task.adapter) != bool(task.retrained):
-            yield Problem(place, "has one of adapter and retrained", "Give both, or neither: then both are trained.")
         if not task.train_data:
             yield Problem(f"{place}.train_data", "is required", "Name the rows to train on.")
         if not (task.eval_data or task.eval_tasks):
@@ -164,11 +162,15 @@ def _table_problems(config: ExperimentConfig, where: str) -> Iterator[Problem]:
         for name, levels in table.factors.items():
             if not levels:
                 yield Problem(f"{place}.factors.{name}", "has no levels", "Give at least one.")
-        varied = [name for name in (*table.set, *table.factors) if name.split(".")[0] in TRAINED]
-        ready = [name for name in table.tasks or config.tasks if (t := config.tasks.get(name)) and not t.trains]
-        if varied and ready:
-            what = f"sets {', '.join(varied)}, and the adapters of {', '.join(ready)} are not trained here"
-            yield Problem(place, what, "Name tasks without ready adapters.")
+        used = {name: t for name in table.tasks or config.tasks if (t := config.tasks.get(name))}
+        ready = [name for name, task in used.items() if not task.trains]
+        for kind in TRAINED:
+            varied = [name for name in (*table.set, *table.factors) if name.split(".")[0] == kind]
+            # a retraining may vary beside a ready adapter to migrate: it is of the new base
+            fixed = [name for name in ready if kind == "lora" or used[name].ready or used[name].retrained]
+            if varied and fixed:
+                what = f"sets {', '.join(varied)}, and the adapters of {', '.join(fixed)} are not trained here"
+                yield Problem(place, what, "Name tasks without ready adapters.")
         if table.kind == "cost" and table.factors:
             yield Problem(f"{place}.factors", "are not for a table of costs", "Leave them out.")
         if table.kind == "cost" and ready:

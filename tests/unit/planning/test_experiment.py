@@ -125,7 +125,6 @@ def test_every_problem_of_a_file_at_once(tmp_path: Path) -> None:
     assert told == [
         "pair.zoo no pair 'lama'",
         "tasks.own.ready is for miniature tasks",
-        "tasks.own has one of adapter and retrained",
         "tasks.own has nothing to measure by",
         "tables.main.tasks no task 'mine'",
         "tables.cost.factors.lora.rank has no levels",

@@ -1,0 +1,119 @@
+"""A grid on a pair and a task: its experiment file, and the cells that are done, each as a file of its own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from flows.lab import Lab
+from lorasuite.bases import load_tokenizer
+from lorasuite.data import encode_rows
+from lorasuite.evaluation import Arm, read_samples
+from lorasuite.planning import Cell, read_experiment
+from lorasuite.reporting import Measurement
+from tasks.data import stored_split
+from tasks.evaluation_stages import SAMPLES
+from tasks.training_stages import finetune, split
+
+#: Of a sample, what comparisons read. Prompts are those of the task's rows.
+KEPT = ("index", "target", "output", "exact_match", "loglikelihood", "tokens", "bytes")
+#: Arms that are fine-tuned on a few rows.
+TUNED = (Arm.SCRATCH, Arm.MIGRATED_LFT, Arm.REFRESHED)
+#: Arms that a transform makes.
+MOVED = (Arm.MIGRATED, Arm.MIGRATED_LFT)
+
+
+def experiment_file(
+    grid: Path, work: Path, bases: tuple[str, str], task: str, data: Mapping[str, str | None]
+) -> Path:
+    """Write the experiment file of a grid on a pair and a task into ``work``, and return it.
+
+    Args:
+        bases: old and new; directories or Hub ids.
+        data: fields of the task; files and directories from the current directory, None: unset.
+    """
+    old, new = (str(Path(base).absolute()) if Path(base).is_dir() else base for base in bases)
+    content = yaml.safe_load(grid.read_text(encoding="utf-8"))
+    given = {name: str(Path(source).absolute()) for name, source in data.items() if source is not None}
+    content |= {"pair": {"old_base": old, "new_base": new}, "tasks": {task: given}}
+    work.mkdir(parents=True, exist_ok=True)
+    file = work / f"{short(old)}--{short(new)}--{task}--{grid.stem}.yaml"
+    file.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+    return file
+
+
+def short(base: str) -> str:
+    """A base's name without the directory or owner it is in."""
+    return Path(base.partition("@")[0]).name
+
+
+def collect(file: Path, cells: Path) -> int:
+    """Write every cell of an experiment that is in the store to a file of its own, and return how many there are.
+
+    Computes nothing. Cells that are the same measurement (a fresh LoRA in the table of each transform) are one file.
+    """
+    experiment = read_experiment(file)
+    lab = Lab(experiment, file.with_suffix("") / "data", dry=True)
+    pair = experiment.config.pair
+    names = (short(str(pair.old_base)), short(str(pair.new_base)))
+    found: dict[str, Any] = {}
+    for cell in experiment.cells:
+        measured = lab.measure(cell)
+        if not measured.cached:
+            continue
+        record = _record(lab, cell, measured) | {"grid": experiment.config.name, "old_base": names[0], "new_base": names[1]}
+        found.setdefault(_name(record), record)
+    for name, record in found.items():
+        target = cells / f"{names[0]}--{names[1]}" / f"{name}.json"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return len(found)
+
+
+def _record(lab: Lab, cell: Cell, measured: Measurement) -> dict[str, Any]:
+    """What is kept of a cell: which one it is, what it scored, what it cost, and its samples."""
+    store = lab.steps.store
+    settings = cell.settings.migration
+    evaluations = [store.open(key) for key in measured.keys]
+    samples = [record for one in evaluations for record in read_samples(one.file(SAMPLES))]
+    info = evaluations[0].info
+    tuned = cell.arm in TUNED
+    rows = settings.teacher_samples if cell.arm == Arm.REFRESHED else settings.finetune_samples
+    return {
+        "task": cell.task,
+        "arm": cell.arm.value,
+        "method": settings.method if cell.arm in MOVED else None,
+        "rows": rows if tuned else None,
+        "learning_rate": measured.learning_rate if tuned else None,
+        "epochs": settings.finetune.epochs if tuned else None,
+        "lora": {"rank": cell.settings.rank, "targets": list(cell.settings.lora.targets)},
+        "seed": cell.seed,
+        "loss": info["loss"],
+        "bits_per_byte": info["bits_per_byte"],
+        "exact_match": info["exact_match"],
+        "n": info["n"],
+        "seconds": measured.cost | {"evaluation": round(info["seconds"], 3)},
+        "peak_memory_bytes": measured.peak_memory_bytes,
+        "tokens_trained_on": _tokens(lab, settings.finetune.epochs, settings.finetune.cutoff) if tuned else None,
+        "samples": [{name: record[name] for name in KEPT} for record in samples],
+    }
+
+
+def _tokens(lab: Lab, epochs: float, cutoff: int) -> int:
+    """Tokens that the fine-tune of the cell just looked at reads: those of its rows, prompts too, in every epoch."""
+    used = lab.steps.used.values()
+    assert any(step.stage == finetune.name for step in used)
+    rows = [stored_split(lab.steps.store.open(step.key)).trained for step in used if step.stage == split.name]
+    encoded = encode_rows(rows[-1], load_tokenizer(lab.new.path, lab.trust), cutoff)
+    return round(epochs * sum(len(example["input_ids"]) for example in encoded.examples))
+
+
+def _name(record: Mapping[str, Any]) -> str:
+    """A cell's file name: whatever tells it from the others of its pair."""
+    parts = [record["task"], record["grid"], record["arm"].replace("+", "-"), record["method"]]
+    parts += [f"{record['rows']}rows", f"{record['learning_rate']:g}"] if record["rows"] else []
+    return "--".join(str(part) for part in [*parts, f"seed{record['seed']}"] if part is not None)
