@@ -4,11 +4,23 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-fast test-unit test-integration test-flows lint zoo lock clean
+.PHONY: demo demo-real test test-fast test-unit test-integration test-flows lint zoo lock clean
 
 demo: $(STAMP)  ## the main job on a miniature pair: migrate, fine-tune, compare, report
 	@rm -rf demo-output
 	$(BIN)/lorasuite demo --output demo-output
+
+# Hub ids, or directories given: make demo-real OLD=DIR NEW=DIR TRAIN=rows.jsonl TEST=rows.jsonl
+OLD ?= HuggingFaceTB/SmolLM2-135M-Instruct
+NEW ?= google/gemma-3-270m
+TASK ?= task
+ONLY ?= reference equation-3
+demo-real: $(STAMP)  ## really pretrained bases and your rows: an adapter trained, moved, and set against a fresh LoRA (an hour)
+	@test -n "$(TRAIN)" -a -n "$(TEST)" || { echo "make demo-real TRAIN=rows.jsonl TEST=rows.jsonl [OLD=… NEW=… TASK=…]"; exit 2; }
+	$(BIN)/python -m benchmarks.real run --grid all-linear --old-base $(OLD) --new-base $(NEW) --task $(TASK) \
+	  --train $(TRAIN) --test $(TEST) --work demo-output-real --cells demo-output-real/cells --only $(ONLY)
+	$(BIN)/python -m benchmarks.real tables --cells demo-output-real/cells --page demo-output-real/results.md
+	@cat demo-output-real/results.md
 
 # A file at a time: what its tests share (servers, models) is made once. Three processes on two cores: the first half,
 # flows, waits for servers and clocks. The longest files first.

@@ -5,12 +5,12 @@
     python -m benchmarks.real collect …                the same arguments: cells of a run that goes on or was killed
     python -m benchmarks.real tables
 
-``OLD`` and ``NEW`` are directories or Hub ids, ``ROWS`` and ``TEXTS`` files that ``lorasuite migrate`` reads. A grid is an
-experiment file without a pair and tasks (docs/experiments.md): one of this directory by name, or any file. Every cell is
-made of the stages of a migration, so a run that is killed goes on where it was, and artifacts of the pair that are in
-the store already are used. ``--work`` takes the experiment file with its paths, and its tables. What was measured goes
-into ``benchmarks/real/cells``: one JSON file a cell, without a path of this machine. ``tables`` writes
-``benchmarks/real/tables.md`` and the picture from those files.
+``OLD`` and ``NEW`` are directories or Hub ids, ``ROWS`` and ``TEXTS`` files that ``lorasuite migrate`` reads. A grid
+is an experiment file without a pair and tasks (docs/experiments.md): one of this directory by name, or any file. Every
+cell is made of the stages of a migration, so a run that is killed goes on where it was, and artifacts of the pair that
+are in the store already are used. ``--work`` takes the experiment file with its paths, and its tables. What was
+measured goes into ``benchmarks/real/cells``: one JSON file a cell, without a path of this machine. ``tables`` writes
+the tables of ``docs/evidence.md`` and the picture beside them from those files.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from benchmarks.plugins import register_plugins
 
 HERE = Path(__file__).parent
 CELLS = HERE / "cells"
+PAGE = HERE.parents[1] / "docs" / "evidence.md"
 
 
 def main(given: Sequence[str] | None = None) -> None:
@@ -50,12 +51,12 @@ def main(given: Sequence[str] | None = None) -> None:
         one.add_argument("--only", nargs="*", default=(), help="tables of the grid")
     tables = commands.add_parser("tables")
     tables.add_argument("--cells", type=Path, default=CELLS)
-    tables.add_argument("--output", type=Path, default=HERE)
+    tables.add_argument("--page", type=Path, default=PAGE, help="the file with the marked places that the tables go to")
     arguments = parser.parse_args(given)
     if arguments.command == "tables":
         from benchmarks.real.tables import write
 
-        write(arguments.cells, arguments.output)
+        write(arguments.cells, arguments.page)
         return
     from benchmarks.real.grid import collect, experiment_file
     from flows.run_experiment import run_experiment

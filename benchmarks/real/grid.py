@@ -27,23 +27,26 @@ TUNED = (Arm.SCRATCH, Arm.MIGRATED_LFT, Arm.REFRESHED)
 MOVED = (Arm.MIGRATED, Arm.MIGRATED_LFT)
 
 
-def experiment_file(
-    grid: Path, work: Path, bases: tuple[str, str], task: str, data: Mapping[str, str | None]
-) -> Path:
+def experiment_file(grid: Path, work: Path, bases: tuple[str, str], task: str, data: Mapping[str, str | None]) -> Path:
     """Write the experiment file of a grid on a pair and a task into ``work``, and return it.
 
     Args:
         bases: old and new; directories or Hub ids.
-        data: fields of the task; files and directories from the current directory, None: unset.
+        data: fields of the task; files and directories from the current directory, or Hub ids; None: unset.
     """
-    old, new = (str(Path(base).absolute()) if Path(base).is_dir() else base for base in bases)
+    old, new = map(_here, bases)
     content = yaml.safe_load(grid.read_text(encoding="utf-8"))
-    given = {name: str(Path(source).absolute()) for name, source in data.items() if source is not None}
+    given = {name: _here(source) for name, source in data.items() if source is not None}
     content |= {"pair": {"old_base": old, "new_base": new}, "tasks": {task: given}}
     work.mkdir(parents=True, exist_ok=True)
     file = work / f"{short(old)}--{short(new)}--{task}--{grid.stem}.yaml"
     file.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
     return file
+
+
+def _here(source: str) -> str:
+    """A file or directory from wherever the experiment file lies; anything else is a Hub id."""
+    return str(Path(source).absolute()) if Path(source).exists() else source
 
 
 def short(base: str) -> str:
@@ -65,7 +68,11 @@ def collect(file: Path, cells: Path) -> int:
         measured = lab.measure(cell)
         if not measured.cached:
             continue
-        record = _record(lab, cell, measured) | {"grid": experiment.config.name, "old_base": names[0], "new_base": names[1]}
+        record = _record(lab, cell, measured) | {
+            "grid": experiment.config.name,
+            "old_base": names[0],
+            "new_base": names[1],
+        }
         found.setdefault(_name(record), record)
     for name, record in found.items():
         target = cells / f"{names[0]}--{names[1]}" / f"{name}.json"

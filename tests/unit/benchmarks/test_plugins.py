@@ -14,6 +14,7 @@ from lorasuite.planning import MigrationConfig, build
 from lorasuite.transforms import names, transform
 from tests import models
 from tests.unit.correspondence.test_alignment import loaded, move, texts
+from tests.unit.transforms.test_transform_lorasuite import run
 
 SETTINGS = {"adapter": "a", "old_base": "o", "new_base": "n", "output": "x", "calibration": "c"}
 
@@ -96,3 +97,23 @@ def test_ridge_outputs_in_other_architectures_and_shapes(family: str, old: Path,
     for update in moved.updates.values():
         assert update.norm() > 0 and update.rank == 3
         assert update.shape[1] in (dims.hidden_size, dims.intermediate_size)
+
+
+def test_equation_3_in_the_old_size_keeps_its_direction(old: Path, tmp_path: Path) -> None:
+    new, adapter = models.build(tmp_path / "new", "llama", seed=4, hidden=48, heads=6), tmp_path / "a"
+    a, b = Checkpoint(old), Checkpoint(new)
+    opened = Adapter.open(models.build_adapter(adapter, old))
+    layers = {n: n for n in range(a.dims.layers)}
+    heads = {n: {h: h for h in range(a.dims.heads)} for n in layers}
+    plain = run(adapter, old, new, layers, heads)
+    scaled = run(adapter, old, new, layers, heads, method="lorasuite-relative")
+    assert set(scaled.updates) == set(plain.updates)
+    for layer in layers:
+        for module, before in zip(b.modules(layer), a.modules(layer), strict=True):
+            path, old_path = b.architecture.path(layer, module), a.architecture.path(layer, before)
+            if path not in scaled.updates:
+                continue
+            update = scaled.updates[path]
+            ratio = opened.update(old_path).norm() / float(a.weight(layer, before).norm())
+            assert update.norm() / float(b.weight(layer, module).norm()) == pytest.approx(ratio, rel=1e-4)
+            assert update.inner(plain.updates[path]) == pytest.approx(update.norm() * plain.updates[path].norm())

@@ -1,0 +1,190 @@
+"""The tables of docs/evidence.md and their picture, from the cells."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorasuite.evaluation import Arm, compare
+
+#: Cells of these lines are shown without a learning rate.
+BARE = {Arm.OLD: "old base", Arm.OLD_ADAPTER: "old base + adapter", Arm.NEW: "new base, bare"}
+#: The control that every start is compared with, and what a start is called.
+FRESH = "a fresh LoRA"
+NAMES = {
+    "lorasuite": "equation 3 (`lorasuite`)",
+    "lorasuite-relative": "equation 3, each update at the old ‖ΔW‖/‖W‖",
+}
+#: Every sweep's learning rates.
+RATES = (3e-4, 1e-3, 3e-3)
+MISSING = "not run"
+PICTURE = "evidence.png"
+BEGIN, END = "<!-- cells -->", "<!-- /cells -->"
+
+Cell = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Start:
+    """One line of a table: what a fine-tune begins with, the rows it reads, and its cells."""
+
+    name: str
+    untrained: Cell | None
+    tuned: Mapping[float, Cell]
+
+    @property
+    def best(self) -> Cell | None:
+        """The fine-tune of least loss on the test rows: chosen in hindsight, for each start alike."""
+        return min(self.tuned.values(), key=lambda cell: float(cell["loss"]), default=None)
+
+
+def read(folder: Path) -> list[Cell]:
+    """Every cell there is, in a fixed order."""
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*/*.json"))]
+
+
+def groups(cells: Iterable[Cell]) -> Iterator[tuple[tuple[str, str, str, str], list[Cell]]]:
+    """The cells of one pair, task and grid together."""
+    found: dict[tuple[str, str, str, str], list[Cell]] = {}
+    for cell in cells:
+        found.setdefault((cell["old_base"], cell["new_base"], cell["task"], cell["grid"]), []).append(cell)
+    yield from sorted(found.items())
+
+
+def starts(cells: list[Cell]) -> list[Start]:
+    """The lines of a group, the control first."""
+    fresh = [cell for cell in cells if cell["arm"] == Arm.SCRATCH]
+    written = [cell for cell in cells if cell["arm"] == Arm.REFRESHED]
+    found = [Start(FRESH, None, _by_rate(fresh))]
+    methods = {cell["method"] for cell in cells if cell["method"]}
+    for method in sorted(methods, key=lambda name: (name not in NAMES, name)):
+        own = [cell for cell in cells if cell["method"] == method]
+        moved = [cell for cell in own if cell["arm"] == Arm.MIGRATED]
+        tuned = [cell for cell in own if cell["arm"] == Arm.MIGRATED_LFT]
+        found.append(Start(NAMES.get(method, f"`{method}`"), moved[0] if moved else None, _by_rate(tuned)))
+    for rows in sorted({cell["rows"] for cell in written}):
+        name = f"{FRESH}, on {rows} rows that the old adapter wrote, no label"
+        found.append(Start(name, None, _by_rate(cell for cell in written if cell["rows"] == rows)))
+    return found
+
+
+def table(cells: list[Cell]) -> str:
+    """The Markdown table of a group."""
+    lines = starts(cells)
+    control = lines[0].best
+    heads = ["", "no fine-tune", *(f"{rate:g}" for rate in RATES), "best − best of a fresh LoRA [95 %]"]
+    rows = [heads, ["---"] * len(heads)]
+    for arm, name in BARE.items():
+        bare = [cell for cell in cells if cell["arm"] == arm]
+        rows += [[name, shown(bare[0]), *[""] * (len(RATES) + 1)]] if bare else []
+    for line in lines:
+        untrained = "" if line.name.startswith(FRESH) else shown(line.untrained)
+        tuned = [shown(line.tuned.get(rate)) for rate in RATES]
+        rows.append([line.name, untrained, *tuned, "" if line is lines[0] else against(control, line.best)])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def shown(cell: Cell | None) -> str:
+    """Loss, and exact match where rows were answered."""
+    if cell is None:
+        return MISSING
+    return f"{cell['loss']:.2f}" + ("" if cell["exact_match"] is None else f", {cell['exact_match']:.0%}")
+
+
+def against(control: Cell | None, cell: Cell | None) -> str:
+    """How a cell differs from the control on the same rows, with the paired bootstrap interval."""
+    if control is None or cell is None:
+        return ""
+    metrics = {"exact_match": ("points", 100.0, 0), "bits_per_byte": ("bits/byte", 1.0, 2)}
+    found = []
+    for metric, (unit, factor, digits) in metrics.items():
+        one = compare(control["samples"], cell["samples"], metric=metric)
+        low, high = (factor * value for value in one.interval or (0.0, 0.0))
+        found.append(f"{factor * one.difference:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}] {unit}")
+    return "; ".join(found)
+
+
+def costs(cells: list[Cell]) -> str:
+    """The Markdown table of what the cells of a group took: means over the cells of each kind."""
+    rows = [["", "cells", "seconds", "of them for the adapter's transform", "GiB", "tokens trained on"], ["---"] * 6]
+    for arm in (Arm.OLD_ADAPTER, Arm.MIGRATED, Arm.SCRATCH, Arm.MIGRATED_LFT, Arm.REFRESHED, Arm.RETRAINED):
+        own = [cell for cell in cells if cell["arm"] == arm and cell["peak_memory_bytes"]]
+        if not own:
+            continue
+        transforms = [cell["seconds"].get("transform", 0.0) for cell in own]
+        tuned = [cell["seconds"].get("finetune", 0.0) for cell in own]
+        tokens = [cell["tokens_trained_on"] for cell in own if cell["tokens_trained_on"]]
+        rows.append(
+            [
+                arm.paper_label,
+                str(len(own)),
+                f"{_mean(a + b for a, b in zip(transforms, tuned, strict=True)):,.0f}",
+                f"{_mean(transforms):,.1f}",
+                f"{max(cell['peak_memory_bytes'] for cell in own) / 2**30:.1f}",
+                f"{_mean(tokens):,.0f}" if tokens else "",
+            ]
+        )
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def markdown(cells: list[Cell]) -> str:
+    """Everything between the marks of the page."""
+    parts = []
+    for (old, new, task, grid), own in groups(cells):
+        lora = own[0]["lora"]
+        tuned = [cell for cell in own if cell["rows"]]
+        told = f"rank {lora['rank']} on {', '.join(lora['targets'])}; {own[0]['n']} test rows, seed {own[0]['seed']}"
+        if tuned:
+            told += f"; fine-tunes of {tuned[0]['epochs']:g} epochs on {min(cell['rows'] for cell in tuned)} rows"
+        parts += [f"### {old} → {new}, {task}, {grid}", f"{told[0].upper()}{told[1:]}.", table(own), costs(own)]
+    return "\n\n".join(parts)
+
+
+def write(folder: Path, page: Path) -> None:
+    """Put the tables between the marks of a page, which is made if there is none, and the picture beside it."""
+    cells = read(folder)
+    text = page.read_text(encoding="utf-8") if page.exists() else f"![Loss by rate]({PICTURE})\n\n{BEGIN}\n{END}\n"
+    before, after = text[: text.index(BEGIN)], text[text.index(END) :]
+    page.write_text(f"{before}{BEGIN}\n\n{markdown(cells)}\n\n{after}", encoding="utf-8")
+    draw(cells, page.with_name(PICTURE))
+
+
+def draw(cells: list[Cell], path: Path) -> None:
+    """Loss by learning rate, a panel a group and a line a start; what is not trained is a level."""
+    from matplotlib.figure import Figure
+
+    found = list(groups(cells))
+    figure = Figure(figsize=(4.8 * len(found), 4.4), layout="constrained", dpi=110)
+    panels = list(figure.subplots(1, len(found), squeeze=False)[0])
+    names = list(dict.fromkeys(line.name for _, own in found for line in starts(own)))
+    colours = {name: f"C{n}" for n, name in enumerate(names)}
+    for panel, ((old, new, task, grid), own) in zip(panels, found, strict=True):
+        for line in starts(own):
+            rates = sorted(line.tuned)
+            losses = [line.tuned[rate]["loss"] for rate in rates]
+            panel.plot(rates, losses, marker="o", color=colours[line.name], label=line.name.replace("`", ""))
+            if line.untrained is not None:
+                panel.plot(RATES[0] / 2, line.untrained["loss"], marker="x", color=colours[line.name])
+        for arm, style in ((Arm.OLD_ADAPTER, "--"), (Arm.NEW, ":")):
+            for cell in (cell for cell in own if cell["arm"] == arm):
+                panel.axhline(cell["loss"], color="grey", linestyle=style, linewidth=1, label=BARE[arm])
+        panel.set(xscale="log", yscale="log", xlabel="learning rate (×: no fine-tune)", ylabel="nats per label token")
+        panel.set_xticks([RATES[0] / 2, *RATES], ["none", *(f"{rate:g}" for rate in RATES)], minor=False)
+        panel.set_xticks([], minor=True)
+        panel.set_title(f"{old} → {new}\n{task}, {grid}", fontsize=9)
+        panel.spines[["top", "right"]].set_visible(False)
+    shown_lines = {label: handle for p in panels for handle, label in zip(*p.get_legend_handles_labels(), strict=True)}
+    figure.legend(shown_lines.values(), shown_lines, loc="outside lower center", ncols=2, fontsize=8)
+    figure.savefig(path, format="png")
+
+
+def _by_rate(cells: Iterable[Cell]) -> dict[float, Cell]:
+    return {cell["learning_rate"]: cell for cell in cells}
+
+
+def _mean(values: Iterable[float]) -> float:
+    found = list(values)
+    return sum(found) / len(found)

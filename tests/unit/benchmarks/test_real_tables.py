@@ -1,0 +1,73 @@
+"""The tables of docs/evidence.md: what stands in them, what is missing, and that the page is made of the cells."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.real.__main__ import CELLS, PAGE
+from benchmarks.real.tables import BEGIN, END, PICTURE, groups, markdown, read, table, write
+
+LORA = {"rank": 4, "targets": ["q", "v"]}
+
+
+def cell(arm: str, right: int, loss: float = 1.0, rate: float | None = None, **changes: Any) -> dict[str, Any]:
+    samples = [
+        {"index": n, "target": "a", "exact_match": n < right, "loglikelihood": -loss, "tokens": 1, "bytes": 1}
+        for n in range(10)
+    ]
+    return {
+        "old_base": "old", "new_base": "new", "task": "t", "grid": "g", "arm": arm, "method": None, "lora": LORA,
+        "rows": rate and 100, "epochs": rate and 3, "learning_rate": rate, "seed": 0, "loss": loss, "n": 10,
+        "exact_match": right / 10, "seconds": {"finetune": 4.0, "transform": 2.0}, "peak_memory_bytes": 2**30,
+        "tokens_trained_on": rate and 300, "samples": samples, **changes,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def cells() -> list[dict[str, Any]]:
+    moved = {"method": "lorasuite"}
+    return [
+        cell("new", 0, 5.0),
+        cell("scratch", 3, 0.8, 0.001),
+        cell("scratch", 9, 0.9, 0.003),
+        cell("migrated", 0, 21.0, **moved),
+        cell("migrated+lft", 8, 0.7, 0.001, **moved),
+    ]
+
+
+def test_a_line_for_each_start_and_the_best_of_each_against_the_control(cells: list[dict[str, Any]]) -> None:
+    rows = {line.split(" | ")[0][2:]: line for line in table(cells).split("\n")}
+    assert rows["new base, bare"].startswith("| new base, bare | 5.00, 0% |")
+    assert rows["a fresh LoRA"] == "| a fresh LoRA |  | not run | 0.80, 30% | 0.90, 90% |  |"
+    moved = rows["equation 3 (`lorasuite`)"]
+    assert "| 21.00, 0% | not run | 0.70, 80% | not run |" in moved
+    assert "+50 [+20, +80] points; -0.14 [-0.14, -0.14] bits/byte" in moved, "by loss, the best fresh LoRA is at 1e-3"
+
+
+def test_pages_and_pictures_are_written_between_the_marks(cells: list[dict[str, Any]], tmp_path: Path) -> None:
+    folder = tmp_path / "cells/old--new"
+    folder.mkdir(parents=True)
+    for n, one in enumerate([*cells, cell("refreshed", 5, 0.6, 0.001, grid="h")]):
+        (folder / f"{n}.json").write_text(json.dumps(one))
+    page = tmp_path / "page.md"
+    page.write_text(f"Before.\n\n{BEGIN}\nold\n{END}\n\nAfter.\n")
+    write(tmp_path / "cells", page)
+    text = page.read_text()
+    assert text.startswith("Before.") and text.endswith(f"{END}\n\nAfter.\n") and "\nold\n" not in text
+    assert [name for name, _ in groups(read(tmp_path / "cells"))] == [("old", "new", "t", "g"), ("old", "new", "t", "h")]
+    assert "Rank 4 on q, v; 10 test rows, seed 0; fine-tunes of 3 epochs on 100 rows." in text
+    assert "| migrated, w LFT | 1 | 6 | 2.0 | 1.0 | 300 |" in text
+    assert (tmp_path / PICTURE).stat().st_size > 5_000
+    write(tmp_path / "cells", page)
+    assert page.read_text() == text
+
+
+def test_the_page_is_in_step_with_the_cells() -> None:
+    text = PAGE.read_text(encoding="utf-8")
+    shown = text[text.index(BEGIN) + len(BEGIN) : text.index(END)].strip()
+    assert shown == markdown(read(CELLS)), "run: python -m benchmarks.real tables"
+    assert PAGE.with_name(PICTURE).is_file()
