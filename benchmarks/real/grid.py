@@ -77,7 +77,7 @@ def collect(file: Path, cells: Path) -> int:
     for name, record in found.items():
         target = cells / f"{names[0]}--{names[1]}" / f"{name}.json"
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        target.write_text(json.dumps(record, ensure_ascii=False) + "\n", encoding="utf-8")
     return len(found)
 
 

@@ -127,7 +127,7 @@ def costs(cells: list[Cell]) -> str:
                 f"{_mean(tokens):,.0f}" if tokens else "",
             ]
         )
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows) if len(rows) > 2 else ""
 
 
 def markdown(cells: list[Cell]) -> str:
@@ -139,8 +139,9 @@ def markdown(cells: list[Cell]) -> str:
         told = f"rank {lora['rank']} on {', '.join(lora['targets'])}; {own[0]['n']} test rows, seed {own[0]['seed']}"
         if tuned:
             told += f"; fine-tunes of {tuned[0]['epochs']:g} epochs on {min(cell['rows'] for cell in tuned)} rows"
+        told += ". Nats per label token, and exact match"
         parts += [f"### {old} → {new}, {task}, {grid}", f"{told[0].upper()}{told[1:]}.", table(own), costs(own)]
-    return "\n\n".join(parts)
+    return "\n\n".join(part for part in parts if part)
 
 
 def write(folder: Path, page: Path) -> None:
