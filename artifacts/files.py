@@ -5,12 +5,16 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import logging
 import os
 import shutil
+import stat
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
 from artifacts.manifest import FileEntry
+
+logger = logging.getLogger(__name__)
 
 #: The tensors of an object, and the directory of its plain files.
 DATA = "data.safetensors"
@@ -65,10 +69,24 @@ def copy_files(files: Mapping[str, Path | bytes], scratch: Path) -> dict[str, Fi
     return entries
 
 
+#: A directory below a home of this store, by which one is known.
+OBJECTS = "objects"
+
+
 def private_directory(path: Path) -> None:
-    """Create a directory that nobody but its owner can enter; one that is there stays as it is."""
+    """Create a directory that nobody but its owner can enter.
+
+    A home that is there already, as earlier versions made it, is closed to others; one that its group may write to is
+    shared on purpose, and stays open to the group. Any other directory stays as it is.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     path.mkdir(mode=0o700, exist_ok=True)
+    found = path.stat()
+    unwanted = found.st_mode & (stat.S_IRWXO if found.st_mode & stat.S_IWGRP else stat.S_IRWXO | stat.S_IRWXG)
+    ours = found.st_uid == os.getuid() and not found.st_mode & stat.S_ISVTX and (path / OBJECTS).is_dir()
+    if unwanted and ours:
+        path.chmod(stat.S_IMODE(found.st_mode) & ~unwanted)
+        logger.warning("%s could be read by other users: it is closed to them now", path)
 
 
 def fsync(path: Path) -> None:

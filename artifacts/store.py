@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from artifacts.artifact import Artifact
 from artifacts.collection import GcReport, Listed, collect
 from artifacts.errors import ArtifactDamaged, ArtifactMissing
-from artifacts.files import DATA, copy_files, flush, fsync, private_directory, size
+from artifacts.files import DATA, OBJECTS, copy_files, flush, fsync, private_directory, size
 from artifacts.keys import check_key, plain
 from artifacts.manifest import FileEntry, Manifest, library_versions
 
@@ -60,7 +60,7 @@ class Store:
 
     def __init__(self, home: Path | str | None = None) -> None:
         self.home = Path(home).expanduser().absolute() if home is not None else default_home()
-        self._objects = self.home / "objects"
+        self._objects = self.home / OBJECTS
         self._tmp = self.home / "tmp"
 
     def __repr__(self) -> str:

@@ -18,7 +18,7 @@ from typer.rich_utils import rich_format_error
 
 from artifacts import ArtifactError
 from flows.interruption import interruptible, signal_of
-from lorasuite.errors import LoRASuiteError, MachineError, NumericalError, Problem, PushError, foreseen
+from lorasuite.errors import LoRASuiteError, MachineError, NumericalError, Problem, PushError, foreseen, told
 from tasks import at_work
 
 #: What typer raises for a command line that cannot be read, wherever it has it from.
@@ -130,12 +130,13 @@ def errors(as_json: bool) -> Iterator[None]:
 
 def _tell(name: str, error: Exception, as_json: bool) -> None:
     """The last lines: what failed, where, and what to do."""
+    message = told(str(error))
     problems = [problem.to_dict() for problem in getattr(error, "problems", [])]
     if as_json:
         with contextlib.suppress(OSError):  # it may be standard output that cannot be written
-            print_json({"error": name, "message": str(error), "problems": problems})
+            print_json({"error": name, "message": message, "problems": problems})
     err.print(f"[bold red]{name}[/]", highlight=False)
-    err.print(str(error), style="red", markup=False, highlight=False)
+    err.print(message, style="red", markup=False, highlight=False)
 
 
 def _interrupted(number: signal.Signals) -> LoRASuiteError:
@@ -144,11 +145,11 @@ def _interrupted(number: signal.Signals) -> LoRASuiteError:
     stage, (kept, computed) = at_work.current(), at_work.kept()
     what = f"stopped by {by}" + (" before it was done" if stage else "")
     if kept:
-        told = f"Kept: {kept} {'stage' if kept == 1 else 'stages'}, {computed} of them computed now. "
+        result = f"Kept: {kept} {'stage' if kept == 1 else 'stages'}, {computed} of them computed now. "
     else:
-        told = "No stage was done. "
+        result = "No stage was done. "
     again = "The same command goes on from there; a fine-tune from its last checkpoint." if kept or stage else ""
-    return LoRASuiteError(Problem(f"stage {stage}" if stage else "lorasuite", what, (told + again).strip()))
+    return LoRASuiteError(Problem(f"stage {stage}" if stage else "lorasuite", what, (result + again).strip()))
 
 
 def _misused(error: UsageError, as_json: bool) -> None:
@@ -200,10 +201,10 @@ def progress_line(as_json: bool, verbose: bool) -> Iterator[None]:
         line = bar.add_task("starting", total=None)
 
         def show(what: str, done: int, total: int, text: str) -> None:
-            told = what + (f": {done} of {total}" if total else "") + (f", {text}" if text else "")
+            shown = what + (f": {done} of {total}" if total else "") + (f", {text}" if text else "")
             if bar.tasks[0].total != (total or None) or done < bar.tasks[0].completed:
                 bar.reset(line, total=total or None)
-            bar.update(line, description=told, completed=done)
+            bar.update(line, description=shown, completed=done)
 
         with watched(show):
             yield

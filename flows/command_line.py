@@ -8,14 +8,12 @@ to standard error.
 from __future__ import annotations
 
 import os
-import sys
 from collections import Counter
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
 from artifacts import default_home
@@ -24,6 +22,7 @@ from flows.cli_output import RUN, Json, Verbose, debug_option, errors, print_jso
 from flows.init_command import init
 from flows.options import with_settings
 from flows.store_commands import store_app
+from flows.up_command import up
 from lorasuite import reporting
 from lorasuite.bases import LoadSettings
 from lorasuite.data import DEFAULT_TEMPLATE, known_templates
@@ -268,32 +267,7 @@ def experiment(
         raise typer.Exit(1)
 
 
-@app.command(rich_help_panel=MANY)
-def up(
-    host: Annotated[str, typer.Option(help="address the server listens on")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="port of the server and its dashboard")] = 4200,
-    as_json: Json = False,
-) -> None:
-    """Start server, work pool, a worker for each GPU (or one for the CPU) and all deployments; Ctrl-C stops them."""
-    with errors(as_json):
-        from flows.host import auth_file, running, stay
-
-        with running(host, port) as started:
-            workers = [name for name in started.processes if name != "server"]
-            if as_json:
-                told = {"dashboard": started.dashboard, "api": started.api, "auth_file": str(auth_file())}
-                print_json({**told, "workers": workers})
-            else:
-                Console().print(f"dashboard  {started.dashboard}\napi        {started.api}", highlight=False)
-                Console().print(f"in other terminals: export PREFECT_API_URL={started.api}", highlight=False)
-                Console().print(
-                    f'                    export PREFECT_API_AUTH_STRING="$(cat {auth_file()})"', highlight=False
-                )
-                Console().print("the dashboard asks for the same, once", highlight=False)
-            sys.stdout.flush()
-            code = stay(started)
-    if code:
-        raise typer.Exit(code)
+app.command(rich_help_panel=MANY)(up)
 
 
 @app.command()

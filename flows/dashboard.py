@@ -68,7 +68,7 @@ def show_migration(record: MigrationRecord, output: Path) -> None:
         f"- written to {code_span(str(output.absolute()))}\n"
         f"- report [`{REPORT}`]({(output.absolute() / REPORT).as_uri()})\n",
         key=slug("verdict", *name),
-        description=f"Verdict on {name[0]}: {verdict}",
+        description=f"Verdict on {markdown(name[0])}: {verdict}",
     )
 
 

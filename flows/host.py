@@ -6,6 +6,7 @@ import contextlib
 import os
 import secrets
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -20,7 +21,9 @@ import httpx
 
 from artifacts import default_home, private_directory
 from flows import watchdog
+from flows.allowed import Allowed
 from flows.interruption import take_time
+from flows.server import HOSTS
 from lorasuite.errors import ConfigError, Problem
 
 POOL = "lorasuite"
@@ -76,9 +79,13 @@ def project_root() -> Path:
     raise ConfigError(Problem("prefect.yaml", "is not here", "Run `lorasuite up` in a checkout of lorasuite."))
 
 
-def auth_file() -> Path:
-    """Where what requests to the API must show is kept, for its owner alone."""
-    return default_home() / "api-auth"
+#: What the API's requests must show, where the operator has chosen it.
+GIVEN_AUTH = "PREFECT_SERVER_API_AUTH_STRING"
+
+
+def auth_file() -> Path | None:
+    """Where what requests to the API must show is kept, for its owner alone; None if the environment gives it."""
+    return None if os.environ.get(GIVEN_AUTH) else default_home() / "api-auth"
 
 
 def api_auth() -> str:
@@ -87,18 +94,18 @@ def api_auth() -> str:
     Raises:
         ConfigError: if others can read the file, or it belongs to another user.
     """
-    given = os.environ.get("PREFECT_SERVER_API_AUTH_STRING")
-    if given:
-        return given
     path = auth_file()
+    if path is None:
+        return os.environ[GIVEN_AUTH]
     private_directory(path.parent)
     with contextlib.suppress(FileExistsError):
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(descriptor, "w") as file:
             file.write(f"lorasuite:{secrets.token_urlsafe(32)}")
-    kept = path.stat()
-    if kept.st_uid != os.getuid() or kept.st_mode & 0o077 or not path.read_text().strip():
-        what = "is empty, can be read by others, or belongs to another user"
+    kept = path.lstat()
+    sound = stat.S_ISREG(kept.st_mode) and kept.st_uid == os.getuid() and not kept.st_mode & 0o077
+    if not sound or not path.read_text().strip():
+        what = "is empty or no regular file, can be read by others, or belongs to another user"
         raise ConfigError(Problem(str(path), what, "Remove it: another one is made."))
     return path.read_text().strip()
 
@@ -113,6 +120,10 @@ class Host:
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
     #: What every request to the API must show.
     auth: str = field(default_factory=lambda: api_auth(), repr=False)
+    #: What runs on the workers may do.
+    allowed: Allowed = field(default_factory=Allowed)
+    #: More names that requests may be for.
+    names: Sequence[str] = ()
 
     @property
     def dashboard(self) -> str:
@@ -127,24 +138,26 @@ class Host:
     def environment(self, **more: str) -> dict[str, str]:
         """The environment of every process started here."""
         settings = {
+            **self.allowed.environment(),
             "PREFECT_API_URL": self.api,
             "PREFECT_SERVER_UI_API_URL": "/api",  # where the browser found the page, whatever host name it used
-            "PREFECT_SERVER_API_AUTH_STRING": self.auth,
+            GIVEN_AUTH: self.auth,
             "PREFECT_API_AUTH_STRING": self.auth,
             # pages of other origins get no answer from the API
             "PREFECT_SERVER_API_CORS_ALLOWED_ORIGINS": f"{self.dashboard},http://localhost:{self.port}",
             "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
             "DO_NOT_TRACK": "1",
             "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT),
+            HOSTS: ",".join(dict.fromkeys(["127.0.0.1", "localhost", self.host, *self.names])),
             # runs import the packages of this checkout, wherever Prefect starts them
             "PYTHONPATH": os.pathsep.join(filter(None, [str(self.root), os.environ.get("PYTHONPATH")])),
         }
         return {**os.environ, **settings, **more}
 
     def start(self, name: str, *arguments: str, env: Mapping[str, str]) -> None:
-        """Start ``prefect`` with these arguments as a process of this name."""
+        """Start a module of Python, named first, with these arguments as a process of this name."""
         self.processes[name] = subprocess.Popen(
-            [sys.executable, "-m", "prefect", *arguments],
+            [sys.executable, "-m", *arguments],
             cwd=self.root,
             env=dict(env),
             stdout=sys.stderr,  # standard output is the command's own
@@ -166,7 +179,9 @@ class Host:
             raise ConfigError(
                 Problem(self.dashboard, "a Prefect server is there already", "Stop it, or give another --port.")
             )
-        self.start("server", "server", "start", "--host", self.host, "--port", str(self.port), env=self.environment())
+        application = ("--factory", "flows.server:application", "--log-level", "warning")
+        address = ("--host", self.host, "--port", str(self.port))
+        self.start("server", "uvicorn", *application, *address, env=self.environment())
         deadline = time.monotonic() + timeout
         while not _answers(self.api):
             if self.processes["server"].poll() is not None or time.monotonic() > deadline:
@@ -179,7 +194,7 @@ class Host:
         env = self.environment() if plan.devices is None else self.environment(CUDA_VISIBLE_DEVICES=plan.devices)
         self.start(
             f"worker {plan.name}",
-            *("worker", "start", "--pool", POOL, "--type", "process", "--name", plan.name),
+            *("prefect", "worker", "start", "--pool", POOL, "--type", "process", "--name", plan.name),
             *(*queues, "--limit", str(plan.limit)),
             env=env,
         )
@@ -296,14 +311,20 @@ def running(
     port: int = 4200,
     plans: Sequence[WorkerPlan] | None = None,
     crash_after: float = CRASH_AFTER,
+    allowed: Allowed | None = None,
+    names: Sequence[str] = (),
 ) -> Iterator[Host]:
     """Everything up inside the block, and stopped after it.
+
+    Args:
+        allowed: what runs on the workers may do; nothing of it if None.
+        names: more names that requests may be for.
 
     Raises:
         ConfigError: if the server or the deployments fail.
     """
     chosen = list(plans) if plans is not None else plan_workers(visible_gpus())
-    started = Host(host, port)
+    started = Host(host, port, allowed=allowed or Allowed(), names=names)
     take_time(60 * (len(chosen) + 1))
     try:
         started.start_server()

@@ -14,6 +14,7 @@ from prefect.runtime import flow_run
 from torch import Tensor
 
 from artifacts import default_home
+from flows.allowed import Allowed, deployed
 from flows.arms import Source
 from flows.choice import Chosen, Tuned, choose_update, fine_tunes
 from flows.context import Context, base_record, check_stages, fetch, migration_context, tag_run, timings
@@ -59,6 +60,8 @@ def migrate_adapter(config: dict[str, Any], refresh: tuple[str, ...] = ()) -> di
         the content of ``migration.json``, with ``output``.
     """
     settings: MigrationConfig = build(MigrationConfig, config)
+    if deployed():
+        Allowed.here().check([settings])
     refreshed = check_stages(tuple(refresh))
     name = pair_name(settings.old_base, settings.new_base)
     tag_run(pair=name, adapter=sources_name(settings.adapter))

@@ -17,6 +17,7 @@ from prefect.logging.loggers import get_run_logger
 from prefect.runtime import flow_run
 
 from artifacts import default_home
+from flows.allowed import Allowed, deployed
 from flows.context import adapter_directory, check_stages, fetch
 from flows.migrate_adapter import migrate_adapter
 from flows.migrate_adapter import run_name as migrate_adapter_name
@@ -78,7 +79,8 @@ def migrate_fleet(
     """Migrate what is missing of a fleet, and give a verdict on every adapter.
 
     Args:
-        fleet: the YAML file, or its content.
+        fleet: the YAML file, or its content; in a run of a deployment the name of a fleet that is registered with its
+            worker, and nothing else.
         new_base: take this new base in place of the file's.
         old_base: only the pairs with this old base.
         only: names of adapters.
@@ -90,12 +92,17 @@ def migrate_fleet(
         ``verdicts``: how many of each; ``report``: the fleet's own page.
 
     Raises:
-        ConfigError: if the fleet cannot be read.
+        ConfigError: if the fleet is not registered, cannot be read, or asks for what its worker does not allow.
         FleetIncomplete: if adapters failed, after all others were migrated.
     """
     new_base, old_base = new_base or None, old_base or None  # an event without one gives an empty text
     refreshed = tuple(sorted(check_stages(tuple(refresh))))
+    allowed = Allowed.here() if deployed() else None
+    if allowed is not None:
+        fleet = str(allowed.fleet(fleet))
     parts = chosen(read_fleet(fleet, old_base=old_base, new_base=new_base), tuple(only))
+    if allowed is not None:
+        allowed.check(parts.values())
     log = get_run_logger()
     start: Start = _deployed if workers else _in_process
     done, failures, missing = _look(parts)

@@ -9,6 +9,7 @@ from prefect import flow
 from prefect.runtime import flow_run
 
 from artifacts import default_home
+from flows.allowed import Allowed, deployed
 from flows.context import Context, base_record, check_stages, fetch, tag_run, timings
 from flows.dashboard import show_pair
 from flows.pair import Pair, pair_name
@@ -51,6 +52,8 @@ def prepare_pair(
     Returns:
         the pair's layer map, transfer matrix, artifact keys and timings, as JSON.
     """
+    if deployed() and trust_remote_code:
+        Allowed.here().check_code([old_base, new_base])
     refreshed = check_stages(tuple(refresh))
     chosen = PairSettings.model_validate(settings or {})
     name = pair_name(old_base, new_base)

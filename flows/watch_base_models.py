@@ -49,7 +49,7 @@ def watch_base_models(
     Args:
         sources: a directory of checkpoints (or one checkpoint), a Hub repository ``org/name``, or an organisation
             ``org/*``.
-        fleet: the fleet file that a release is to start; carried in the event.
+        fleet: the fleet that a release is to start, by the name it is registered under; carried in the event.
         old_base: only this old base's pairs; carried in the event.
         settle_seconds: a checkpoint whose files changed less than this ago is still being written.
         announce_first: announce what the first look at a source finds, too; by default it is only remembered.

@@ -37,15 +37,18 @@ class Problem:
         return Problem(*(told(text) for text in (self.where, self.what, self.remedy)))
 
 
-#: User and password in an address.
-_SECRET = re.compile(r"(?<=://)[^/\s@]*:[^/\s@]*@")
+#: What an address shows who may use it with: user and password, or the like in what is asked of it.
+#: In a data set's address, ``hf://name@revision``, there is none.
+_SECRET = re.compile(
+    r"(?<=://)(?<!hf://)[^/\s?#]*@|(?i:(?<=[?&])[\w-]*(?:password|secret|token|signature|credential|key)=)[^&#\s]+"
+)
 #: Characters of one line of a message.
 LINE = 2000
 
 
 def told(text: str) -> str:
     """A text as messages have it: no password of an address, no line longer than :data:`LINE`."""
-    lines = _SECRET.sub("***@", text).split("\n")
+    lines = _SECRET.sub(lambda found: "***@" if found[0].endswith("@") else "***", text).split("\n")
     return "\n".join(line if len(line) <= LINE else f"{line[: LINE - 1]}…" for line in lines)
 
 

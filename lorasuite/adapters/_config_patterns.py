@@ -11,10 +11,10 @@ from typing import Any
 
 from lorasuite.errors import Problem
 
-#: Seconds that all regular expressions of a config may take on the names of its file.
-TIME_LIMIT = 5.0
-#: Names that they are tried on.
-NAMES = 40
+#: Seconds of a processor that all regular expressions of a config may take on the names they are matched with.
+TIME_LIMIT = 3
+#: Names that are tried with a wrong ending, too: what nearly matches takes longest.
+ENDINGS = 40
 
 
 def unmatched(config: Mapping[str, Any], modules: Iterable[str], where: str) -> list[Problem]:
@@ -46,6 +46,7 @@ def _names(module: str) -> list[str]:
 _TRY = """
 import json, re, resource, sys
 resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30))
+resource.setrlimit(resource.RLIMIT_CPU, (int(sys.argv[1]), int(sys.argv[1]) + 1))
 given = json.load(sys.stdin)
 for field, pattern in given["patterns"]:
     print(json.dumps([field, None]), flush=True)
@@ -60,22 +61,25 @@ print("done", flush=True)
 
 
 def pattern_problems(config: Mapping[str, Any], names: Iterable[str], where: str) -> list[Problem]:
-    """Regular expressions that are none, or take too long on the names of an adapter's tensors.
+    """Regular expressions that are none, or take too long on names of modules.
 
     Args:
         config: one that the check of types finds nothing in.
+        names: of tensors or modules, of an adapter or of its base; what they lie in is tried as well.
     """
-    patterns = [(field, text) for field, text in _patterns(config) if not re.fullmatch(r"[\w.\-]*", text)]
+    patterns = list(_patterns(config))
     if not patterns:
         return []
-    tried = sorted(set(names))[:NAMES]
-    given = {"patterns": patterns, "names": [*tried, *(f"{name}!" for name in tried)]}  # what fails backtracks most
+    modules = {".".join(name.split(".")[:depth]) for name in names for depth in range(1, name.count(".") + 2)}
+    tried = [form for module in sorted(modules) for form in _names(module)]
+    endings = [f"{name}!" for name in sorted(modules, key=len)[-ENDINGS:]]
+    given = {"patterns": patterns, "names": [*tried, *endings]}
     try:
         done = subprocess.run(
-            [sys.executable, "-I", "-c", _TRY],
+            [sys.executable, "-I", "-c", _TRY, str(TIME_LIMIT)],
             input=json.dumps(given).encode(),
             capture_output=True,
-            timeout=TIME_LIMIT,
+            timeout=3 * TIME_LIMIT,  # others may have the processor
             check=False,
         ).stdout
     except subprocess.TimeoutExpired as error:
@@ -85,18 +89,22 @@ def pattern_problems(config: Mapping[str, Any], names: Iterable[str], where: str
     wrong = {field: f"is no regular expression ({why})" for field, why in said if why}
     if lines[-1:] != ["done"]:
         field = said[-1][0] if said else patterns[0][0]
-        wrong[field] = f"has a regular expression that takes more than {TIME_LIMIT:.0f} seconds, or more than 1 GiB"
+        wrong[field] = f"has a regular expression that takes more than {TIME_LIMIT} seconds, or more than 1 GiB"
     return [Problem(f"{where}: {field}", what, "Name the modules in a simpler way.") for field, what in wrong.items()]
 
 
 def _patterns(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """``(field, expression)`` as PEFT matches them with names of modules."""
+    """``(field, expression)`` as PEFT matches them with names of modules; without plain names, which are none."""
     for field in ("target_modules", "exclude_modules"):
         if isinstance(config.get(field), str):
-            yield field, config[field]
-    layers = config.get("layers_pattern") or []
-    for text in [layers] if isinstance(layers, str) else layers:
-        yield "layers_pattern", rf".*\.{text}\.(\d+)\..*"
+            yield from _expressions(field, [config[field]], "{}")
+    yield from _expressions("modules_to_save", config.get("modules_to_save"), r"(^|.*\.){}($|\..*)")
+    yield from _expressions("layers_pattern", config.get("layers_pattern"), r"(?:^|.*?\.){}\.(\d+)\..*")
     for field in ("rank_pattern", "alpha_pattern"):
-        for text in config.get(field) or {}:
-            yield field, rf"(.*\.)?({text})"
+        yield from _expressions(field, config.get(field), r"(.*\.)?({})")
+
+
+def _expressions(field: str, given: Any, frame: str) -> Iterator[tuple[str, str]]:
+    for text in [given] if isinstance(given, str) else given or ():
+        if not re.fullmatch(r"[\w.\-]*", text):
+            yield field, frame.replace("{}", text)

@@ -90,7 +90,8 @@ class Adapter:
         tensors = Tensors(file)
         if problem := _empty(tensors):
             raise AdapterError(problem)
-        if problems := pattern_problems(config, tensors.shapes, str(path / CONFIG)):
+        names = [name.removeprefix(PREFIX) for name in tensors.shapes]
+        if problems := pattern_problems(config, names, str(path / CONFIG)):
             raise AdapterError(problems)
         contents, problems = _read(path, config, tensors)
         problems = problems or unmatched(config, contents.updates, str(path / CONFIG))
@@ -198,8 +199,10 @@ class Adapter:
             AdapterError: if an update that may be left out holds NaN or Inf.
             CheckpointError: if the base cannot be read.
         """
+        if problems := pattern_problems(self.config, checkpoint.shapes(), str(self.path / CONFIG)):
+            return problems  # PEFT would match them with the base's modules
         idle = left_out(self, checkpoint)
-        problems: list[Problem] = list(idle.problems)
+        problems = list(idle.problems)
         wrong_base = "The adapter was trained on another base: give that one as --old-base."
         where, shapes = str(self.tensors.file), self.tensors.shapes
         if self.vocabulary_modules(checkpoint.architecture) and self.config.get("ensure_weight_tying"):

@@ -7,12 +7,13 @@ from ._files import Weights, read_json, resolve
 from ._loading import auto_class, load_model, load_tokenizer, module_order, placed
 from ._meter import METER
 from ._pairing import Batch, TextBatch, length_batches, paired_positions, text_batches, unpaired
-from ._paths import is_directory
+from ._paths import is_directory, is_file
 from ._proposal import propose
 from ._settings import LoadSettings
 from ._streaming import LayerStream, StreamedBase, streamed_base
 from ._tracing import ActivationRecorder, LoadedBase, Place, linear_modules, main_stream, put_weights
 from ._vocabulary import CommonTokens, common_tokens, convention, surface
+from ._yaml import check_aliases, read_yaml
 
 __all__ = [
     "ATTENTION",
@@ -41,6 +42,7 @@ __all__ = [
     "architecture_for",
     "architectures",
     "auto_class",
+    "check_aliases",
     "check_finite",
     "common_tokens",
     "convention",
@@ -50,6 +52,7 @@ __all__ = [
     "fingerprint_tokenizer",
     "in_order",
     "is_directory",
+    "is_file",
     "length_batches",
     "linear_modules",
     "load",
@@ -64,6 +67,7 @@ __all__ = [
     "propose",
     "put_weights",
     "read_json",
+    "read_yaml",
     "release_models",
     "resolve",
     "stamp",

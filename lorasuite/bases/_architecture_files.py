@@ -18,6 +18,7 @@ import yaml
 from pydantic import ValidationError
 
 from lorasuite.bases._architecture import Architecture
+from lorasuite.bases._yaml import read_yaml
 from lorasuite.errors import ArchitectureError, Problem, did_you_mean
 
 #: Where the files of this package lie.
@@ -95,9 +96,8 @@ def load(path: Path) -> Architecture:
     """
     try:
         return Architecture.model_validate(_read(path))
-    except (OSError, yaml.YAMLError) as error:
-        problem = Problem(path.name, f"cannot be read ({error})", "See docs/architectures.md.")
-        raise ArchitectureError(problem) from None
+    except ArchitectureError:
+        raise
     except ValidationError as error:
         raise ArchitectureError(
             [
@@ -109,13 +109,21 @@ def load(path: Path) -> Architecture:
                 for item in error.errors()
             ]
         ) from None
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        problem = Problem(path.name, f"cannot be read ({error})", "See docs/architectures.md.")
+        raise ArchitectureError(problem) from None
 
 
 def _read(path: Path) -> Any:
     """A file's values, with those of the file that it is like."""
-    values = yaml.load(path.read_text(encoding="utf-8"), _LOADER)
+    own = path.parent != BUILT_IN
+    values = read_yaml(path) if own else yaml.load(path.read_text(encoding="utf-8"), _LOADER)
     if isinstance(values, dict) and "like" in values:
-        return {**_read(BUILT_IN / f"{values.pop('like')}.yaml"), "notes": "", **values}
+        like = values.pop("like")
+        known = sorted(file.stem for file in BUILT_IN.glob("*.yaml"))
+        if like not in known:
+            raise ArchitectureError(Problem(f"{path.name}: like", "is no file here", did_you_mean(str(like), known)))
+        return {**_read(BUILT_IN / f"{like}.yaml"), "notes": "", **values}
     return values
 
 

@@ -21,6 +21,7 @@ from lorasuite.errors import CheckpointError, Problem
 FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
 #: The remedy where weights cannot be what was published.
 DAMAGED = "The file is damaged: download it again."
+DOWNLOAD = "Download it again."
 
 
 def resolve(source: str | Path, revision: str | None = None) -> Path:
@@ -134,10 +135,13 @@ class Weights:
             CheckpointError: if there are none.
         """
         index = self._index
-        if index is not None:
-            return sorted(set(self._indexed(index).values()))
         single = self.path / "model.safetensors"
-        files = [single] if single.is_file() else sorted(self.path.glob("*.safetensors"))
+        if index is not None:
+            files = sorted(set(self._indexed(index).values()))
+        else:
+            files = [single] if single.is_file() else sorted(self.path.glob("*.safetensors"))
+        if wrong := [str(file) for file in files if not is_file(file)]:  # a pipe or a device may never end
+            raise CheckpointError([Problem(file, "is missing, or no regular file", DOWNLOAD) for file in wrong])
         if files:
             return files
         gguf = _quantized.gguf_files(self.path)
@@ -222,6 +226,8 @@ def open_safetensors(file: Path) -> Any:
     Raises:
         CheckpointError: if it cannot be read as one.
     """
+    if not is_file(file):
+        raise CheckpointError(Problem(str(file), "is missing, or no regular file", DOWNLOAD))
     try:
         return safe_open(file, framework="pt")
     except Exception as error:

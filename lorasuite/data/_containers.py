@@ -81,9 +81,13 @@ def _bytes(path: Path) -> bytes:
         DataError: it cannot be read, or is of a format that holds no rows.
     """
     try:
+        if path.exists() and not path.is_file():  # a pipe or a device may never end
+            raise DataError([Problem(str(path), "is no regular file", _REMEDY)])
         raw = path.read_bytes()
         unpack = next((how for magic, how in UNPACK.items() if raw.startswith(magic)), None)
         raw = unpack(raw) if unpack else raw
+    except DataError:
+        raise
     except (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error) as error:  # gzip's and pyarrow's are among them
         reason = getattr(error, "strerror", None) or error
         what = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read ({reason})"

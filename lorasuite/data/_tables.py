@@ -70,6 +70,8 @@ def from_disk(path: Path) -> Iterator[Any]:
         files = sorted(str(file) for file in path.rglob("*") if file.is_file() and not file.name.startswith("."))
         remedy = f"Give one of its files, such as {files[0]}" if files else "Give a file, or a folder with rows"
         raise DataError([Problem(str(path), "is a folder, and no data set that save_to_disk wrote", remedy)])
+    if wrong := [str(file) for file in path.rglob("*") if not (file.is_file() or file.is_dir())]:
+        raise DataError([Problem(file, "is no regular file", "Take it out of the data set") for file in wrong])
     found = datasets.load_from_disk(str(path))
     if isinstance(found, datasets.DatasetDict):
         splits = ", ".join(str(path / name) for name in found)

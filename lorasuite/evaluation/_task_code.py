@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from lorasuite.bases import check_aliases
 from lorasuite.errors import ConfigError, Problem
 
 #: What lm-eval reads as "import this function".
@@ -20,28 +21,46 @@ def _problem(where: str, name: str) -> Problem:
     return Problem(where, f"runs code of its own ({FUNCTION} {name})", _REMEDY)
 
 
-def code_in_tasks(tasks: Sequence[str], include_path: Path | None) -> list[Problem]:
-    """Every task file that would run code: of a directory, those named, and those that they include."""
-    files = [Path(task) for task in tasks if Path(task).is_file()]
+def task_file_problems(tasks: Sequence[str], include_path: Path | None, trusted: bool = False) -> list[Problem]:
+    """What is wrong with task files before lm-eval reads them: of a directory, those named, and those they include.
+
+    Files that may never end, aliases that make a file far larger than it is and, unless ``trusted``, code.
+    """
+    files = [Path(task) for task in tasks if _is_there(Path(task))]
     if include_path is not None and include_path.is_dir():
         files += sorted(include_path.rglob("*.yaml"))
     problems: list[Problem] = []
     seen: set[Path] = set()
     while files:
         file = files.pop(0).resolve()
-        if file in seen or not file.is_file():
+        if file in seen or not _is_there(file):
             continue
         seen.add(file)
+        if not file.is_file():
+            problems.append(Problem(str(file), "is no regular file", "Take it out of the directory of task files."))
+            continue
         try:
             root = yaml.compose(file.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
         except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError):
             continue  # lm-eval passes over it, or says so when it is asked for
-        nodes = list(_nodes(root))
-        named = next((node.value for node in nodes if node.tag == FUNCTION), None)
-        if named is not None:
+        try:
+            check_aliases(root)
+        except (yaml.YAMLError, RecursionError) as error:
+            what = "is nested too deep, or contains itself" if isinstance(error, RecursionError) else str(error)
+            problems.append(Problem(str(file), what, "Write its values out, or fewer of them."))
+        named = next((node.value for node in _nodes(root) if node.tag == FUNCTION), None)
+        if named is not None and not trusted:
             problems.append(_problem(str(file), str(named)))
         files += [file.parent / included for included in _includes(root)]
     return problems
+
+
+def _is_there(path: Path) -> bool:
+    """Whether a file of any kind, and no directory, has this name; a text that can be no path has none."""
+    try:
+        return path.exists() and not path.is_dir()
+    except (OSError, ValueError):
+        return False
 
 
 def _nodes(root: yaml.Node | None) -> Iterator[yaml.Node]:

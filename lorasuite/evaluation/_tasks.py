@@ -29,7 +29,7 @@ from lorasuite.evaluation._harness import (
     versions,
 )
 from lorasuite.evaluation._results import EvaluationSettings, write_jsonl
-from lorasuite.evaluation._task_code import code_in_tasks, trusted_code_only
+from lorasuite.evaluation._task_code import task_file_problems, trusted_code_only
 from lorasuite.progress import EvaluationProgress
 
 if TYPE_CHECKING:
@@ -193,7 +193,7 @@ def check_tasks(
         if problems:
             raise DataError(problems)
     others = [task for task in tasks if task not in TASKS and task not in GROUPS]
-    if others and not trust_remote_code and (problems := code_in_tasks(others, include_path)):
+    if others and (problems := task_file_problems(others, include_path, trust_remote_code)):
         raise ConfigError(problems)
     if others:
         with contextlib.redirect_stdout(sys.stderr), quiet():

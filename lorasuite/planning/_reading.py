@@ -6,13 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from lorasuite.bases import is_directory
+from lorasuite.bases import is_directory, read_yaml
 from lorasuite.data import HUB
 from lorasuite.errors import ConfigError, Problem, did_you_mean
-from lorasuite.planning._yaml import load_yaml
 
 
 class Strict(BaseModel):
@@ -46,7 +44,8 @@ def _problem(model: type[BaseModel], item: Any, where: str) -> Problem:
         flag = "--" + path.replace("_", "-")
         return Problem(f"{where}: {path}", "is required", f"Give {flag}, or {path}: in the --config file.")
     message = str(item["msg"]).removeprefix("Value error, ")
-    return Problem(f"{where}: {path}", f"{message} (got {item.get('input')!r})", "Fix the value.")
+    got = repr(item.get("input"))
+    return Problem(f"{where}: {path}", f"{message} (got {got if len(got) <= 80 else got[:79] + '…'})", "Fix the value.")
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -56,15 +55,13 @@ def read_config(path: Path) -> dict[str, Any]:
         ConfigError: if it is missing, not YAML, or not a mapping.
     """
     try:
-        if path.exists() and not path.is_file():  # a pipe or a device may never end
-            raise ConfigError(Problem(str(path), "is no regular file", "Give a YAML file."))
-        value = load_yaml(path.read_text(encoding="utf-8"))
+        value = read_yaml(path)
     except FileNotFoundError:
         raise ConfigError(Problem(str(path), "no such file", "Check --config.")) from None
     except OSError as error:
         why = error.strerror or str(error)
         raise ConfigError(Problem(str(path), f"cannot be read ({why})", "Check it and its permissions.")) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise ConfigError(Problem(str(path), f"is not valid YAML ({error})", "Fix the file.")) from None
     if not isinstance(value, dict):
         raise ConfigError(Problem(str(path), "is not a mapping of settings", "Write `setting: value` lines."))

@@ -20,6 +20,8 @@ from PIL import Image
 from prefect import flow as prefect_flow
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from prefect.deployments import run_deployment
+from websockets import ConnectionClosed, InvalidStatus, Subprotocol
+from websockets.sync.client import connect
 
 from flows.host import POOL, Host, plan_workers, set_up, visible_gpus
 from flows.prepare_pair import prepare_pair
@@ -49,13 +51,29 @@ def test_nobody_else_reaches_the_api(up: Up) -> None:
     assert stat.S_IMODE(secret.stat().st_mode) == 0o600 and len(secret.read_text()) > 40
     event = {"event": "lorasuite.base-model.released", "resource": {"prefect.resource.id": "x"}, "id": str(uuid4()),
              "occurred": "2026-01-01T00:00:00Z", "payload": {"fleet": "/etc/passwd"}}  # fmt: skip
-    for headers in ({}, {"Host": "evil.example"}, {"Authorization": "Basic bG9yYXN1aXRlOng="}):
-        assert httpx.post(f"{up.api}/events", json=[event], headers=headers).status_code == 401
-        assert httpx.post(f"{up.api}/flow_runs/filter", json={}, headers=headers).status_code == 401
+    owner: Any = tuple(up.auth.split(":", 1))
+    strangers: list[tuple[int, dict[str, str], Any]] = [
+        (401, {}, None),
+        (401, {"Authorization": "Basic bG9yYXN1aXRlOng="}, None),
+        (400, {"Host": "evil.example"}, None),
+        (400, {"Host": f"localhost.evil.example:{up.api.split(':')[2]}"}, owner),
+    ]
+    for status, headers, auth in strangers:
+        for path, body in (("events", [event]), ("flow_runs/filter", {})):
+            asked = httpx.post(f"{up.api}/{path}", json=body, headers=headers, auth=auth)
+            assert asked.status_code == status, (path, headers)
+    assert httpx.get(up.told["dashboard"], headers={"Host": "evil.example"}).status_code == 400
+    address = up.api.replace("http", "ws") + "/events/in"
+    for protocol in (None, [Subprotocol("prefect")]):
+        with pytest.raises((InvalidStatus, ConnectionClosed)), connect(address, subprotocols=protocol) as socket:
+            socket.send(json.dumps({"type": "auth", "token": "lorasuite:x"}))
+            socket.send(json.dumps(event))
+            while True:
+                socket.recv(timeout=20)
     asked = httpx.post(
         f"{up.api}/flow_runs/filter",
         json={},
-        auth=tuple(up.auth.split(":", 1)),
+        auth=owner,
         headers={"Origin": "http://evil.example"},
     )
     assert asked.status_code == 200 and "access-control-allow-origin" not in asked.headers
@@ -116,7 +134,9 @@ def test_a_worker_pins_its_gpu_and_a_dead_ones_run_waits_and_is_retried(
 
 
 def test_an_event_over_http_starts_the_fleet(up: Up, tmp_path: Path) -> None:
-    payload = {"new_base": "/models/new", "fleet": str(tmp_path / "none.yaml"), "old_base": ""}
+    """A worker has the run; it reads none but registered fleets, and quotes nothing of another file."""
+    (tmp_path / "private.yaml").write_text("password: [hunter2\n")
+    payload = {"new_base": "/models/new", "fleet": str(tmp_path / "private.yaml"), "old_base": ""}
     event = {"event": EVENT, "resource": {"prefect.resource.id": "lorasuite.base-model.x"}, "payload": payload}
     command = [
         "curl",
@@ -135,7 +155,8 @@ def test_an_event_over_http_starts_the_fleet(up: Up, tmp_path: Path) -> None:
     run = until(lambda: up.runs("migrate-fleet"), "the trigger")[-1]
     assert run.parameters == payload | {"workers": True} and run.deployment_id is not None
     ended = up.finished(run.id)
-    assert ended.state.name == "Failed" and "none.yaml" in ended.state.message, "a worker ran it with that fleet"
+    assert ended.state.name == "Failed" and "is not the name of a registered fleet" in ended.state.message
+    assert "hunter2" not in ended.state.message + up.log.read_text()
 
 
 def test_the_watcher_starts_the_fleet_for_a_new_checkpoint(
@@ -144,10 +165,10 @@ def test_the_watcher_starts_the_fleet_for_a_new_checkpoint(
     monkeypatch.setenv("LORASUITE_HOME", str(tmp_path / "home"))
     bases = tmp_path / "bases"
     shutil.copytree(small.new, bases / "known")
-    file = small.fleet(tmp_path / "fleet.yaml", ("two",))
+    small.fleet(up.fleets / "watched.yaml", ("two",)).chmod(0o600)
 
     def look() -> dict[str, Any]:
-        found: dict[str, Any] = watch_base_models([str(bases)], fleet=str(file), settle_seconds=0)
+        found: dict[str, Any] = watch_base_models([str(bases)], fleet="watched", settle_seconds=0)
         return found
 
     assert look() == {"announced": [], "unfinished": []}, "the first look only remembers"
@@ -161,9 +182,9 @@ def test_the_watcher_starts_the_fleet_for_a_new_checkpoint(
     assert look() == {"announced": [str(bases / "half")], "unfinished": []}
     assert look() == {"announced": [], "unfinished": []}, "once"
     run = until(lambda: up.runs("migrate-fleet")[before:], "the trigger")[0]
-    assert run.parameters["new_base"] == str(bases / "half") and run.parameters["fleet"] == str(file)
+    assert run.parameters["new_base"] == str(bases / "half") and run.parameters["fleet"] == "watched"
     assert up.finished(run.id).state.name == "Completed", up.log.read_text()[-6000:]
-    assert (tmp_path / "migrated" / "half" / "two" / "report.html").is_file()
+    assert (up.fleets / "migrated" / "half" / "two" / "report.html").is_file()
     assert [r.work_queue_name for r in up.runs("migrate-adapter")] == ["any-gpu"], "spread over the workers"
 
 

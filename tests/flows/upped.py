@@ -59,6 +59,11 @@ class Up:
     def variables(self) -> dict[str, str]:
         return {"PREFECT_API_URL": self.api, "PREFECT_API_AUTH_STRING": self.auth}
 
+    @property
+    def fleets(self) -> Path:
+        """The directory whose fleets are registered."""
+        return self.home.parent / "fleets"
+
     def client(self) -> SyncPrefectClient:
         return get_client(sync_client=True)
 
@@ -102,6 +107,8 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def server_up(environment: dict[str, str]) -> Iterator[Up]:
     """Started once a session."""
     home = Path(environment["LORASUITE_HOME"])
+    fleets = home.parent / "fleets"
+    fleets.mkdir()
     log = home.parent / "log"
     with log.open("w") as file:
         process = subprocess.Popen(
@@ -109,7 +116,7 @@ def server_up(environment: dict[str, str]) -> Iterator[Up]:
                 sys.executable,
                 "-c",
                 "from flows.command_line import main; main()",
-                *f"up --json --port {free_port()}".split(),
+                *f"up --json --port {free_port()} --fleet {fleets}".split(),
             ],
             cwd=ROOT,
             env=environment,

@@ -8,7 +8,7 @@ import pytest
 
 from lorasuite.errors import ConfigError
 from lorasuite.evaluation import check_tasks
-from lorasuite.evaluation._task_code import code_in_tasks, trusted_code_only
+from lorasuite.evaluation._task_code import task_file_problems, trusted_code_only
 
 FUNCTION = "task: local\ndoc_to_text: !function utils.text\n"
 BREAKOUT = "{{ ''.__class__.__mro__[1].__subclasses__() | length }}"
@@ -34,13 +34,13 @@ def folder(tmp_path: Path) -> Path:
     ],
 )
 def test_code_is_found_before_anything_runs(files: dict[str, str], folder: Path) -> None:
-    assert code_in_tasks([], folder / "tasks") == []
+    assert task_file_problems([], folder / "tasks") == []
     for name, text in files.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(text)
-    (problem,) = code_in_tasks([], folder / "tasks")
+    (problem,) = task_file_problems([], folder / "tasks")
     assert "!function utils.text" in problem.what and "--trust-remote-code" in problem.remedy
-    assert code_in_tasks([str(folder / next(iter(files)))], None) == [problem]
+    assert task_file_problems([str(folder / next(iter(files)))], None) == [problem]
     with pytest.raises(ConfigError, match="runs code of its own"):
         check_tasks(["local"], None, folder / "tasks")
     assert not (folder / "ran").exists()

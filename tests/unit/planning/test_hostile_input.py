@@ -34,7 +34,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 @pytest.fixture(autouse=True)
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     """Regular expressions are given up after one second."""
-    monkeypatch.setattr("lorasuite.adapters._config_patterns.TIME_LIMIT", 1.0)
+    monkeypatch.setattr("lorasuite.adapters._config_patterns.TIME_LIMIT", 1)
 
 
 def found(base: Path, adapter: Path | str) -> list[str]:
