@@ -85,8 +85,12 @@ def private_directory(path: Path) -> None:
     unwanted = found.st_mode & (stat.S_IRWXO if found.st_mode & stat.S_IWGRP else stat.S_IRWXO | stat.S_IRWXG)
     ours = found.st_uid == os.getuid() and not found.st_mode & stat.S_ISVTX and (path / OBJECTS).is_dir()
     if unwanted and ours:
-        path.chmod(stat.S_IMODE(found.st_mode) & ~unwanted)
-        logger.warning("%s could be read by other users: it is closed to them now", path)
+        try:
+            path.chmod(stat.S_IMODE(found.st_mode) & ~unwanted)
+        except OSError:  # a file system that is read-only
+            logger.warning("%s can be read by other users", path)
+        else:
+            logger.warning("%s could be read by other users: it is closed to them now", path)
 
 
 def fsync(path: Path) -> None:

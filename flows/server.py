@@ -23,6 +23,5 @@ def application() -> Any:
     from starlette.middleware.trustedhost import TrustedHostMiddleware
 
     names = [name.strip() for name in os.environ[HOSTS].split(",") if name.strip()]
-    app = create_app(final=True)
-    app.add_middleware(TrustedHostMiddleware, allowed_hosts=names, www_redirect=False)
-    return app
+    # around the application and not in it, where the server's own services call it under a name of their own
+    return TrustedHostMiddleware(create_app(final=True), allowed_hosts=names, www_redirect=False)

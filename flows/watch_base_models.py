@@ -16,6 +16,7 @@ from prefect.events.schemas.events import Resource
 from prefect.logging.loggers import get_run_logger
 
 from artifacts import SideFile, default_home
+from flows.allowed import Allowed, deployed
 from lorasuite.bases import Checkpoint, digest_json
 from lorasuite.errors import ConfigError, LoRASuiteError, Problem
 
@@ -58,8 +59,11 @@ def watch_base_models(
         ``announced`` and ``unfinished`` models by name.
 
     Raises:
-        ConfigError: for a source that is neither a directory nor a Hub name.
+        ConfigError: for a source that is neither a directory nor a Hub name; in a run of a deployment also for a fleet
+            that is not registered with its worker.
     """
+    if fleet and deployed():
+        Allowed.here().fleet(fleet)
     log = get_run_logger()
     memory = SideFile(default_home() / MEMORY, log.warning)
     known: dict[str, dict[str, str]] = memory.read()

@@ -318,7 +318,9 @@ class Architecture(_Strict):
         for name, sources in self.config.items():
             value = _number(sources, {**settings, **found})
             if value is None and name == "head_dim" and {"hidden_size", "heads"} <= found.keys():
-                value = found["hidden_size"] // found["heads"]
+                given = [settings.get(source) for source in sources if isinstance(source, str)]
+                if not any(isinstance(number, int | float) and number < 0 for number in given):  # transformers takes it
+                    value = found["hidden_size"] // found["heads"]
             if value is None:
                 keys = " or ".join(map(str, sources))
                 problems.append(

@@ -106,15 +106,18 @@ def inspect(
         if checkpoint is None:
             _propose(result, side, source)
     opened = result.opened = result.attempt(lambda: open_adapters(adapter, allow_pickle)) if adapter else None
+    sound = True
     for checkpoint in (old, new):
         if checkpoint is not None:
-            result.problems += checkpoint.check() + _own_code(checkpoint, trust_remote_code) + _unusable(checkpoint)
+            wrong = checkpoint.check()
+            sound = sound and not wrong
+            result.problems += wrong + _own_code(checkpoint, trust_remote_code) + _unusable(checkpoint)
             with contextlib.suppress(LoRASuiteError):  # what cannot be read has been noted
                 if checkpoint.quantization is not None and not checkpoint.quantization.why:
                     result.notices.append(f"{checkpoint.source}: {checkpoint.quantization.notice()}")
     if old is not None and new is not None:
         _factors(result, old, new)
-        _vocabulary(result, old, new, trust_remote_code)
+        _vocabulary(result, old, new, trust_remote_code, sound)
     if old is not None and opened is not None:
         found = result.attempt(lambda: opened.check(old))
         result.problems += found or result.attempt(lambda: _something_to_move(opened)) or []
@@ -246,10 +249,11 @@ def _factors(result: Inspection, old: Checkpoint, new: Checkpoint) -> None:
     result.factors = [{"name": name, "old": o, "new": n, "changed": o != n} for name, o, n in rows]
 
 
-def _vocabulary(result: Inspection, old: Checkpoint, new: Checkpoint, trust_remote_code: bool) -> None:
+def _vocabulary(result: Inspection, old: Checkpoint, new: Checkpoint, trust_remote_code: bool, sound: bool) -> None:
+    """The two tokenizers and, where the sizes in the bases' configs are ``sound``, the tokens they have in common."""
     first = result.old_tokenizer = result.attempt(lambda: load_tokenizer(old.path, trust_remote_code))
     second = result.new_tokenizer = result.attempt(lambda: load_tokenizer(new.path, trust_remote_code))
-    if first is None or second is None:
+    if first is None or second is None or not sound:
         return
     common = common_tokens(first, second, old.dims.vocab_size, new.dims.vocab_size)
     inverse = {id_: token for token, id_ in first.get_vocab().items()}

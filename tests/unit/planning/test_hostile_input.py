@@ -13,9 +13,13 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file, save_file
 
-from lorasuite.errors import ConfigError, LoRASuiteError
+from lorasuite.bases import add_architectures, fingerprint_model
+from lorasuite.data import read_rows
+from lorasuite.errors import CheckpointError, ConfigError, DataError, LoRASuiteError
+from lorasuite.evaluation import check_tasks
 from lorasuite.planning import MigrationConfig, build, inspect, merged, read_config, torch_device
 from tests import models
 
@@ -59,6 +63,9 @@ ADAPTER: list[tuple[str, Any]] = [
     *(("target_modules", value) for value in ("(", 5, [1], {"a": 1}, "k_proj", ["k_proj"], "(a|a|.)*!")),
     *((name, "(.*.*)*$x") for name in ("exclude_modules", "layers_pattern")),
     *(("alpha_pattern", {text: 2}) for text in (r"([a-z_.0-9]+)+!", r"(x{1,5000}){1,5000}{1,5000}")),
+    ("modules_to_save", ["([a-z_.0-9]+)+!"]),
+    ("target_modules", r".*q_proj|model\.language_model\.([a-z_.0-9]+)+!"),  # a name in a larger model
+    ("target_modules", r".*q_proj|model\.layers\.0\.post_([a-z_.0-9]+)+!"),  # a module the adapter has not
     ("lora_dropout", 5), ("use_rslora", "yes"), ("init_lora_weights", "banana"), ("modules_to_save", "lm_head"),
     ("layers_to_transform", "all"), ("base_model_name_or_path", {"a": 1}), ("trainable_token_indices", "x"),
 ]  # fmt: skip
@@ -74,7 +81,7 @@ BASE: list[tuple[str, Any]] = [
     *(("model_type", value) for value in (5, [], {"a": 1})),
     *(("num_hidden_layers", value) for value in (10**7, 1e30, 10**30, INF, 2.5)),
     *((name, value) for name in ("vocab_size", "hidden_size", "num_attention_heads") for value in (10**30, 3.5, INF)),
-    ("hidden_act", "banana"), ("auto_map", ["x"]), ("rope_parameters", "x"), ("vocab_size", 5),
+    ("head_dim", -1), ("hidden_act", "banana"), ("auto_map", ["x"]), ("rope_parameters", "x"), ("vocab_size", 5), ("vocab_size", 10**9),
 ]  # fmt: skip
 
 
@@ -159,6 +166,69 @@ def test_settings_files_that_are_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text(text)
     with pytest.raises(ConfigError):
         read_config(tmp_path / "c.yaml")
+
+
+def test_messages_on_yaml_quote_nothing_of_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "private.yaml"
+    for text in (
+        *("password: [hunter2\n", "hunter2: 1\nhunter2: 2\n", "*hunter2\n", "!hunter2 x\n", "a: hunter2: x\n"),
+        *("@hunter2", "'hunter2", "%hunter2\n---\n", '"\\hunter2"', "&hunter2 &hunter2 x", "- hunter2\nx", "hunter2"),
+    ):
+        file.write_text(text)
+        with pytest.raises(ConfigError) as refused:
+            read_config(file)
+        assert "hunter2" not in str(refused.value), text
+        assert "line" in str(refused.value) or "is not a mapping" in str(refused.value), text
+
+
+def irregular(kind: str, path: Path) -> Path:
+    files("")[kind](path)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["a pipe", "a device"])
+def test_files_that_never_end(kind: str, pair: tuple[Path, Path], tmp_path: Path) -> None:
+    base = shutil.copytree(pair[0], tmp_path / "b")
+    (base / "model.safetensors").unlink()
+    irregular(kind, base / "x.safetensors")
+    assert "no regular file" in found(base, pair[1])[0]
+    with pytest.raises(CheckpointError, match="no regular file"):
+        fingerprint_model(base)
+    for name in ("x.jsonl", "x.csv", "x.txt", "x.parquet", "x.json.gz"):
+        with pytest.raises(DataError, match="is no regular file"):
+            read_rows(irregular(kind, tmp_path / name))
+    saved = tmp_path / "saved"
+    Dataset.from_dict({"text": ["a"]}).save_to_disk(saved)
+    irregular(kind, saved / "data")
+    with pytest.raises(DataError, match="is no regular file"):
+        read_rows(saved)
+    for folder, read in {
+        "architectures": add_architectures,
+        "tasks": lambda path: check_tasks(["x"], None, path),
+    }.items():
+        (tmp_path / folder).mkdir()
+        file = irregular(kind, tmp_path / folder / "x.yaml")
+        with pytest.raises(LoRASuiteError, match="is no regular file"):
+            read(tmp_path / folder)
+    with pytest.raises(LoRASuiteError, match="is no regular file"):
+        check_tasks([str(file)])
+
+
+def test_architecture_and_task_files_of_others(tmp_path: Path) -> None:
+    many = "\n".join(["a: &a [x, x, x, x, x, x, x, x, x, x]", *ALIASES])
+    for folder, text, words in (
+        ("a", many, "aliases stand for more"),
+        ("b", "like: ../../../../../../tmp/x\n", "like: is no file here"),
+        ("c", "like: {a: 1}\n", "like: is no file here"),
+        ("d", "hunter2: [", "line 1, column"),
+    ):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "x.yaml").write_text(text)
+        with pytest.raises(LoRASuiteError, match=words) as refused:
+            add_architectures(tmp_path / folder)
+        assert "hunter2" not in str(refused.value)
+    with pytest.raises(ConfigError, match="aliases stand for more"):
+        check_tasks(["x"], None, tmp_path / "a", trust_remote_code=True)
 
 
 def test_settings_files_that_never_end_or_are_none(tmp_path: Path) -> None:
