@@ -1,15 +1,18 @@
-"""Prefect's temporary server, which ends with the process that started it, however that one ends."""
+"""Prefect's temporary server: it answers this process alone, and ends with it, however this one ends."""
 
 from __future__ import annotations
 
 import os
+import secrets
 import subprocess
 import sys
 from typing import Any
 
 import prefect
+import prefect.context
+from prefect.context import SettingsContext
 from prefect.server.api.server import SubprocessASGIServer
-from prefect.settings import get_current_settings
+from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_SERVER_API_AUTH_STRING, get_current_settings
 
 from flows import watchdog
 
@@ -22,8 +25,10 @@ def watch() -> None:
 def start(server: SubprocessASGIServer) -> subprocess.Popen[Any]:
     """Start the server as Prefect does (``SubprocessASGIServer._run_uvicorn_command``), and have it watched.
 
-    It has a session of its own: Ctrl-C ends the run first, which still has to say so to the server.
+    It has a session of its own: Ctrl-C ends the run first, which still has to say so to the server. It answers to a
+    secret of this process: who else could reach it might tell the run that a task is done, and where its result lies.
     """
+    _lock()
     command = [sys.executable, "-m", "uvicorn", "--app-dir", str(prefect.__module_path__.parent)]
     command += ["--factory", "prefect.server.api.server:create_app", "--host", "127.0.0.1", "--port", str(server.port)]
     process = subprocess.Popen(
@@ -40,3 +45,17 @@ def start(server: SubprocessASGIServer) -> subprocess.Popen[Any]:
     )
     watchdog.keep(process.pid)
     return process
+
+
+def _lock() -> None:
+    """Have this process's clients show a secret that its server asks for.
+
+    Prefect reads its settings when it is imported. Where others are in force for a time, in its test harness, they stay.
+    """
+    context = SettingsContext.get()
+    if context is not prefect.context.GLOBAL_SETTINGS_CONTEXT:
+        return
+    secret = PREFECT_API_AUTH_STRING.value() or f"lorasuite:{secrets.token_urlsafe(32)}"
+    updates = {PREFECT_API_AUTH_STRING: secret, PREFECT_SERVER_API_AUTH_STRING: secret}
+    settings = context.settings.copy_with_update(updates=updates)
+    prefect.context.GLOBAL_SETTINGS_CONTEXT = SettingsContext(profile=context.profile, settings=settings)
