@@ -50,7 +50,7 @@ def start(server: SubprocessASGIServer) -> subprocess.Popen[Any]:
 def _lock() -> None:
     """Have this process's clients show a secret that its server asks for.
 
-    Prefect reads its settings when it is imported. Where others are in force for a time, in its test harness, they stay.
+    Prefect reads its settings when it is imported. Where others are in force for a time, as in tests, they stay.
     """
     context = SettingsContext.get()
     if context is not prefect.context.GLOBAL_SETTINGS_CONTEXT:
