@@ -56,6 +56,6 @@ def _lock() -> None:
     if context is not prefect.context.GLOBAL_SETTINGS_CONTEXT:
         return
     secret = PREFECT_API_AUTH_STRING.value() or f"lorasuite:{secrets.token_urlsafe(32)}"
-    updates = {PREFECT_API_AUTH_STRING: secret, PREFECT_SERVER_API_AUTH_STRING: secret}
+    updates: dict[Any, Any] = {PREFECT_API_AUTH_STRING: secret, PREFECT_SERVER_API_AUTH_STRING: secret}
     settings = context.settings.copy_with_update(updates=updates)
     prefect.context.GLOBAL_SETTINGS_CONTEXT = SettingsContext(profile=context.profile, settings=settings)

@@ -102,7 +102,9 @@ class Weights:
         found = read_json(index).get("weight_map")
         if not isinstance(found, dict) or not found or not all(isinstance(file, str) for file in found.values()):
             what = "has no weight_map from names of tensors to names of files"
-            raise CheckpointError(Problem(str(index), what, "Download it again."))
+            raise CheckpointError(Problem(str(index), what, DOWNLOAD))
+        if outside := [file for file in found.values() if Path(file).is_absolute() or ".." in Path(file).parts]:
+            raise CheckpointError(Problem(str(index), f"names {outside[0]}, which is not beside it", DOWNLOAD))
         return {name: self.path / file for name, file in found.items()}
 
     @cached_property

@@ -137,7 +137,10 @@ def test_files_that_are_no_json(name: str, kind: str, pair: tuple[Path, Path], t
     assert ignored or found(base, adapter)
 
 
-@pytest.mark.parametrize("weight_map", [5, [], ["x"], {}, {"a": 1}, {"a": "x" * 300}, {"a": "../../x\0"}, "x"])
+@pytest.mark.parametrize(
+    "weight_map",
+    [5, [], ["x"], {}, {"a": 1}, {"a": "x" * 300}, {"a": "../../x\0"}, "x", {"a": "../base/model.safetensors"}],
+)
 def test_an_index_of_another_form(weight_map: Any, pair: tuple[Path, Path], tmp_path: Path) -> None:
     base = shutil.copytree(pair[0], tmp_path / "b")
     (base / "model.safetensors").unlink()
