@@ -14,6 +14,7 @@ from artifacts.artifact import Artifact
 from artifacts.collection import GcReport, Listed, Removal
 from artifacts.errors import ArtifactDamaged, ArtifactError, ArtifactMissing
 from artifacts.files import private_directory
+from artifacts.files import size as directory_size
 from artifacts.keys import canonical_json, stage_key
 from artifacts.manifest import FileEntry, Manifest
 from artifacts.remote import MirroredStore, default_remote, open_store
@@ -36,6 +37,7 @@ __all__ = [
     "canonical_json",
     "default_home",
     "default_remote",
+    "directory_size",
     "open_store",
     "private_directory",
     "stage_key",

@@ -26,6 +26,7 @@ from artifacts.collection import GcReport, Listed, collect
 from artifacts.errors import ArtifactDamaged, ArtifactMissing
 from artifacts.files import DATA, OBJECTS, copy_files, flush, fsync, private_directory, size
 from artifacts.keys import check_key, plain
+from artifacts.leases import Leases
 from artifacts.manifest import FileEntry, Manifest, library_versions
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ class Store:
         self.home = Path(home).expanduser().absolute() if home is not None else default_home()
         self._objects = self.home / OBJECTS
         self._tmp = self.home / "tmp"
+        self._leases = Leases(self.home)
 
     def __repr__(self) -> str:
         return f"Store({str(self.home)!r})"
@@ -103,9 +105,10 @@ class Store:
     def open(self, key: str, verify: bool = True) -> Artifact:
         """The object ``key``, checked in full the first time this process opens it, and marked as used.
 
-        ``verify=False`` checks the manifest and the file sizes only. Raises :class:`ArtifactMissing`,
-        :class:`ArtifactDamaged`.
+        :meth:`gc` does not remove it as long as this process lives. ``verify=False`` checks the manifest and the file
+        sizes only. Raises :class:`ArtifactMissing`, :class:`ArtifactDamaged`.
         """
+        self.use(key)
         manifest = self.manifest(key)
         if verify:
             self._check(key, manifest)
@@ -115,6 +118,10 @@ class Store:
         with contextlib.suppress(OSError):  # a store on a read-only disk can be read all the same
             (directory / LAST_USED).touch()
         return Artifact(directory, manifest)
+
+    def use(self, name: str) -> None:
+        """Keep a key, or a directory such as ``work/x``, from :meth:`gc` as long as this process lives."""
+        self._leases.use(name)
 
     def _stamp(self, key: str, manifest: Manifest) -> _Stamp:
         """What the files of ``key`` look like from outside. :class:`ArtifactDamaged` on a wrong size."""
@@ -174,6 +181,7 @@ class Store:
         that is not JSON, NaN in ``info``) and ``OSError`` when the disk refuses; then nothing is stored.
         """
         target = self.path(key)
+        self.use(key)
         if not replace and (existing := self._sound(key)) is not None:
             return existing
         scratch = self._temporary(f"put-{key[:12]}")
@@ -211,13 +219,24 @@ class Store:
         """Rename ``scratch`` to ``target``; keep a sound object that another writer put there first."""
         target.parent.mkdir(parents=True, exist_ok=True)
         with self._exclusive():
+            aside = None
             if target.exists():
                 existing = self._sound(manifest.key)
                 if existing is not None and (not replace or _same(existing, manifest)):
                     return existing
-                self._aside(target, "replaced" if existing is not None else "damaged")
-            scratch.rename(target)
+                aside = self._aside(target, "replaced" if existing is not None else "damaged")
+            try:
+                scratch.rename(target)
+            except BaseException:
+                if aside is not None:
+                    aside.rename(target)  # what was there is there again
+                    aside.parent.rmdir()
+                raise
+        self._dispose(aside)
+        try:
             fsync(target.parent)
+        except OSError as error:  # it is there, whole; a failing disk may yet lose it, and then it is computed again
+            logger.warning("artifact %s: %s could not be flushed (%s)", manifest.key, target.parent, error)
         return manifest
 
     def _sound(self, key: str) -> Manifest | None:
@@ -229,23 +248,35 @@ class Store:
             return None
         return manifest
 
-    def _aside(self, target: Path, why: str) -> None:
-        """Move an object out of the way: a damaged one stays in ``tmp`` for a day, others go at once."""
+    def _aside(self, target: Path, why: str) -> Path:
+        """Move an object out of the way; where to."""
         aside = self._temporary(why) / target.name
-        target.rename(aside)
-        if why == "damaged":
+        try:
+            target.rename(aside)
+        except BaseException:
+            aside.parent.rmdir()
+            raise
+        return aside
+
+    @staticmethod
+    def _dispose(aside: Path | None) -> None:
+        """An object that was moved out of the way: a damaged one stays in ``tmp`` for a day, others go at once."""
+        if aside is None:
+            return
+        if aside.parent.name.startswith("damaged"):
             logger.warning("damaged artifact moved to %s", aside)
             os.utime(aside.parent)
         else:
             shutil.rmtree(aside.parent, ignore_errors=True)
 
     def remove(self, key: str) -> None:
-        """Remove the object ``key``, damaged or not. Raises :class:`ArtifactMissing`."""
+        """Remove the object ``key``, damaged or not, in use or not. Raises :class:`ArtifactMissing`."""
         target = self.path(key)
         with self._exclusive():
             if not target.exists():
                 raise ArtifactMissing(f"artifact {key} is not in {self.home}")
-            self._aside(target, "removed")
+            aside = self._aside(target, "removed")
+        self._dispose(aside)
 
     def _temporary(self, name: str) -> Path:
         private_directory(self.home)
@@ -273,21 +304,23 @@ class Store:
                 continue
             except ArtifactDamaged as error:
                 manifest, problem = None, str(error)
-            yield Listed(key, manifest, problem, size(directory), self._last_used(directory))
+            yield Listed(key, manifest, problem, size(directory), self.last_used(key))
 
     def gc(self, keep_days: float = 30, dry_run: bool = True, stages: Collection[str] | None = None) -> GcReport:
-        """Remove objects not opened for ``keep_days``, and what killed processes left behind.
+        """Remove objects not opened for ``keep_days``, and what killed processes left behind under ``home``.
 
-        ``stages`` limits it to objects of those stages. Damaged objects go as well, when no stage is asked
-        for. Returns what was removed; by default nothing is, and the report says what would be.
+        What a living process has opened, and what is younger than the oldest of those processes, stays. ``stages``
+        limits it to objects of those stages. Damaged objects go as well, when no stage is asked for. Returns what was
+        removed; by default nothing is, and the report says what would be.
 
         Raises:
-            ValueError: for a negative ``keep_days``.
+            ValueError: for ``keep_days`` that are negative or no number.
         """
-        return collect(self, self._tmp, keep_days, dry_run, stages)
+        return collect(self, self._leases, keep_days, dry_run, stages)
 
-    @staticmethod
-    def _last_used(directory: Path) -> datetime:
+    def last_used(self, key: str) -> datetime:
+        """When ``key`` was opened last, or made."""
+        directory = self.path(key)
         for path in (directory / LAST_USED, directory):
             with contextlib.suppress(OSError):
                 return datetime.fromtimestamp(path.stat().st_mtime, UTC)

@@ -20,6 +20,7 @@ from artifacts import default_home
 from flows.after_commands import Private, export, push, report
 from flows.cli_output import RUN, Json, Verbose, debug_option, errors, print_json, progress_line, run_app
 from flows.init_command import init
+from flows.one_migration import migrated
 from flows.options import with_settings
 from flows.store_commands import store_app
 from flows.up_command import up
@@ -171,16 +172,9 @@ def migrate(
     """Move one adapter to a new base, and measure it."""
     with errors(as_json):
         settings = build(MigrationConfig, _merge(config, values))
-        from lorasuite.planning import check
-
-        # before a flow run exists, and before Prefect is there: bad input should cost nothing
-        check(settings, default_home())
         if push_to_hub is not None:
             reporting.check_target(push_to_hub, settings.new_base)
-        with progress_line(as_json, verbose):
-            from flows.migrate_adapter import migrate_adapter
-
-            result = migrate_adapter(settings.model_dump(mode="json"), refresh=tuple(refresh or ()))
+        result = migrated(settings, tuple(refresh or ()), as_json, verbose)
         refused = _refused([result["verdict"]["verdict"]], fail_on)
         if push_to_hub is not None and not refused:
             result["pushed"] = reporting.push(Path(result["output"]), push_to_hub, private=private)
@@ -363,6 +357,8 @@ def demo(
 
 def _show_migration(result: dict[str, Any], verbose: bool) -> None:
     output = Path(result["output"])
+    if result.get("done_before"):
+        Console().print(f"done before: {output} is the output of these inputs and settings", highlight=False)
     record = reporting.MigrationRecord.read(output / reporting.RECORD)
     reporting.show_migration(record, output, result.get("pushed"), verbose=verbose)
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,13 +22,12 @@ from lorasuite.errors import (
     AdapterError,
     ConfigError,
     LoRASuiteError,
-    OutputError,
     PreflightError,
     Problem,
 )
 from lorasuite.evaluation import EvaluationSettings, check_tasks
 from lorasuite.planning import torch_device
-from lorasuite.reporting import copy_samples
+from lorasuite.reporting import assembled, copy_samples
 from tasks.fingerprints import fingerprint_any_adapter, fingerprint_bases
 from tasks.stage import Recorder, Where
 
@@ -213,15 +210,7 @@ def _adapter(source: str) -> None:
 
 def _write(output: Path, record: dict[str, Any], measured: Measured) -> None:
     """The output directory, which appears only when it is whole."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    scratch = output.parent / f".{output.name}.{uuid.uuid4().hex[:8]}.partial"
-    scratch.mkdir()
-    try:
+    with assembled(output) as scratch:
         copy_samples(measured.samples(), scratch)
         text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
         (scratch / RESULTS).write_text(text, encoding="utf-8")
-        if output.exists():
-            raise OutputError(Problem(str(output), "appeared meanwhile", "Give another directory."))
-        scratch.rename(output)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)

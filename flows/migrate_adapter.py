@@ -19,6 +19,7 @@ from flows.arms import Source
 from flows.choice import Chosen, Tuned, choose_update, fine_tunes
 from flows.context import Context, base_record, check_stages, fetch, migration_context, tag_run, timings
 from flows.dashboard import show_migration, show_pair
+from flows.finished import finished
 from flows.measure import Asked, Measured
 from flows.pair import Pair, pair_name
 from flows.teach import Rows, fitting_template, gather_rows, opened_source
@@ -57,7 +58,8 @@ def migrate_adapter(config: dict[str, Any], refresh: tuple[str, ...] = ()) -> di
         refresh: names of stages to compute again.
 
     Returns:
-        the content of ``migration.json``, with ``output``.
+        the content of ``migration.json``, with ``output``; and with ``done_before`` where the output was there already,
+        of the same inputs and settings.
     """
     settings: MigrationConfig = build(MigrationConfig, config)
     if deployed():
@@ -66,6 +68,10 @@ def migrate_adapter(config: dict[str, Any], refresh: tuple[str, ...] = ()) -> di
     name = pair_name(settings.old_base, settings.new_base)
     tag_run(pair=name, adapter=sources_name(settings.adapter))
     fetch(settings.old_base, settings.new_base, *sources(settings.adapter))
+    done = None if refreshed else finished(settings)
+    if done is not None:
+        get_run_logger().info("%s was done before: it is the output of these inputs and settings", settings.output)
+        return done
     plan = check(settings, default_home())
     for notice in plan.inspection.notices:
         get_run_logger().info("note: %s", notice)
@@ -97,8 +103,11 @@ def migrate_adapter(config: dict[str, Any], refresh: tuple[str, ...] = ()) -> di
         samples=measured.samples(),
         trust_remote_code=settings.trust_remote_code,
     )
-    show_pair(context, record, pair.similarity)
-    show_migration(record, output)
+    try:
+        show_pair(context, record, pair.similarity)
+        show_migration(record, output)
+    except Exception as error:  # the output is whole, whatever the server says
+        get_run_logger().warning("the dashboard shows nothing of this run (%s: %s)", type(error).__name__, error)
     get_run_logger().info("%s: %s", record.verdict.verdict, record.reason())
     return {**record.to_json(), "output": str(output)}
 

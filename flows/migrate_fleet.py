@@ -19,17 +19,18 @@ from prefect.runtime import flow_run
 from artifacts import default_home
 from flows.allowed import Allowed, deployed
 from flows.context import adapter_directory, check_stages, fetch
+from flows.finished import finished, finished_record
 from flows.migrate_adapter import migrate_adapter
 from flows.migrate_adapter import run_name as migrate_adapter_name
 from flows.prepare_pair import prepare_pair
 from flows.prepare_pair import run_name as prepare_pair_name
 from flows.teach import write_ahead
-from lorasuite.adapters import WEIGHTS, open_adapters, sources
+from lorasuite.adapters import open_adapters, sources
 from lorasuite.bases import Checkpoint, resolve
-from lorasuite.errors import AdapterError, CheckpointError, LoRASuiteError, OutputError, Problem
-from lorasuite.planning import MigrationConfig, chosen, fleet_output, read_fleet
+from lorasuite.errors import LoRASuiteError, OutputError, Problem, foreseen
+from lorasuite.planning import MigrationConfig, build, chosen, fleet_output, read_fleet
 from lorasuite.reporting import RECORD, REPORT, MigrationRecord, write_fleet
-from tasks.fingerprints import fingerprint_adapter, fingerprint_bases, fingerprint_migration
+from tasks.fingerprints import fingerprint_bases
 
 #: Deployments that a fleet's runs go to when it is spread over workers.
 MIGRATE, PREPARE = "migrate-adapter/migrate-adapter", "prepare-pair/prepare-pair"
@@ -151,9 +152,8 @@ def _look(parts: Fleet) -> tuple[set[str], dict[str, Failure], dict[str, Migrati
             fetch(*pair, *sources(config.adapter))
             if pair not in bases:
                 bases[pair] = fingerprint_bases.fn(default_home(), resolve(pair[0]), resolve(pair[1]))
-            path = adapter_directory(config, bases[pair]["old_model"])
-            adapter = {"adapter": fingerprint_adapter(path, config.allow_pickle)}
-            if _finished(config, fingerprint_migration(config, bases[pair] | adapter)):
+            adapter_directory(config, bases[pair]["old_model"])  # one that cannot be read is told now
+            if _finished(config, bases[pair]):
                 done.add(name)
             else:
                 missing[name] = config
@@ -162,7 +162,7 @@ def _look(parts: Fleet) -> tuple[set[str], dict[str, Failure], dict[str, Migrati
     return done, failures, missing
 
 
-def _finished(config: MigrationConfig, key: str) -> bool:
+def _finished(config: MigrationConfig, bases: Mapping[str, str]) -> bool:
     """Whether the output is there already, made of the same inputs.
 
     Raises:
@@ -171,13 +171,7 @@ def _finished(config: MigrationConfig, key: str) -> bool:
     output = Path(config.output)
     if not output.exists():
         return False
-    try:
-        record = MigrationRecord.read(output / RECORD)
-        record.check_weights(output / WEIGHTS)
-        done = record.key == key
-    except (CheckpointError, AdapterError, FileNotFoundError):
-        done = False
-    if not done:
+    if finished_record(config, bases) is None:
         raise OutputError(
             Problem(str(output), "holds something other than these inputs' migration", "Move it, or change `output`.")
         )
@@ -214,7 +208,10 @@ def _in_process(deployment: str, runs: Mapping[str, dict[str, Any]]) -> dict[str
     for name, parameters in runs.items():
         state: State[Any] = started(**parameters, return_state=True)
         outcomes[name] = None
-        if not state.is_completed():
+        if state.is_completed():
+            continue
+        # what failed behind the publication is no failure of the adapter
+        if deployment != MIGRATE or finished(build(MigrationConfig, parameters["config"])) is None:
             error = state.result(raise_on_failure=False)
             outcomes[name] = Failure(_reason(error) if isinstance(error, Exception) else str(state.message))
     return outcomes
@@ -289,7 +286,8 @@ def _retry_command(fleet: str | dict[str, Any], old_base: str | None, new_base: 
 
 
 def _reason(error: BaseException) -> str:
-    return _one_line(f"{type(error).__name__}: {error}")
+    named = foreseen(error) or error
+    return _one_line(f"{type(named).__name__}: {named}")
 
 
 def _one_line(text: str) -> str:

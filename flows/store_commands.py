@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections import Counter
+from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from artifacts import ArtifactError, Store
+from artifacts import ArtifactError, Store, directory_size
 from flows.cli_output import Json, errors, print_json
 from lorasuite import reporting
 
@@ -72,18 +75,31 @@ def artifacts_verify(
 def artifacts_gc(
     keep_days: Annotated[float, typer.Option(help="days an unused artifact is kept")] = 30,
     delete: Annotated[bool, typer.Option("--delete", help="remove them; without it they are only listed")] = False,
+    beside: Annotated[
+        list[Path] | None,
+        typer.Option(help="directory of outputs: what killed runs left there goes, too (repeatable)"),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """List, and with --delete remove, artifacts not used for long and leftovers of killed runs."""
+    """List, and with --delete remove, artifacts not used for long and leftovers of killed runs.
+
+    What a living process has opened stays, and what is younger than the oldest run that goes on.
+    """
     with errors(as_json):
         found = Store().gc(keep_days=keep_days, dry_run=not delete)
-        names = [str(removal.path) for removal in found.removals]
+        left = [path for folder in beside or () for path in reporting.abandoned(folder)]
+        total = found.size + sum(directory_size(path) for path in left)
+        for path in left if delete else ():
+            shutil.rmtree(path)
+        items = [(str(removal.path), removal.why) for removal in found.removals]
+        items += [(str(path), "left by a publication that was killed") for path in left]
         if as_json:
-            print_json({"removed" if delete else "would_remove": names, "bytes": found.size})
+            named = {"removed" if delete else "would_remove": [name for name, _ in items]}
+            print_json({**named, "reasons": dict(items), "bytes": total})
         else:
-            Console().print(
-                f"{'removed' if delete else 'would remove'} {len(names)} items, {found.size / 2**20:.1f} MiB"
-            )
+            for why, count in Counter(why for _, why in items).items():
+                Console().print(f"{count:6} {why}", markup=False, highlight=False)
+            Console().print(f"{'removed' if delete else 'would remove'} {len(items)} items, {total / 2**20:.1f} MiB")
 
 
 def _full_key(beginning: str) -> str:

@@ -52,9 +52,9 @@ os.register_at_fork(after_in_child=_forget_after_fork)
 class FileLockManager(LockManager):
     """Prefect's lock manager protocol on ``flock``.
 
-    The kernel releases a lock when its process dies, however it dies. Lock files stay behind: removing them
-    would let two processes lock two files of one name. Works between the processes of one machine, and on
-    shared file systems that implement ``flock``.
+    The kernel releases a lock when its process dies, however it dies. Lock files stay behind until ``artifacts gc``
+    removes those that nobody holds: who takes one looks whether its file is still that of its name. Works between the
+    processes of one machine, and on shared file systems that implement ``flock``.
     """
 
     def __init__(self, directory: Path | str) -> None:
@@ -87,6 +87,9 @@ class FileLockManager(LockManager):
             except BaseException:
                 os.close(descriptor)
                 raise
+            if not _is_at(descriptor, path):  # `artifacts gc` removed the file in between: this locks nothing
+                os.close(descriptor)
+                return False
             timer = None
             if hold_timeout is not None:
                 timer = threading.Timer(hold_timeout, self._expire, (key, holder))
@@ -184,6 +187,14 @@ class FileLockManager(LockManager):
                 return True
             await asyncio.sleep(pause)
         return not self.is_locked(key)
+
+
+def _is_at(descriptor: int, path: str) -> bool:
+    """Whether an open file is the one of this path."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), Path(path).stat())
+    except FileNotFoundError:
+        return False
 
 
 def _pauses(key: str, timeout: float | None) -> Iterator[float]:

@@ -35,6 +35,7 @@ settings are annotated otherwise gets them as a mapping, unchecked.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -43,7 +44,7 @@ from typing import Any
 
 import torch
 from prefect import Task
-from prefect.cache_policies import CachePolicy
+from prefect.cache_policies import NO_CACHE, CachePolicy
 from prefect.context import TaskRunContext
 from prefect.states import Completed
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
@@ -245,11 +246,7 @@ class Stage:
         task = self.task.with_options(
             task_run_name=lambda: name,
             tags=set(tags),
-            result_storage=results,
-            refresh_cache=refresh or problem is not None,
-            cache_policy=self.task.cache_policy.configure(
-                isolation_level="SERIALIZABLE", lock_manager=FileLockManager(where.home / "locks")
-            ),
+            **self._kept(where, results, refresh or problem is not None),
         )
         begun = time.perf_counter()
         at_work.asked(name)
@@ -276,6 +273,14 @@ class Stage:
             )
         return Ref(stage=self.name, key=key)
 
+    def _kept(self, where: Where, results: Path, refresh: bool) -> dict[str, Any]:
+        """Options of the task: how Prefect finds its result again, and who computes it where several need it."""
+        if not _writable(where.home):  # then neither records nor locks; what is in the store is used all the same
+            return {"cache_policy": NO_CACHE, "persist_result": False}
+        locks = FileLockManager(where.home / "locks")
+        policy = self.task.cache_policy.configure(isolation_level="SERIALIZABLE", lock_manager=locks)
+        return {"result_storage": results, "refresh_cache": refresh, "cache_policy": policy}
+
     def _compute(self, inputs: dict[str, Any], settings: dict[str, Any], where: Where, refresh: bool) -> Any:
         """The body of the Prefect task. Runs under the lock of its key."""
         fingerprints = input_fingerprints(inputs)
@@ -289,6 +294,8 @@ class Stage:
         measure = Measure()
         where = where.model_copy(update={"halvings": halvings(key)})
         where.check_unchanged()
+        if WORK in where.paths:
+            store.use(f"{WORK}/{where.paths[WORK].name}")
         try:
             with at_work.computing():
                 made = self.fn(resolved, parsed, where)
@@ -336,6 +343,12 @@ def stage(
         return Stage(fn, name, version, retry_delays)
 
     return decorate
+
+
+def _writable(home: Path) -> bool:
+    """Whether something can be written below a directory, which need not exist."""
+    there = next(path for path in (home, *home.parents) if path.exists())
+    return os.access(there, os.W_OK | os.X_OK)
 
 
 def _problem(store: Store, key: str) -> ArtifactMissing | ArtifactDamaged | None:

@@ -1,3 +1,4 @@
+from ._assembled import abandoned, assembled
 from ._card import model_card
 from ._console import (
     arm_seconds,
@@ -39,7 +40,9 @@ __all__ = [
     "Published",
     "Score",
     "StageTiming",
+    "abandoned",
     "arm_seconds",
+    "assembled",
     "check_target",
     "code_span",
     "comparison",

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,7 +12,7 @@ from torch import Tensor
 
 from lorasuite.adapters import CONFIG, WEIGHTS, check_loads
 from lorasuite.bases import read_json
-from lorasuite.errors import OutputError, Problem
+from lorasuite.reporting._assembled import assembled
 from lorasuite.reporting._card import model_card
 from lorasuite.reporting._files import FIGURE_DATA, RECORD
 from lorasuite.reporting._record import MigrationRecord
@@ -44,12 +42,7 @@ def publish(
         AdapterError: if PEFT would not find each of the adapter's tensors in the new base, or it is not the adapter
             that the record is of.
     """
-    if output.exists():
-        raise OutputError(Problem(str(output), "exists already", "Give a new directory: nothing is overwritten."))
-    output.parent.mkdir(parents=True, exist_ok=True)
-    scratch = output.parent / f".{output.name}.{uuid.uuid4().hex[:8]}.partial"
-    scratch.mkdir()
-    try:
+    with assembled(output) as scratch:
         shutil.copyfile(adapter / WEIGHTS, scratch / WEIGHTS)
         record.check_weights(scratch / WEIGHTS)
         config = read_json(adapter / CONFIG)
@@ -64,15 +57,6 @@ def publish(
             save_file({name: tensor.contiguous() for name, tensor in figures.items()}, scratch / FIGURE_DATA)
         copy_samples(samples, scratch)
         write_report(scratch)
-        for file in scratch.rglob("*"):
-            _fsync(file)
-        _fsync(scratch)
-        if output.exists():  # an empty directory would be replaced silently
-            raise OutputError(Problem(str(output), "appeared meanwhile", "Give another directory."))
-        scratch.rename(output)
-        _fsync(output.parent)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     return output
 
 
@@ -87,11 +71,3 @@ def copy_samples(samples: Mapping[str, Path], folder: Path) -> None:
 
 def _write(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import subprocess
 from contextvars import Context
+from pathlib import Path
 from typing import Any
 
 import prefect.context
@@ -12,8 +15,14 @@ import psutil
 import pytest
 from prefect.server.api.server import SubprocessASGIServer
 from prefect.settings import PREFECT_API_AUTH_STRING
+from typer.testing import CliRunner
 
+import flows.migrate_adapter as module
+from artifacts import Store
 from flows import temporary_server
+from flows.command_line import app
+from tasks import stage
+from tests.flows.small import Small
 
 
 def test_the_temporary_server_is_watched(prefect_server: str) -> None:
@@ -42,3 +51,50 @@ def test_the_temporary_server_answers_its_own_process_alone(monkeypatch: pytest.
     first, second = (env["PREFECT_SERVER_API_AUTH_STRING"] for env in started)
     assert first == second == Context().run(PREFECT_API_AUTH_STRING.value) and len(first) > 40
     assert first not in os.environ.values()
+
+
+def test_an_output_that_is_whole_is_done(
+    home: Path, small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever fails behind its publication; and its migration, asked for again, says so and computes nothing."""
+    output, left = tmp_path / "out", tmp_path / ".out.0123abcd.partial"
+    left.mkdir()
+    settings = small.settings("one", output)
+
+    def no_server(*_: object, **__: object) -> None:
+        raise ConnectionError("the server is gone")
+
+    monkeypatch.setattr(module, "show_migration", no_server)
+    first = module.migrate_adapter(settings)
+    assert output.is_dir() and not left.exists() and "done_before" not in first
+    given = {f"--{name.replace('_', '-')}": value for name, value in settings.items() if name != "output"}
+    flags = [part for pair in given.items() for part in pair]
+
+    def run(*more: str) -> tuple[int, dict[str, Any]]:
+        done = CliRunner().invoke(app, ["migrate", *flags, "--json", *more])
+        return done.exit_code, json.loads(done.stdout)
+
+    before = sorted(entry.key for entry in Store(home).ls())
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "migrate_adapter", no_server)
+        code, again = run("--output", str(output))
+    assert code == 0 and again.pop("done_before") and again == {**first, "output": str(output)}
+    assert sorted(entry.key for entry in Store(home).ls()) == before
+    code, other = run("--output", str(output), "--rank", "2")
+    assert code == 2 and "exists already" in other["message"], "it is another migration's"
+    assert module.migrate_adapter(settings)["done_before"], "a retry of the run in the dashboard, too"
+
+    for folder in ("results", "locks"):
+        shutil.rmtree(home / folder)
+    real = module.migrate_adapter
+
+    def dies_behind(*args: Any, **named: Any) -> None:
+        real(*args, **named)
+        no_server()
+
+    monkeypatch.setattr(module, "migrate_adapter", dies_behind)
+    monkeypatch.setattr(stage, "_writable", lambda _home: False)
+    code, whole = run("--output", str(tmp_path / "second"))
+    assert code == 0 and whole["weights_sha256"] == first["weights_sha256"] and "done_before" not in whole
+    assert all(row["cached"] for row in whole["timings"]) and not (home / "results").exists()
+    assert not (home / "locks").exists(), "a home that is read-only is read"

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 import artifacts.collection
 import artifacts.store
-from artifacts import ArtifactDamaged, ArtifactError, ArtifactMissing, Manifest, Store, default_home, stage_key
+from artifacts import ArtifactDamaged, ArtifactError, ArtifactMissing, Manifest, Store, default_home, leases, stage_key
 
 ROOT = Path(__file__).parents[3]
 KEY = stage_key("similarity", 1, {"metric": "cka"}, {"old": "a" * 64})
@@ -358,6 +358,7 @@ def test_gc_removes_what_was_not_used_and_only_when_told(store: Store) -> None:
         store.put(key, stage=name, version=1, settings={}, inputs={}, tensors={"x": torch.ones(10)})
         age(store, key, {"fresh": 29}.get(name, 31))
     store.open(keys["opened"])
+    leases.give_back()  # as if another process looked
 
     assert [removal.stage for removal in store.gc(stages=["other"]).removals] == ["other"]
     report = store.gc()
@@ -383,6 +384,7 @@ def test_ls_reports_damaged_objects_and_gc_removes_them(store: Store) -> None:
     assert listed[KEY].manifest is not None
     assert listed[bad].manifest is None
     assert "no manifest" in str(listed[bad].problem)
+    leases.give_back()  # as if another process looked
     store.gc(dry_run=False)
     assert [entry.key for entry in store.ls()] == [KEY]
 
