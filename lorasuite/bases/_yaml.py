@@ -12,6 +12,11 @@ import yaml
 MOST_VALUES = 100_000
 
 
+#: What PyYAML quotes, and what of that is not from the file: signs, and its own names of parts (``<stream end>``).
+_QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"")
+_OWN = re.compile(r"'(<[a-z ]+>|[^\w']+)'")
+
+
 class _Loader(yaml.SafeLoader):
     """SafeLoader that refuses a key given twice."""
 
@@ -36,8 +41,9 @@ def read_yaml(path: Path) -> Any:
     """
     if path.exists() and not path.is_file():  # a pipe or a device may never end
         raise ValueError("it is no regular file")
+    text = path.read_text(encoding="utf-8")
     try:
-        loader = _Loader(path.read_text(encoding="utf-8"))
+        loader = _Loader(text)
         try:
             node = loader.get_single_node()
             check_aliases(node)
@@ -48,6 +54,8 @@ def read_yaml(path: Path) -> Any:
         raise ValueError("it is nested too deep, or contains itself") from None
     except yaml.YAMLError as error:
         raise ValueError(_why(error)) from None
+    except Exception:  # of a date that is none, a number by its tag: whatever makes values raises
+        raise ValueError("it has a value that is not what it is marked as, or no date") from None
 
 
 def check_aliases(node: yaml.Node | None) -> None:
@@ -67,7 +75,7 @@ def _why(error: yaml.YAMLError) -> str:
     if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
         return " ".join(str(error).split())
     mark = error.problem_mark
-    what = re.sub(r"\s*('[^']*'|\"[^\"]*\")", "", str(error.problem))
+    what = _QUOTED.sub(lambda found: found[0] if _OWN.fullmatch(found[0]) else "'…'", str(error.problem))
     return f"line {mark.line + 1}, column {mark.column + 1}: {what}"
 
 

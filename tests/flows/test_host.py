@@ -15,6 +15,7 @@ from typing import Any
 from uuid import UUID, uuid4
 
 import httpx
+import psutil
 import pytest
 from PIL import Image
 from prefect import flow as prefect_flow
@@ -78,6 +79,17 @@ def test_nobody_else_reaches_the_api(up: Up) -> None:
     )
     assert asked.status_code == 200 and "access-control-allow-origin" not in asked.headers
     assert secret.read_text() not in up.log.read_text()
+    below = psutil.Process(up.process.pid).children(recursive=True)
+    assert not any(up.auth in word for process in below for word in process.cmdline()), "which every user can read"
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
+def test_another_user_does_not_get_the_secret(up: Up) -> None:
+    files = [up.told["auth_file"], *(f"/proc/{p.pid}/environ" for p in psutil.Process(up.process.pid).children())]
+    look = "import os, sys; os.setgroups([]); os.setgid(65534); os.setuid(65534); "
+    look += "print([os.access(file, os.R_OK) for file in sys.argv[1:]])"
+    seen = subprocess.run([sys.executable, "-I", "-c", look, *files], capture_output=True, text=True, check=True).stdout
+    assert json.loads(seen.lower()) == [False] * len(files) and len(files) > 3
 
 
 def start_probe(up: Up, folder: Path, queue: str, name: str) -> UUID:
