@@ -37,7 +37,12 @@ def up(
         from flows.allowed import Allowed
         from flows.host import auth_file, running, stay
 
-        allowed = Allowed(tuple(fleet or ()), tuple(trust_remote_code_of or ()), tuple(include_path or ()))
+        here = Allowed.here()  # of this process's environment, where a flag does not say
+        allowed = Allowed(
+            tuple(fleet or here.fleets),
+            tuple(trust_remote_code_of or here.code),
+            tuple(include_path or here.task_files),
+        )
         with running(host, port, allowed=allowed, names=tuple(allow_host or ())) as started:
             workers = [name for name in started.processes if name != "server"]
             kept = auth_file()  # none, where the secret is the environment's

@@ -7,12 +7,15 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
 from typing import Any
 
 from lorasuite.errors import Problem
 
 #: Seconds of a processor that all regular expressions of a config may take on the names they are matched with.
-TIME_LIMIT = 3
+TIME_LIMIT = 5
+#: Seconds that they may take where others have the processor, too.
+PATIENCE = 10
 #: Names that are tried with a wrong ending, too: what nearly matches takes longest.
 ENDINGS = 40
 
@@ -67,19 +70,26 @@ def pattern_problems(config: Mapping[str, Any], names: Iterable[str], where: str
         config: one that the check of types finds nothing in.
         names: of tensors or modules, of an adapter or of its base; what they lie in is tried as well.
     """
-    patterns = list(_patterns(config))
+    patterns = tuple(_patterns(config))
     if not patterns:
         return []
     modules = {".".join(name.split(".")[:depth]) for name in names for depth in range(1, name.count(".") + 2)}
     tried = [form for module in sorted(modules) for form in _names(module)]
     endings = [f"{name}!" for name in sorted(modules, key=len)[-ENDINGS:]]
-    given = {"patterns": patterns, "names": [*tried, *endings]}
+    wrong = _refused(patterns, (*tried, *endings))
+    return [Problem(f"{where}: {field}", what, "Name the modules in a simpler way.") for field, what in wrong.items()]
+
+
+@lru_cache(maxsize=16)
+def _refused(patterns: tuple[tuple[str, str], ...], names: tuple[str, ...]) -> dict[str, str]:
+    """Fields with an expression that is none, or takes too long on these names, and which of it."""
+    given = {"patterns": patterns, "names": names}
     try:
         done = subprocess.run(
             [sys.executable, "-I", "-c", _TRY, str(TIME_LIMIT)],
             input=json.dumps(given).encode(),
             capture_output=True,
-            timeout=3 * TIME_LIMIT,  # others may have the processor
+            timeout=PATIENCE,
             check=False,
         ).stdout
     except subprocess.TimeoutExpired as error:
@@ -90,7 +100,7 @@ def pattern_problems(config: Mapping[str, Any], names: Iterable[str], where: str
     if lines[-1:] != ["done"]:
         field = said[-1][0] if said else patterns[0][0]
         wrong[field] = f"has a regular expression that takes more than {TIME_LIMIT} seconds, or more than 1 GiB"
-    return [Problem(f"{where}: {field}", what, "Name the modules in a simpler way.") for field, what in wrong.items()]
+    return wrong
 
 
 def _patterns(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
