@@ -20,8 +20,8 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
 
 
 @pytest.mark.slow
-def test_every_stage_on_miniature_shapes(tmp_path: Path) -> None:
-    done = run("--cpu-tiny", "--json", str(tmp_path / "rows.json"), PREFECT_HOME=str(tmp_path / "prefect"))
+def test_every_stage_on_miniature_shapes(prefect_server: str, tmp_path: Path) -> None:
+    done = run("--cpu-tiny", "--json", str(tmp_path / "rows.json"), PREFECT_API_URL=prefect_server)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
     first = [row["stage"].partition(" ")[0] for row in rows if row["run"] == "first adapter"]

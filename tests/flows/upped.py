@@ -90,7 +90,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     root = tmp_path_factory.mktemp("up")
     given = {name: value for name, value in os.environ.items() if name != "PREFECT_API_URL"}
@@ -103,9 +103,9 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     }
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def server_up(environment: dict[str, str]) -> Iterator[Up]:
-    """Started once a session."""
+    """Started once a file of tests: its workers ask for work every second as long as it runs."""
     home = Path(environment["LORASUITE_HOME"])
     fleets = home.parent / "fleets"
     fleets.mkdir()
