@@ -39,6 +39,8 @@ class Source:
     changes_embeddings: bool = False
     #: Whether it holds updates of blocks only, which a model transform can move.
     plain: bool = True
+    #: Whether it has updates of experts.
+    experts: bool = False
     path: Path | None = None
     #: Its own tokenizer, where it has one that is not the old base's.
     own_tokenizer: OwnTokenizer | None = None
@@ -66,6 +68,7 @@ class Source:
             with_output(lora, settings),
             bool(adapter.vocabulary_modules(old)),
             adapter.plain(old),
+            bool(adapter.experts(old)),
             adapter.path,
             own_tokenizer,
         )
@@ -118,6 +121,8 @@ def migrated(
     }
     if source.changes_embeddings:
         inputs["vocabulary"] = pair.vocabulary
+    if source.experts and pair.expert_maps is not None:
+        inputs["expert_maps"] = pair.expert_maps
     # Only fresh layers are drawn: where there are none, another seed gives the same adapter.
     told = {"method": method, "unmapped": settings.unmapped, "seed": drawn if settings.unmapped == "train" else 0}
     return context.run(transform_stage, inputs, {**told, **source.lora}, label=label, paths=source.paths)

@@ -21,6 +21,7 @@ from lorasuite.transforms import AlignedTransform, Input, transform
 from tasks.pair_stages import (
     activations,
     alignment,
+    expert_maps,
     head_mapping,
     layer_mapping,
     mlp_factors,
@@ -108,6 +109,20 @@ class Pair:
         inputs = {"old_model": self.context.fingerprints["old_model"]}
         roles = [role for role in self.roles if role in self._shared_roles and role in MLP]
         return {role: self.context.run(mlp_factors, inputs, {"role": role}, label=role) for role in roles}
+
+    @cached_property
+    def expert_maps(self) -> Ref | None:
+        """Which new expert continues which old one, and their maps; None without texts, or experts in both bases."""
+        if self.texts is None or not (self.old.has_experts and self.new.has_experts):
+            return None
+        inputs = {**self._models, **self._tokenizers, "layer_mapping": self.layer_mapping, "texts": self.texts}
+        settings = {
+            "cutoff": self.settings.calibration_cutoff,
+            "read": [kind.name for kind in SHARED["in"]],
+            "written": [kind.name for kind in SHARED["out"]],
+            "positions": self.settings.map_positions,
+        }
+        return self.context.run(expert_maps, inputs, settings)
 
     @cached_property
     def state_map(self) -> Ref | None:

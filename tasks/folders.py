@@ -57,6 +57,7 @@ def adapter_files(
             dims=new.dims,
             base=ANY_BASE,
             output_type=output_type,
+            experts=new.expert_count,
             **beside,
             **adapter.lora_settings(rank),
         )

@@ -26,6 +26,7 @@ from lorasuite.correspondence import (
     TransferMatrix,
     When,
     align,
+    align_experts,
     fit_transfer_matrix,
     hidden_states,
     layer_similarity,
@@ -261,6 +262,37 @@ def alignment(inputs: AlignmentInputs, settings: AlignmentSettings, where: Where
     return StageOutput(named(), info)
 
 
+class ExpertSettings(StageSettings):
+    """The tokens read of a text, kinds of map by name, and the positions that wide spaces are mapped by."""
+
+    cutoff: int
+    read: tuple[str, ...]
+    written: tuple[str, ...]
+    positions: int
+
+
+@stage("expert_maps")
+def expert_maps(inputs: AlignmentInputs, settings: ExpertSettings, where: Where) -> StageOutput:
+    """Which experts of mapped layers are routed the same tokens, and maps between what those read and write."""
+    layers = LayerMap.read(inputs.layer_mapping).layers
+    kinds: dict[End, list[MapKind]] = {
+        "in": [map_kind(name) for name in settings.read],
+        "out": [map_kind(name) for name in settings.written],
+    }
+    info: dict[str, Any] = {}
+
+    def named() -> Iterator[tuple[str, Tensor]]:
+        with streamed(where, "old_base") as old, streamed(where, "new_base") as new:
+            texts = stored_texts(inputs.texts)
+            found, known = align_experts(
+                old, new, layers, texts, kinds, positions=settings.positions, cutoff=settings.cutoff
+            )
+            yield from found
+            info.update(known)
+
+    return StageOutput(named(), info)
+
+
 @stage("state_map", version=4)
 def state_map(inputs: PairReadingInputs, settings: RolesSettings, where: Where) -> StageOutput:
     """Where the new base stands when the old one stands somewhere, at the same text."""
@@ -285,5 +317,6 @@ PAIR_STAGES = (
     layer_mapping,
     head_mapping,
     alignment,
+    expert_maps,
     state_map,
 )

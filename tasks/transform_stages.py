@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from lorasuite.adapters import OutputType, attached
 from lorasuite.bases import METER, Checkpoint, CommonTokens
-from lorasuite.correspondence import AlignedMaps, HeadMaps, LayerMap, MlpFactors, StateMap, TransferMatrix
+from lorasuite.correspondence import AlignedMaps, ExpertMaps, HeadMaps, LayerMap, MlpFactors, StateMap, TransferMatrix
 from lorasuite.data import whole_text
 from lorasuite.transforms import Migrated, ModelTransform, Unmapped, can_move, initialise, migrate
 from lorasuite.transforms import transform as transform_named
@@ -34,6 +34,8 @@ class TransformInputs:
     alignment: dict[str, Artifact] = field(default_factory=dict)
     #: For an adapter that changes embeddings.
     vocabulary: Artifact | None = None
+    #: For an adapter of experts, where both bases have some.
+    expert_maps: Artifact | None = None
 
 
 class OutputSettings(StageSettings):
@@ -70,6 +72,7 @@ def transform(inputs: TransformInputs, settings: TransformSettings, where: Where
         transfer=TransferMatrix.read(inputs.transfer_matrices),
         mlp_factor=MlpFactors(inputs.mlp_factors),
         alignment=AlignedMaps(inputs.alignment.values()) if inputs.alignment else None,
+        experts=None if inputs.expert_maps is None else ExpertMaps.read(inputs.expert_maps),
         rank=settings.rank,
         energy=settings.energy,
         unmapped=settings.unmapped,

@@ -34,7 +34,7 @@ FAMILIES = (
     "lfm2", "lfm2_moe", "qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_vl",
     "gpt_oss", "glm", "glm4", "glm4_moe", "glm4_moe_lite", "deepseek_v2", "deepseek_v3", "gemma3n_text", "gemma4",
     "gemma4_text", "granitemoehybrid", "falcon_h1", "ernie4_5", "ernie4_5_moe", "exaone4",
-    "exaone_moe", "hunyuan_v1_dense", "hunyuan_v1_moe", "seed_oss",
+    "exaone_moe", "hunyuan_v1_dense", "hunyuan_v1_moe", "seed_oss", "olmoe",
 )  # fmt: skip
 #: Families that the table of adapter kinds has a column for. What the others add are names and roles, which kinds of
 #: adapters have nothing to do with.
@@ -69,7 +69,7 @@ ALL_TARGETS: dict[str, list[str] | str] = {
     "gpt_neox": NEOX_TARGETS,
     "bloom": NEOX_TARGETS,
     **dict.fromkeys(
-        ("mixtral", "qwen3_moe", "gpt_oss", "glm4_moe", "ernie4_5_moe", "exaone_moe", "hunyuan_v1_moe"),
+        ("mixtral", "qwen3_moe", "gpt_oss", "glm4_moe", "ernie4_5_moe", "exaone_moe", "hunyuan_v1_moe", "olmoe"),
         LLAMA_TARGETS[:4],
     ),
     **{key: ["q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"] for key in LATENT},
@@ -104,6 +104,7 @@ PECULIAR: dict[str, dict[str, Any]] = {
     "ministral": {"head_dim": 8},
     "mistral": {"head_dim": 12},
     "mixtral": EXPERTS,
+    "olmoe": {"num_experts": 2, "num_experts_per_tok": 1},
     "qwen3": {"head_dim": 12},
     "qwen3_moe": {**EXPERTS, "moe_intermediate_size": 8, "mlp_only_layers": [1], "head_dim": 12},
     "qwen2_moe": {

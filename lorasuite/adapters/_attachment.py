@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorasuite.adapters._kinds import CHANGES_BASE
+from lorasuite.adapters._kinds import changes_base
 from lorasuite.errors import AdapterError, OutputError, Problem
 
 if TYPE_CHECKING:
@@ -107,8 +107,7 @@ def _changes_weights(adapter: Path) -> bool:
     """Whether PEFT changes the base's weights when it loads the adapter, as PiSSA's initialisation does."""
     from lorasuite.bases import read_json
 
-    init = read_json(adapter / "adapter_config.json").get("init_lora_weights")
-    return isinstance(init, str) and bool(CHANGES_BASE.search(init))
+    return changes_base(read_json(adapter / "adapter_config.json"))
 
 
 def unwrap(model: PreTrainedModel) -> None:

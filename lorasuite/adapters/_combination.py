@@ -144,4 +144,5 @@ def write_ready(adapter: Adapter, base: Checkpoint, folder: Path, base_name: str
         base=base_name,
         rank=rank,
         alpha=rank,
+        experts=base.expert_count,
     )

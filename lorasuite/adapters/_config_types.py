@@ -37,6 +37,7 @@ class _Fields(BaseModel):
     rank_pattern: dict[str, PositiveInt | list[bool]] | None = None
     revision: str | None = None
     target_modules: _Names = None
+    target_parameters: list[str] | None = None
     task_type: str | None = None
     trainable_token_indices: list[NonNegativeInt] | dict[str, list[NonNegativeInt]] | None = None
     use_dora: bool | None = None

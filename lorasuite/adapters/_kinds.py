@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from lorasuite.adapters._config_types import LARGEST_ALPHA, LARGEST_RANK, type_problems
-from lorasuite.errors import Problem, examples
+from lorasuite.errors import Problem
 
 #: What an adapter is written as; a DoRA stays one.
 OutputType = Literal["lora", "adalora"]
@@ -21,8 +21,8 @@ UNDERSTOOD = {
     "ensure_weight_tying", "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights",
     "layers_pattern", "layers_to_transform", "loftq_config", "lora_alpha", "lora_dropout", "lora_ga_config",
     "megatron_core", "modules_to_save", "peft_type", "peft_version", "qalora_group_size", "r",
-    "rank_pattern", "revision", "runtime_config", "target_modules", "task_type", "trainable_token_indices", "use_dora",
-    "use_rslora", "velora_config",
+    "rank_pattern", "revision", "runtime_config", "target_modules", "target_parameters", "task_type",
+    "trainable_token_indices", "use_dora", "use_rslora", "velora_config",
 }  # fmt: skip
 #: LoRA fields that are known, and refused where they are set.
 REFUSED_FIELDS = {
@@ -33,12 +33,11 @@ REFUSED_FIELDS = {
     "lora_bias": "adds a bias to each update, which no LoRA without one can hold",
     "megatron_config": "belongs to a model split by Megatron",
     "monteclora_config": "learns a distribution of updates, not one",
-    "target_parameters": "updates parameters that are no linear modules, such as fused experts",
     "use_bdlora": "makes the factors block-diagonal, which the file does not show",
     "use_qalora": "pools each input in groups before the update",
 }
 #: The training schedule of AdaLoRA, and what it inherits from LoRA.
-ADALORA_UNDERSTOOD = UNDERSTOOD - {"use_dora", "trainable_token_indices", "modules_to_save"} | {
+ADALORA_UNDERSTOOD = UNDERSTOOD - {"use_dora", "target_parameters", "trainable_token_indices", "modules_to_save"} | {
     "target_r", "init_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step",
 }  # fmt: skip
 
@@ -104,6 +103,12 @@ def needs_weights(config: Mapping[str, Any]) -> bool:
     return kind in WEIGHTED or (kind == "MISS" and config.get("init_weights") == "bat")
 
 
+def changes_base(config: Mapping[str, Any]) -> bool:
+    """Whether its initialisation changed the base's weights before training."""
+    init = config.get("init_lora_weights")
+    return isinstance(init, str) and bool(CHANGES_BASE.search(init))
+
+
 def config_problems(config: Mapping[str, Any], where: str, initial: bool = False) -> list[Problem]:
     """Everything in an adapter config that is not migrated, by field.
 
@@ -127,7 +132,7 @@ def config_problems(config: Mapping[str, Any], where: str, initial: bool = False
             problems.append(Problem(f"{where}: {name}", f"is {value!r}", "It must be a positive number."))
     understood = UNDERSTOOD if kind == "LORA" else ADALORA_UNDERSTOOD
     problems += [
-        Problem(f"{where}: {name}", REFUSED_FIELDS[name], _instead(name, value))
+        Problem(f"{where}: {name}", REFUSED_FIELDS[name], "Train without it.")
         if name in REFUSED_FIELDS
         else _not_understood(where, name, value)
         for name, value in _given(config)
@@ -159,17 +164,6 @@ def config_problems(config: Mapping[str, Any], where: str, initial: bool = False
 def _given(config: Mapping[str, Any]) -> list[tuple[str, Any]]:
     """The fields that are set: neither empty nor false."""
     return [(name, value) for name, value in config.items() if value not in (None, False, {}, [], "", "none")]
-
-
-def _instead(name: str, value: Any) -> str:
-    """What to do in place of an adapter with a field that is refused."""
-    if name != "target_parameters":
-        return "Train without it."
-    named = [value] if isinstance(value, str) else list(map(str, value))
-    return (
-        f"It names {len(named)} of them ({examples(named)}). Train linear modules alone (attention), or fine-tune a "
-        "fresh adapter of the new base on what the old base writes with this one."
-    )
 
 
 def _not_understood(where: str, name: str, value: Any) -> Problem:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 #: Rows of an embedding that are compared at a time.
 CHUNK = 8192
 NEVER_TRAINED = "never trained: the update is zero (and outside the language model's blocks)"
+DORA_OF_PARAMETERS = "PEFT adapts it as a parameter, which it cannot with DoRA: the old base runs without it, too"
 
 
 @dataclass
@@ -28,11 +29,17 @@ class LeftOut:
 
     rows: list[tuple[str, str]] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
+    whole: list[str] = field(default_factory=list)
+
+    def leave(self, module: str, why: str) -> None:
+        """Leave out a module as a whole."""
+        self.rows.append((module, why))
+        self.whole.append(module)
 
     @property
     def modules(self) -> set[str]:
         """The modules that are left out as a whole."""
-        return {module for module, why in self.rows if why == NEVER_TRAINED}
+        return set(self.whole)
 
 
 @lru_cache(maxsize=32)
@@ -47,10 +54,16 @@ def left_out(adapter: Adapter, base: Checkpoint) -> LeftOut:
         CheckpointError: if the base's embedding cannot be read.
     """
     found = LeftOut()
+    known = base.architecture
     for path, update in adapter.contents.updates.items():
-        outside = base.architecture.locate(path) is None and vocabulary_side(base.architecture, path) is None
+        expert = known.locate_expert(path) is not None
+        outside = not expert and known.locate(path) is None and vocabulary_side(known, path) is None
         if outside and update.stored and not all(bool(factor.any()) for factor in update.read(None)):
-            found.rows.append((path, NEVER_TRAINED))
+            found.leave(path, NEVER_TRAINED)
+        elif outside and not known.adapted(path):
+            found.leave(path, f"{known.refusal(path)}: the old base runs without it, too")
+        elif adapter.contents.magnitudes and (expert or (outside and known.as_parameter(path))):
+            found.leave(path, DORA_OF_PARAMETERS)
     found.rows += [
         (path, "the frozen copy of a module that was trained as a whole") for path in adapter.contents.frozen
     ]

@@ -15,7 +15,8 @@ from torch import Tensor
 from lorasuite.adapters._base_modules import base_weight
 from lorasuite.adapters._contents import BiasChange, Contents, Read, Update
 from lorasuite.adapters._files import CONFIG, PREFIX, WEIGHTS, Tensors, initial_adapter
-from lorasuite.adapters._kinds import CHANGES_BASE
+from lorasuite.adapters._kinds import changes_base
+from lorasuite.adapters._stacked import Parameter, parameter_of, split
 from lorasuite.bases import Checkpoint, read_json
 from lorasuite.errors import Problem
 
@@ -71,7 +72,16 @@ def read_lora(folder: Path, config: Mapping[str, Any], weights: Tensors) -> Read
         what = f"holds {len(strange)} tensors that are not LoRA factors, such as {strange[0]}"
         problems.append(Problem(where, what, "Only LoRA updates of linear modules and embeddings are migrated."))
     updates: dict[str, Update] = {}
+    targets = [str(name) for name in config.get("target_parameters") or ()]
     for module, names in sorted([*linear.items(), *embedded.items()]):
+        parameter = parameter_of(module, targets) if targets and module in linear else None
+        if parameter is not None and len(names) == 2:
+            experts = _experts(parameter, names, config, weights)
+            if isinstance(experts, Problem):
+                problems.append(experts)
+            else:
+                updates |= experts
+            continue
         found = _update(module, names, module in embedded, config, weights)
         if isinstance(found, Problem):
             problems.append(found)
@@ -81,9 +91,8 @@ def read_lora(folder: Path, config: Mapping[str, Any], weights: Tensors) -> Read
         problems += _dora_problems(str(folder / CONFIG), updates, embedded, magnitudes)
     if not updates and not problems:
         problems.append(Problem(where, "holds no LoRA factors", "There is nothing to migrate."))
-    init = config.get("init_lora_weights")
-    if not problems and isinstance(init, str) and CHANGES_BASE.search(init):
-        undone = _undo_initialisation(folder, init.lower(), updates)
+    if not problems and changes_base(config):
+        undone = _undo_initialisation(folder, str(config["init_lora_weights"]).lower(), updates)
         updates, problems = ({}, undone) if isinstance(undone, list) else (undone, [])
     return Contents(updates, magnitudes, biases, saved, tokens, copies, tuple(dict.fromkeys(frozen))), problems
 
@@ -120,6 +129,28 @@ def _update(
     sizes = shapes[names["B"]][0], shapes[names["A"]][1]
     shape = (sizes[1], sizes[0]) if embedding else sizes
     return Update(ranks[0], scaling(config, module, ranks[0]), shape, read)
+
+
+def _experts(
+    parameter: Parameter, names: Mapping[str, str], config: Mapping[str, Any], weights: Tensors
+) -> dict[str, Update] | Problem:
+    """The updates of a parameter's experts, one by one; of a matrix the one there is, by its module's name."""
+    from peft.utils.other import get_pattern_key
+
+    ranks = config.get("rank_pattern") or {}
+    rank = ranks.get(get_pattern_key(list(ranks), parameter.path), config["r"])
+    a, b = weights.shapes[names["A"]], weights.shapes[names["B"]]
+    if len(a) != 2 or len(b) != 2 or a[0] != b[1] or not a[0] or a[0] % rank:
+        what = f"{parameter.path} has factors of sizes {b} and {a}, and the config says rank {rank}"
+        return Problem(str(weights.file), what, "The file is damaged, or is not of its config.")
+    count, own = a[0] // rank, scaling(config, parameter.path, rank)
+    read = split(lambda: weights.tensor(names["A"]), lambda: weights.tensor(names["B"]), count)
+    if count == 1 and parameter.name == "weight":
+        return {parameter.container: Update(rank, own, (b[0], a[1]), lambda _: read(0))}
+    return {
+        parameter.expert(n): Update(rank, own, (b[0], a[1]), lambda _, n=n: read(n))  # type: ignore[misc]
+        for n in range(count)
+    }
 
 
 def _dora_problems(

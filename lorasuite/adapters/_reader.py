@@ -15,10 +15,10 @@ from torch import Tensor
 from lorasuite.adapters._adalora_format import read_adalora
 from lorasuite.adapters._base_modules import vocabulary_shape, vocabulary_side
 from lorasuite.adapters._config_patterns import pattern_problems, unmatched
-from lorasuite.adapters._contents import Contents, Read
+from lorasuite.adapters._contents import Contents, Read, Update
 from lorasuite.adapters._delta_format import read_delta
 from lorasuite.adapters._files import CONFIG, PICKLE, PREFIX, WEIGHTS, Tensors, elsewhere, initial_adapter
-from lorasuite.adapters._kinds import ORDERED, config_problems, kind_of
+from lorasuite.adapters._kinds import ORDERED, changes_base, config_problems, kind_of
 from lorasuite.adapters._left_out import left_out
 from lorasuite.adapters._lora_format import read_lora
 from lorasuite.adapters._lowrank import LowRank
@@ -227,7 +227,12 @@ class Adapter:
                 continue
             if path in idle.modules:
                 continue
+            if checkpoint.architecture.locate_expert(path) is not None and kind_of(self.config) == "LORA":
+                problems += self._expert_problems(checkpoint, path, update)
+                continue
             located = checkpoint.architecture.locate(path)
+            if located is None and kind_of(self.config) == "LORA" and checkpoint.architecture.refusal(path):
+                continue  # the old base runs with it; it is dropped with the reason
             if located is None:
                 problems.append(
                     Problem(
@@ -276,6 +281,42 @@ class Adapter:
                 what = f"{path} has trained tokens that the old base does not have"
                 problems.append(Problem(f"{self.path / CONFIG}: trainable_token_indices", what, wrong_base))
         return problems
+
+    def _expert_problems(self, base: Checkpoint, path: str, update: Update) -> list[Problem]:
+        """Why an update of an expert does not fit a base model."""
+        located = base.architecture.locate_expert(path)
+        assert located is not None
+        layer, number, module = located
+        where, wrong_base = str(self.tensors.file), "The adapter was trained on another base: give that one."
+        dims = base.experts(layer) if layer < base.dims.layers else None
+        if dims is None or number >= base.expert_count:
+            return [Problem(where, f"{path} is not in the old base, which has no such expert", wrong_base)]
+        wanted = sum(dims.rows(role) for role in module.roles), dims.columns(module.roles[0])
+        if update.shape is not None and update.shape != wanted:
+            what = f"{path} updates a {update.shape} weight, the old base has {wanted}"
+            return [Problem(where, what, wrong_base)]
+        if changes_base(self.config):
+            what = "took factors out of the weights of experts before training, which is not undone"
+            return [Problem(f"{self.path / CONFIG}: init_lora_weights", what, "Train with another start.")]
+        return []
+
+    def experts(self, architecture: Architecture) -> dict[int, dict[int, dict[str, Module]]]:
+        """Its updates of experts: ``{layer: {expert: {path: module}}}``."""
+        found: dict[int, dict[int, dict[str, Module]]] = defaultdict(lambda: defaultdict(dict))
+        for path in self.modules:
+            located = architecture.locate_expert(path)
+            if located is not None:
+                found[located[0]][located[1]][path] = located[2]
+        return {layer: dict(sorted(experts.items())) for layer, experts in sorted(found.items())}
+
+    def refused(self, architecture: Architecture) -> dict[str, str]:
+        """Path → why, of its modules that the old base runs with and that no transform moves."""
+        outside = (path for path in self.modules if not architecture.locate(path))
+        return {
+            path: why
+            for path in outside
+            if not architecture.locate_expert(path) and (why := architecture.refusal(path))
+        }
 
     def roles(self, architecture: Architecture) -> tuple[Role, ...]:
         """The roles it updates in a base of that architecture."""

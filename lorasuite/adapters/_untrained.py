@@ -23,14 +23,18 @@ def fresh_lora(adapter: Path, architecture: Architecture) -> dict[str, Any]:
         CheckpointError, AdapterError: as :meth:`Adapter.open`.
     """
     opened = Adapter.open(adapter)
-    names = sorted({located[1].name for path in opened.modules if (located := architecture.locate(path))})
+    names = sorted({found[1].name for path in opened.modules if (found := architecture.locate(path))})
+    inside = architecture.experts.path if architecture.experts is not None else ""
+    parts = (architecture.locate_expert(path) for path in opened.modules)
+    experts = {f"{inside}.{part[2].name}" for part in parts if part is not None}
     return {
-        "r": opened.rank,
+        "r": opened.config["r"] if experts else opened.rank,
         "lora_alpha": opened.config["lora_alpha"],
         "use_rslora": bool(opened.config.get("use_rslora")),
         "use_dora": bool(opened.config.get("use_dora")),
         "fan_in_fan_out": fan_in_fan_out(architecture),
         "target_modules": _everywhere(names, architecture),
+        **({"target_parameters": sorted(experts)} if experts else {}),
     }
 
 
@@ -71,7 +75,7 @@ def untrained(
 
 def _everywhere(names: Sequence[str], architecture: Architecture) -> list[str] | str:
     """PEFT's ``target_modules`` for block modules of every layer."""
-    if not architecture.text_config:
+    if not architecture.text_config or not names:
         return list(names)
     # A name alone would match a vision tower's modules, too: PEFT takes one string as a pattern of whole paths.
     return rf"{re.escape(architecture.layers)}\.\d+\.({'|'.join(map(re.escape, names))})"

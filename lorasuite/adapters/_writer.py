@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from lorasuite.adapters._base_modules import vocabulary_side
 from lorasuite.adapters._files import CONFIG, PREFIX, WEIGHTS, Tensors
 from lorasuite.adapters._kinds import OutputType, kind_of
 from lorasuite.adapters._lowrank import LowRank
+from lorasuite.adapters._stacked import by_parameter, patterns, stack, tensor_names
 from lorasuite.bases import Architecture, Dimensions, auto_class
 from lorasuite.errors import AdapterError, Problem
 
@@ -68,15 +69,17 @@ def write_adapter(
     extra: Mapping[str, tuple[Tensor, Tensor]] | None = None,
     extras: Extras | None = None,
     output_type: OutputType = "lora",
+    experts: int = 0,
 ) -> Path:
     """Write updates as a PEFT adapter directory.
 
     Args:
         updates: module path → update ``(out, in)``, of an embedding ``(V, d)``, cut to ``rank``; the scaling is divided
-            out of the factors.
+            out of the factors. Those of experts (``…experts.3.down_proj``) are stacked, and may be of a higher rank.
         extra: module path → ``(B, A)`` to store as they are (fresh initialisations of layers without a partner).
         extras: what lies beside the updates.
         output_type: ``adalora`` writes each update as its SVD, every module with the rank it has.
+        experts: how many a layer of the base has, where some have updates.
 
     Raises:
         AdapterError: if every update is zero (an adapter that does nothing), or one holds NaN or Inf, or the output
@@ -94,17 +97,29 @@ def write_adapter(
     if output_type == "adalora":
         outside = [path for path in updates if vocabulary_side(architecture, path)]
         problems += not_in_adalora(outside or beside.saved or beside.tokens, beside.magnitudes, beside.biases)
+        problems += not_of_experts(updates, architecture)
     if problems:
         raise AdapterError(problems)
+    stacked = by_parameter(updates, architecture)
+    updates = {path: update for path, update in updates.items() if architecture.locate_expert(path) is None}
     if output_type == "adalora":
         tensors, own = _adalora_tensors(updates, fresh, rank, alpha)
     else:
         scaling = alpha / math.sqrt(rank) if use_rslora else alpha / rank
         tensors = {**beside.tensors(), **_lora_tensors(updates, fresh, rank, scaling, architecture)}
-        own = {"r": rank, "use_rslora": use_rslora, **beside.settings()}
+        ranks = {path: max(rank, *(part.rank for part in parts.values())) for path, parts in stacked.items()}
+        for path, parts in stacked.items():
+            roots = {number: part.scaled(1 / scaling) for number, part in parts.items()}
+            names = (PREFIX + name for name in tensor_names(list(stacked), path))
+            values = (value.float().contiguous() for value in stack(roots, experts, ranks[path]))
+            tensors |= dict(zip(names, values, strict=True))
+        own = {"r": rank, "use_rslora": use_rslora, **beside.settings(), **patterns(ranks, rank, alpha, use_rslora)}
     from peft import AdaLoraConfig, LoraConfig, TaskType
 
-    targets, layers = target_modules(sorted([*updates, *fresh]), architecture, dims)
+    weights = [path for path in updates if architecture.as_parameter(path)]
+    if stacked or weights:
+        own["target_parameters"] = sorted([*stacked, *(f"{path}.weight" for path in weights)])
+    targets, layers = target_modules(sorted({*updates, *fresh} - {*weights}), architecture, dims)
     config = (AdaLoraConfig if output_type == "adalora" else LoraConfig)(
         lora_alpha=alpha if alpha != int(alpha) else int(alpha),
         target_modules=targets,
@@ -187,6 +202,13 @@ def _adalora_tensors(
     return tensors, {"init_r": rank, "target_r": mean, "total_step": 1, "rank_pattern": pattern}
 
 
+def not_of_experts(updates: Iterable[str], architecture: Architecture) -> list[Problem]:
+    """Why updates cannot be written as AdaLoRA, where some are of experts: PEFT's adapts no parameters."""
+    if not any(architecture.locate_expert(path) for path in updates):
+        return []
+    return [Problem("output_type", "AdaLoRA has no place for updates of experts", "Use --output-type lora.")]
+
+
 def fan_in_fan_out(architecture: Architecture) -> bool:
     """Whether its weights are stored ``(in, out)``, which PEFT asks to be told."""
     return any(module.transposed for module in architecture.modules)
@@ -213,6 +235,8 @@ def target_modules(
             return sorted(paths), None
         leaf = located[1].name.rsplit(".", 1)[-1]
         by_layer[located[0]].add(leaf if leaves.count(leaf) == 1 else located[1].name)
+    if not by_layer and not embeddings:
+        return [], None  # of experts alone
     kinds = {frozenset(names) for names in by_layer.values()}
     covered = sorted(by_layer)
     everywhere = covered == list(range(dims.layers))

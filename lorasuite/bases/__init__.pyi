@@ -1,4 +1,4 @@
-from ._architecture import ATTENTION, MLP, ROLES, Architecture, Dimensions, Module, Role, StandardRole, in_order
+from ._architecture import Architecture, in_order
 from ._architecture_files import BUILT_IN, add_architectures, architecture_for, architectures, load
 from ._cache import ModelCache, loaded_model, model_cache, release_models
 from ._checkpoint import Checkpoint
@@ -6,6 +6,7 @@ from ._digests import check_finite, digest_json, file_digest, fingerprint_model,
 from ._files import Weights, read_json, resolve
 from ._loading import auto_class, load_model, load_tokenizer, module_order, placed
 from ._meter import METER
+from ._modules import ATTENTION, DOWN, GATE_UP, MLP, ROLES, Dimensions, Module, Role, StandardRole
 from ._pairing import Batch, TextBatch, length_batches, paired_positions, text_batches, unpaired
 from ._paths import is_directory, is_file
 from ._proposal import propose
@@ -18,6 +19,8 @@ from ._yaml import check_aliases, read_yaml
 __all__ = [
     "ATTENTION",
     "BUILT_IN",
+    "DOWN",
+    "GATE_UP",
     "METER",
     "MLP",
     "ROLES",

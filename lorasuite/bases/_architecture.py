@@ -7,93 +7,26 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal, get_args
+from dataclasses import asdict, fields, replace
+from functools import lru_cache
+from typing import Any
 
-import torch
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
-from torch import Tensor
+from pydantic import Field, field_validator, model_validator
 
+from lorasuite.bases._modules import ROLES, Dimensions, Experts, Measured, Module, Role, Sources, Strict
 from lorasuite.errors import ArchitectureError, Problem
-
-#: The projections of a transformer block that most families have: softmax attention's and the MLP's.
-StandardRole = Literal["q", "k", "v", "o", "gate", "up", "down"]
-#: What a projection does in a block, whatever a family calls it: a standard role, or one that an architecture file
-#: names itself (``linear_qkv``, ``kv_latent``). Two families that use one name mean the same by it.
-Role = str
-ROLES: tuple[Role, ...] = get_args(StandardRole)
-ATTENTION: tuple[Role, ...] = ("q", "k", "v", "o")
-MLP: tuple[Role, ...] = ("gate", "up", "down")
-
-#: How several roles share one weight, along its output axis:
-#: ``plain`` one role; ``interleaved`` head by head (q₀ k₀ v₀ q₁ k₁ v₁ …); ``stacked`` role after role.
-Layout = Literal["plain", "interleaved", "stacked"]
-
-
-#: Numbers that can be read from the shapes of a layer's weights.
-Measured = Literal["head_dim", "kv_heads", "intermediate_size"]
-
-
-@dataclass(frozen=True)
-class Dimensions:
-    """The numbers by which two bases differ (the paper's upgrade factors, section 2.1), and the head size.
-
-    ``own`` has ``(role, out, in)`` of the roles of one layer that are no standard ones, as its checkpoint has them.
-    """
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    own: tuple[tuple[Role, int, int], ...] = ()
-
-    @property
-    def attention(self) -> str:
-        """``MHA``, ``GQA`` or ``MQA``."""
-        if self.kv_heads == self.heads:
-            return "MHA"
-        return "MQA" if self.kv_heads == 1 else "GQA"
-
-    @property
-    def group(self) -> int:
-        """Query heads that share one key/value head."""
-        return self.heads // self.kv_heads
-
-    def rows(self, role: Role) -> int:
-        """Output features of a role's weight."""
-        own = next((out for name, out, _ in self.own if name == role), None)
-        if own is not None:
-            return own
-        return {
-            "q": self.heads * self.head_dim,
-            "k": self.kv_heads * self.head_dim,
-            "v": self.kv_heads * self.head_dim,
-            "o": self.hidden_size,
-            "gate": self.intermediate_size,
-            "up": self.intermediate_size,
-            "down": self.hidden_size,
-        }[role]
-
-    def columns(self, role: Role) -> int:
-        """Input features of a role's weight."""
-        own = next((inside for name, _, inside in self.own if name == role), None)
-        if own is not None:
-            return own
-        return {"o": self.heads * self.head_dim, "down": self.intermediate_size}.get(role, self.hidden_size)
-
 
 #: Reasons of :attr:`Architecture.refused` that several families have, by the word that stands for each.
 REASONS = {
     "router": "a router's outputs number the experts of its own base",
-    "experts": (
-        "expert weights are not mapped: one expert of the old base has no known counterpart among the new base's (and "
-        "transformers 5 keeps the experts of a layer as one 3-D parameter, not as linear modules). Train it without "
-        "its experts, or fine-tune a fresh adapter of the new base on what the old base writes with this one."
-    ),
+    "experts": "the experts of this family are not mapped, for its architecture file does not describe them",
+    "dense": "PEFT takes gate_proj, up_proj and down_proj of this family for its experts",
+    "state_space": "PEFT adapts no output projection of a state space in this family",
 }
+#: Those of modules that PEFT adapts as parameters and not as linear modules.
+AS_PARAMETERS = ("router", "dense")
+#: Those of modules that PEFT does not adapt at all.
+NOT_BY_PEFT = ("state_space",)
 
 #: What the names of a language model's modules begin with: in its own class, in multimodal ones (from transformers 4.52
 #: on, and before), and in the bare stack of blocks. Checkpoints and adapters may have any of them.
@@ -105,81 +38,7 @@ HEADS = ("lm_head", "language_model.lm_head", "model.lm_head")
 NUMBERS = tuple(f.name for f in fields(Dimensions) if f.name != "own")
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Multiple(_Strict):
-    """A number the config leaves out: ``times · of ** power`` of another field (Bloom's 4·hidden MLP)."""
-
-    of: str
-    times: float = 1.0
-    power: float = 1.0
-
-    def __str__(self) -> str:
-        """As messages show it: ``4·hidden_size``."""
-        return f"{self.times:g}·{self.of}" + (f"^{self.power:g}" if self.power != 1 else "")
-
-
-#: Where a number is found: config keys, or multiples of other numbers, tried in order.
-Sources = tuple[str | Multiple, ...]
-
-
-class Module(_Strict):
-    """One linear module of a block: its path below the layer, the roles it holds and how they share its rows.
-
-    ``transposed``: the weight is stored ``(in, out)``, as transformers' ``Conv1D`` does.
-    ``roles``: standard ones, or at most one of the family's own, whose size is what the checkpoint leaves for it.
-    ``optional``: only some layers have it (attention among linear attention, dense layers among mixtures of experts);
-    the checkpoint says which. ``apart``: it may be absent where other optional ones below its parent are not.
-    ``intermediate_size``: where the config keeps this module's own MLP width, if it is not the family's.
-    """
-
-    name: str
-    roles: tuple[Role, ...] = Field(min_length=1)
-    layout: Layout = "plain"
-    transposed: bool = False
-    optional: bool = False
-    apart: bool = False
-    intermediate_size: Sources = ()
-
-    @model_validator(mode="after")
-    def _layout_fits(self) -> Module:
-        if (self.layout == "plain") != (len(self.roles) == 1):
-            raise ValueError(f"module {self.name}: layout {self.layout!r} does not fit roles {self.roles}")
-        if len(self.own_roles) > 1:
-            raise ValueError(f"module {self.name}: {' and '.join(self.own_roles)} are both no standard roles")
-        return self
-
-    @property
-    def own_roles(self) -> tuple[Role, ...]:
-        """Its roles that are no standard ones: one at most."""
-        return tuple(role for role in self.roles if role not in ROLES)
-
-    def split(self, rows: Tensor, dims: Dimensions) -> dict[Role, Tensor]:
-        """Split a fused weight ``(out, in)``, bias ``(out,)`` or factor ``B (out, r)`` into its roles (views)."""
-        if self.layout == "plain":
-            return {self.roles[0]: rows}
-        if self.layout == "interleaved":
-            e = dims.head_dim
-            blocks = rows.reshape(dims.heads, len(self.roles), e, *rows.shape[1:])
-            return {role: blocks[:, n].reshape(dims.heads * e, *rows.shape[1:]) for n, role in enumerate(self.roles)}
-        parts = rows.split([dims.rows(role) for role in self.roles])
-        return dict(zip(self.roles, parts, strict=True))
-
-    def fuse(self, parts: Mapping[Role, Tensor], dims: Dimensions) -> Tensor:
-        """The inverse of :meth:`split`: every role of the module must be given."""
-        if self.layout == "plain":
-            return parts[self.roles[0]]
-        ordered = [parts[role] for role in self.roles]
-        if self.layout == "interleaved":
-            tail = ordered[0].shape[1:]
-            heads = [part.reshape(dims.heads, dims.head_dim, *tail) for part in ordered]
-            return torch.stack(heads, 1).reshape(dims.heads * len(self.roles) * dims.head_dim, *tail)
-        return torch.cat(ordered)
-
-
-class Architecture(_Strict):
+class Architecture(Strict):
     """One family: where its config keeps each number and what its modules are called.
 
     Names are those of the model that transformers builds, as PEFT writes them.
@@ -192,7 +51,7 @@ class Architecture(_Strict):
     ``embedding_scale`` is the factor, if any, between the embedding's rows and what the first block reads.
     ``aliases`` maps the start of a name to what checkpoints or adapters may write instead.
     ``refused`` maps the start of a module's name below the layer to why an adapter of it is not migrated: a sentence,
-    or a word of :data:`REASONS`.
+    or a word of :data:`REASONS`. ``experts`` describes those of a mixture.
     """
 
     family: str
@@ -209,6 +68,7 @@ class Architecture(_Strict):
     own_roles: dict[Role, str] = {}
     aliases: dict[str, tuple[str, ...]] = {}
     refused: dict[str, str] = {}
+    experts: Experts | None = None
     notes: str = ""
 
     @field_validator("config")
@@ -272,18 +132,39 @@ class Architecture(_Strict):
         module = found and next((m for m in self.modules if m.name == found[1]), None)
         return (found[0], module) if found and module else None
 
+    def locate_expert(self, path: str) -> tuple[int, int, Module] | None:
+        """The layer, the expert and the module of a full path below a layer's experts, or None for another one."""
+        found = self._split(path) if self.experts is not None else None
+        inside = found and self.experts and self.experts.locate(found[1])
+        return (found[0], *inside) if found and inside else None
+
+    def expert_path(self, layer: int, expert: int, module: Module) -> str:
+        """What updates of one expert's part of a fused parameter are called: ``…mlp.experts.3.gate_up_proj``."""
+        assert self.experts is not None
+        return f"{self.layers}.{layer}.{self.experts.path}.{expert}.{module.name}"
+
     def refusal(self, path: str) -> str:
         """Why the file says that updates of this module are not migrated; empty if it does not name it."""
+        why = self._refused(path)
+        return REASONS.get(why, why)
+
+    def as_parameter(self, path: str) -> bool:
+        """Whether PEFT adapts a module that is not migrated as a parameter, and not as a linear module."""
+        return self._refused(path) in AS_PARAMETERS
+
+    def adapted(self, path: str) -> bool:
+        """Whether PEFT adapts a module at all."""
+        return self._refused(path) not in NOT_BY_PEFT
+
+    def _refused(self, path: str) -> str:
         found = self._split(path)
         if found is None:
             return ""
-        why = next((why for start, why in self.refused.items() if f"{found[1]}.".startswith(f"{start}.")), "")
-        return REASONS.get(why, why)
+        return next((why for start, why in self.refused.items() if f"{found[1]}.".startswith(f"{start}.")), "")
 
     def _split(self, path: str) -> tuple[int, str] | None:
         """The layer and the name below it, of a path under any of the layer stack's names."""
-        stacks = dict.fromkeys(self.names(self.layers + "."))
-        match = next((m for stack in stacks if (m := re.fullmatch(re.escape(stack) + r"(\d+)\.(.+)", path))), None)
+        match = _below(tuple(dict.fromkeys(self.names(self.layers + ".")))).fullmatch(path)
         return None if match is None else (int(match[1]), match[2])
 
     def settings(self, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -305,6 +186,14 @@ class Architecture(_Strict):
         sources = (*own, *self.config["intermediate_size"])
         width = _number(sources, {**asdict(dims), **self.settings(config)}, layer)
         return dims if width is None else replace(dims, intermediate_size=int(width))
+
+    def expert_numbers(self, config: Mapping[str, Any]) -> tuple[int, int]:
+        """How many experts a layer has, and the width of each; 0 where the family has none, or its config lacks one."""
+        if self.experts is None:
+            return 0, 0
+        settings = self.settings(config)
+        count, width = (_number(it, settings) for it in (self.experts.count, self.experts.intermediate_size))
+        return int(count or 0), int(width or 0)
 
     def dimensions(self, config: Mapping[str, Any], where: str = "config.json") -> Dimensions:
         """Read the numbers from a model's config.
@@ -354,6 +243,12 @@ def in_order(roles: Iterable[Role]) -> tuple[Role, ...]:
     """Roles once each: the standard ones in their order, then the others as they come."""
     found = dict.fromkeys(roles)
     return (*(role for role in ROLES if role in found), *(role for role in found if role not in ROLES))
+
+
+@lru_cache(maxsize=64)
+def _below(stacks: tuple[str, ...]) -> re.Pattern[str]:
+    """The number of a layer and the name below it, behind any of a layer stack's names."""
+    return re.compile(rf"(?:{'|'.join(map(re.escape, stacks))})(\d+)\.(.+)")
 
 
 def _number(sources: Sources, settings: Mapping[str, Any], layer: int = 0) -> float | None:

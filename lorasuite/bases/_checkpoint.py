@@ -7,12 +7,14 @@ from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
-from lorasuite.bases._architecture import Architecture, Dimensions, Module, Role, in_order
+from lorasuite.bases._architecture import Architecture, in_order
 from lorasuite.bases._architecture_files import architecture_for
 from lorasuite.bases._files import DAMAGED, Weights, is_finite, missing, open_safetensors
 from lorasuite.bases._meter import METER
+from lorasuite.bases._modules import DOWN, GATE_UP, Dimensions, Module, Role
 from lorasuite.bases._quantized import declared
 from lorasuite.errors import CheckpointError, Problem
 
@@ -184,6 +186,58 @@ class Checkpoint(Weights):
                         shared = part.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
                         found[role] = part if shared else METER.watch(part)
         return found
+
+    @property
+    def expert_count(self) -> int:
+        """How many experts a layer of its mixtures has; 0 where the architecture file describes none."""
+        return self.architecture.expert_numbers(self.config)[0]
+
+    @cached_property
+    def has_experts(self) -> bool:
+        """Whether any layer has experts that the architecture file describes."""
+        return any(self.experts(layer) is not None for layer in range(self.dims.layers))
+
+    def experts(self, layer: int) -> Dimensions | None:
+        """The dimensions of one expert of a layer, whose MLP has a width of its own; None where it has no experts."""
+        count, width = self.architecture.expert_numbers(self.config)
+        known = self.architecture.experts
+        if not count or not width or known is None:
+            return None
+        names = [*(known.names[role] for role in known.names), GATE_UP.name]
+        if not any(self._expert_tensor(layer, 0, name) for name in names):
+            return None
+        return replace(self.layer_dims(layer), intermediate_size=width)
+
+    def expert(self, layer: int, number: int, roles: tuple[Role, ...]) -> dict[Role, Tensor]:
+        """The weights of some roles of one expert, each ``(out, in)`` float32, however the checkpoint stores them.
+
+        Raises:
+            CheckpointError: if one is missing, or holds NaN or Inf.
+        """
+        known, found = self.architecture.experts, dict[Role, Tensor]()
+        dims = self.experts(layer)
+        assert known is not None and dims is not None
+        for role, name in known.names.items():
+            if role not in roles:
+                continue
+            if (own := self._expert_tensor(layer, number, name)) and f".{number}." in own:
+                found[role] = self.tensor(own)
+                continue
+            module = DOWN if role == "down" else GATE_UP
+            stored = self._expert_tensor(layer, number, module.name)
+            if stored is None:
+                raise CheckpointError(self._missing(self.architecture.expert_path(layer, number, module)))
+            whole = self.tensor(stored, torch.tensor([number]))[0]
+            found[role] = module.split(whole, dims)[role]
+        return found
+
+    def _expert_tensor(self, layer: int, number: int, name: str) -> str | None:
+        """What holds a projection of an expert: its own weight, or the 3-D parameter of all; None where nothing does."""
+        known = self.architecture.experts
+        assert known is not None
+        places = [f"{self.architecture.layers}.{layer}.{place}" for place in (known.path, *known.others)]
+        one = (found for place in places if (found := self.find(f"{place}.{number}.{name}.weight")))
+        return next(one, None) or next((found for place in places if (found := self.find(f"{place}.{name}"))), None)
 
     def embedding(self, ids: Tensor | None = None) -> Tensor:
         """The input embedding ``(V, d)`` as the first block reads it, with the family's scale; float32.

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorasuite.bases._architecture import Architecture, Dimensions, Module
+from lorasuite.bases._architecture import Architecture
 from lorasuite.bases._checkpoint import Checkpoint
+from lorasuite.bases._modules import Dimensions, Module
 
 #: Where activations are recorded: the layer; ``"block"``, the name of a module, a role or ``"head"``; ``"in"`` for what
 #: is read there and ``"out"`` for what is written.

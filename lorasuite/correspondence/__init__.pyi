@@ -1,5 +1,6 @@
 from ._activations import hidden_states
 from ._alignment import AlignedMaps, SpaceMap, align, space_name
+from ._experts import ExpertMaps, align_experts, intermediate, match_experts
 from ._head_mapping import HeadMaps, head_similarity, heads, index_heads, map_heads, match_heads
 from ._layer_mapping import LayerMap, map_layers
 from ._moments import FUNCTIONAL, ORTHOGONAL, MapKind, Moments, polar
@@ -31,6 +32,7 @@ from ._transfer_matrix import (
     TransferMatrix,
     fit_transfer_matrix,
     mlp_factor,
+    mlp_factor_of,
     pack,
     pseudo_inverse,
     unpack,
@@ -48,6 +50,7 @@ __all__ = [
     "AffineMap",
     "AlignedMaps",
     "End",
+    "ExpertMaps",
     "HeadMaps",
     "LayerMap",
     "LayerMaps",
@@ -67,6 +70,7 @@ __all__ = [
     "TransferMatrix",
     "When",
     "align",
+    "align_experts",
     "cka",
     "fit_transfer_matrix",
     "grams",
@@ -74,15 +78,18 @@ __all__ = [
     "heads",
     "hidden_states",
     "hsic",
+    "intermediate",
     "index_heads",
     "layer_similarity",
     "learn_state_map",
     "least_squares",
     "map_heads",
     "map_layers",
+    "match_experts",
     "match_heads",
     "minibatch_cka",
     "mlp_factor",
+    "mlp_factor_of",
     "modules_of_roles",
     "pack",
     "polar",

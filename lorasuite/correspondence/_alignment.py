@@ -18,7 +18,7 @@ pass over 16,384 tokens takes 14 TFLOP a layer pair. In memory beside the two la
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -95,7 +95,7 @@ class SpaceMap:
 
 
 @dataclass
-class _Space:
+class Space:
     """One space of a layer pair on the way through the texts: sums, or the rows of the sampled positions."""
 
     kinds: Sequence[MapKind]
@@ -104,6 +104,7 @@ class _Space:
     sampled: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     def add(self, x: Float[Tensor, "n a"], y: Float[Tensor, "n b"], sample: Int64[Tensor, " m"]) -> None:
+        """Take in rows of the same positions; ``sample``: those of them that count in a wide space."""
         a, b = x.shape[1], y.shape[1]
         count = len(self.kinds)
         if count * a * b <= self.positions * (a + b) + count * min(self.positions, a) * min(self.positions, b):
@@ -194,14 +195,14 @@ def _pairs(
             for stream, layer in ((old, o), (new, n)):
                 while stream.layer < layer:
                     stream.advance()
-            spaces: dict[str, _Space] = {}
+            spaces: dict[str, Space] = {}
             with _by_role(bases[0], o) as reads, _by_role(bases[1], n) as also:
                 for number, (batch, sample) in enumerate(zip(batches, samples, strict=True)):
                     x = _read(old, reads, number, batch.old_rows, wanted)
                     y = _read(new, also, number, batch.new_rows, wanted)
                     for name in wanted:
                         if name in x and name in y:
-                            spaces.setdefault(name, _Space(wanted[name], positions)).add(x[name], y[name], sample)
+                            spaces.setdefault(name, Space(wanted[name], positions)).add(x[name], y[name], sample)
             for name in list(spaces):
                 found, sums = spaces.pop(name).finished()
                 for part, value in found.items():
@@ -267,10 +268,15 @@ class AlignedMaps:
         for one, names in self._parts:
             space = f"{layer}.{space_name(role, end, one.info['roles'])}"
             if f"{space}.{kind.name}" in names:
-                left, right = (
-                    one.tensor(f"{space}.{side}") if f"{space}.{side}" in names else None for side in ("left", "right")
-                )
-                scale = float(one.tensor(f"{space}.{kind.name}.scale"))
-                return SpaceMap(one.tensor(f"{space}.{kind.name}"), left, right, scale)
+                return read_map(one, names, space, kind)
         what = f"there is no such map of what {role} of layer {layer} {'reads' if end == 'in' else 'writes'}"
         raise ConfigError(Problem(f"map {kind.name!r}", what, "The transform must declare it among its `maps`."))
+
+
+def read_map(stored: Stored, names: Collection[str], space: str, kind: MapKind) -> SpaceMap:
+    """A map as :meth:`Space.finished` named its tensors, below the name of the space."""
+    left, right = (
+        stored.tensor(f"{space}.{side}") if f"{space}.{side}" in names else None for side in ("left", "right")
+    )
+    scale = float(stored.tensor(f"{space}.{kind.name}.scale"))
+    return SpaceMap(stored.tensor(f"{space}.{kind.name}"), left, right, scale)

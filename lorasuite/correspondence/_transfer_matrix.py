@@ -158,6 +158,16 @@ def mlp_factor(
     return least_squares(weight @ weight.T if role == "down" else weight.T @ weight)
 
 
+def mlp_factor_of(weight: Float[Tensor, "out in"], role: Role) -> Float64[Tensor, "d d"]:
+    """What :func:`mlp_factor` gives, of a weight whose intermediate size is the smaller one, as an expert's is.
+
+    Its Gram matrix of the hidden size is singular; the other one is not: ``(UᵀU)⁺ = U⁺·U⁺ᵀ`` with ``U⁺`` by a Cholesky
+    factor of the intermediate size.
+    """
+    inverse = pseudo_inverse(weight.double())
+    return inverse.T @ inverse if role == "down" else inverse @ inverse.T
+
+
 def pack(matrix: Float[Tensor, "d d"]) -> Tensor:
     """A symmetric matrix without its repeated half: ``(d/2, d + 1)`` for even ``d``, by two slices and a triangle.
 

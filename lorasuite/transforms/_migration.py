@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,10 +15,11 @@ from torch import Tensor
 
 from lorasuite.adapters import Adapter, Extras, LowRank, fuse_updates, split_update
 from lorasuite.bases import ATTENTION, MLP, Checkpoint, CommonTokens, Dimensions, Module, Role
-from lorasuite.correspondence import End, MapKind, SpaceMap, TransferMatrix, index_heads
-from lorasuite.errors import AdapterError, ConfigError, Problem
+from lorasuite.correspondence import End, ExpertMaps, MapKind, SpaceMap, TransferMatrix, index_heads
+from lorasuite.errors import AdapterError, ConfigError, Problem, examples
 from lorasuite.progress import Progress
 from lorasuite.transforms._embeddings import move_embeddings
+from lorasuite.transforms._experts import MovedExperts
 from lorasuite.transforms._magnitudes import bias_changes, move_rows, new_magnitudes, own_biases, relative_magnitudes
 from lorasuite.transforms._options import Unmapped
 from lorasuite.transforms._protocol import Input, LayerPair, LayerTransform, can_move
@@ -46,7 +48,7 @@ class Migrated:
         """What happened on the way, as JSON data."""
         return {
             "norms": self.norms(),
-            "retained_energy": self.retained,
+            "retained_energy": self.energies(),
             "dropped": self.dropped,
             "fresh": sorted(self.fresh),
             "carried": self.carried,
@@ -54,8 +56,36 @@ class Migrated:
         }
 
     def norms(self) -> dict[str, float]:
-        """‖ΔW‖ of each new module."""
-        return {path: update.norm() for path, update in self.updates.items()}
+        """‖ΔW‖ of each new module; of experts, of the 3-D parameter as a whole."""
+        found: dict[str, float] = {}
+        for path, update in self.updates.items():
+            whole = _of_all_experts(path)
+            found[whole] = math.hypot(found.get(whole, 0.0), update.norm())
+        return found
+
+    def energies(self) -> dict[str, float]:
+        """The retained share of each new module; of experts, the least of any."""
+        found: dict[str, float] = {}
+        for path, share in self.retained.items():
+            whole = _of_all_experts(path)
+            found[whole] = min(found.get(whole, 1.0), share)
+        return found
+
+
+def _of_all_experts(path: str) -> str:
+    """The path of an expert's update without the expert's number; any other as it is."""
+    return re.sub(r"\.experts\.\d+\.(\w+)$", r".experts.\1", path)
+
+
+def grouped_modules(refused: Mapping[str, str]) -> list[dict[str, str]]:
+    """Modules that no transform moves as entries of ``dropped``, one a reason: there may be thousands."""
+    found: dict[str, list[str]] = {}
+    for path, why in refused.items():
+        found.setdefault(why, []).append(path)
+    return [
+        {"module": paths[0] if len(paths) == 1 else f"{len(paths)} modules ({examples(paths)})", "why": why}
+        for why, paths in found.items()
+    ]
 
 
 def migrate(
@@ -69,6 +99,7 @@ def migrate(
     transfer: TransferMatrix,
     mlp_factor: Callable[[int, Role], Float64[Tensor, "d_o d_o"]],
     alignment: Callable[[int, Role, End, MapKind], SpaceMap] | None = None,
+    experts: ExpertMaps | None = None,
     rank: int,
     energy: float | None = None,
     unmapped: Unmapped = "freeze",
@@ -83,6 +114,7 @@ def migrate(
         heads: for each old layer, old → new query head; none for a pair of layers that do not both have attention.
         mlp_factor: gives :func:`lorasuite.correspondence.mlp_factor` of an old layer and role.
         alignment: gives a map of an old layer's role and end, for transforms that look at activations.
+        experts: matched experts and their maps; without them updates of experts are dropped.
         rank: output rank of every module.
         energy: instead of ``rank``, the smallest rank at which every module keeps this share of its ``‖ΔW‖²``.
         unmapped: what becomes of new layers without a partner: ``freeze`` leaves them out of the adapter (the paper's
@@ -98,11 +130,14 @@ def migrate(
         raise ConfigError(Problem("method", f"{method} fits whole models, not one layer", "Use its `fit`."))
     result = Migrated()
     by_layer = adapter.by_layer(old)
+    left = dict(adapter.left_out(old))
     result.dropped += [{"module": module, "why": why} for module, why in adapter.left_out(old)]
+    refused = adapter.refused(old.architecture)
+    result.dropped += grouped_modules({path: why for path, why in refused.items() if path not in left})
     covered: set[Role] = set()
 
-    def keep(path: str, update: LowRank) -> None:
-        cut = update.compress(rank) if energy is None else update.compress(energy=energy)
+    def keep(path: str, update: LowRank, parts: int = 1) -> None:
+        cut = update.compress(rank * parts) if energy is None else update.compress(energy=energy)
         result.updates[path], result.retained[path] = cut
 
     for done, (o, modules) in enumerate(by_layer.items(), 1):
@@ -139,6 +174,10 @@ def migrate(
         _move_rows_of_layer(adapter, result, modules, (old, o, old_dims), (new, n, new_dims), rows)
         if progress is not None:
             progress(done, len(by_layer))
+    moved_experts = MovedExperts(adapter, (old, new), chosen, transfer, experts)
+    for path, update, parts in moved_experts.move(layers):
+        keep(path, update, parts)
+    result.dropped += moved_experts.dropped
     embeddings = move_embeddings(adapter, old, new, common, transfer)
     for path, update in embeddings.updates.items():
         keep(path, update)

@@ -80,7 +80,7 @@ BLOCKS |= {
     **{key: [GATED, DELTA, under("mlp.shared_expert")] for key in ("qwen3_5_moe", "qwen3_5_moe_text")},
     **{
         key: [{r: LLAMA[r] for r in "qkvo"}]
-        for key in ("gpt_oss", "glm4_moe", "ernie4_5_moe", "exaone_moe", "hunyuan_v1_moe")
+        for key in ("gpt_oss", "glm4_moe", "ernie4_5_moe", "exaone_moe", "hunyuan_v1_moe", "olmoe")
     },
     **{
         key: [{**{r: LLAMA[r] for r in "qkvo"}, "gate up": "mlp.gate_up_proj", "down": "mlp.down_proj"}]
