@@ -17,6 +17,7 @@ from flows.context import Context
 from flows.pair import Pair
 from flows.teach import Rows
 from lorasuite.adapters import fresh_lora
+from lorasuite.errors import AdapterError, Problem
 from lorasuite.evaluation import Arm
 from lorasuite.planning import AUTO, MigrationConfig
 from lorasuite.reporting import NEW_START, OWN_ROWS_START
@@ -24,6 +25,7 @@ from lorasuite.training import NOTHING, Search, loss_order
 from tasks.folders import adapter_folder
 from tasks.stage import WORK, Ref
 from tasks.training_stages import screening, searching, selection
+from tasks.transform_stages import unmoved
 
 
 @dataclass
@@ -64,6 +66,8 @@ def choose_update(
     Returns:
         the choice, and every candidate by its method.
     """
+    if not methods:
+        return _nothing_moved(context, settings, source, rows), {}
     several = len(methods) > 1
     candidates = {
         method: migrated(context, pair, source, method, settings, rows=rows.all, label=method if several else None)
@@ -77,6 +81,24 @@ def choose_update(
     info = context.open(untrained).info
     best = next(entry["method"] for entry in info["candidates"] if entry["method"] != NOTHING)
     return Chosen(info["method"], candidates[best], untrained, info["candidates"]), candidates
+
+
+def _nothing_moved(context: Context, settings: MigrationConfig, source: Source, rows: Rows) -> Chosen:
+    """A fresh LoRA, into which the rows are trained: no transform can move any of the adapter.
+
+    Raises:
+        AdapterError: if there are no rows to train on.
+    """
+    if not rows.plan.fine_tunes:
+        why = rows.teacher["reason"] if rows.teacher is not None and rows.teacher.get("reason") else "there are none"
+        what = f"nothing of it can be moved to the new base, and there are no rows to train on ({why})"
+        raise AdapterError(Problem(settings.adapter, what, "Give --train-data, or prompts that the adapter knows."))
+    inputs = {"adapter": source.adapter, **{n: context.fingerprints[n] for n in ("old_model", "new_model")}}
+    made = context.run(unmoved, inputs, {"rank": source.lora["rank"], "seed": settings.seed}, paths=source.paths)
+    given = {**context.base("new"), "rows": rows.all, "transforms": {}, "unmoved": made}
+    cutoff = {"cutoff": settings.finetune.cutoff}
+    untrained = context.run(selection, given, cutoff, paths=context.base_path("new"))
+    return Chosen(NOTHING, made, untrained, context.open(untrained).info["candidates"])
 
 
 def fine_tunes(

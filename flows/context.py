@@ -30,7 +30,7 @@ from artifacts import (
 from lorasuite.adapters import OwnTokenizer, is_ready, open_adapters, write_ready
 from lorasuite.bases import Architecture, Checkpoint, LoadSettings, digest_json, resolve
 from lorasuite.data import Row, fingerprint_rows
-from lorasuite.errors import ConfigError, InputChanged, Problem, did_you_mean
+from lorasuite.errors import ConfigError, InputChanged, LoRASuiteError, Problem, did_you_mean
 from lorasuite.planning import MigrationConfig, torch_device
 from tasks.data import rows_files, texts_files
 from tasks.evaluation_stages import evaluation, serving, task_evaluation
@@ -42,7 +42,7 @@ from tasks.retries import DELAYS, retry_download
 from tasks.stage import Recorder, Ref, Stage, Where
 from tasks.teacher_stages import soft_labelling, teacher_worth, teaching, template_fit
 from tasks.training_stages import finetune, screening, selection, split
-from tasks.transform_stages import model_fit, transform
+from tasks.transform_stages import model_fit, transform, unmoved
 from tasks.unchanged import folder_stamp
 
 if not PREFECT_API_URL.value():  # the first thing that asks for a server will start one
@@ -56,6 +56,7 @@ STAGES: dict[str, Stage] = {
     for stage in (
         *PAIR_STAGES,
         transform,
+        unmoved,
         template_fit,
         teaching,
         teacher_worth,
@@ -151,6 +152,11 @@ class Context:
         """Both bases as the inputs ``old_model``, ``new_model``, ``old_tokenizer`` and ``new_tokenizer`` of a stage."""
         return dict(self.fingerprints)
 
+    def ready_adapter(self, side: str, source: str, allow_pickle: bool) -> Path:
+        """Where an adapter of one base, ``old`` or ``new``, lies as PEFT finds its modules: :func:`ready_adapter`."""
+        base = Checkpoint(self.where.path(f"{side}_base"))
+        return ready_adapter(source, base, self.fingerprints[f"{side}_model"], allow_pickle)
+
     def architecture(self, side: str) -> Architecture:
         """The family of one base, ``old`` or ``new``."""
         return Checkpoint(self.where.path(f"{side}_base")).architecture
@@ -221,35 +227,44 @@ def base_record(source: str, fingerprint: str) -> dict[str, Any]:
     return {"id": name, "name": name, "revision": revision or snapshot.name, "fingerprint": fingerprint}
 
 
-def adapter_directory(settings: MigrationConfig, old_model: str) -> Path:
-    """The directory of the adapter; of several, that of their sum, and of one whose modules PEFT would not find by
-    their names, that of a copy under the right ones. Those are kept in the store.
+def ready_adapter(source: str, base: Checkpoint, model: str, allow_pickle: bool = False) -> Path:
+    """The directory from which PEFT can put an adapter on its base: its own; of several, that of their sum; of one
+    whose modules PEFT would not find by their names, that of a copy under the right ones. Those are kept in the store.
 
     Args:
-        old_model: fingerprint of the old base.
+        model: fingerprint of the base.
 
     Raises:
         CheckpointError, AdapterError: if one of them cannot be read, or is no sum of updates.
     """
-    adapter = open_adapters(settings.adapter, settings.allow_pickle)
-    base = Checkpoint(settings.old_base)
+    adapter = open_adapters(source, allow_pickle)
     if is_ready(adapter, base):
         return adapter.path
     store = open_store(default_home(), default_remote())
-    inputs = {"adapters": adapter.fingerprint(), "old_model": old_model}
-    key = stage_key("combined", 1, {}, inputs)
+    inputs = {"adapters": adapter.fingerprint(), "old_model": model}
+    key = stage_key("combined", 2, {}, inputs)
     try:
         return adapter_folder(store.open(key))
     except ArtifactMissing:
         pass
     except ArtifactDamaged as error:
-        get_run_logger().warning("%s: it is written again, for %s", settings.adapter, error)
+        get_run_logger().warning("%s: it is written again, for %s", source, error)
     with tempfile.TemporaryDirectory() as folder:
         path = write_ready(adapter, base, Path(folder), ANY_BASE)
         if adapter.fingerprint() != inputs["adapters"]:
-            raise InputChanged(Problem(settings.adapter, "changed while it was read", "Run again."))
-        store.put(key, stage="combined", version=1, inputs=inputs, settings={}, files=folder_files(path))
+            raise InputChanged(Problem(source, "changed while it was read", "Run again."))
+        store.put(key, stage="combined", version=2, inputs=inputs, settings={}, files=folder_files(path))
     return adapter_folder(store.open(key))
+
+
+def attachable(source: str, base: Checkpoint, model: str) -> Path:
+    """As :func:`ready_adapter`, of any adapter that PEFT may know: where it is of no kind that is read here, or does
+    not fit its base, the directory as it is, of which PEFT then says what is wrong."""
+    try:
+        fits = not open_adapters(source).check(base)
+    except LoRASuiteError:
+        fits = False
+    return ready_adapter(source, base, model) if fits else resolve(source)
 
 
 def migration_context(settings: MigrationConfig, pair: str, refreshed: frozenset[str] = frozenset()) -> Context:
@@ -258,7 +273,8 @@ def migration_context(settings: MigrationConfig, pair: str, refreshed: frozenset
     paths = {"old_base": resolve(settings.old_base), "new_base": resolve(settings.new_base)}
     stamps = {str(path): folder_stamp(path) for path in (*paths.values(), *filter(None, settings.task_folders))}
     fingerprints = fingerprint_bases(home, paths["old_base"], paths["new_base"])
-    paths["adapter"] = adapter_directory(settings, fingerprints["old_model"])
+    base = Checkpoint(settings.old_base)
+    paths["adapter"] = ready_adapter(settings.adapter, base, fingerprints["old_model"], settings.allow_pickle)
     where = Where(
         home=home,
         device=torch_device(settings.device),

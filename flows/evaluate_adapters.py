@@ -13,7 +13,7 @@ from prefect import flow
 from prefect.logging.loggers import get_run_logger
 
 from artifacts import default_home
-from flows.context import Context, base_record, check_stages, fetch, tag_run, timings
+from flows.context import Context, attachable, base_record, check_stages, fetch, tag_run, timings
 from flows.measure import Asked, Measured
 from lorasuite.adapters import OwnTokenizer, own_tokenizer
 from lorasuite.bases import Checkpoint, LoadSettings, load_tokenizer, resolve
@@ -77,14 +77,14 @@ def evaluate_adapters(
     )
     context = Context(where, fingerprint_bases(where.home, path, path), refreshed)
     measured = Measured(context, Asked.of(context, options, checked.rows, tasks, eval_dir, include_path))
-    for notice in checked.notices:
-        get_run_logger().warning("%s", notice)
     named: dict[str, dict[str, str]] = {}
     with Recorder() as recorder:
         measured.measure(BARE, "new", own_tokenizer=checked.bare)
         for adapter in adapters:
-            folder = resolve(adapter)
-            name = folder.resolve().name
+            folder = attachable(adapter, Checkpoint(path), context.fingerprints["new_model"])
+            if folder != resolve(adapter):
+                checked.notices.append(f"{adapter}: PEFT does not find its modules by their names; a copy is measured")
+            name = resolve(adapter).resolve().name
             arm = name if name not in (BARE, *named) else f"{name}-{len(named) + 1}"
             own = checked.own.get(adapter)
             named[arm] = {
@@ -94,6 +94,8 @@ def evaluate_adapters(
                 "chat_template": "adapter" if own is not None and own.has_template else "base",
             }
             measured.measure(arm, "new", named[arm]["fingerprint"], {"adapter": folder}, own)
+    for notice in checked.notices:
+        get_run_logger().warning("%s", notice)
     record = {
         "base": base_record(base, context.fingerprints["new_model"]),
         "adapters": named,

@@ -166,11 +166,12 @@ class Lab:
         task = self.task(cell.task).config
         match cell.arm:
             case Arm.OLD_ADAPTER | Arm.RETRAINED:
-                ready = task.adapter if cell.arm == Arm.OLD_ADAPTER else task.retrained
+                old = cell.arm == Arm.OLD_ADAPTER
+                side, ready = ("old", task.adapter) if old else ("new", task.retrained)
                 if ready is not None:
-                    path = resolve(ready)
+                    path = self.steps.ready_adapter(side, ready, cell.settings.migration.allow_pickle)
                     return fingerprint_adapter(path, cell.settings.migration.allow_pickle), {"adapter": path}
-                return self.trained(cell, "old" if cell.arm == Arm.OLD_ADAPTER else "new"), {}
+                return self.trained(cell, side), {}
             case Arm.MIGRATED:
                 return self.migrated(cell), {}
             case Arm.SCRATCH:
@@ -254,7 +255,7 @@ class Lab:
         """The adapter to migrate."""
         settings, ready = cell.settings.migration, self.task(cell.task).config.adapter
         if ready is not None:
-            adapter = Adapter.open(resolve(ready), settings.allow_pickle)
+            adapter = Adapter.open(self.steps.ready_adapter("old", ready, settings.allow_pickle), settings.allow_pickle)
             fingerprint = fingerprint_adapter(adapter.path, settings.allow_pickle)
             own = self.own_tokenizer(cell)
             source = Source.opened(adapter, fingerprint, self.old.architecture, settings, own)

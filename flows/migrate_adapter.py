@@ -117,6 +117,8 @@ def candidates(settings: MigrationConfig, plan: Plan, pair: Pair, source: Source
     if settings.method != AUTO:
         return [settings.method]
     moved = tuple(role for role in source.roles if role in pair.new.every_role)
+    if plan.inspection.nothing_moves:
+        return []
     found = []
     for name in names():
         one = transform(name)
@@ -125,7 +127,7 @@ def candidates(settings: MigrationConfig, plan: Plan, pair: Pair, source: Source
         )
         if one.reads_texts and pair.texts is None:
             usable = False
-        if isinstance(one, ModelTransform) and not source.plain:
+        if isinstance(one, ModelTransform) and not (source.plain and moved):
             usable = False  # it moves updates of blocks, and nothing that lies beside them
         if plan.rows.fine_tunes and not one.starts_finetune:
             usable = False

@@ -18,7 +18,7 @@ from prefect.runtime import flow_run
 
 from artifacts import default_home
 from flows.allowed import Allowed, deployed
-from flows.context import adapter_directory, check_stages, fetch
+from flows.context import check_stages, fetch, ready_adapter
 from flows.finished import finished, finished_record
 from flows.migrate_adapter import migrate_adapter
 from flows.migrate_adapter import run_name as migrate_adapter_name
@@ -152,7 +152,9 @@ def _look(parts: Fleet) -> tuple[set[str], dict[str, Failure], dict[str, Migrati
             fetch(*pair, *sources(config.adapter))
             if pair not in bases:
                 bases[pair] = fingerprint_bases.fn(default_home(), resolve(pair[0]), resolve(pair[1]))
-            adapter_directory(config, bases[pair]["old_model"])  # one that cannot be read is told now
+            base = Checkpoint(config.old_base)
+            # one that cannot be read is told now
+            ready_adapter(config.adapter, base, bases[pair]["old_model"], config.allow_pickle)
             if _finished(config, bases[pair]):
                 done.add(name)
             else:

@@ -68,6 +68,8 @@ class StartInputs:
     tokenizer: str
     rows: Artifact
     transforms: dict[str, Artifact]
+    #: A fresh LoRA, where there is no candidate.
+    unmoved: Artifact | None = None
 
 
 class SelectionSettings(StageSettings):
@@ -90,10 +92,14 @@ def selection(inputs: StartInputs, settings: SelectionSettings, where: Where) ->
             device=where.device,
         )
     best = tried[0]
+    shown = [one.model_dump(mode="json") for one in tried]
+    if not candidates:
+        assert inputs.unmoved is not None
+        files = folder_files(adapter_folder(inputs.unmoved))
+        return StageOutput(info={"candidates": shown, "method": NOTHING, "scale": 0.0}, files=files)
     source = candidates[next(one.method for one in tried if one.method != NOTHING)]
     with tempfile.TemporaryDirectory() as folder:
         files = folder_files(write_scaled(source, Path(folder), best.scale))
-    shown = [one.model_dump(mode="json") for one in tried]
     return StageOutput(info={"candidates": shown, "method": best.method, "scale": best.scale}, files=files)
 
 

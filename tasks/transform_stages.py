@@ -11,8 +11,18 @@ from lorasuite.adapters import OutputType, attached
 from lorasuite.bases import METER, Checkpoint, CommonTokens
 from lorasuite.correspondence import AlignedMaps, ExpertMaps, HeadMaps, LayerMap, MlpFactors, StateMap, TransferMatrix
 from lorasuite.data import whole_text
-from lorasuite.transforms import Migrated, ModelTransform, Unmapped, can_move, initialise, migrate
+from lorasuite.transforms import (
+    WRITTEN_ROWS,
+    Migrated,
+    ModelTransform,
+    Unmapped,
+    can_move,
+    initialise,
+    migrate,
+    not_moved,
+)
 from lorasuite.transforms import transform as transform_named
+from lorasuite.transforms import unmoved as fresh_start
 from tasks.bases import checkpoints, loaded
 from tasks.data import stored_split
 from tasks.folders import adapter_files, adapter_path, open_adapter
@@ -85,6 +95,32 @@ def transform(inputs: TransformInputs, settings: TransformSettings, where: Where
 
 
 @dataclass(frozen=True, kw_only=True)
+class UnmovedInputs:
+    """An adapter, and both bases' weights."""
+
+    adapter: Artifact | str
+    old_model: str
+    new_model: str
+
+
+class UnmovedSettings(StageSettings):
+    """The rank, and what draws the start."""
+
+    rank: int
+    seed: int
+
+
+@stage("unmoved")
+def unmoved(inputs: UnmovedInputs, settings: UnmovedSettings, where: Where) -> StageOutput:
+    """A fresh LoRA of the new base, for an adapter of which nothing can be moved: rows are trained into it."""
+    adapter = open_adapter(inputs.adapter, where)
+    old, new = checkpoints(where)
+    found = fresh_start(adapter, old, new, settings.rank, settings.seed)
+    files = adapter_files(adapter, new, {}, found.rank, "lora", extra=found.fresh)
+    return StageOutput(info=found.info() | {"loaded_bytes_peak": 0}, files=files)
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelFitInputs:
     """An adapter, both bases, the rows that may be read, and the pair's state map for transforms that read one."""
 
@@ -133,6 +169,7 @@ def model_fit(inputs: ModelFitInputs, settings: ModelFitSettings, where: Where) 
     reasons = {role: f"the new base has no {role} projection" for role in roles if role not in new.every_role}
     reasons |= {r: f"{chosen.name} has no rule for {r} projections" for r in roles if not can_move(chosen, r)}
     dropped = [{"module": f"every {role} projection", "why": why} for role, why in reasons.items()]
+    dropped += not_moved(adapter, Checkpoint(where.path("old_base")), f"{chosen.name} fits no experts: {WRITTEN_ROWS}")
     moved = Migrated(
         updates=fitted.updates, rank=settings.rank, retained=dict.fromkeys(fitted.updates, 1.0), dropped=dropped
     )

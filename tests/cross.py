@@ -47,6 +47,12 @@ def merged(model: Path, updates: Mapping[str, LowRank], extras: Extras) -> Any:
     modules = dict(plain.named_modules())
     with torch.no_grad():
         for path, update in updates.items():
+            located = architecture.locate_expert(path)
+            if located is not None:
+                layer, number, module = located
+                experts = modules[architecture.expert_path(layer, number, module).rsplit(".", 2)[0]]
+                getattr(experts, module.name)[number] += update.dense()
+                continue
             weight = modules[path].weight
             whole = models.out_in(modules[path], weight) + update.dense()
             if path in extras.magnitudes:

@@ -237,7 +237,6 @@ REFUSED_SETTINGS: dict[str, Any] = {
     "use_qalora": True,
     "alora_invocation_tokens": [4],
     "layer_replication": [[0, 2], [1, 3]],
-    "target_parameters": ["mlp.experts.gate_up_proj"],
     "use_bdlora": {"nblocks": 2},
     "megatron_config": {"a": 1},
     "kasa_config": {"beta": 1e-4},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -58,7 +59,10 @@ def attach_adapter(
         replaced |= {name.removesuffix(factor) + ".weight" for name in inside if name.endswith(factor)}
     kept = {name: before[name].detach().to("cpu", copy=True) for name in sorted(replaced & set(before))}
     try:
-        wrapped = PeftModel.from_pretrained(model, str(adapter), is_trainable=trainable, torch_device=str(device))
+        with warnings.catch_warnings():
+            # PEFT looks for the keys among modules alone, and applies those of parameters all the same.
+            warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys did not match")
+            wrapped = PeftModel.from_pretrained(model, str(adapter), is_trainable=trainable, torch_device=str(device))
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         unwrap(model)
         model.load_state_dict(kept, strict=False)

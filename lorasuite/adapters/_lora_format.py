@@ -144,13 +144,12 @@ def _experts(
         what = f"{parameter.path} has factors of sizes {b} and {a}, and the config says rank {rank}"
         return Problem(str(weights.file), what, "The file is damaged, or is not of its config.")
     count, own = a[0] // rank, scaling(config, parameter.path, rank)
-    read = split(lambda: weights.tensor(names["A"]), lambda: weights.tensor(names["B"]), count)
-    if count == 1 and parameter.name == "weight":
-        return {parameter.container: Update(rank, own, (b[0], a[1]), lambda _: read(0))}
-    return {
-        parameter.expert(n): Update(rank, own, (b[0], a[1]), lambda _, n=n: read(n))  # type: ignore[misc]
+    found = {
+        parameter.expert(n): Update(rank, own, (b[0], a[1]), lambda _, n=n: split(weights, names, count, n))  # type: ignore[misc]
         for n in range(count)
     }
+    plain = count == 1 and parameter.name == "weight"
+    return {parameter.container: found[parameter.expert(0)]} if plain else found
 
 
 def _dora_problems(

@@ -10,13 +10,14 @@ named ``…experts.base_layer.lora_A.weight``. Here each expert has an update of
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 from torch import Tensor
 
+from lorasuite.adapters._files import Tensors
 from lorasuite.adapters._lowrank import LowRank
 from lorasuite.bases import DOWN, GATE_UP, Architecture
 
@@ -53,27 +54,29 @@ def parameter_of(module: str, targets: Sequence[str]) -> Parameter | None:
         container = container.removesuffix(_INNER)
     depth = (len(module) - len(container)) // len(_INNER)
     parents = {target: target.rpartition(".")[0] for target in targets}
-    held = [t for t, parent in parents.items() if not parent or f".{container}".endswith(f".{parent}")]
-    if any(parents.values()):  # a name without its module is that of any module's, but for those named in full
-        held = [t for t in held if parents[t]] or held
+    # PEFT saves bare names where it was asked for linear modules by those: they are parameters of experts.
+    bare = container.rpartition(".")[2] == "experts"
+    held = [t for t, parent in parents.items() if (f".{container}".endswith(f".{parent}") if parent else bare)]
     names = {target.rpartition(".")[2] for target in held}
     order = sorted(names, key=lambda name: DECLARED.index(name) if name in DECLARED else len(DECLARED))
     return Parameter(container, order[-1 - depth]) if depth < len(order) else None
 
 
-def split(A: Callable[[], Tensor], B: Callable[[], Tensor], count: int) -> Callable[[int], tuple[Tensor, Tensor]]:
-    """One expert's ``B (out, r)`` and ``A (r, in)`` by its number, of stacked ones that are read once."""
+@lru_cache(maxsize=2)
+def _whole(weights: Tensors, a: str, b: str) -> tuple[Tensor, Tensor]:
+    """The two factors of a parameter: read once for all of its experts, which are asked for one after the other."""
+    return weights.tensor(a), weights.tensor(b)
 
-    @lru_cache(maxsize=1)
-    def whole() -> tuple[Tensor, Tensor]:
-        a, b = A(), B()
-        return b.reshape(b.shape[0], -1, count), a.reshape(count, -1, a.shape[1])
 
-    def one(number: int) -> tuple[Tensor, Tensor]:
-        b, a = whole()
-        return b[:, :, number], a[number]
+def split(weights: Tensors, names: Mapping[str, str], count: int, number: int) -> tuple[Tensor, Tensor]:
+    """One expert's ``B (out, r)`` and ``A (r, in)`` of stacked ones.
 
-    return one
+    Args:
+        names: of the tensors, by side.
+        count: how many experts are stacked.
+    """
+    a, b = _whole(weights, names["A"], names["B"])
+    return b.reshape(b.shape[0], -1, count)[:, :, number], a.reshape(count, -1, a.shape[1])[number]
 
 
 def stack(parts: Mapping[int, LowRank], count: int, rank: int) -> tuple[Tensor, Tensor]:
@@ -98,11 +101,11 @@ def by_parameter(updates: Mapping[str, LowRank], architecture: Architecture) -> 
         container = architecture.expert_path(layer, number, whole).rsplit(".", 2)[0]
         found[f"{container}.{whole.name}"][number]["+".join(module.roles)] = update
     return {
-        path: {number: _whole(parts) for number, parts in sorted(experts.items())} for path, experts in found.items()
+        path: {number: _fused(parts) for number, parts in sorted(experts.items())} for path, experts in found.items()
     }
 
 
-def _whole(parts: Mapping[str, LowRank]) -> LowRank:
+def _fused(parts: Mapping[str, LowRank]) -> LowRank:
     """The update of an expert's part of a parameter, of those of its projections."""
     if "gate" not in parts and "up" not in parts:
         return next(iter(parts.values()))

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from lorasuite.adapters._files import CONFIG, PREFIX, WEIGHTS
 from lorasuite.adapters._kinds import kind_of
 from lorasuite.adapters._left_out import left_out
+from lorasuite.adapters._lora_format import scaling
 from lorasuite.adapters._lowrank import LowRank
 from lorasuite.adapters._reader import Adapter
 from lorasuite.adapters._stacked import by_parameter, stack, tensor_names
@@ -135,6 +136,8 @@ def _parameters(
     if len(named) > len(config.get("target_parameters") or ()):
         config["target_parameters"], config["lora_dropout"] = named, 0.0  # PEFT has none of parameters
     for path, rank in ranks.items():
+        if rank == config["r"] and scales[0] == scaling(adapter.config, path, rank):
+            continue
         alpha = scales[0] * (rank**0.5 if config.get("use_rslora") else rank)
         config["rank_pattern"] = {**(config.get("rank_pattern") or {}), path: rank}
         config["alpha_pattern"] = {**(config.get("alpha_pattern") or {}), path: alpha}

@@ -82,8 +82,8 @@ def write_adapter(
         experts: how many a layer of the base has, where some have updates.
 
     Raises:
-        AdapterError: if every update is zero (an adapter that does nothing), or one holds NaN or Inf, or the output
-            type cannot hold it.
+        AdapterError: if there are updates and every one is zero (an adapter that does nothing), or one holds NaN or
+            Inf, or the output type cannot hold it.
     """
     beside, fresh = extras or Extras(), extra or {}
     sizes = {path: update.norm() for path, update in updates.items()}
@@ -92,7 +92,7 @@ def write_adapter(
         for path, size in sizes.items()
         if not math.isfinite(size)
     ]
-    if not problems and not sum(sizes.values()) > 0:
+    if not problems and not sum(sizes.values()) > 0 and (updates or not fresh):
         problems.append(Problem("adapter", "every migrated update is zero", "It would do nothing: it is not written."))
     if output_type == "adalora":
         outside = [path for path in updates if vocabulary_side(architecture, path)]

@@ -11,9 +11,9 @@ from dataclasses import asdict, fields, replace
 from functools import lru_cache
 from typing import Any
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from lorasuite.bases._modules import ROLES, Dimensions, Experts, Measured, Module, Role, Sources, Strict
+from lorasuite.bases._modules import ROLES, Dimensions, Experts, Measured, Module, Role, Sources
 from lorasuite.errors import ArchitectureError, Problem
 
 #: Reasons of :attr:`Architecture.refused` that several families have, by the word that stands for each.
@@ -38,7 +38,7 @@ HEADS = ("lm_head", "language_model.lm_head", "model.lm_head")
 NUMBERS = tuple(f.name for f in fields(Dimensions) if f.name != "own")
 
 
-class Architecture(Strict):
+class Architecture(BaseModel):
     """One family: where its config keeps each number and what its modules are called.
 
     Names are those of the model that transformers builds, as PEFT writes them.
@@ -53,6 +53,8 @@ class Architecture(Strict):
     ``refused`` maps the start of a module's name below the layer to why an adapter of it is not migrated: a sentence,
     or a word of :data:`REASONS`. ``experts`` describes those of a mixture.
     """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
     family: str
     model_types: tuple[str, ...] = Field(min_length=1)
@@ -119,7 +121,8 @@ class Architecture(Strict):
         """The family's own name of what may be called otherwise in a checkpoint or an adapter."""
         found = self._split(name)
         if found is not None:
-            return f"{self.layers}.{found[0]}.{found[1]}"
+            below = found[1] if self.experts is None else self.experts.own_name(found[1])
+            return f"{self.layers}.{found[0]}.{below}"
         for known in (self.embedding, self.unembedding):
             for other in self.names(known):
                 if name == other or name.startswith(f"{other}."):

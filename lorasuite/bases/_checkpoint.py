@@ -232,7 +232,7 @@ class Checkpoint(Weights):
         return found
 
     def _expert_tensor(self, layer: int, number: int, name: str) -> str | None:
-        """What holds a projection of an expert: its own weight, or the 3-D parameter of all; None where nothing does."""
+        """What holds a projection of an expert: its own weight, or the 3-D parameter of all, if there is one."""
         known = self.architecture.experts
         assert known is not None
         places = [f"{self.architecture.layers}.{layer}.{place}" for place in (known.path, *known.others)]

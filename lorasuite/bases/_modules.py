@@ -175,6 +175,14 @@ class Experts(Strict):
     intermediate_size: Sources
     names: dict[StandardRole, str] = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
 
+    def own_name(self, name: str) -> str:
+        """What transformers calls a module of the mixture, by a name that it has elsewhere below the layer."""
+        own = self.path.rpartition(".")[0]
+        for other in (place.rpartition(".")[0] for place in self.others):
+            if name.startswith(f"{other}."):
+                return own + name.removeprefix(other)
+        return name
+
     def locate(self, name: str) -> tuple[int, Module] | None:
         """The number of an expert and the module of a name below the layer: one projection of it, or its part of a
         fused parameter."""

@@ -127,8 +127,8 @@ def _pairs(
                 both = list({kind.name: kind for of in kinds.values() for kind in of}.values())
                 for a, b in matched.items():
                     at = _rows(x.weights[:, a], y.weights[:, b], positions, (first, second))
-                    inside = (intermediate(e, of, r.read[at]) for e, of, r in ((first, a, x), (second, b, y)))
-                    yield from _named(f"{o}.{a}.inside", both, *inside, positions)
+                    mine, theirs = intermediate(first, a, x.read[at]), intermediate(second, b, y.read[at])
+                    yield from _named(f"{o}.{a}.inside", both, mine, theirs, positions)
             if progress is not None:
                 progress(done, len(layers))
 

@@ -72,7 +72,7 @@ class Shape:
 
     ``block`` is the number of weights of its largest block, ``blocks`` of all blocks, ``active`` those of all blocks
     that one token is multiplied with (of experts a share), ``total`` all weights, and ``stored`` the bytes of a weight
-    in its files.
+    in its files. ``experts``: layers that have some, how many each has, and their width.
     """
 
     dims: Dimensions
@@ -82,6 +82,7 @@ class Shape:
     active: int
     total: int
     stored: float
+    experts: tuple[int, int, int] = (0, 0, 0)
 
     @property
     def head(self) -> int:
@@ -98,7 +99,8 @@ class Shape:
         """Of a checkpoint, by its headers."""
         embedding = base.find(base.architecture.embedding + ".weight")
         outside = [embedding, base.find(base.architecture.unembedding + ".weight")]
-        share = _expert_share(base.architecture.settings(base.config))
+        count, width = base.architecture.expert_numbers(base.config)
+        share = _expert_share(base.architecture.settings(base.config), count)
         blocks = active = total = 0.0
         for name, shape in base.shapes().items():
             size = math.prod(shape)
@@ -112,7 +114,9 @@ class Shape:
             block = max(block, sum(dims.rows(role) * dims.columns(role) for role in base.roles(n)))
         block = max(block, int(blocks / base.dims.layers))  # experts, which no role names
         files = sum(file.stat().st_size for file in base.weight_files)
-        return cls(base.sizes, base.every_role, block, int(blocks), int(active), int(total), files / total)
+        mixed = sum(base.experts(n) is not None for n in range(base.dims.layers))
+        experts = (mixed, count, width) if mixed else (0, 0, 0)
+        return cls(base.sizes, base.every_role, block, int(blocks), int(active), int(total), files / total, experts)
 
     @classmethod
     def configured(cls, architecture: Architecture, config: Mapping[str, Any], stored: float = HALF) -> Shape:
@@ -124,10 +128,15 @@ class Shape:
         return cls(dims, roles, block, blocks, blocks, blocks + embeddings, stored)
 
 
-def _expert_share(settings: Mapping[str, Any]) -> float:
-    """The share of a mixture's experts that read a token; 1 where there are none."""
-    experts = next((n for key in ("num_local_experts", "num_experts") if (n := settings.get(key))), 0)
-    return settings.get("num_experts_per_tok", 1) / experts if experts else 1.0
+def _expert_share(settings: Mapping[str, Any], described: int) -> float:
+    """The share of a mixture's experts that read a token; 1 where there are none.
+
+    Args:
+        described: how many a layer has, where the architecture file says so.
+    """
+    experts = described or next((n for key in ("num_local_experts", "num_experts") if (n := settings.get(key))), 0)
+    chosen = next((n for key in ("num_experts_per_tok", "moe_topk", "moe_k") if (n := settings.get(key))), 1)
+    return (chosen if isinstance(chosen, int) else max(chosen)) / experts if experts else 1.0
 
 
 def active(base: Checkpoint) -> int:
@@ -148,6 +157,8 @@ class Work:
     roles: tuple[Role, ...] = ROLES
     methods: tuple[str, ...] = ()
     rank: int = 16
+    #: Whether the adapter has updates of experts.
+    experts: bool = False
     #: Shapes ``(out, in)`` of the weights whose update the adapter does not store as factors.
     dense: tuple[tuple[int, int], ...] = ()
     gpu: bool = False

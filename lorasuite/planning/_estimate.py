@@ -88,6 +88,7 @@ def planned_work(
     return Work(
         roles=roles,
         methods=tuple(methods),
+        experts=adapter is not None and bool(adapter.experts(old.architecture)),
         rank=config.rank or (16 if adapter is None else adapter.rank),
         dense=() if adapter is None or adapter.stored else tuple(_dense(old, adapter)),
         gpu=gpu,
@@ -223,6 +224,7 @@ SMALLER = {
     "select": "--method procrustes",
     "model_fit": "--method procrustes",
     "alignment": "--calibration-samples 64, --method lorasuite",
+    "expert_maps": "--calibration-samples 64",
     "state_map": "--method procrustes",
     "activations": "--calibration-samples 64",
     "mlp_factors": "--method procrustes",

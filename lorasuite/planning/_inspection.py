@@ -22,6 +22,7 @@ from lorasuite.adapters import (
 from lorasuite.bases import Checkpoint, Role, Weights, add_architectures, common_tokens, load_tokenizer, propose
 from lorasuite.errors import LoRASuiteError, PreflightError, Problem, examples
 from lorasuite.planning._config import AUTO
+from lorasuite.planning._experts import expert_rows, not_moved_notices, nothing_moves
 from lorasuite.transforms import ModelTransform, can_move, transform
 
 
@@ -50,6 +51,8 @@ class Inspection:
     opened: Adapter | None = field(default=None, repr=False)
     #: The adapter's own tokenizer, where it has one that is not the old base's.
     own_tokenizer: OwnTokenizer | None = field(default=None, repr=False)
+    #: Whether no module of the adapter has a counterpart in the new base.
+    nothing_moves: bool = field(default=False, repr=False)
 
     @property
     def old_reader(self) -> Any:
@@ -90,10 +93,14 @@ def inspect(
     allow_pickle: bool = False,
     output_type: OutputType = "lora",
     architectures: str | None = None,
+    trains: bool = False,
+    texts: bool = True,
 ) -> Inspection:
     """Compare two bases, and say what of an adapter would move. Headers and configs only: no weight is read.
 
     Args:
+        trains: whether there are rows that a fresh LoRA could be trained on, where nothing of the adapter moves.
+        texts: whether there are calibration texts, by which experts are matched.
         architectures: a directory of architecture files, known from here on as by
             :func:`lorasuite.bases.add_architectures`.
     """
@@ -138,7 +145,7 @@ def inspect(
         _other_base(result, old, opened)
         _own_tokenizer(result, old, str(adapter), trust_remote_code)
         if new is not None and not result.problems:
-            _modules(result, old, new, opened, method)
+            _modules(result, opened, method, trains, texts)
             _outside_factors(result, old, opened)
     return result
 
@@ -273,8 +280,10 @@ def _vocabulary(result: Inspection, old: Checkpoint, new: Checkpoint, trust_remo
         )
 
 
-def _modules(result: Inspection, old: Checkpoint, new: Checkpoint, adapter: Adapter, method: str) -> None:
+def _modules(result: Inspection, adapter: Adapter, method: str, trains: bool, texts: bool) -> None:
     """One row a role: how many modules have it, and where it goes."""
+    old, new = result.old, result.new
+    assert old is not None and new is not None
     counts: Counter[Role] = Counter()
     for path in adapter.modules:
         located = old.architecture.locate(path)
@@ -297,10 +306,15 @@ def _modules(result: Inspection, old: Checkpoint, new: Checkpoint, adapter: Adap
             }
         )
     _some_layers(result, old, new, adapter.roles(old.architecture))
+    result.modules += expert_rows(adapter, old, new, chosen, texts)
+    result.notices += not_moved_notices(adapter, old, new, texts)
     if not any(row["moves"] for row in result.modules):
-        result.problems.append(
-            Problem(str(adapter.path), "none of its modules has a counterpart in the new base", "It cannot be moved.")
-        )
+        result.nothing_moves = True
+        found = nothing_moves(adapter, trains and method == AUTO)
+        if isinstance(found, Problem):
+            result.problems.append(found)
+        else:
+            result.notices.append(found)
     if old.dims.layers > new.dims.layers:
         result.notices.append(
             f"{old.dims.layers - new.dims.layers} of {old.dims.layers} old layers have no partner and are dropped"

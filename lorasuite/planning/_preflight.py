@@ -161,6 +161,8 @@ def _inspected(config: MigrationConfig, adapter: bool = True) -> Inspection:
         config.allow_pickle,
         config.output_type,
         architectures=config.architectures,
+        trains=plan_rows(config, RowCounts()).fine_tunes,
+        texts=config.calibration_data is not None,
     )
     result.attempt(lambda: config.loading.check(torch_device(config.device)))
     return result

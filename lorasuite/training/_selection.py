@@ -61,9 +61,9 @@ def choose(
         everything tried. A candidate whose loss is not finite comes last.
 
     Raises:
-        ConfigError: without candidates or rows.
+        ConfigError: without rows.
     """
-    if not candidates or not rows:
+    if not rows:
         raise ConfigError(Problem("method", "auto has nothing to choose from or by", "Give training rows."))
 
     def measure(method: str, scale: float, wrapped: Any) -> Candidate:
@@ -74,6 +74,8 @@ def choose(
         return Candidate(method=method, scale=scale, loss=loss)
 
     tried = [measure(NOTHING, 0.0, model)]
+    if not candidates:  # nothing of the adapter can be moved
+        return tried
     for method, folder in candidates.items():
         with attached(model, folder, device) as wrapped:
             tried.append(measure(method, 1.0, wrapped))

@@ -53,10 +53,7 @@ class MovedExperts:
                 elif modules:
                     lost[why or "no expert of the new layer is routed the same tokens"].append(number)
             for reason, numbers in lost.items():
-                count = sum(len(kept[number]) for number in numbers)
-                place = self.old.architecture.expert_path(o, 0, DOWN).rsplit(".", 2)[0]
-                what = f"{place}: {count} updates of {len(numbers)} experts ({examples(list(map(str, numbers)))})"
-                self.dropped.append({"module": what, "why": reason})
+                self.dropped.append(_counted(self.old, o, {n: kept[n] for n in numbers}, reason))
 
     def _no_place(self, o: int, n: int | None) -> str:
         """Why no expert of an old layer has a place in the new base; empty if some may."""
@@ -67,7 +64,9 @@ class MovedExperts:
         if after is None:
             return f"the new base has no experts there: {WRITTEN_ROWS}"
         if self.maps is None:
-            return f"experts are matched by the calibration texts that they are routed, and there are none: {WRITTEN_ROWS}"
+            return (
+                f"experts are matched by the calibration texts that they are routed, and there are none: {WRITTEN_ROWS}"
+            )
         if not all(can_move(self.chosen, role) for role in MLP):
             return f"{self.chosen.name} has no rule for MLPs: {WRITTEN_ROWS}"
         if isinstance(self.chosen, AlignedTransform) and not self.maps.has(self.chosen.maps.values()):
@@ -78,7 +77,7 @@ class MovedExperts:
     def _expert(
         self, layers: tuple[int, int], numbers: tuple[int, int], modules: Mapping[str, Module]
     ) -> Iterator[tuple[str, LowRank, int]]:
-        (o, n), (before, after) = layers, numbers
+        (o, n), after = layers, numbers[1]
         old_dims, new_dims = self.old.experts(o), self.new.experts(n)
         assert old_dims is not None and new_dims is not None and self.maps is not None
         updates: dict[Role, LowRank] = {}
@@ -109,3 +108,39 @@ class MovedExperts:
         new = self.new.expert(layers[1], numbers[1], needed)
         maps = partial(self.maps, layers[0], numbers[0])
         return LayerPair(old, new, *dims, {}, self.transfer, factors, maps)
+
+
+def _counted(old: Checkpoint, layer: int, experts: Mapping[int, Mapping[str, Module]], why: str) -> dict[str, str]:
+    """Experts of a layer that are not moved, as one entry of ``dropped``."""
+    place = old.architecture.expert_path(layer, 0, DOWN).rsplit(".", 2)[0]
+    updates = sum(map(len, experts.values()))
+    what = f"{place}: {updates} updates of {len(experts)} experts ({examples(list(map(str, experts)))})"
+    return {"module": what, "why": why}
+
+
+def not_moved(adapter: Adapter, old: Checkpoint, why: str) -> list[dict[str, str]]:
+    """What no transform moves of an adapter, and its experts, which are not moved either, as entries of ``dropped``.
+
+    Args:
+        why: the experts are not moved.
+    """
+    left = dict(adapter.left_out(old))
+    found = [{"module": module, "why": reason} for module, reason in left.items()]
+    refused = adapter.refused(old.architecture)
+    found += grouped_modules({path: reason for path, reason in refused.items() if path not in left})
+    for layer, experts in adapter.experts(old.architecture).items():
+        kept = {n: {p: m for p, m in modules.items() if p not in left} for n, modules in experts.items()}
+        if any(kept.values()) and why:
+            found.append(_counted(old, layer, kept, why))
+    return found
+
+
+def grouped_modules(refused: Mapping[str, str]) -> list[dict[str, str]]:
+    """Modules that no transform moves as entries of ``dropped``, one a reason: there may be thousands."""
+    found: dict[str, list[str]] = {}
+    for path, why in refused.items():
+        found.setdefault(why, []).append(path)
+    return [
+        {"module": paths[0] if len(paths) == 1 else f"{len(paths)} modules ({examples(paths)})", "why": why}
+        for why, paths in found.items()
+    ]

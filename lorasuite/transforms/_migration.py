@@ -16,10 +16,10 @@ from torch import Tensor
 from lorasuite.adapters import Adapter, Extras, LowRank, fuse_updates, split_update
 from lorasuite.bases import ATTENTION, MLP, Checkpoint, CommonTokens, Dimensions, Module, Role
 from lorasuite.correspondence import End, ExpertMaps, MapKind, SpaceMap, TransferMatrix, index_heads
-from lorasuite.errors import AdapterError, ConfigError, Problem, examples
+from lorasuite.errors import AdapterError, ConfigError, Problem
 from lorasuite.progress import Progress
 from lorasuite.transforms._embeddings import move_embeddings
-from lorasuite.transforms._experts import MovedExperts
+from lorasuite.transforms._experts import MovedExperts, not_moved
 from lorasuite.transforms._magnitudes import bias_changes, move_rows, new_magnitudes, own_biases, relative_magnitudes
 from lorasuite.transforms._options import Unmapped
 from lorasuite.transforms._protocol import Input, LayerPair, LayerTransform, can_move
@@ -77,17 +77,6 @@ def _of_all_experts(path: str) -> str:
     return re.sub(r"\.experts\.\d+\.(\w+)$", r".experts.\1", path)
 
 
-def grouped_modules(refused: Mapping[str, str]) -> list[dict[str, str]]:
-    """Modules that no transform moves as entries of ``dropped``, one a reason: there may be thousands."""
-    found: dict[str, list[str]] = {}
-    for path, why in refused.items():
-        found.setdefault(why, []).append(path)
-    return [
-        {"module": paths[0] if len(paths) == 1 else f"{len(paths)} modules ({examples(paths)})", "why": why}
-        for why, paths in found.items()
-    ]
-
-
 def migrate(
     adapter: Adapter,
     old: Checkpoint,
@@ -130,10 +119,7 @@ def migrate(
         raise ConfigError(Problem("method", f"{method} fits whole models, not one layer", "Use its `fit`."))
     result = Migrated()
     by_layer = adapter.by_layer(old)
-    left = dict(adapter.left_out(old))
-    result.dropped += [{"module": module, "why": why} for module, why in adapter.left_out(old)]
-    refused = adapter.refused(old.architecture)
-    result.dropped += grouped_modules({path: why for path, why in refused.items() if path not in left})
+    result.dropped += not_moved(adapter, old, "")
     covered: set[Role] = set()
 
     def keep(path: str, update: LowRank, parts: int = 1) -> None:
@@ -175,8 +161,8 @@ def migrate(
         if progress is not None:
             progress(done, len(by_layer))
     moved_experts = MovedExperts(adapter, (old, new), chosen, transfer, experts)
-    for path, update, parts in moved_experts.move(layers):
-        keep(path, update, parts)
+    for path, update, apart in moved_experts.move(layers):
+        keep(path, update, apart)
     result.dropped += moved_experts.dropped
     embeddings = move_embeddings(adapter, old, new, common, transfer)
     for path, update in embeddings.updates.items():
@@ -275,6 +261,20 @@ def _no_place(
     if role in ATTENTION and Input.HEAD_MAPPING in chosen.inputs and not matched:
         return f"old layer {o} and new layer {n} do not both have all of {', '.join(ATTENTION)}: no heads are matched"
     return ""
+
+
+def unmoved(adapter: Adapter, old: Checkpoint, new: Checkpoint, rank: int, seed: int = 42) -> Migrated:
+    """A fresh LoRA of every linear module of the new base, for an adapter of which nothing can be moved.
+
+    It is what rows that the old base writes with the adapter are trained into.
+    """
+    result = Migrated(rank=rank)
+    result.dropped = not_moved(adapter, old, "the new base has no place for them")
+    for role in adapter.roles(old.architecture):
+        why = f"the new base has no {role} projection"
+        result.dropped.append({"module": f"every {role} projection", "why": why})
+    initialise(result, new, (), new.every_role, rank, seed)
+    return result
 
 
 def initialise(

@@ -276,7 +276,6 @@ REFUSED: dict[str, Any] = {
     "init_lora_weights": "pissa_niter_16",
     "lora_bias": True,
     "layer_replication": [[0, 2], [1, 3]],
-    "target_parameters": ["mlp.experts.gate_up_proj"],
     "alora_invocation_tokens": [4],
     "use_qalora": True,
     "megatron_config": {"a": 1},

@@ -16,12 +16,22 @@ from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING
 from transformers.pytorch_utils import Conv1D
 
-from lorasuite.adapters import Adapter, check_loads, fresh_config, fresh_lora, write_adapter
+from lorasuite.adapters import (
+    Adapter,
+    attached,
+    check_loads,
+    fresh_config,
+    fresh_lora,
+    is_ready,
+    write_adapter,
+    write_ready,
+)
 from lorasuite.bases import BUILT_IN, Architecture, Checkpoint, Module, Role, architectures, load, load_model
 from lorasuite.errors import AdapterError, CheckpointError
 from lorasuite.evaluation import _serving as serving
 from lorasuite.planning import inspect
 from tests import models
+from tests.experts import experts_one_by_one
 from tests.unit.transforms.test_transform_lorasuite import check, expected_updates, run, some_heads
 
 LAYERS = {0: 1, 1: 0, 2: 2}
@@ -246,32 +256,55 @@ def test_grouped_heads_in_a_stacked_projection(base: Callable[..., Path], lora: 
     check(run(adapter, old, new, LAYERS, heads).updates, expected_updates(adapter, old, new, LAYERS, heads))
 
 
-EXPERT_MODULES = {
-    "qwen3_moe": ["mlp.experts.1.up_proj", "mlp.experts", "mlp.gate", "mlp.gate_proj"],
-    "qwen2_moe": ["mlp.experts.0.down_proj", "mlp.gate", "mlp.shared_expert_gate"],
-    "mixtral": ["mlp.experts", "block_sparse_moe.experts.0.w1", "block_sparse_moe.gate"],
-    "llama4_text": ["feed_forward.experts", "feed_forward.router"],
+NOT_MOVED = {
+    "qwen3_moe": {"mlp.gate": "router", "mlp.gate_proj": "PEFT takes"},
+    "qwen2_moe": {"mlp.gate": "router", "mlp.shared_expert_gate": "single output"},
+    "mixtral": {"block_sparse_moe.gate": "router"},
+    "llama4_text": {"feed_forward.experts": "are not mapped", "feed_forward.router": "router"},
+    "falcon_h1": {"mamba.out_proj": "PEFT adapts no output projection"},
 }
 
 
-@pytest.mark.parametrize("family", EXPERT_MODULES)
-def test_adapters_of_experts_and_routers_are_refused_with_the_reason(
+@pytest.mark.parametrize("family", NOT_MOVED)
+def test_modules_that_no_transform_moves_are_dropped_with_the_reason(
     family: str, base: Callable[..., Path], lora: Callable[..., Path], tmp_path: Path
 ) -> None:
     model = base(family)
     adapter = tmp_path / "adapter"
     shutil.copytree(lora(model, targets=["q_proj"]), adapter)
     state = load_file(adapter / "adapter_model.safetensors")
-    for name in EXPERT_MODULES[family]:
+    for name in NOT_MOVED[family]:
         for side, shape in (("A", (3, 32)), ("B", (8, 3))):
             state[f"base_model.model.model.layers.0.{name}.lora_{side}.weight"] = torch.ones(shape)
     save_file(state, adapter / "adapter_model.safetensors")
-    problems = Adapter.open(adapter).check(Checkpoint(model))
-    assert len(problems) == len(EXPERT_MODULES[family])
-    for name in EXPERT_MODULES[family]:
-        text = next(str(problem) for problem in problems if f"layers.0.{name} " in str(problem))
-        assert ("no known counterpart" in text) == ("experts" in name)
-        assert "experts" in name or "router" in text or "single output" in text or "PEFT takes" in text
+    opened = Adapter.open(adapter)
+    assert opened.check(Checkpoint(model)) == []
+    heads = {n: {h: h for h in range(4)} for n in range(3)}
+    said = {row["module"].partition(".0.")[2]: row["why"] for row in run(adapter, model, model, LAYERS, heads).dropped}
+    assert said.keys() == NOT_MOVED[family].keys()
+    assert all(why in said[name] for name, why in NOT_MOVED[family].items())
+    found = inspect(str(model), str(model), str(adapter), "auto")
+    assert not found.problems
+    assert all(any(why in notice for notice in found.notices) for why in NOT_MOVED[family].values())
+
+
+def test_factors_below_experts_that_are_none_of_theirs_are_refused(
+    base: Callable[..., Path], lora: Callable[..., Path], tmp_path: Path
+) -> None:
+    """A parameter of experts whose name the config does not say, a projection that experts lack, a wrong size."""
+    model = base("mixtral")
+    wrong = {"mlp.experts": (8, 3), "mlp.experts.0.w4": (8, 3), "mlp.experts.7.w1": (48, 3), "mlp.experts.0.w1": (8, 3)}
+    for number, (name, shape) in enumerate(wrong.items()):
+        adapter = tmp_path / str(number)
+        shutil.copytree(lora(model, targets=["q_proj"]), adapter)
+        state = load_file(adapter / "adapter_model.safetensors")
+        stem = f"base_model.model.model.layers.0.{name}"
+        save_file(
+            {**state, f"{stem}.lora_A.weight": torch.ones(3, 32), f"{stem}.lora_B.weight": torch.ones(shape)},
+            adapter / "adapter_model.safetensors",
+        )
+        (problem,) = Adapter.open(adapter).check(Checkpoint(model))
+        assert f"layers.0.{name} " in str(problem)
 
 
 def test_a_module_of_another_kind_of_layer_is_refused(base: Callable[..., Path], lora: Callable[..., Path]) -> None:
@@ -282,10 +315,61 @@ def test_a_module_of_another_kind_of_layer_is_refused(base: Callable[..., Path],
     assert all("layers.1.mlp" in str(p) and "layer 1 is of another kind" in str(p) for p in problems)
 
 
-def test_peft_adapters_of_fused_experts_are_refused(base: Callable[..., Path], lora: Callable[..., Path]) -> None:
-    """PEFT turns ``gate_proj`` of Qwen3-MoE into an adapter of the experts' 3-D parameters."""
-    with pytest.raises(AdapterError, match=r"target_parameters: .*experts.* It names 2 of them"):
-        Adapter.open(lora(base("qwen3_moe"), targets=["gate_proj", "up_proj", "down_proj"]))
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "olmoe", "glm4_moe", "qwen3_5_moe", "lfm2_moe"])
+def test_adapters_of_experts_are_read_one_by_one_and_run_on_their_base(
+    family: str, base: Callable[..., Path], tmp_path: Path
+) -> None:
+    """As PEFT stacks them, and as trainers for transformers 4 save them, with a router's: the same as dense weights."""
+    model = base(family, layers=2)
+    checkpoint = Checkpoint(model)
+    a, last = checkpoint.architecture, 0 if family == "qwen3_moe" else 1  # a layer that has experts
+    assert a.experts is not None and checkpoint.experts(last) is not None
+    inside = f"{a.layers}.{last}.{a.experts.path}"
+    single = experts_one_by_one(model, tmp_path / "single", router=family in ("mixtral", "olmoe"))
+    opened = Adapter.open(single)
+    assert opened.check(checkpoint) == [] and not is_ready(opened, checkpoint)
+    ready = write_ready(opened, checkpoint, tmp_path / "ready", str(model))
+    dense = models.load(model)
+    stacked = dense.get_submodule(inside)
+    with torch.no_grad():
+        for path in opened.modules:
+            located, change = a.locate_expert(path), opened.update(path).dense().float()
+            if located is None:
+                dense.get_submodule(path.replace("block_sparse_moe", "mlp")).weight += change
+                continue
+            layer, number, module = located
+            own = dense.get_submodule(f"{a.layers}.{layer}.{a.experts.path}")
+            gate, up = own.gate_up_proj[number].chunk(2)
+            {"gate": gate, "up": up, "down": own.down_proj[number]}[module.roles[0]].add_(change)
+        wanted = dense(IDS).logits
+    assert (wanted - models.load(model)(IDS).logits).abs().max() > 0.1
+    with attached(models.load(model), ready) as tuned:
+        torch.testing.assert_close(tuned(IDS).logits, wanted, rtol=1e-4, atol=1e-4)
+    again = Adapter.open(ready)
+    assert again.check(checkpoint) == [] and is_ready(again, checkpoint)
+    with attached(models.load(model), ready) as tuned:
+        changes = tuned.get_submodule(f"base_model.model.{inside}").get_delta_weight("default")
+    for number in range(checkpoint.expert_count):
+        update = again.update(f"{inside}.{number}.down_proj").dense().float()
+        torch.testing.assert_close(update, changes[number], rtol=1e-4, atol=1e-5)
+    assert stacked.down_proj.shape[0] == checkpoint.expert_count
+
+
+def test_experts_of_a_dora_are_left_out_of_what_the_old_base_runs_with(
+    base: Callable[..., Path], lora: Callable[..., Path], tmp_path: Path
+) -> None:
+    model = base("mixtral")
+    adapter = tmp_path / "dora"
+    shutil.copytree(lora(model, targets=["q_proj"], use_dora=True), adapter)
+    state = load_file(adapter / "adapter_model.safetensors")
+    stem = "base_model.model.model.layers.0.block_sparse_moe.experts.1.w2"
+    extra = {"lora_A.weight": (3, 48), "lora_B.weight": (32, 3), "lora_magnitude_vector": (32,)}
+    state |= {f"{stem}.{name}": torch.ones(shape) for name, shape in extra.items()}
+    save_file(state, adapter / "adapter_model.safetensors")
+    opened, checkpoint = Adapter.open(adapter), Checkpoint(model)
+    assert opened.check(checkpoint) == [] and "DoRA" in opened.left_out(checkpoint)[0][1]
+    with attached(models.load(model), write_ready(opened, checkpoint, tmp_path / "ready", str(model))) as tuned:
+        assert tuned(IDS).logits.isfinite().all()
 
 
 def test_layers_of_another_kind(base: Callable[..., Path], lora: Callable[..., Path]) -> None:

@@ -32,6 +32,7 @@ from tests import models
 STACKED = (
     "mixtral", "qwen3_moe", "qwen2_moe", "lfm2_moe", "qwen3_next", "qwen3_5_moe", "qwen3_5_moe_text", "glm4_moe",
     "glm4_moe_lite", "deepseek_v2", "deepseek_v3", "granitemoehybrid", "ernie4_5_moe", "exaone_moe", "hunyuan_v1_moe",
+    "olmoe",
 )  # fmt: skip
 ROWS = torch.tensor([0, 1, 1]), torch.tensor([4, 0, 3])
 

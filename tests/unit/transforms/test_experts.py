@@ -17,6 +17,7 @@ from lorasuite.bases import Checkpoint
 from lorasuite.correspondence import FUNCTIONAL, ORTHOGONAL, ExpertMaps, TransferMatrix, align_experts, match_experts
 from lorasuite.transforms import Migrated, migrate
 from tests import models
+from tests.experts import experts_one_by_one
 from tests.unit.transforms.test_hybrid import Kept, loaded
 
 Base = Callable[..., Path]
@@ -76,29 +77,6 @@ def written(result: Migrated, base: Path, output: Path) -> Path:
     return output
 
 
-def one_by_one(base: Path, target: Path, rank: int = 2) -> Path:
-    """An adapter of every expert's projections, as trainers for transformers 4 save it."""
-    checkpoint, generator = Checkpoint(base), torch.Generator().manual_seed(3)
-    known = checkpoint.architecture.experts
-    assert known is not None
-    state = {}
-    for layer in range(checkpoint.dims.layers):
-        dims = checkpoint.experts(layer)
-        for number in range(checkpoint.expert_count if dims is not None else 0):
-            assert dims is not None
-            for role, name in known.names.items():
-                place = (*known.others, known.path)[0]
-                stem = f"base_model.model.{checkpoint.architecture.layers}.{layer}.{place}.{number}.{name}"
-                shapes = {"A": (rank, dims.columns(role)), "B": (dims.rows(role), rank)}
-                for side, shape in shapes.items():
-                    state[f"{stem}.lora_{side}.weight"] = torch.randn(shape, generator=generator) * 0.3
-    target.mkdir()
-    save_file(state, target / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 4, "lora_dropout": 0.05}
-    (target / "adapter_config.json").write_text(json.dumps({**config, "target_modules": [*known.names.values()]}))
-    return target
-
-
 def test_experts_are_matched_by_the_tokens_they_are_routed() -> None:
     generator = torch.Generator().manual_seed(0)
     weights = torch.rand(50, 5, generator=generator) * (torch.rand(50, 5, generator=generator) > 0.5)
@@ -133,7 +111,7 @@ def test_a_twin_with_its_experts_in_another_order_gets_the_same_adapter(
 def test_experts_of_trainers_for_transformers_4_keep_all_of_gate_and_up(base: Base, tmp_path: Path) -> None:
     """Gate and up have inputs of their own each: their part of the fused parameter has twice the rank."""
     old = base("mixtral", **{**MOE, "intermediate": 20})
-    adapter = one_by_one(old, tmp_path / "adapter")
+    adapter = experts_one_by_one(old, tmp_path / "adapter")
     new = permuted(old, tmp_path / "twin")
     result = moved(adapter, old, new, "copy", maps_of(old, new), rank=2)
     assert {update.rank for update in result.updates.values()} == {2, 4} and set(result.retained.values()) == {1.0}
@@ -177,4 +155,6 @@ def test_experts_without_a_place_are_dropped_with_a_count_and_what_to_do(
     result = moved(lora(old, targets=["o_proj"], target_parameters=EXPERTS), old, new, method, maps)
     assert len(result.updates) == 2
     assert [row["why"].partition(": rows that")[0] for row in result.dropped] == [why] * 2
-    assert all("8 updates of 4 experts" in row["module"] and "--teacher-samples" in row["why"] for row in result.dropped)
+    assert all(
+        "8 updates of 4 experts" in row["module"] and "--teacher-samples" in row["why"] for row in result.dropped
+    )
