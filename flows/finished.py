@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from artifacts import default_home
-from flows.context import adapter_directory
+from flows.context import ready_adapter
 from lorasuite.adapters import WEIGHTS
-from lorasuite.bases import resolve
+from lorasuite.bases import Checkpoint, resolve
 from lorasuite.errors import LoRASuiteError
 from lorasuite.planning import MigrationConfig
 from lorasuite.reporting import RECORD, MigrationRecord
@@ -33,7 +33,7 @@ def finished_record(config: MigrationConfig, bases: Mapping[str, str] | None = N
         return None
     if bases is None:
         bases = fingerprint_bases.fn(default_home(), resolve(config.old_base), resolve(config.new_base))
-    folder = adapter_directory(config, bases["old_model"])
+    folder = ready_adapter(config.adapter, Checkpoint(config.old_base), bases["old_model"], config.allow_pickle)
     adapter = {"adapter": fingerprint_adapter(folder, config.allow_pickle)}
     return record if record.key == fingerprint_migration(config, {**bases, **adapter}) else None
 
