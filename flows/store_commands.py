@@ -1,4 +1,4 @@
-"""The commands ``lorasuite artifacts``: list, check and clean up the artifact store."""
+"""The commands ``lorasuite artifacts``: list, check, repair and clean up the artifact store."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from artifacts import ArtifactError, Store, directory_size
 from flows.cli_output import Json, errors, print_json
 from lorasuite import reporting
 
-store_app = typer.Typer(help="List, check and clean up the artifact store.", no_args_is_help=True)
+store_app = typer.Typer(help="List, check, repair and clean up the artifact store.", no_args_is_help=True)
 
 
 @store_app.command("ls")
@@ -49,11 +49,14 @@ def artifacts_show(key: Annotated[str, typer.Argument(help="key, or its beginnin
 @store_app.command("verify")
 def artifacts_verify(
     key: Annotated[str | None, typer.Argument(help="key, or its beginning; all if left out")] = None,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="fetch what is damaged from LORASUITE_STORE, or compute it again")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Read every byte and compare it with the manifest."""
-    store = Store()
+    """Read every byte and compare it with the manifest; end with 1 where something is, or stays, damaged."""
     with errors(as_json):
+        store = Store()
         keys = [_full_key(key)] if key else [entry.key for entry in store.ls()]
         damaged = {}
         for found in keys:
@@ -61,13 +64,37 @@ def artifacts_verify(
                 store.verify(found)
             except ArtifactError as error:
                 damaged[found] = str(error)
+        repaired: dict[str, str] = {}
+        if repair and damaged:
+            from flows.repair import repair as repair_all
+
+            repaired, damaged = repair_all(damaged)
         if as_json:
-            print_json({"checked": len(keys), "damaged": damaged})
+            print_json({"checked": len(keys), "damaged": damaged, **({"repaired": repaired} if repair else {})})
         else:
-            Console().print(f"{len(keys)} checked, {len(damaged)} damaged")
+            Console().print(f"{len(keys)} checked, {len(damaged)} damaged" + (f", {len(repaired)} repaired" * repair))
+            for name, how in repaired.items():
+                Console().print(f"{name[:16]}: {how}", markup=False, highlight=False)
             for what in damaged.values():
                 Console().print(what, style="red", markup=False)
     if damaged:
+        raise typer.Exit(1)
+
+
+@store_app.command("check")
+def artifacts_check(key: Annotated[str, typer.Argument(help="key, or its beginning")], as_json: Json = False) -> None:
+    """Compute one artifact again, beside the store, and compare: end with 1 where it comes out otherwise."""
+    with errors(as_json):
+        full = _full_key(key)
+        from flows.repair import check
+
+        stage, different = check(full)
+        if as_json:
+            print_json({"key": full, "stage": stage, "same": not different, "different": different})
+        else:
+            told = f"comes out otherwise: {', '.join(different)}" if different else "comes out the same"
+            Console().print(f"{stage} {full[:16]} {told}", markup=False, highlight=False)
+    if different:
         raise typer.Exit(1)
 
 

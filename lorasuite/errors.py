@@ -6,10 +6,13 @@ to do about it.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import errno
 import os
 import re
+import shutil
+import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 
@@ -184,6 +187,8 @@ _REFUSED: dict[int, tuple[str, str]] = {
     ),
     errno.ENOMEM: ("memory ran out", ""),
 }
+#: Bytes free on a disk below which it is taken for full.
+_ROOM = 2**20
 _MEMORY = f"Free memory, take a smaller batch size, or load in half precision or fewer bits; {_KEPT}"
 _NETWORK = f"Look at the connection and the address, and at a proxy in between; {_KEPT}"
 #: How libraries that are not written in Python tell an error of the operating system, and memory that ran out.
@@ -222,7 +227,11 @@ def _refused(error: BaseException) -> Problem | None:
         return Problem("memory", f"it ran out ({text})", _MEMORY)
     if number in _REFUSED and isinstance(number, int):
         what, remedy = _REFUSED[number]
-        place = " -> ".join(str(name) for name in _places(error)) or "a file"
+        place = (
+            " -> ".join(str(name) for name in _places(error))
+            or ", ".join(_full() if number == errno.ENOSPC else [])
+            or "a file"
+        )
         return Problem(place, f"{what} ({os.strerror(number)})", remedy)
     if isinstance(error, RuntimeError) and _UNWRITTEN.search(text):
         return Problem(
@@ -233,7 +242,18 @@ def _refused(error: BaseException) -> Problem | None:
     return None
 
 
-def _places(error: BaseException) -> list[object]:
+def _places(error: BaseException) -> Sequence[object]:
     """The file or files that an error of the operating system names."""
     names = (getattr(error, "filename", None), getattr(error, "filename2", None))
     return [os.fsdecode(name) if isinstance(name, bytes) else name for name in names if name is not None]
+
+
+def _full() -> list[str]:
+    """Of the directories that are written to, those on a disk without room: where an error names no file."""
+    written = (os.environ.get("LORASUITE_HOME") or "~/.cache/lorasuite", tempfile.gettempdir(), ".")
+    found = []
+    for path in map(os.path.expanduser, written):
+        with contextlib.suppress(OSError):
+            if shutil.disk_usage(path).free < _ROOM:
+                found.append(path)
+    return found

@@ -53,6 +53,7 @@ from artifacts import (
     Artifact,
     ArtifactDamaged,
     ArtifactMissing,
+    Manifest,
     Store,
     default_home,
     default_remote,
@@ -62,6 +63,7 @@ from artifacts import (
 from tasks import at_work
 from tasks.inputs import Input, Models, Ref, StageSettings, input_fingerprints
 from tasks.locks import FileLockManager
+from tasks.rebuilding import MADE_BY, made_by
 from tasks.recording import Measure, Recorder, StageRun, current_recorder, run_log
 from tasks.results import drop_foreign_record
 from tasks.retries import DELAYS, halvings, note_out_of_memory, retry_stage
@@ -290,33 +292,54 @@ class Stage:
         if not refresh and _problem(store, key) is None:
             # another run made it while this one waited for the lock, or Prefect's record of it is gone
             return Completed(name="Cached", message="The artifact is in the store.", data=ref)
-        resolved, parsed = self.models.resolve(store, inputs), self.models.parse(settings)
-        measure = Measure()
         where = where.model_copy(update={"halvings": halvings(key)})
-        where.check_unchanged()
         if WORK in where.paths:
             store.use(f"{WORK}/{where.paths[WORK].name}")
         try:
             with at_work.computing():
-                made = self.fn(resolved, parsed, where)
-                output = made if isinstance(made, StageOutput) else StageOutput(info=made)
-                store.put(
-                    key,
-                    stage=self.name,
-                    version=self.version,
-                    inputs=fingerprints,
-                    settings=settings,
-                    tensors=measure.through(output.tensors),
-                    info=output.info,
-                    files=output.files,
-                    run=measure.results,
-                    replace=refresh,
-                    before_it_counts=where.check_unchanged,
-                )
+                self.make(inputs, settings, where, store, store, replace=refresh)
         except torch.OutOfMemoryError as error:
             note_out_of_memory(key, error)
             raise
         return ref
+
+    def make(
+        self,
+        inputs: dict[str, Any],
+        settings: dict[str, Any],
+        where: Where,
+        store: Store,
+        into: Store,
+        replace: bool = False,
+    ) -> Manifest:
+        """Compute the artifact, whether it is there or not, and put it into a store.
+
+        Args:
+            inputs: as JSON data.
+            settings: as JSON data.
+            store: has the artifacts among the inputs.
+            replace: put it in the place of one that is there.
+        """
+        fingerprints = input_fingerprints(inputs)
+        resolved, parsed = self.models.resolve(store, inputs), self.models.parse(settings)
+        measure = Measure()
+        measure.results[MADE_BY] = made_by(inputs, where)
+        where.check_unchanged()
+        made = self.fn(resolved, parsed, where)
+        output = made if isinstance(made, StageOutput) else StageOutput(info=made)
+        return into.put(
+            stage_key(self.name, self.version, settings, fingerprints),
+            stage=self.name,
+            version=self.version,
+            inputs=fingerprints,
+            settings=settings,
+            tensors=measure.through(output.tensors),
+            info=output.info,
+            files=output.files,
+            run=measure.results,
+            replace=replace,
+            before_it_counts=where.check_unchanged,
+        )
 
 
 def stage(

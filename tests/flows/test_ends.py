@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import subprocess
+import time
+from collections.abc import Mapping
 from contextvars import Context
 from pathlib import Path
 from typing import Any
@@ -13,13 +15,15 @@ from typing import Any
 import prefect.context
 import psutil
 import pytest
+import torch
+from prefect import flow
 from prefect.server.api.server import SubprocessASGIServer
 from prefect.settings import PREFECT_API_AUTH_STRING
 from typer.testing import CliRunner
 
 import flows.migrate_adapter as module
 from artifacts import Store
-from flows import temporary_server
+from flows import repair, temporary_server
 from flows.command_line import app
 from tasks import stage
 from tests.flows.small import Small
@@ -98,3 +102,53 @@ def test_an_output_that_is_whole_is_done(
     assert code == 0 and whole["weights_sha256"] == first["weights_sha256"] and "done_before" not in whole
     assert all(row["cached"] for row in whole["timings"]) and not (home / "results").exists()
     assert not (home / "locks").exists(), "a home that is read-only is read"
+
+
+@stage.stage("first of two")
+def first_stage(inputs: Mapping[str, Any], settings: Any, where: stage.Where) -> stage.StageOutput:
+    text = (where.path("data") / "x").read_text()
+    return stage.StageOutput(tensors={"x": torch.full((3,), float(len(text)))}, files={"text": text.encode()})
+
+
+@stage.stage("second of two")
+def second_stage(inputs: Mapping[str, Any], settings: Any, where: stage.Where) -> dict[str, Any]:
+    again = (where.path("data").parent / "again").exists()
+    return {"sum": inputs["x"].tensor("x").sum().item() + again, "seconds": time.perf_counter()}
+
+
+def test_artifacts_are_repaired_and_checked(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(repair, "STAGES", {made.name: made for made in (first_stage, second_stage)})
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "x").write_text("four")
+
+    @flow
+    def both() -> list[str]:
+        where = stage.Where(paths={"data": tmp_path / "data"})
+        one = first_stage.run(inputs={"x": "f" * 64}, where=where)
+        return [one.key, second_stage.run(inputs={"x": one}, settings={"a": 1}, where=where).key]
+
+    keys, store = both(), Store(home)
+
+    def artifacts(*arguments: str) -> tuple[int, dict[str, Any]]:
+        done = CliRunner().invoke(app, ["artifacts", *arguments, "--json"])
+        return done.exit_code, json.loads(done.stdout)
+
+    assert [artifacts("check", key[:20])[1]["different"] for key in keys] == [[], []]
+    files = [store.path(key) / "data.safetensors" for key in keys]
+    sound = [file.read_bytes() for file in files]
+    for file in files:
+        file.write_bytes(b"damage")
+    code, told = artifacts("verify")
+    assert code == 1 and set(told["damaged"]) == set(keys)
+    code, told = artifacts("verify", "--repair")
+    assert code == 0 and told["repaired"] == dict.fromkeys(keys, "computed again") and told["damaged"] == {}
+    assert [file.read_bytes() for file in files] == sound and artifacts("verify")[0] == 0
+
+    (tmp_path / "again").touch()
+    assert artifacts("check", keys[1])[1]["different"] == ["sum"] and artifacts("check", keys[1])[0] == 1
+    (tmp_path / "data" / "x").write_text("another")
+    files[0].write_bytes(b"damage")
+    code, told = artifacts("verify", "--repair")
+    assert code == 1 and "not what it was" in told["damaged"][keys[0]] and not told["repaired"]
+    code, told = artifacts("check", keys[1])
+    assert code == 2 and told["problems"][0]["where"] == str(tmp_path / "data")

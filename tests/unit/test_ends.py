@@ -107,6 +107,7 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_an_interruption_says_what_was_kept(
     error: BaseException, number: signal.Signals, failing: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(at_work, "_done", {})
     code, _, said = failing(error)
     assert code == 128 + number and "No stage was done" in said
     monkeypatch.setattr(at_work, "_done", {"vocabulary": False, "transform": True})
