@@ -76,8 +76,8 @@ Refresh = Annotated[
 
 PAIR_FLAGS = (
     "old_base", "new_base", "calibration", "method", "device", "trust_remote_code", "architectures",
-    "columns", "calibration_samples", "calibration_cutoff", "pooling", "similarity", "cka_batch", "layer_strategy",
-    "max_offset", "head_matching", "transfer_matrix",
+    "columns", "template", "calibration_samples", "calibration_cutoff", "pooling", "similarity", "cka_batch",
+    "layer_strategy", "max_offset", "head_matching", "transfer_matrix",
 )  # fmt: skip
 
 #: In place of what ``inspect`` and ``prepare`` can do without: they validate their settings as a migration's.
@@ -149,6 +149,7 @@ def prepare(
                 trust_remote_code=settings.trust_remote_code,
                 architectures=settings.architectures,
                 columns=settings.columns,
+                template=settings.template,
             )
         if as_json:
             print_json(result)

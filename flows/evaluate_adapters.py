@@ -162,6 +162,8 @@ def check(
     found = Checked(rows if renders is None else attempt(lambda: templated(rows, renders)) or [])
     if template != DEFAULT_TEMPLATE and not any(row.kind == "instruction" for row in rows):
         found.notices.append(f"template {template}: there are no instruction rows, and it is not used")
+    if template != DEFAULT_TEMPLATE and tasks:
+        found.notices.append(f"template {template}: tasks by name have prompts of their own, and do not use it")
     if not problems:
         attempt(lambda: _readers(found, base, adapters, trust_remote_code))
     if include_path is not None and not include_path.is_dir():

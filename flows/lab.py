@@ -106,9 +106,10 @@ class Lab:
     def __init__(self, experiment: Experiment, data: Path, *, dry: bool, refresh: frozenset[str] = frozenset()) -> None:
         pair = experiment.config.pair
         first = experiment.cells[0].settings.migration
-        if len({cell.settings.migration.loading for cell in experiment.cells}) > 1:
-            what = "differs between cells, and an experiment loads its bases in one way"
-            raise ConfigError(Problem("loading", what, "Write an experiment for each."))
+        for name, way in (("loading", "loads its bases"), ("template", "renders its rows")):
+            if len({getattr(cell.settings.migration, name) for cell in experiment.cells}) > 1:
+                what = f"differs between cells, and an experiment {way} in one way"
+                raise ConfigError(Problem(name, what, "Write an experiment for each."))
         self.dry, self.data = dry, data
         self.experiment = experiment
         self.old, self.new = Checkpoint(str(pair.old_base)), Checkpoint(str(pair.new_base))
@@ -130,9 +131,6 @@ class Lab:
         fingerprints = fingerprint_bases.fn(home, *bases) if dry else fingerprint_bases(home, *bases)
         self.steps = Steps(where, fingerprints, refresh, pair=experiment.pair_name, dry=dry)
         self.trust = first.trust_remote_code
-        if len({cell.settings.migration.template for cell in experiment.cells}) > 1:
-            what = "differs between cells, and an experiment's rows are rendered in one way"
-            raise ConfigError(Problem("template", what, "Write an experiment for each."))
         self.template = read_template(first.template)
         self.tasks: dict[str, TaskData] = {}
 
@@ -166,12 +164,11 @@ class Lab:
         task = self.task(cell.task).config
         match cell.arm:
             case Arm.OLD_ADAPTER | Arm.RETRAINED:
-                old = cell.arm == Arm.OLD_ADAPTER
-                side, ready = ("old", task.adapter) if old else ("new", task.retrained)
-                if ready is not None:
-                    path = self.steps.ready_adapter(side, ready, cell.settings.migration.allow_pickle)
-                    return fingerprint_adapter(path, cell.settings.migration.allow_pickle), {"adapter": path}
-                return self.trained(cell, side), {}
+                side, ready = ("old", task.adapter) if cell.arm == Arm.OLD_ADAPTER else ("new", task.retrained)
+                if ready is None:
+                    return self.trained(cell, side), {}
+                path = self.steps.ready_adapter(side, ready, pickle := cell.settings.migration.allow_pickle)
+                return fingerprint_adapter(path, pickle), {"adapter": path}
             case Arm.MIGRATED:
                 return self.migrated(cell), {}
             case Arm.SCRATCH:
@@ -354,7 +351,8 @@ class TaskData:
     def texts(self) -> list[str]:
         """Calibration texts, conversations rendered by the new base's template."""
         reader = load_tokenizer(self.new_base, self.trust)
-        return calibration_texts(str(self.config.calibration or self.config.train_data), reader, self.config.columns)
+        source = str(self.config.calibration or self.config.train_data)
+        return calibration_texts(source, reader, self.config.columns, template=self.template)
 
     def asked(self, context: Context, cell: Cell) -> Asked:
         """What an arm of a cell is measured on."""

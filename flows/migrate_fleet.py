@@ -192,6 +192,8 @@ def _prepare(parts: Fleet, start: Start, refresh: tuple[str, ...]) -> dict[str, 
             "settings": config.pair.model_dump(mode="json"),
             "device": config.device,
             "trust_remote_code": config.trust_remote_code,
+            "columns": config.columns,
+            "template": config.template,
         }
         group = repr(given)
         architecture = Checkpoint(resolve(config.old_base)).architecture

@@ -14,7 +14,7 @@ from flows.context import Context, base_record, check_stages, fetch, tag_run, ti
 from flows.dashboard import show_pair
 from flows.pair import Pair, pair_name
 from lorasuite.bases import Role, load_tokenizer, resolve
-from lorasuite.data import calibration_texts, parse_columns
+from lorasuite.data import DEFAULT_TEMPLATE, calibration_texts, parse_columns, read_template
 from lorasuite.planning import AUTO, PairSettings, inspect, torch_device
 from lorasuite.reporting import PairRecord
 from lorasuite.transforms import names
@@ -41,12 +41,13 @@ def prepare_pair(
     roles: Sequence[Role] | None = None,
     architectures: str | None = None,
     columns: tuple[str, ...] = (),
+    template: str = DEFAULT_TEMPLATE,
 ) -> dict[str, Any]:
     """Compute, or find, every artifact of a pair of bases.
 
     Args:
         architectures: a directory of architecture files beside this package's.
-        columns: as in a migration's settings.
+        columns, template: as in a migration's settings.
         roles: the projections that the adapters to come have updates of; all of the architecture's if None.
 
     Returns:
@@ -69,9 +70,8 @@ def prepare_pair(
     if calibration is not None:
         # Chat rows become text through the new base's template, so that both bases read the same texts.
         reader = load_tokenizer(paths["new_base"], trust_remote_code)
-        texts = context.keep_texts(
-            calibration_texts(calibration, reader, parse_columns(columns))[: chosen.calibration_samples]
-        )
+        read = calibration_texts(calibration, reader, parse_columns(columns), template=read_template(template))
+        texts = context.keep_texts(read[: chosen.calibration_samples])
     with Recorder() as recorder:
         every = context.architecture("old").roles
         pair = Pair(context, chosen, texts, every if roles is None else roles)

@@ -92,6 +92,7 @@ def calibration_texts(
     tokenizer: PreTrainedTokenizerBase | None = None,
     columns: Mapping[str, str] = _AS_NAMED,
     skip: bool = False,
+    template: Template | None = None,
 ) -> list[str]:
     """The texts of a data file, to be read by a model for its activations: prompt and completion as one string.
 
@@ -101,12 +102,14 @@ def calibration_texts(
 
     Args:
         skip: leave out conversations that the template refuses.
+        template: renders instruction rows.
 
     Raises:
-        DataError: as :func:`read_rows`; naming every conversation that the template refuses, where none is left or
-            they may not be skipped.
+        DataError: as :func:`read_rows` and :func:`lorasuite.data.templated`; naming every conversation that the chat
+            template refuses, where none is left or they may not be skipped.
     """
     rows = _rows(source, columns, strict=False)
+    rows = rows if template is None else templated(rows, template)
     if getattr(tokenizer, "chat_template", None) is not None and tokenizer is not None:
         rows, problems = accepted(rows, [tokenizer])
         if problems and not (skip and rows):

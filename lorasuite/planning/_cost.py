@@ -181,6 +181,8 @@ class Work:
     #: Whole fine-tunes that all runs of the search come to, the control's among them.
     fine_tunes: float = 1.0
     chosen_by: int = 0
+    #: Rows, once for each template that is tried, by which it is asked whether the adapter knows them.
+    fitted_rows: int = 0
     teacher_rows: int = 0
     teacher_tokens: float = 256
     teacher_batch: int = 32

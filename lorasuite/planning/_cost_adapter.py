@@ -35,6 +35,8 @@ def adapter_costs(old: Shape, new: Shape, work: Work) -> list[Cost]:
     """What every stage of one adapter's migration needs, in the order they run."""
     found = [read_adapter(work.dense)] if work.dense else []
     found += [transforming(old, new, work, method) for method in work.methods if not _fits_models(method)]
+    if work.fitted_rows:
+        found.append(template_fit(old, work))
     if work.teacher_rows:
         found += [teacher(old, new, work), teacher_worth(old, new, work)]
     found += [transforming(old, new, work, method) for method in work.methods if _fits_models(method)]
@@ -151,6 +153,12 @@ def teacher_worth(old: Shape, new: Shape, work: Work) -> Cost:
     first, held = _scoring(old, work, work.teacher_rows, work.run_item)
     second, other = _scoring(new, work, work.teacher_rows, work.run_item)
     return Cost("teacher_worth", first * 2 + second, **work.held(max(held, other)))
+
+
+def template_fit(old: Shape, work: Work) -> Cost:
+    """The losses of the old base, with and without its adapter, on a few rows under every template that is tried."""
+    ops, held = _scoring(old, work, work.fitted_rows, work.run_item)
+    return Cost("template_fit", ops * 2, **work.held(held))
 
 
 def select(new: Shape, work: Work) -> Cost:

@@ -14,7 +14,7 @@ from typing import Any
 
 from lorasuite.adapters import Adapter, weight_shape
 from lorasuite.bases import ROLES, Checkpoint, Role
-from lorasuite.data import IGNORED, Row, encode_rows
+from lorasuite.data import DEFAULT_TEMPLATE, IGNORED, Row, encode_rows, known_templates
 from lorasuite.errors import LoRASuiteError, Problem
 from lorasuite.planning._config import AUTO, MigrationConfig
 from lorasuite.planning._cost import FLOAT, HALF, Cost, Shape, Work
@@ -23,6 +23,7 @@ from lorasuite.planning._cost_pair import pair_costs
 from lorasuite.planning._machine import Machine, Throughput
 from lorasuite.planning._policy import RowPlan
 from lorasuite.planning._thresholds import LFT_SAMPLES
+from lorasuite.teacher import ROWS as TEMPLATE_ROWS
 from lorasuite.training import EXTENTS, base_dtype
 from lorasuite.transforms import names, transform
 
@@ -108,6 +109,7 @@ def planned_work(
         checkpointing=tuning.gradient_checkpointing is True,
         fine_tunes=fine_tunes,
         chosen_by=max(rows.selection_rows, trained // 5),
+        fitted_rows=_fitted(config, data),
         teacher_rows=rows.teacher_rows,
         teacher_tokens=min(label_tokens, config.teacher.max_new_tokens),
         teacher_batch=config.teacher.batch_size,
@@ -149,6 +151,15 @@ def _dense(old: Checkpoint, adapter: Adapter) -> Iterator[tuple[int, int]]:
 def _mean_tokens(tokenizer: Any, texts: Sequence[str], cutoff: int) -> float:
     sample = texts[:: max(len(texts) // SAMPLED, 1)]
     return sum(min(len(ids), cutoff) for ids in tokenizer(list(sample))["input_ids"]) / len(sample)
+
+
+def _fitted(config: MigrationConfig, data: Data) -> int:
+    """Rows that templates are tried on, once for each template: of instruction rows all that are known."""
+    rows = data.train or data.evaluation
+    kinds = {row.kind for row in rows}
+    instructions = "instruction" in kinds or ("completion" in kinds and config.template != DEFAULT_TEMPLATE)
+    tried = len(known_templates()) if instructions else int("messages" in kinds)
+    return tried * min(len(rows), TEMPLATE_ROWS)
 
 
 def _row_tokens(config: MigrationConfig, data: Data) -> tuple[float, float]:
@@ -230,7 +241,7 @@ SMALLER = {
     "mlp_factors": "--method procrustes",
 }
 #: What helps where a model is loaded whole.
-LOADED = ("finetune", "teacher", "teacher_worth", "evaluate", "select", "model_fit", "serving")
+LOADED = ("finetune", "template_fit", "teacher", "teacher_worth", "evaluate", "select", "model_fit", "serving")
 #: The flags that make artifacts smaller.
 DISK = "LORASUITE_HOME on a larger disk, or --method procrustes (no state map), --method lorasuite (no maps)"
 

@@ -69,14 +69,16 @@ def check(config: MigrationConfig, home: Path | None = None) -> Plan:
     """
     result = _inspected(config)
     template: Template = result.attempt(lambda: read_template(config.template)) or read_template(DEFAULT_TEMPLATE)
-    texts = _calibration(result, config)
+    texts = _calibration(result, config, template)
     wanted = plan_rows(config, RowCounts())
     given, measured = _drawn(result, config, wanted), _read_held_out(result, config)
     train = _training_rows(result, config, wanted, _templated(result, given, template))
     held_out = _held_out_rows(result, config, _templated(result, measured, template))
     prompts = _teacher(result, config, wanted, template) if wanted.teacher_rows else None
     if not template.default and not any(row.kind == "instruction" for row in (*given, *measured)) and not prompts:
-        result.notices.append(f"template {template.name}: there are no instruction rows, and it is not used")
+        result.notices.append(f"template {template.name}: there are no instruction rows to train on or to measure by")
+    if not template.default and config.eval_tasks:
+        result.notices.append(f"template {template.name}: tasks by name have prompts of their own, and do not use it")
     counts = RowCounts.of(train, prompts, held_out, config.teacher.text_prefix)
     rows = plan_rows(config, counts)
     result.notices += rows.notices
@@ -120,11 +122,12 @@ def survey(
     result = _inspected(config, adapter)
     source, train, held_out = config.calibration_data, config.train_data, config.eval_data
     data = Data(tokenizer=result.new_tokenizer)
+    template: Template = result.attempt(lambda: read_template(config.template)) or read_template(DEFAULT_TEMPLATE)
     if source is not None:
-        texts = result.attempt(lambda: calibration_texts(source, result.new_tokenizer, config.renamed_columns)) or []
+        reading = (source, result.new_tokenizer, config.renamed_columns)
+        texts = result.attempt(lambda: calibration_texts(*reading, template=template)) or []
         data.texts = texts[: config.pair.calibration_samples]
     wanted = plan_rows(config, RowCounts())
-    template: Template = result.attempt(lambda: read_template(config.template)) or read_template(DEFAULT_TEMPLATE)
     if train is not None:
         read = result.attempt(lambda: read_rows(train, config.renamed_columns)) or []
         data.train = _templated(result, draw(read, wanted.requested_rows, config.seed), template)
@@ -188,7 +191,7 @@ def _count(
     result.cost = {**found, "assumed": data.assumed, "shortages": shortages(found)}
 
 
-def _calibration(result: Inspection, config: MigrationConfig) -> list[str]:
+def _calibration(result: Inspection, config: MigrationConfig, template: Template) -> list[str]:
     source = config.calibration_data
     if source is None and config.method != AUTO and transform(config.method).reads_texts:
         result.problems.append(
@@ -213,7 +216,7 @@ def _calibration(result: Inspection, config: MigrationConfig) -> list[str]:
     texts: list[str] = (
         result.attempt(
             lambda: calibration_texts(
-                source, result.new_tokenizer, config.renamed_columns, skip=config.skip_refused_rows
+                source, result.new_tokenizer, config.renamed_columns, config.skip_refused_rows, template
             )
         )
         or []

@@ -74,6 +74,7 @@ def model_card(record: MigrationRecord) -> str:
         'model = PeftModel.from_pretrained(base, "<this directory>")',
         "```",
         "",
+        *_prompts(record),
         "## Provenance",
         "",
         *_table(["", "name", "fingerprint"], list(_provenance(record))),
@@ -83,6 +84,15 @@ def model_card(record: MigrationRecord) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _prompts(record: MigrationRecord) -> list[str]:
+    """How the prompts were made that the adapter was trained and measured with; nothing in records of before."""
+    if record.prompts is None:
+        return []
+    chat = "and its chat template" if record.prompts.new.chat_template is not None else "which has no chat template"
+    said = f"Prompts are made by the tokenizer of {code_span(record.new_base.name)}, {chat}."
+    return [f"{said} Instruction rows become prompts by the template {code_span(record.prompts.template)}.", ""]
 
 
 def _table(head: list[str], rows: list[list[str]]) -> list[str]:

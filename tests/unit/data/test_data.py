@@ -22,6 +22,7 @@ from lorasuite.data import (
     fingerprint_rows,
     prompt_ids,
     read_rows,
+    read_template,
 )
 from lorasuite.errors import DataError
 
@@ -284,6 +285,8 @@ def test_calibration_texts(tmp_path):
     assert texts[2:] == ["hello there", "hello\nhello to you", "apples are there"]
     assert calibration_texts(path, bpe(template=CHATML))[3].startswith("<|im_start|>user")
     assert calibration_texts(path, BPE) == texts
+    told = calibration_texts(path, template=read_template("alpaca"))
+    assert told[0].endswith("### Response:\n10") and "What is 5+5?" in told[0] and told[2:] == texts[2:]
 
 
 def test_fingerprint_is_of_the_content_only(tmp_path):

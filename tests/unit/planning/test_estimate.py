@@ -36,7 +36,7 @@ ROOMY = Machine(2**50, 2**50, None, None, 2**50)
 ALL = ("copy", "functional", "lorasuite", "procrustes", "sequential")
 BUSY = Work(
     methods=ALL, texts=64, text_tokens=32, rows=100, row_tokens=40, label_tokens=8, chosen_by=20, teacher_rows=300,
-    teacher_tokens=8, evaluation_rows=50,
+    teacher_tokens=8, evaluation_rows=50, fitted_rows=64,
 )  # fmt: skip
 
 
@@ -74,8 +74,8 @@ def test_every_stage_that_has_work_is_counted(base: Callable[..., Path]) -> None
     found = estimate(old, new, BUSY, ROOMY, SPEED)
     assert list(stages(found)) == [
         "fingerprint", "vocabulary", "transfer_matrices", "mlp_factors", "activations", "similarity", "head_mapping",
-        "alignment", "state_map", "transform", "teacher", "teacher_worth", "model_fit", "select", "finetune",
-        "evaluate", "serving",
+        "alignment", "state_map", "transform", "template_fit", "teacher", "teacher_worth", "model_fit", "select",
+        "finetune", "evaluate", "serving",
     ]  # fmt: skip
     assert found["total"]["seconds"] == pytest.approx(sum(row["seconds"] for row in found["stages"]))
     assert all(row["seconds"] > 0 and row["ram_bytes"] > 0 for row in found["stages"])
@@ -85,6 +85,17 @@ def test_every_stage_that_has_work_is_counted(base: Callable[..., Path]) -> None
     assert not {"alignment", "state_map", "activations", "teacher", "finetune", "evaluate"} & set(plain)
     assert plain["mlp_factors"]["seconds"] is None
     assert "mlp_factors" not in stages(estimate(old, new, Work(methods=("procrustes",)), ROOMY))
+
+
+def test_experts_and_templates_are_counted_where_there_are_some(base: Callable[..., Path]) -> None:
+    old, new = Shape.of(Checkpoint(base("olmoe"))), Shape.of(Checkpoint(base("olmoe", hidden=48, seed=1)))
+    assert old.experts == (3, 2, 48)
+    work = replace(BUSY, experts=True)
+    found = stages(estimate(old, new, work, ROOMY, SPEED))["expert_maps"]
+    assert found["seconds"] > 0 and found["disk_bytes"] > 3 * 2 * 48 * 48
+    assert "expert_maps" not in stages(estimate(old, new, BUSY, ROOMY))
+    assert "expert_maps" not in stages(estimate(*shapes(base), work, ROOMY))
+    assert "template_fit" not in stages(estimate(old, new, replace(work, fitted_rows=0), ROOMY))
 
 
 def ops(costs: list[Any], stage: str) -> Ops:

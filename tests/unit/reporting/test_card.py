@@ -43,6 +43,9 @@ def test_provenance_and_no_results() -> None:
     for part in ("old_base", "new_base", "adapter"):
         assert content()[part]["fingerprint"] in text
     assert "algorithm version 1" in text and "`functional`" in text and "**needs-finetune**" in text
+    assert "Prompts are made" not in text  # a record of before
+    asked = model_card(record(prompts={"template": "alpaca"}))
+    assert "Prompts are made by the tokenizer of" in asked and "by the template `alpaca`." in asked
     bare = model_card(record(evaluation={}, tasks={}, comparisons=[]))
     assert "model-index" not in bare and "±" not in bare
 
