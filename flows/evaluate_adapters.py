@@ -15,7 +15,7 @@ from prefect.logging.loggers import get_run_logger
 from artifacts import default_home
 from flows.context import Context, attachable, base_record, check_stages, fetch, tag_run, timings
 from flows.measure import Asked, Measured
-from lorasuite.adapters import OwnTokenizer, own_tokenizer
+from lorasuite.adapters import OwnTokenizer, attachment_problems, own_tokenizer
 from lorasuite.bases import Checkpoint, LoadSettings, load_tokenizer, resolve
 from lorasuite.data import DEFAULT_TEMPLATE, Row, accepted, parse_columns, read_rows, read_template, templated
 from lorasuite.errors import (
@@ -154,9 +154,9 @@ def check(
     if not eval_data and not tasks:
         problems.append(Problem("evaluate", "there is nothing to evaluate on", "Give --eval-data or --tasks."))
     attempt(lambda: loading.check(torch_device(device)))
-    attempt(lambda: Checkpoint(base).check_readable())
+    opened = attempt(lambda: _readable(base))
     for adapter in adapters:
-        attempt(partial(_adapter, adapter))
+        attempt(partial(_adapter, adapter, opened))
     renders = attempt(lambda: read_template(template))
     rows = (attempt(lambda: read_rows(eval_data, parse_columns(columns))) if eval_data else None) or []
     found = Checked(rows if renders is None else attempt(lambda: templated(rows, renders)) or [])
@@ -206,10 +206,26 @@ def _readers(found: Checked, base: str, adapters: tuple[str, ...], trust_remote_
         raise PreflightError(problems)
 
 
-def _adapter(source: str) -> None:
+def _readable(base: str) -> Checkpoint:
+    """
+    Raises:
+        CheckpointError: if the base cannot be read.
+    """
+    checkpoint = Checkpoint(base)
+    checkpoint.check_readable()
+    return checkpoint
+
+
+def _adapter(source: str, base: Checkpoint | None) -> None:
+    """
+    Raises:
+        LoRASuiteError: if there is no adapter, or PEFT is not to be given it for this base.
+    """
     folder = resolve(source)
     if not (folder / "adapter_config.json").is_file():
         raise ConfigError(Problem(source, "holds no adapter_config.json", "Give a PEFT adapter directory."))
+    if base is not None and (found := attachment_problems(folder, base)):
+        raise AdapterError(found)
 
 
 def _write(output: Path, record: dict[str, Any], measured: Measured) -> None:

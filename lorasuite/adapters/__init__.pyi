@@ -1,4 +1,12 @@
-from ._attachment import attach_adapter, attached, detach_adapter, restored, save_adapter, unwrap
+from ._attachment import (
+    attach_adapter,
+    attached,
+    attachment_problems,
+    detach_adapter,
+    restored,
+    save_adapter,
+    unwrap,
+)
 from ._base_modules import base_weight, vocabulary_side, vocabulary_weight, weight_shape
 from ._combination import Combined, is_ready, open_adapters, write_ready
 from ._files import CONFIG, PREFIX, WEIGHTS, Tensors
@@ -25,6 +33,7 @@ __all__ = [
     "Tensors",
     "attach_adapter",
     "attached",
+    "attachment_problems",
     "base_weight",
     "check_loads",
     "config_problems",

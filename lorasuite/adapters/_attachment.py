@@ -10,13 +10,27 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lorasuite.adapters._config_patterns import pattern_problems
+from lorasuite.adapters._config_types import type_problems
+from lorasuite.adapters._files import CONFIG
 from lorasuite.adapters._kinds import changes_base
+from lorasuite.bases import Checkpoint, read_json
 from lorasuite.errors import AdapterError, OutputError, Problem
 
 if TYPE_CHECKING:
     import torch
     from peft import PeftModel
     from transformers import PreTrainedModel
+
+
+def attachment_problems(folder: Path, base: Checkpoint) -> list[Problem]:
+    """Why PEFT is not to be given an adapter: settings of other types than its own, expressions that take too long.
+
+    Raises:
+        CheckpointError: if its config or the base's headers cannot be read.
+    """
+    config, where = read_json(folder / CONFIG), str(folder / CONFIG)
+    return type_problems(config, where) or pattern_problems(config, base.shapes(), where)
 
 
 def attach_adapter(

@@ -16,9 +16,10 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 
-from lorasuite.bases import add_architectures, fingerprint_model
+from flows.evaluate_adapters import check
+from lorasuite.bases import LoadSettings, add_architectures, fingerprint_model
 from lorasuite.data import read_rows
-from lorasuite.errors import CheckpointError, ConfigError, DataError, LoRASuiteError
+from lorasuite.errors import CheckpointError, ConfigError, DataError, LoRASuiteError, PreflightError
 from lorasuite.evaluation import check_tasks
 from lorasuite.planning import MigrationConfig, build, inspect, merged, read_config, torch_device
 from tests import models
@@ -77,6 +78,17 @@ def test_fields_of_an_adapter(field: str, value: Any, pair: tuple[Path, Path], t
     assert problems and field in problems[0]
 
 
+def test_evaluate_does_not_give_peft_what_does_not_end(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    adapters = [
+        str(changed(pair[1], "adapter_config.json", tmp_path / name, **fields)) for name, fields in WRONG.items()
+    ]
+    with pytest.raises(PreflightError) as refused:
+        check(str(pair[0]), tuple(adapters), None, (), None, None, None, "cpu", LoadSettings())
+    where = [problem.where for problem in refused.value.problems]
+    assert [name for name in WRONG if any(f"/{name}/adapter_config.json" in place for place in where)] == list(WRONG)
+
+
+WRONG: dict[str, dict[str, Any]] = {"slow": {"target_modules": "([a-z_.0-9]+)+!"}, "odd": {"modules_to_save": 5}}
 BASE: list[tuple[str, Any]] = [
     *(("model_type", value) for value in (5, [], {"a": 1})),
     *(("num_hidden_layers", value) for value in (10**7, 1e30, 10**30, INF, 2.5)),
