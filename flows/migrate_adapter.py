@@ -26,7 +26,7 @@ from flows.teach import Rows, fitting_template, gather_rows, opened_source
 from lorasuite import ALGORITHM_VERSION
 from lorasuite.adapters import Adapter, sources, sources_name
 from lorasuite.bases import resolve
-from lorasuite.evaluation import BOTH, Arm
+from lorasuite.evaluation import BOTH, Arm, Served, as_served
 from lorasuite.evaluation import check as check_serving
 from lorasuite.planning import AUTO, MigrationConfig, Plan, build, check
 from lorasuite.reporting import ArmResults, MigrationRecord, publish
@@ -90,7 +90,9 @@ def migrate_adapter(config: dict[str, Any], refresh: tuple[str, ...] = ()) -> di
         tuned = fine_tunes(context, settings, chosen, updates, rows)
         final = chosen.untrained if tuned is None else tuned.final
         measured = _measured(context, settings, plan, source, chosen, tuned)
-        served = context.run(serving, {**context.base("new"), "adapter": final}, {}, paths=context.base_path("new"))
+        shown = {"rows": measured.asked.rows} if measured.asked.rows is not None else {}
+        inputs = {**context.base("new"), **shown, "adapter": final}
+        served = context.run(serving, inputs, {}, paths=context.base_path("new"))
     record = _record(context, settings, plan, pair, source, fit, rows, chosen, tuned, measured, served, recorder)
     output = Path(settings.output)
     context.where.check_unchanged()
@@ -208,7 +210,10 @@ def _record(
             "weights": measured.weights,
         }
     )
-    loaders = check_serving(adapter_folder(context.open(final)), context.where.path("new_base"))
+    loaders = {
+        **{loader: Served.model_validate(found) for loader, found in context.open(served).info.items()},
+        **check_serving(adapter_folder(context.open(final)), context.where.path("new_base")),
+    }
     spent = timings(recorder)
     finetune = None
     if tuned is not None:
@@ -239,12 +244,9 @@ def _record(
             "finetune": finetune,
             "control": None if tuned is None or tuned.control is None else _control(context.open(tuned.control).info),
             **results.model_dump(mode="json"),
-            "verdict": results.judge(settings.gate).model_dump(mode="json"),
+            "verdict": as_served(results.judge(settings.gate), loaders).model_dump(mode="json"),
             "weights_sha256": weights_digest(context.open(final)),
-            "serving": {
-                **context.open(served).info,
-                **{loader: found.model_dump(mode="json") for loader, found in loaders.items()},
-            },
+            "serving": {loader: found.model_dump(mode="json") for loader, found in loaders.items()},
             "timings": spent,
             "peak_memory_bytes": {
                 row["stage"]: row["peak_memory_bytes"]

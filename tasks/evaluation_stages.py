@@ -106,21 +106,23 @@ def task_evaluation(inputs: TaskInputs, settings: TaskSettings, where: Where) ->
 
 @dataclass(frozen=True, kw_only=True)
 class ServingInputs:
-    """The base, and the adapter that is published."""
+    """The base, the adapter that is published, and the rows that arms are measured on, if there are any."""
 
     model: str
     tokenizer: str
     adapter: Artifact
+    rows: Artifact | None = None
 
 
-@stage("serving", version=2)
+@stage("serving", version=3)
 def serving(inputs: ServingInputs, settings: StageSettings, where: Where) -> StageOutput:
-    """The published adapter in PEFT, and merged into a plain model: the same logits of one text."""
+    """The published adapter in PEFT, and merged into a plain model: the same answers to some of the rows."""
     folder = adapter_folder(inputs.adapter)
     # a weight that is merged in 4 or 8 bits is rounded again, which no server does
     plain = loading(where).model_copy(update={"load_in_4bit": False, "load_in_8bit": False})
+    rows = [] if inputs.rows is None else stored_rows(inputs.rows)
     found = compare_merged(
-        where.path("base"), folder, device=where.device, trust_remote_code=trusted(where), loading=plain
+        where.path("base"), folder, rows, device=where.device, trust_remote_code=trusted(where), loading=plain
     )
     return StageOutput(info={loader: served.model_dump(mode="json") for loader, served in found.items()})
 

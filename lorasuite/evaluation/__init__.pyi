@@ -1,7 +1,7 @@
 from ._answers import extract, extract_choice, extract_letter, extract_number, matches
 from ._arms import PUBLISHED_ARMS, Arm
 from ._comparison import Comparison, compare, compare_arms, mcnemar, metrics, read_samples, sample_id
-from ._gate import Gate, Judgement, fails, judge
+from ._gate import Gate, Judgement, as_served, fails, judge
 from ._held_out import evaluate
 from ._measures import BOTH, TASK_METRICS
 from ._results import EvaluationSettings, EvaluationSummary
@@ -24,6 +24,7 @@ __all__ = [
     "Served",
     "TaskScore",
     "TaskSummary",
+    "as_served",
     "check",
     "check_tasks",
     "compare",

@@ -18,6 +18,7 @@ from lorasuite.evaluation._arms import Arm
 from lorasuite.evaluation._comparison import Comparison
 from lorasuite.evaluation._measures import NAMES, Interval, Measure, measures_of
 from lorasuite.evaluation._results import EvaluationSummary
+from lorasuite.evaluation._serving import Served
 from lorasuite.evaluation._tasks import TaskSummary
 
 Verdict = Literal["ship", "needs-finetune", "retrain", "unmeasured"]
@@ -149,6 +150,22 @@ def judge(
     judged = [_judge(measure, gate.of(measure.task)) for measure in measures]
     worst = max(judged, key=lambda one: VERDICTS.index(one.verdict))
     return worst.model_copy(update={"checks": [check for one in judged for check in one.checks]})
+
+
+def as_served(judgement: Judgement, serving: Mapping[str, Served]) -> Judgement:
+    """The same verdict, if what a server computes with the adapter is what was measured.
+
+    An adapter that ships by its figures counts as unmeasured where a loader that was run answers otherwise: the
+    figures are not those of what would be served. Loaders of which only the rules were read decide nothing.
+
+    Args:
+        serving: by loader.
+    """
+    wrong = [f"{loader}: {found.problems[0]}" for loader, found in serving.items() if found.ran and not found.ok]
+    if not wrong or judgement.verdict != "ship":
+        return judgement
+    why = f"{judgement.reason}; a server would answer otherwise ({'; '.join(wrong)})"
+    return judgement.model_copy(update={"verdict": "unmeasured", "reason": why})
 
 
 def fails(verdict: str, limit: str) -> bool:

@@ -1,15 +1,16 @@
 """Whether the programs that serve models take an adapter, and compute the same with it.
 
-PEFT and plain transformers are run themselves (:func:`compare_merged`). vLLM's and llama.cpp's rules are written down
-here (:func:`check`), for neither needs to be installed to read them; ``docs/serving.md`` names the file and revision
-each rule was read from. A rule that makes a loader refuse the adapter, or compute something else with it, is a
-*problem*; what an operator has to set is a *note*.
+PEFT and plain transformers are run themselves, on rows of the evaluation (:func:`compare_merged`). vLLM's and
+llama.cpp's rules are written down here (:func:`check`), for neither needs to be installed to read them;
+``docs/serving.md`` names the file and revision each rule was read from. A rule that makes a loader refuse the adapter,
+or compute something else with it, is a *problem*; what an operator has to set is a *note*.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from lorasuite.adapters import CONFIG, PREFIX, WEIGHTS, Tensors
 from lorasuite.bases import LoadSettings, load_tokenizer, loaded_model, read_json
+from lorasuite.data import IGNORED, Row, encode
 from lorasuite.errors import AdapterError
 
 if TYPE_CHECKING:
@@ -68,6 +70,11 @@ EMBEDDING_FACTORS = (".lora_embedding_A", ".lora_embedding_B")
 
 #: What :func:`compare_merged` lets the logits differ by, relative to the largest one: float32, and 16 bits.
 TOLERANCE, TOLERANCE_16 = 1e-4, 5e-2
+#: An adapter that changes no logit by more, relative to the largest one, answers as the base does.
+NO_EFFECT = 1e-5
+#: Rows of the evaluation that are compared, and tokens of each and of its answer.
+SERVED_ROWS, SERVED_TOKENS, ANSWER_TOKENS = 8, 256, 64
+#: What is compared where there are no rows.
 TEXT = "The quick brown fox jumps over the lazy dog, and twelve more sentences follow in the same old way."
 
 
@@ -78,7 +85,8 @@ class Served(BaseModel):
 
     ok: bool
     problems: list[str] = Field([], description="why it refuses the adapter, or computes something else with it")
-    notes: list[str] = Field([], description="what has to be set to serve it")
+    notes: list[str] = Field([], description="what has to be set to serve it, or how near the logits were")
+    ran: bool = Field(False, description="it was run and compared; otherwise only its rules were read")
 
 
 def check(adapter: Path, base: Path) -> dict[str, Served]:
@@ -220,12 +228,13 @@ def _scale(config: Mapping[str, Any], path: str | None, rank: int) -> float:
 def compare_merged(
     base: Path,
     adapter: Path,
+    rows: Sequence[Row] = (),
     *,
     device: str = "cpu",
     trust_remote_code: bool = False,
     loading: LoadSettings | None = None,
 ) -> dict[str, Served]:
-    """Load base and adapter in PEFT, merge them, and compare the logits of :data:`TEXT`.
+    """Load base and adapter in PEFT, merge them, and compare the logits that answers of some rows are read from.
 
     Merged, the model must be a plain one again: its class and the names of its weights are the base's. What PEFT
     refuses, or cannot merge, is returned as a problem and not raised: the adapter may still be of use elsewhere.
@@ -233,6 +242,7 @@ def compare_merged(
     Args:
         base: a model directory.
         adapter: the PEFT directory.
+        rows: held-out rows, of which the first :data:`SERVED_ROWS` are read; where there are none, :data:`TEXT` is.
         device: ``cpu`` or ``cuda``.
         trust_remote_code: whether code of the base's own may run.
         loading: how the base is loaded, by default as its files give it.
@@ -242,54 +252,88 @@ def compare_merged(
 
     Raises:
         CheckpointError: if the base cannot be loaded.
+        DataError: if no answer fits into :data:`SERVED_TOKENS` tokens.
     """
     tokenizer = load_tokenizer(base, trust_remote_code)
     # not kept: merging changes the weights
     asked = loading or LoadSettings()
     with loaded_model(base, device, trust_remote_code=trust_remote_code, keep=False, loading=asked) as model:
-        return _compared(model, tokenizer, adapter, device)
+        return _compared(model, _texts(rows, tokenizer, model), adapter, device)
 
 
-def _compared(model: Any, tokenizer: Any, adapter: Path, device: str) -> dict[str, Served]:
+def _texts(rows: Sequence[Row], tokenizer: Any, model: Any) -> list[tuple[list[int], int]]:
+    """Token ids of each text that is compared, and from how many positions at its end logits are read."""
+    if not rows:
+        tokens = tokenizer(TEXT)["input_ids"][:ANSWER_TOKENS]
+        if len(tokens) < 2:  # a tokenizer that knows none of these words
+            tokens = list(range(1, min(17, model.get_input_embeddings().num_embeddings)))
+        return [(tokens, len(tokens))]
+    found = []
+    for example in encode(rows[:SERVED_ROWS], tokenizer, SERVED_TOKENS):
+        ids, labels = example["input_ids"], example["labels"]
+        first = next(at for at, label in enumerate(labels) if label != IGNORED)
+        ids = ids[: first + ANSWER_TOKENS]
+        found.append((ids, len(ids) - first + 1))  # a token is predicted from the position before it
+    return found
+
+
+def _compared(model: Any, texts: list[tuple[list[int], int]], adapter: Path, device: str) -> dict[str, Served]:
     """What :func:`compare_merged` says of a loaded base, whose weights are merged with the adapter's."""
     import torch
 
     from lorasuite.adapters import attach_adapter
 
     names, kind = set(model.state_dict()), type(model)
-    tokens = tokenizer(TEXT)["input_ids"][:64]
-    if len(tokens) < 2:  # a tokenizer that knows none of these words
-        tokens = list(range(1, min(17, model.get_input_embeddings().num_embeddings)))
-    ids = torch.tensor([tokens], device=device)
+    keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
 
-    def logits(wrapped: Any) -> Tensor:
+    def logits(wrapped: Any) -> list[Tensor]:
+        found = []
         with torch.inference_mode():
-            found: Tensor = wrapped(input_ids=ids, use_cache=False).logits.float()
+            for ids, last in texts:
+                kept = {"logits_to_keep": last} if keeps else {}
+                out = wrapped(input_ids=torch.tensor([ids], device=device), use_cache=False, **kept).logits
+                found.append(out[0, -last:].float())
         return found
 
     bare = logits(model)
     try:
         wrapped = attach_adapter(model, adapter, device=device)
     except AdapterError as error:
-        return dict.fromkeys(("peft", "transformers"), _refused(str(error)))
+        return dict.fromkeys(("peft", "transformers"), _refused(str(error), ran=True))
     adapted = logits(wrapped)
-    if not torch.isfinite(adapted).all():
-        return dict.fromkeys(("peft", "transformers"), _refused("its logits are not finite"))
-    scale = float(adapted.abs().max())
-    effect = float((bare - adapted).abs().max()) / scale
-    in_peft = _told([] if effect > 0 else ["it changes nothing"], f"it changes logits by up to {_share(effect)}")
+    if not all(bool(torch.isfinite(one).all()) for one in adapted):
+        return dict.fromkeys(("peft", "transformers"), _refused("its logits are not finite", ran=True))
+    scale = max(float(one.abs().max()) for one in adapted)
+    effect = _farthest(bare, adapted) / scale
+    in_peft = _told([] if effect > NO_EFFECT else [_SAME], f"it changes logits by up to {_share(effect)}")
     try:
         merged = wrapped.merge_and_unload()
     except (RuntimeError, ValueError, NotImplementedError, AttributeError) as error:
         return {"peft": in_peft, "transformers": _refused(f"it cannot be merged ({error})")}
-    difference = float((logits(merged) - adapted).abs().max()) / scale
+    again = logits(merged)
+    difference = _farthest(again, adapted) / scale
     limit = TOLERANCE if next(merged.parameters()).dtype == torch.float32 else TOLERANCE_16
     problems = []
     if type(merged) is not kind or set(merged.state_dict()) != names:
         problems.append("the merged model is not a plain one: names of its weights differ from the base's")
     if not difference <= limit:
         problems.append(f"merged logits differ by more than {_share(limit)}")
-    return {"peft": in_peft, "transformers": _told(problems, f"merged logits differ by up to {_share(difference)}")}
+    if not _farthest(bare, again) / scale > NO_EFFECT:
+        problems.append(_SAME)
+    pairs = [(one.argmax(-1), other.argmax(-1)) for one, other in zip(again, adapted, strict=True)]
+    same = sum(int((one == other).sum()) for one, other in pairs) / sum(len(one) for one, _ in pairs)
+    note = (
+        f"merged logits differ by up to {_share(difference)}, {100 * same:.0f} % of the most likely tokens are the same"
+    )
+    return {"peft": in_peft, "transformers": _told(problems, note)}
+
+
+_SAME = "it loads, and answers as the base does"
+
+
+def _farthest(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:
+    """The largest difference of two logits."""
+    return max(float((a - b).abs().max()) for a, b in zip(one, other, strict=True))
 
 
 def _share(value: float) -> str:
@@ -297,8 +341,8 @@ def _share(value: float) -> str:
 
 
 def _told(problems: list[str], note: str) -> Served:
-    return Served(ok=not problems, problems=problems, notes=[note])
+    return Served(ok=not problems, problems=problems, notes=[note], ran=True)
 
 
-def _refused(why: str) -> Served:
-    return Served(ok=False, problems=[why])
+def _refused(why: str, ran: bool = False) -> Served:
+    return Served(ok=False, problems=[why], ran=ran)

@@ -22,6 +22,7 @@ from lorasuite.evaluation import (
     Judgement,
     Served,
     TaskSummary,
+    as_served,
     judge,
 )
 from lorasuite.reporting._published import NEW_START, OWN_ROWS_START, Published
@@ -253,6 +254,10 @@ class MigrationRecord(PairRecord, ArmResults):
     settings: dict[str, Any] = Field(description="a MigrationConfig as JSON, by the version that made the record")
     key: str | None = Field(None, description="digest of inputs by content, settings and algorithm")
     command: str = Field(description="empty where it was made by a program")
+
+    def judge(self, gate: Gate) -> Judgement:
+        """The gate's verdict on the figures, if they are those of what a server computes with the adapter."""
+        return as_served(super().judge(gate), self.serving)
 
     @classmethod
     def read(cls, path: Path) -> Self:

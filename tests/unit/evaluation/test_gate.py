@@ -9,7 +9,18 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from lorasuite.evaluation import Arm, Comparison, EvaluationSummary, Gate, TaskSummary, compare, fails, judge
+from lorasuite.evaluation import (
+    Arm,
+    Comparison,
+    EvaluationSummary,
+    Gate,
+    Served,
+    TaskSummary,
+    as_served,
+    compare,
+    fails,
+    judge,
+)
 from tests.records import scored, task_score
 
 
@@ -190,3 +201,17 @@ def test_the_power_of_the_rows_is_told() -> None:
 def test_thresholds_that_make_no_sense_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         Gate.model_validate(wrong)
+
+
+def test_what_is_served_has_to_be_what_was_measured() -> None:
+    """A loader that was run decides; one of which the rules were read, or which only cannot merge, does not."""
+    good = judge(arms("exact_match", old=0.7, new=0.2, moved=0.75), {})
+    assert good.verdict == "ship"
+    served = {"peft": Served(ok=True, ran=True), "vllm": Served(ok=False, problems=["DoRA is not supported"])}
+    assert as_served(good, served) == good
+    served["transformers"] = Served(ok=False, ran=True, problems=["it loads, and answers as the base does"])
+    found = as_served(good, served)
+    assert found.verdict == "unmeasured" and "transformers: it loads, and answers as the base does" in found.reason
+    assert fails(found.verdict, "retrain")
+    bad = judge(arms("exact_match", old=0.7, new=0.2, moved=0.2), {})
+    assert as_served(bad, served) == bad

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from collections.abc import Callable
@@ -12,11 +13,13 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from lorasuite.adapters import CONFIG, WEIGHTS
 from lorasuite.bases import load_model, load_tokenizer, release_models
+from lorasuite.data import Row
 from lorasuite.evaluation import LLAMA_CPP_ARCHITECTURES, TEXT, VLLM_ARCHITECTURES, check, compare_merged
+from lorasuite.evaluation._serving import SERVED_ROWS
 from tests import models
 
 Base = Callable[..., Path]
@@ -138,13 +141,36 @@ def test_merged_it_is_a_plain_model(family: str, base: Base, lora: Base, tmp_pat
 def test_an_adapter_that_changes_nothing(base: Base, lora: Base, tmp_path: Path) -> None:
     model = base("llama")
     tensors = {n: t * 0 if "lora_B" in n else t for n, t in load_file(lora(model) / WEIGHTS).items()}
-    assert not compare_merged(model, changed(lora(model), tmp_path / "a", {}, tensors))["peft"].ok
+    found = compare_merged(model, changed(lora(model), tmp_path / "a", {}, tensors))
+    for loader in ("peft", "transformers"):
+        assert found[loader].ran and found[loader].problems == ["it loads, and answers as the base does"]
+
+
+def test_what_is_compared_are_the_answers_of_rows(base: Base, lora: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits that answers are read from and no others, of the first rows; a difference there is found."""
+    model = base("llama")
+    words = [" ".join(models.words(120)[n : n + 6]) for n in range(4, 40, 4)]
+    rows = [Row(kind="completion", prompt=text, completion=" " + models.words(120)[n]) for n, text in enumerate(words)]
+    seen: list[tuple[int, int]] = []
+    forward = LlamaForCausalLM.forward
+
+    def watched(self: Any, *args: Any, **given: Any) -> Any:
+        found = forward(self, *args, **given)
+        seen.append((given["input_ids"].shape[1], found.logits.shape[1]))
+        return found
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", functools.wraps(forward)(watched))
+    found = compare_merged(model, lora(model), rows)
+    assert found["transformers"].ok and "100 % of the most likely tokens are equal" in found["transformers"].notes[0]
+    assert len(seen) == 3 * SERVED_ROWS, "bare, with the adapter and merged"
+    assert all(1 < read <= 3 < length for length, read in seen), seen
 
 
 def test_what_cannot_be_merged_or_computed_is_told(base: Base, lora: Base, tmp_path: Path) -> None:
     model = base("llama")
     found = compare_merged(model, lora(model, lora_bias=True))
     assert found["peft"].ok and "cannot be merged" in found["transformers"].problems[0]
+    assert not found["transformers"].ran, "it computes nothing else: it is not there to be served"
     assert "missing" in compare_merged(model, changed(lora(model), tmp_path / "a", {"r": 4}))["peft"].problems[0] or (
         "size mismatch" in compare_merged(model, tmp_path / "a")["peft"].problems[0]
     )
@@ -165,7 +191,7 @@ def test_a_model_that_computes_otherwise_when_merged(base: Base, lora: Base, mon
     monkeypatch.setattr("lorasuite.bases._cache.load_model", scaled)
     model = base("llama")
     found = compare_merged(model, lora(model))["transformers"]
-    assert not found.ok and "differ by more than" in found.problems[0]
+    assert found.ran and not found.ok and "differ by more than" in found.problems[0]
 
 
 def test_llama_cpp_has_a_name_for_every_module(base: Base) -> None:
