@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any
 from artifacts import default_home
 from flows.arms import Source, Tuning, migrated, tuned, with_output
 from flows.context import Context
-from flows.measure import Asked, evaluated
+from flows.measure import Asked, evaluated, scores_of
 from flows.pair import Pair
 from flows.teach import teacher_rows
 from lorasuite import zoo
@@ -20,9 +20,9 @@ from lorasuite.adapters import Adapter, OwnTokenizer, own_tokenizer, untrained
 from lorasuite.bases import Checkpoint, Role, load_tokenizer, resolve
 from lorasuite.data import HELD_OUT, Row, Template, calibration_texts, draw, read_rows, read_template, templated
 from lorasuite.errors import AdapterError, ConfigError, NumericalError, Problem
-from lorasuite.evaluation import TASK_METRICS, Arm, check_tasks
+from lorasuite.evaluation import Arm, check_tasks
 from lorasuite.planning import Cell, Experiment, ExperimentTask, RowCounts, plan_rows, torch_device
-from lorasuite.reporting import Measurement, Score
+from lorasuite.reporting import Measurement
 from lorasuite.training import FinetuneSettings
 from lorasuite.transforms import ModelTransform, transform
 from tasks.evaluation_stages import evaluation, task_evaluation
@@ -323,7 +323,7 @@ class Lab:
             memory.append(manifest.run.get("max_cuda_bytes") or manifest.run.get("max_rss_bytes", 0))
             if part == "finetune":
                 rate = manifest.info["learning_rate"]
-        found = _scores(cell, [store.manifest(key).info for key in keys])
+        found = scores_of(cell.task, [store.manifest(key).info for key in keys])
         return {**found, "cost": cost, "peak_memory_bytes": max(memory) or None, "learning_rate": rate}
 
 
@@ -379,22 +379,3 @@ def _miniature(pair: str | None, task: ExperimentTask, folder: Path) -> Experime
     zoo.write_rows(zoo.rows(pair, task.zoo, "test", task.eval_rows), files["eval_data"])
     zoo.write_rows([{"text": text} for text in zoo.texts(pair, ZOO_TEXTS)], files["calibration"])
     return task.model_copy(update={name: str(path) for name, path in files.items()})
-
-
-def _scores(cell: Cell, infos: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The fields of a measurement that its evaluations give."""
-    info = infos[0]
-    if "bits_per_byte" not in info:  # lm-eval tasks by name
-        scores: dict[str, Score] = {}
-        metrics = set()
-        for task, found in (item for part in infos for item in part.items()):
-            values = {name.split(",")[0]: name for name in reversed(found["metrics"])}
-            metric = next((name for name in TASK_METRICS if name in values), next(iter(values), None))
-            if metric is not None:
-                metrics.add(metric)
-                error = found["stderr"].get(values[metric])
-                scores[task] = Score(value=found["metrics"][values[metric]], stderr=error, n=found["n"])
-        return {"metric": ", ".join(sorted(metrics)), "scores": scores}
-    metric = "bits_per_byte" if info["exact_match"] is None else "exact_match"
-    score = Score(value=info[metric], stderr=info[f"{metric}_stderr"], n=info["n"])
-    return {"metric": metric, "scores": {cell.task: score}, "loss": info["loss"]}

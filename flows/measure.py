@@ -13,6 +13,7 @@ from flows.context import Context
 from lorasuite.adapters import OwnTokenizer
 from lorasuite.data import Row
 from lorasuite.evaluation import (
+    TASK_METRICS,
     EvaluationSettings,
     TaskScore,
     compare,
@@ -22,6 +23,7 @@ from lorasuite.evaluation import (
     read_samples,
 )
 from lorasuite.evaluation.eval_tasks import GROUPS, expand
+from lorasuite.reporting import Score
 from tasks.bases import OWN_TOKENIZER
 from tasks.evaluation_stages import SAMPLES, evaluation, task_evaluation
 from tasks.fingerprints import fingerprint_task
@@ -163,3 +165,27 @@ class Measured:
             for arm, artifacts in self._artifacts.items()
             for name, artifact in artifacts.items()
         }
+
+
+def scores_of(rows_task: str, infos: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The fields of :class:`lorasuite.reporting.Measurement` that an arm's evaluations give.
+
+    Args:
+        rows_task: what the held-out rows are called.
+        infos: of the evaluation on the held-out rows, or of each task by name.
+    """
+    info = infos[0]
+    if "bits_per_byte" not in info:  # lm-eval tasks by name
+        scores: dict[str, Score] = {}
+        metrics = set()
+        for task, found in (item for part in infos for item in part.items()):
+            values = {name.split(",")[0]: name for name in reversed(found["metrics"])}
+            metric = next((name for name in TASK_METRICS if name in values), next(iter(values), None))
+            if metric is not None:
+                metrics.add(metric)
+                error = found["stderr"].get(values[metric])
+                scores[task] = Score(value=found["metrics"][values[metric]], stderr=error, n=found["n"])
+        return {"metric": ", ".join(sorted(metrics)), "scores": scores}
+    metric = "bits_per_byte" if info["exact_match"] is None else "exact_match"
+    score = Score(value=info[metric], stderr=info[f"{metric}_stderr"], n=info["n"])
+    return {"metric": metric, "scores": {rows_task: score}, "loss": info["loss"]}
