@@ -322,9 +322,7 @@ def _compared(model: Any, texts: list[tuple[list[int], int]], adapter: Path, dev
         problems.append(_SAME)
     pairs = [(one.argmax(-1), other.argmax(-1)) for one, other in zip(again, adapted, strict=True)]
     same = sum(int((one == other).sum()) for one, other in pairs) / sum(len(one) for one, _ in pairs)
-    note = (
-        f"merged logits differ by up to {_share(difference)}, {100 * same:.0f} % of the most likely tokens are equal"
-    )
+    note = f"merged logits differ by up to {_share(difference)}, {100 * same:.0f} % of the most likely tokens are equal"
     return {"peft": in_peft, "transformers": _told(problems, note)}
 
 
