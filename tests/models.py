@@ -35,12 +35,13 @@ FAMILIES = (
     "gpt_oss", "glm", "glm4", "glm4_moe", "glm4_moe_lite", "deepseek_v2", "deepseek_v3", "gemma3n_text", "gemma4",
     "gemma4_text", "granitemoehybrid", "falcon_h1", "ernie4_5", "ernie4_5_moe", "exaone4",
     "exaone_moe", "hunyuan_v1_dense", "hunyuan_v1_moe", "seed_oss", "olmoe",
+    "gemma4_unified", "gemma4_unified_text",
 )  # fmt: skip
 #: Families that the table of adapter kinds has a column for. What the others add are names and roles, which kinds of
 #: adapters have nothing to do with.
 CROSSED = tuple(family for n, family in enumerate(FAMILIES) if n <= FAMILIES.index("lfm2") or family == "qwen3_next")
 MULTIMODAL = (
-    "llama4", "gemma3", "mistral3", "qwen3_5", "qwen3_5_moe", "qwen3_vl", "gemma4",
+    "llama4", "gemma3", "mistral3", "qwen3_5", "qwen3_5_moe", "qwen3_vl", "gemma4", "gemma4_unified",
 )  # fmt: skip
 #: Families of latent attention, whose projections are roles of their own.
 LATENT = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite")
@@ -62,7 +63,9 @@ NEOX_TARGETS = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
 #: Every linear module of a block, by PEFT target name (or pattern, where a vision tower has the same names).
 ALL_TARGETS: dict[str, list[str] | str] = {
     **dict.fromkeys(FAMILIES, LLAMA_TARGETS),
-    **dict.fromkeys(("gemma3", "mistral3", "qwen3_vl"), r"model\.language_model\..*(q|k|v|o|gate|up|down)_proj"),
+    **dict.fromkeys(
+        ("gemma3", "mistral3", "qwen3_vl", "gemma4_unified"), r"model\.language_model\..*(q|k|v|o|gate|up|down)_proj"
+    ),
     "gemma4": rf"model\.language_model\.layers\..*({'|'.join(GEMMA4)})",
     "gemma4_text": GEMMA4,
     "gemma3n_text": [*GEMMA4, *LAUREL],
@@ -137,6 +140,7 @@ PECULIAR: dict[str, dict[str, Any]] = {
     "gemma4_text": {
         "head_dim": 16, "global_head_dim": 16, "hidden_size_per_layer_input": 6, "vocab_size_per_layer_input": 96,
     },
+    "gemma4_unified_text": {"head_dim": 16, "global_head_dim": 16},
     "ernie4_5_moe": {"moe_num_experts": 2, "moe_k": 1, "moe_intermediate_size": 8, "moe_num_shared_experts": 1},
     "hunyuan_v1_moe": {"num_experts": 2, "moe_topk": 1, "head_dim": 8},
     "granitemoehybrid": {**EXPERTS, "embedding_multiplier": 3.0, "residual_multiplier": 0.5, **STATE},
@@ -158,6 +162,8 @@ VISION: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("qwen3_5", "qwen3_5_moe", "qwen3_vl"), QWEN_VISION),
     "gemma4": {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
                "num_key_value_heads": 2, "head_dim": 8, "patch_size": 4},
+    "gemma4_unified": {"patch_size": 4, "pooling_kernel_size": 1, "mm_embed_dim": 32, "mm_posemb_size": 4,
+                       "output_proj_dims": 32},
 }  # fmt: skip
 #: Type of the language model inside a multimodal one.
 INNER = {**{family: f"{family}_text" for family in VISION}, "mistral3": "mistral"}

@@ -35,9 +35,10 @@ VLLM_ARCHITECTURES = frozenset(
         "GraniteMoeHybridForCausalLM", "HunYuanDenseV1ForCausalLM", "HunYuanMoEV1ForCausalLM", "Lfm2ForCausalLM",
         "Lfm2MoeForCausalLM", "Llama4ForConditionalGeneration", "LlamaForCausalLM", "MiniCPMForCausalLM",
         "Mistral3ForConditionalGeneration", "MistralForCausalLM", "MixtralForCausalLM", "OPTForCausalLM",
-        "Olmo2ForCausalLM", "Olmo3ForCausalLM", "OlmoForCausalLM", "Phi3ForCausalLM", "PhiForCausalLM",
-        "Qwen2ForCausalLM", "Qwen2MoeForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM", "Qwen3NextForCausalLM",
-        "Qwen3VLForConditionalGeneration", "Qwen3_5ForConditionalGeneration", "Qwen3_5MoeForConditionalGeneration",
+        "Olmo2ForCausalLM", "Olmo3ForCausalLM", "OlmoForCausalLM", "OlmoeForCausalLM", "Phi3ForCausalLM",
+        "PhiForCausalLM", "Qwen2ForCausalLM", "Qwen2MoeForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM",
+        "Qwen3NextForCausalLM", "Qwen3VLForConditionalGeneration", "Qwen3_5ForConditionalGeneration",
+        "Qwen3_5MoeForConditionalGeneration",
         "SeedOssForCausalLM", "SmolLM3ForCausalLM",
     }
 )  # fmt: skip
@@ -57,13 +58,16 @@ LLAMA_CPP_ARCHITECTURES = frozenset(
         "GraniteMoeHybridForCausalLM", "HunYuanDenseV1ForCausalLM", "HunYuanMoEV1ForCausalLM", "Lfm2ForCausalLM",
         "Lfm2MoeForCausalLM", "Llama4ForCausalLM", "Llama4ForConditionalGeneration", "LlamaForCausalLM",
         "MiniCPMForCausalLM", "Ministral3ForCausalLM", "Mistral3ForConditionalGeneration", "MistralForCausalLM",
-        "MixtralForCausalLM", "Olmo2ForCausalLM", "Olmo3ForCausalLM", "OlmoForCausalLM", "Phi3ForCausalLM",
-        "PhiForCausalLM", "Qwen2ForCausalLM", "Qwen2MoeForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM",
-        "Qwen3NextForCausalLM", "Qwen3VLForConditionalGeneration", "Qwen3_5ForCausalLM",
+        "MixtralForCausalLM", "Olmo2ForCausalLM", "Olmo3ForCausalLM", "OlmoForCausalLM", "OlmoeForCausalLM",
+        "Phi3ForCausalLM", "PhiForCausalLM", "Qwen2ForCausalLM", "Qwen2MoeForCausalLM", "Qwen3ForCausalLM",
+        "Qwen3MoeForCausalLM", "Qwen3NextForCausalLM", "Qwen3VLForConditionalGeneration", "Qwen3_5ForCausalLM",
         "Qwen3_5ForConditionalGeneration", "Qwen3_5MoeForCausalLM", "Qwen3_5MoeForConditionalGeneration",
         "SeedOssForCausalLM", "SmolLM3ForCausalLM", "StableLmForCausalLM",
     }
 )  # fmt: skip
+
+#: Of adapters with ``target_parameters``, by either: their names and shapes are those of PEFT alone.
+STACKED = "updates of experts, stacked as PEFT adapts parameters, are not known to be taken: merge the adapter"
 
 FACTORS = (".lora_A.weight", ".lora_B.weight")
 EMBEDDING_FACTORS = (".lora_embedding_A", ".lora_embedding_B")
@@ -126,7 +130,7 @@ def _vllm(config: Mapping[str, Any], model: Mapping[str, Any], shapes: Shapes) -
         problems.append(f"adapters of type {config.get('peft_type')} are not supported")
     if config.get("bias", "none") != "none":
         problems.append("trained biases (bias is not none) are not supported")
-    problems += _foreign(shapes, outside=False)
+    problems += _foreign(shapes, outside=False) + ([STACKED] if config.get("target_parameters") else [])
     if any(name.endswith(EMBEDDING_FACTORS) for name in shapes):
         notes.append("updates of embeddings are taken only by model classes that list embedding_modules")
     # vLLM scales every module by alpha/r of the config: patterns are not read.
@@ -147,7 +151,7 @@ _VLLM_REFUSES = {
 
 def _llama_cpp(config: Mapping[str, Any], model: Mapping[str, Any], shapes: Shapes) -> Served:
     problems = _class_of(model, LLAMA_CPP_ARCHITECTURES, "convert_hf_to_gguf.py does not convert")
-    problems += _foreign(shapes, outside=True)
+    problems += _foreign(shapes, outside=True) + ([STACKED] if config.get("target_parameters") else [])
     if config.get("fan_in_fan_out"):
         problems.append("the converter transposes Conv1D weights, and with them the factors of their LoRA")
     if _tied(model) and any(name.startswith((f"{PREFIX}lm_head.", f"{PREFIX}embed_out.")) for name in shapes):

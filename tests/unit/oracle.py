@@ -108,14 +108,24 @@ PLACES: dict[str, tuple[str, str, str]] = {
         ("model.language_model.layers", "language_model.model.layers", "language_model.model.embed_tokens"),
     ),
     **dict.fromkeys(
-        ("qwen3_vl", "gemma4"),
+        ("qwen3_vl", "gemma4", "gemma4_unified"),
         ("model.language_model.layers", "model.language_model.layers", "model.language_model.embed_tokens"),
     ),
 }
 #: What the embedding's rows are multiplied with before the first block.
 SCALES = {
     **dict.fromkeys(
-        ("gemma", "gemma2", "gemma3_text", "gemma3", "gemma3n_text", "gemma4", "gemma4_text"),
+        (
+            "gemma",
+            "gemma2",
+            "gemma3_text",
+            "gemma3",
+            "gemma3n_text",
+            "gemma4",
+            "gemma4_text",
+            "gemma4_unified",
+            "gemma4_unified_text",
+        ),
         lambda c: math.sqrt(c["hidden_size"]),
     ),
     **dict.fromkeys(("granite", "granitemoehybrid", "falcon_h1"), lambda c: c["embedding_multiplier"]),

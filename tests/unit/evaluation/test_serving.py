@@ -39,8 +39,10 @@ VLLM_NOT = {
     "qwen3_5_moe",
     "qwen3_5_text",
     "qwen3_5_moe_text",
+    "gemma4_unified",
+    "gemma4_unified_text",
 }
-LLAMA_CPP_NOT = {"opt", "ministral", "gpt2", "exaone_moe", "gemma4_text"}
+LLAMA_CPP_NOT = {"opt", "ministral", "gpt2", "exaone_moe", "gemma4_text", "gemma4_unified", "gemma4_unified_text"}
 
 
 def changed(
@@ -73,6 +75,7 @@ def test_families(family: str, base: Base, lora: Base) -> None:
         ({"bias": "lora_only"}, "biases", None),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save", None),
         ({"trainable_token_indices": [1]}, "trainable_token_indices", None),
+        ({"target_parameters": ["mlp.experts.down_proj"]}, "updates of experts", "updates of experts"),
         ({"peft_type": "ADALORA"}, "ADALORA", None),
         ({"r": 1000}, "above 512", None),
         ({"use_rslora": True}, None, "rsLoRA"),
