@@ -119,10 +119,10 @@ def candidates(settings: MigrationConfig, plan: Plan, pair: Pair, source: Source
     if settings.method != AUTO:
         return [settings.method]
     moved = tuple(role for role in source.roles if role in pair.new.every_role)
-    if plan.inspection.nothing_moves:
+    if plan.inspection.nothing_moves or not settings.tries_transforms:
         return []
     found = []
-    for name in names():
+    for name in filter(settings.tries, names(controls=True) if settings.candidates else names()):
         one = transform(name)
         usable = not one.problems(pair.old.sizes, pair.new.sizes, moved) and (
             any(can_move(one, role) for role in moved) or not moved

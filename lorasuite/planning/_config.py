@@ -22,6 +22,8 @@ from lorasuite.transforms import Unmapped
 
 #: ``--method auto`` measures every transform and takes the best, or none.
 AUTO = "auto"
+#: ``candidates`` of an ``auto`` that tries no transform.
+NO_CANDIDATES = ("none",)
 
 
 class PairSettings(Strict):
@@ -97,6 +99,11 @@ class MigrationConfig(Strict):
     method: str = Field(
         AUTO, description="transform to use, or auto: whatever does best on rows held out, or none where none helps"
     )
+    candidates: tuple[str, ...] = Field(
+        (),
+        description="with auto: the transforms that are tried beside a fresh LoRA, all that fit if unset; none: a "
+        "fresh LoRA alone, without what only transforms read",
+    )
     rank: int | None = Field(None, ge=1, description="rank of the new adapter; the old one's if unset")
     energy: float | None = Field(
         None, gt=0, le=1, description="in place of rank: the smallest at which every module keeps this share of ‖ΔW‖²"
@@ -161,6 +168,21 @@ class MigrationConfig(Strict):
             raise ValueError(f"unknown method {value!r}. {did_you_mean(value, known)}")
         return value
 
+    @field_validator("candidates")
+    @classmethod
+    def _known_candidates(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        known = transforms.names()
+        for name in value:
+            if name not in (*known, *transforms.names(controls=True)) and value != NO_CANDIDATES:
+                raise ValueError(f"unknown transform {name!r}. {did_you_mean(name, [*known, *NO_CANDIDATES])}")
+        return value
+
+    @model_validator(mode="after")
+    def _candidates_of_auto(self) -> MigrationConfig:
+        if self.candidates and self.method != AUTO:
+            raise ValueError(f"candidates are what --method auto tries, and the method is {self.method}")
+        return self
+
     @field_validator("columns", mode="before")
     @classmethod
     def _pairs(cls, value: Any) -> Any:
@@ -179,6 +201,15 @@ class MigrationConfig(Strict):
         if any(not rate > 0 for rate in value):
             raise ValueError("learning rates must be positive")
         return value
+
+    @property
+    def tries_transforms(self) -> bool:
+        """Whether any transform moves the adapter; else a fresh LoRA is trained."""
+        return self.candidates != NO_CANDIDATES
+
+    def tries(self, transform: str) -> bool:
+        """Whether ``auto`` may try this transform, if it fits the bases and the adapter."""
+        return not self.candidates or transform in self.candidates
 
     @property
     def task_folders(self) -> tuple[Path | None, Path | None]:

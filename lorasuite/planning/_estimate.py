@@ -67,7 +67,11 @@ def planned_work(
         data.assumed.append("an adapter of every linear module, rank 16")
     gpu = device != "cpu"
     item, run_item, training_item = weight_items(config, device)
-    methods = [config.method] if config.method != AUTO else list(_tried(old, new, roles, rows))
+    methods = (
+        [config.method]
+        if config.method != AUTO
+        else [name for name in _tried(old, new, roles, rows) if config.tries(name)]
+    )
     text_tokens, texts = float(config.pair.calibration_cutoff), len(data.texts)
     if data.texts and data.tokenizer is not None:
         text_tokens = _mean_tokens(data.tokenizer, data.texts, config.pair.calibration_cutoff)

@@ -14,7 +14,7 @@ HEADINGS: dict[str, tuple[str, ...]] = {
         "columns", "skip_refused_rows", "template", "finetune_samples", "teacher_samples", "eval_tasks", "eval_dir",
         "include_path", "controls", "seed",
     ),
-    "Choosing": ("effort", "learning_rates", "starts"),
+    "Choosing": ("candidates", "effort", "learning_rates", "starts"),
     "Reading models and adapters": ("trust_remote_code", "allow_pickle", "architectures", "loading"),
     "Comparing the two bases": ("pair",),
     "Fine-tune": ("finetune",),

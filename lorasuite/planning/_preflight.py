@@ -83,6 +83,9 @@ def check(config: MigrationConfig, home: Path | None = None) -> Plan:
     rows = plan_rows(config, counts)
     result.notices += rows.notices
     _start(result, config, rows)
+    if not config.tries_transforms and not rows.fine_tunes:
+        what = "is none, and there are no rows to train a fresh LoRA on"
+        result.problems.append(Problem("candidates", what, "Give --train-data, --prompts or --teacher-samples."))
     if config.include_path is not None and not Path(config.include_path).is_dir():
         result.problems.append(Problem(config.include_path, "is not a directory", "Give one with lm-eval task files."))
     elif config.eval_tasks:

@@ -29,6 +29,7 @@ class Published(BaseModel):
     steps: int = Field(0, description="optimiser steps")
     learning_rate: float | None = None
     synthetic_rejected: bool = Field(False, description="rows the old adapter wrote were there, and did not help")
+    tried: bool = Field(True, description="whether any transform was tried")
 
     @property
     def arm(self) -> Arm | None:
@@ -66,6 +67,7 @@ class Published(BaseModel):
             return "No transform helped, and there were no rows to train a new LoRA on: this adapter changes nothing"
         if self.kind == "new":
             rejected = ", nor did the rows that the old adapter wrote" if self.synthetic_rejected else ""
-            return f"No transform helped{rejected}: a new LoRA trained on {self.rows}"
+            untried = "No transform was tried" if not self.tried else "No transform helped"
+            return f"{untried}{rejected}: a new LoRA trained on {self.rows}"
         moved = f"Moved with method {self.transform}"
         return f"{moved}, then fine-tuned on {self.rows}" if self.kind == "tuned" else f"{moved}, not fine-tuned"

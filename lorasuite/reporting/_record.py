@@ -330,6 +330,7 @@ class MigrationRecord(PairRecord, ArmResults):
             steps=tuned.steps,
             learning_rate=tuned.learning_rate,
             synthetic_rejected=rejected,
+            tried=not self.candidates or any(one.method != NOTHING for one in self.candidates),
         )
 
     def label(self, arm: str) -> str:

@@ -264,16 +264,20 @@ def _no_place(
 
 
 def unmoved(adapter: Adapter, old: Checkpoint, new: Checkpoint, rank: int, seed: int = 42) -> Migrated:
-    """A fresh LoRA of every linear module of the new base, for an adapter of which nothing can be moved.
+    """A fresh LoRA of the new base, for an adapter of which nothing can be moved or is to be.
 
-    It is what rows that the old base writes with the adapter are trained into.
+    It is what rows, the user's or those that the old base writes with the adapter, are trained into: of the roles that
+    the adapter has and the new base too, or of every linear module where there are none.
     """
     result = Migrated(rank=rank)
     result.dropped = not_moved(adapter, old, "the new base has no place for them")
-    for role in adapter.roles(old.architecture):
-        why = f"the new base has no {role} projection"
-        result.dropped.append({"module": f"every {role} projection", "why": why})
-    initialise(result, new, (), new.every_role, rank, seed)
+    roles = adapter.roles(old.architecture)
+    shared = [role for role in roles if role in new.every_role]
+    for role in roles:
+        if role not in shared:
+            why = f"the new base has no {role} projection"
+            result.dropped.append({"module": f"every {role} projection", "why": why})
+    initialise(result, new, (), shared or new.every_role, rank, seed)
     return result
 
 

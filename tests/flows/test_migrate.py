@@ -276,6 +276,30 @@ def test_auto_needs_no_data_of_the_user(home: Path, settings: Settings, pair: tu
     check_loads(Path(fitted["output"]), pair[1])
 
 
+def test_auto_tries_what_it_is_told_to_try(
+    home: Path, settings: Settings, pair: tuple[Path, Path], data: dict[str, Path], tmp_path: Path
+) -> None:
+    """``none``: a fresh LoRA of the adapter's projections, and no stage that only transforms read."""
+    rows = {"train_data": str(data["train"]), "finetune": {"epochs": 1}, "method": "auto"}
+    record = migrate_adapter(settings(candidates=["none"], **rows))
+    ran = {stage.split()[0] for stage in states(record)}
+    assert {"head_mapping", "search", "serving"} <= ran
+    assert ran.isdisjoint({"alignment", "state_map", "mlp_factors", "transform", "model_fit"})
+    assert [one["method"] for one in record["candidates"]] == ["none"] and record["finetune"]["start"] == "fresh"
+    card = (Path(record["output"]) / "README.md").read_text()
+    assert "No transform was tried: a new LoRA trained on" in card
+    check_loads(Path(record["output"]), pair[1])
+    some = migrate_adapter(settings(candidates=["procrustes"], **rows, output=str(tmp_path / "some")))
+    assert {one["method"] for one in some["candidates"]} == {"none", "procrustes"}
+    fresh, moved = Adapter.open(record["output"]), Adapter.open(tmp_path / "some")
+    assert set(fresh.modules) >= set(moved.modules) and fresh.rank == moved.rank
+    for wrong, what in (({"candidates": ["procrust"]}, "procrustes"), ({"method": "copy"}, "what --method auto tries")):
+        with pytest.raises(ConfigError, match=what):
+            migrate_adapter(settings(**{**rows, "candidates": ["none"], **wrong}))
+    with pytest.raises(PreflightError, match="no rows to train"):
+        migrate_adapter(settings(candidates=["none"], method="auto", output=str(tmp_path / "none")))
+
+
 def test_a_fit_of_some_modules_only(plugins: None, home: Path, settings: Settings, pair: tuple[Path, Path]) -> None:
     made = {"teacher": {"max_new_tokens": 8}}
     record = migrate_adapter(settings(method="auto", **made))
