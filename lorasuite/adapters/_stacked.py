@@ -106,12 +106,14 @@ def by_parameter(updates: Mapping[str, LowRank], architecture: Architecture) -> 
 
 
 def _fused(parts: Mapping[str, LowRank]) -> LowRank:
-    """The update of an expert's part of a parameter, of those of its projections."""
-    if "gate" not in parts and "up" not in parts:
-        return next(iter(parts.values()))
-    known = next(iter(parts.values()))
-    both = [parts.get(role) or LowRank.zeros(*known.shape).to(known.B.dtype) for role in GATE_UP.roles]
-    return LowRank.stack_rows(both)
+    """The update of an expert's part of a parameter, of those of the part as a whole and of its projections."""
+    halves = {role: update for role, update in parts.items() if role in GATE_UP.roles}
+    found = [update for role, update in parts.items() if role not in halves]
+    if halves:
+        known = next(iter(halves.values()))
+        both = [halves.get(role) or LowRank.zeros(*known.shape).to(known.B.dtype) for role in GATE_UP.roles]
+        found.append(LowRank.stack_rows(both))
+    return found[0] if len(found) == 1 else LowRank.sum(found)
 
 
 def tensor_names(paths: Sequence[str], path: str) -> tuple[str, str]:

@@ -82,7 +82,8 @@ class MovedExperts:
         assert old_dims is not None and new_dims is not None and self.maps is not None
         updates: dict[Role, LowRank] = {}
         for path, module in modules.items():
-            updates |= split_update(self.adapter.update(path, self.old), module, old_dims)
+            for role, part in split_update(self.adapter.update(path, self.old), module, old_dims).items():
+                updates[role] = LowRank.sum([updates[role], part]) if role in updates else part
         pair = self._pair(layers, numbers, tuple(updates), (old_dims, new_dims))
         moved = self.chosen.move(pair, updates)
         for whole in (GATE_UP, DOWN):

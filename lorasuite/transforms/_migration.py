@@ -107,7 +107,8 @@ def migrate(
         rank: output rank of every module.
         energy: instead of ``rank``, the smallest rank at which every module keeps this share of its ``‖ΔW‖²``.
         unmapped: what becomes of new layers without a partner: ``freeze`` leaves them out of the adapter (the paper's
-            zeroed and frozen layers), ``train`` gives them a fresh LoRA (``B = 0``).
+            zeroed and frozen layers), ``train`` gives them a fresh LoRA (``B = 0``), and the MLPs of a base without
+            experts one in the place of experts.
         common: the shared tokens, for an adapter that changes embeddings.
 
     Raises:
@@ -181,6 +182,8 @@ def migrate(
     result.rank = rank if energy is None else max(1, *(update.rank for update in result.updates.values()))
     if unmapped == "train":
         initialise(result, new, set(layers.values()), covered, result.rank, seed)
+        if moved_experts.dropped and not new.has_experts:
+            initialise(result, new, (), MLP, result.rank, seed)  # in the experts' place
     if adapter.contents.magnitudes:
         for path in result.fresh:
             layer, module = _located(new, path)

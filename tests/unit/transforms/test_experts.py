@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lorasuite.adapters import Adapter, attached, check_loads, write_adapter
+from lorasuite.adapters import Adapter, attached, check_loads, open_adapters, write_adapter, write_ready
 from lorasuite.bases import Checkpoint
 from lorasuite.correspondence import FUNCTIONAL, ORTHOGONAL, ExpertMaps, TransferMatrix, align_experts, match_experts
 from lorasuite.transforms import Migrated, migrate
@@ -158,3 +158,30 @@ def test_experts_without_a_place_are_dropped_with_a_count_and_what_to_do(
     assert all(
         "8 updates of 4 experts" in row["module"] and "--teacher-samples" in row["why"] for row in result.dropped
     )
+
+
+def test_mlps_of_a_dense_base_start_fresh_in_the_place_of_experts(base: Base, lora: Base) -> None:
+    old, new = base("qwen3_moe", **{**MOE, "head_dim": 8}), base("llama", seed=1, layers=2)
+    adapter = lora(old, targets=["o_proj"], target_parameters=EXPERTS)
+    result = moved(adapter, old, new, "copy", None, unmapped="train")
+    assert len(result.fresh) == 6 and all(".mlp." in path for path in result.fresh)
+    assert not moved(adapter, old, new, "copy", None).fresh
+
+
+def test_sums_of_adapters_of_experts(base: Base, lora: Base, tmp_path: Path) -> None:
+    """One by one and stacked together, weighted."""
+    old = base("olmoe", **{**MOE, "intermediate": 20})
+    stacked = lora(old, targets=["q_proj"], target_parameters=EXPERTS)
+    single = experts_one_by_one(old, tmp_path / "single", router=True)
+    checkpoint = Checkpoint(old)
+    one, other = Adapter.open(stacked), Adapter.open(single)
+    stem = "model.layers.1.mlp.experts.2"
+    halves = torch.cat([other.update(f"{stem}.{name}_proj").dense() for name in ("gate", "up")])
+    wanted = {"gate_up_proj": halves, "down_proj": other.update(f"{stem}.down_proj").dense()}
+    both = open_adapters(f"{stacked}:0.5,{single}:2")
+    assert both.check(checkpoint) == []
+    ready = write_ready(both, checkpoint, tmp_path / "sum", str(old))
+    check_loads(ready, old)
+    for name, second in wanted.items():
+        found = Adapter.open(ready).update(f"{stem}.{name}").dense()
+        torch.testing.assert_close(found, 0.5 * one.update(f"{stem}.{name}").dense() + 2 * second, rtol=1e-4, atol=1e-5)
