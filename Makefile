@@ -43,6 +43,11 @@ ROOM ?=
 test-fast: $(STAMP) lint  ## lint, and the quick unit tests of a room, or of all
 	$(PYTEST) -m "not slow" tests/unit/$(ROOM)
 
+# Sizes by flags: make soak SOAK="--processes 4 --adapters 2 --pairs 1"
+SOAK ?=
+soak: $(STAMP)  ## writes that fail, kills in every stage, many processes at once: about an hour
+	$(BIN)/python -m tests.soak $(SOAK)
+
 lint: $(STAMP)  ## style, types, import rules
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

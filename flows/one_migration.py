@@ -36,7 +36,10 @@ def migrated(settings: MigrationConfig, refresh: tuple[str, ...], as_json: bool,
 
 def _finished(settings: MigrationConfig) -> dict[str, Any] | None:
     """What is in the output already, where that is what this migration would write."""
-    if not (Path(settings.output) / reporting.RECORD).is_file():
+    try:
+        if not (Path(settings.output) / reporting.RECORD).is_file():
+            return None
+    except OSError:  # no name that a directory can have: the check of the settings says so
         return None
     from flows.finished import finished
 

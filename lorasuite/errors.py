@@ -181,6 +181,9 @@ _REFUSED: dict[int, tuple[str, str]] = {
     errno.EROFS: ("the disk is read-only", f"Make it writable, or set LORASUITE_HOME or the output elsewhere; {_KEPT}"),
     errno.EIO: ("the disk failed", f"Look at the system's log; {_KEPT}"),
     errno.ESTALE: ("the network disk is gone", f"Mount it again; {_KEPT}"),
+    errno.ENOTDIR: ("a file is where a directory should be", "Name another place."),
+    errno.EISDIR: ("a directory is where a file should be", "Name another place."),
+    errno.ELOOP: ("its links lead in a circle", "Name another place."),
     errno.ENAMETOOLONG: ("the name is too long for this disk", "Give a shorter one."),
     **dict.fromkeys(
         (errno.EMFILE, errno.ENFILE), ("too many files are open", f"Raise the limit (`ulimit -n 4096`); {_KEPT}")

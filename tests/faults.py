@@ -55,9 +55,11 @@ class Faults:
             yield
 
 
-def every_fault(
-    below: Path, attempt: Callable[[], object], after: Callable[[Faults, BaseException | None], None]
-) -> int:
+#: Told of a fault, and of what the attempt raised.
+After = Callable[[Faults, BaseException | None], None]
+
+
+def every_fault(below: Path, attempt: Callable[[], object], after: After, code: int = errno.ENOSPC) -> int:
     """Try something with its first write failing, with its second, and so on until none fails; how many failed.
 
     Args:
@@ -66,7 +68,7 @@ def every_fault(
     number = 0
     while True:
         number += 1
-        faults, raised = Faults(below, number), None
+        faults, raised = Faults(below, number, code), None
         try:
             with faults.injected():
                 attempt()

@@ -369,7 +369,15 @@ def _readable(result: Inspection, rows: list[Row]) -> None:
 
 
 def _output(result: Inspection, output: Path) -> None:
-    if output.exists():
+    try:
+        output.lstat()
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:  # too long, a loop of links, a zero byte, or below a file
+        why = getattr(error, "strerror", None) or str(error)
+        result.problems.append(Problem(str(output), f"is no place for a directory ({why})", "Give another output."))
+        return
+    else:
         result.problems.append(Problem(str(output), "exists already", "Give a new directory: nothing is overwritten."))
     parent = next((p for p in output.absolute().parents if p.exists()), None)
     if parent is not None and parent.is_file():

@@ -25,6 +25,7 @@ import flows.migrate_adapter as module
 from artifacts import Store
 from flows import repair, temporary_server
 from flows.command_line import app
+from lorasuite.errors import MachineError
 from tasks import stage
 from tests.flows.small import Small
 
@@ -50,11 +51,35 @@ def test_the_temporary_server_answers_its_own_process_alone(monkeypatch: pytest.
 
     monkeypatch.setattr(subprocess, "Popen", popen)
     monkeypatch.setattr(temporary_server.watchdog, "keep", lambda pid: None)
+    monkeypatch.setattr(temporary_server, "_answering", lambda *_: None)
     for _ in range(2):
         Context().run(temporary_server.start, SubprocessASGIServer(port=1))
     first, second = (env["PREFECT_SERVER_API_AUTH_STRING"] for env in started)
     assert first == second == Context().run(PREFECT_API_AUTH_STRING.value) and len(first) > 40
     assert first not in os.environ.values()
+
+
+class Said:
+    """A server that said something and ended, or that answers."""
+
+    def __init__(self, *said: str) -> None:
+        self.said = iter(said)
+
+    def __call__(self, *_: object) -> str | None:
+        return next(self.said, None)
+
+
+def test_a_server_that_cannot_start_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    ports: list[int] = []
+    monkeypatch.setattr(temporary_server, "_lock", lambda: None)
+    monkeypatch.setattr(temporary_server, "_started", ports.append)
+    trace = "Traceback (most recent call last):\n  File x\nsqlite3.OperationalError: disk is full\n\n"
+    monkeypatch.setattr(temporary_server, "_answering", Said(trace))
+    with pytest.raises(MachineError, match=r"OperationalError: disk is full.*PREFECT_HOME"):
+        temporary_server.start(SubprocessASGIServer(port=11))
+    monkeypatch.setattr(temporary_server, "_answering", Said("ERROR: [Errno 98] address already in use\n"))
+    temporary_server.start(SubprocessASGIServer(port=12))
+    assert ports[:2] == [11, 12] and len(ports) == 3 and ports[2] != 12, "another port is tried"
 
 
 def test_an_output_that_is_whole_is_done(

@@ -153,6 +153,7 @@ class OutOfMemoryError(RuntimeError):
         (RuntimeError("[enforce fail at inline_container.cc:603] . unexpected pos 64 vs 0"), ("may be full",)),
         (PermissionError(errno.EACCES, "Permission denied", "/root/x"), ("/root/x", "permission", "right")),
         (OSError(errno.EROFS, "Read-only file system", "x"), ("read-only", "LORASUITE_HOME")),
+        (NotADirectoryError(errno.ENOTDIR, "Not a directory", "/dev/null/x"), ("/dev/null/x", "another place")),
         (OSError(errno.EMFILE, "Too many open files", "x"), ("ulimit",)),
         (ConnectionRefusedError(errno.ECONNREFUSED, "refused"), ("network", "no answer", "proxy")),
         (chained(ValueError("x"), ConnectTimeout("timed out")), ("network", "ConnectTimeout: timed out")),

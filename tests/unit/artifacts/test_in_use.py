@@ -160,7 +160,7 @@ def test_every_write_of_an_object_may_fail(code: int, store: Store, monkeypatch:
             store.remove(key)
         assert os.fsync is fsync and not list((store.home / "tmp").iterdir())
 
-    assert every_fault(store.home, attempt, after) > 15
+    assert every_fault(store.home, attempt, after, code) > 15
 
 
 def test_every_write_of_a_side_file_may_fail(tmp_path: Path) -> None:

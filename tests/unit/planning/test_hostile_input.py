@@ -21,7 +21,7 @@ from lorasuite.bases import LoadSettings, add_architectures, fingerprint_model
 from lorasuite.data import read_rows
 from lorasuite.errors import CheckpointError, ConfigError, DataError, LoRASuiteError, PreflightError
 from lorasuite.evaluation import check_tasks
-from lorasuite.planning import MigrationConfig, build, inspect, merged, read_config, torch_device
+from lorasuite.planning import MigrationConfig, build, check, inspect, merged, read_config, torch_device
 from tests import models
 
 #: A document of a few lines that stands for 10^9 values.
@@ -269,6 +269,15 @@ def test_settings_files_that_never_end_or_are_none(tmp_path: Path) -> None:
 def test_settings_that_cannot_run(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         build(MigrationConfig, {"adapter": "a", "old_base": "b", "new_base": "c", "output": "d", **wrong})
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b", "loop/x", "/dev/null/x"])
+def test_outputs_that_no_directory_can_have(name: str, pair: tuple[Path, Path], tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    given = {"adapter": str(pair[1]), "old_base": str(pair[0]), "new_base": str(pair[0]), "method": "lorasuite"}
+    with pytest.raises(LoRASuiteError) as told:
+        check(build(MigrationConfig, {**given, "output": str(tmp_path / name)}), tmp_path / "home")
+    assert any("output" in problem.remedy for problem in told.value.problems)
 
 
 def test_flags_over_text_and_devices() -> None:
