@@ -17,11 +17,12 @@ from datasets import Dataset
 from safetensors.torch import load_file, save_file
 
 from flows.evaluate_adapters import check
+from lorasuite import planning
 from lorasuite.bases import LoadSettings, add_architectures, fingerprint_model
 from lorasuite.data import read_rows
 from lorasuite.errors import CheckpointError, ConfigError, DataError, LoRASuiteError, PreflightError
 from lorasuite.evaluation import check_tasks
-from lorasuite.planning import MigrationConfig, build, check, inspect, merged, read_config, torch_device
+from lorasuite.planning import MigrationConfig, build, inspect, merged, read_config, torch_device
 from tests import models
 
 #: A document of a few lines that stands for 10^9 values.
@@ -276,7 +277,7 @@ def test_outputs_that_no_directory_can_have(name: str, pair: tuple[Path, Path], 
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     given = {"adapter": str(pair[1]), "old_base": str(pair[0]), "new_base": str(pair[0]), "method": "lorasuite"}
     with pytest.raises(LoRASuiteError) as told:
-        check(build(MigrationConfig, {**given, "output": str(tmp_path / name)}), tmp_path / "home")
+        planning.check(build(MigrationConfig, {**given, "output": str(tmp_path / name)}), tmp_path / "home")
     assert any("output" in problem.remedy for problem in told.value.problems)
 
 
