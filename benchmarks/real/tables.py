@@ -20,6 +20,8 @@ NAMES = {
 }
 #: Every sweep's learning rates.
 RATES = (3e-4, 1e-3, 3e-3)
+#: Losses that the picture's axis names.
+LEVELS = (0.3, 1, 3, 10, 30)
 MISSING = "not run"
 PICTURE = "evidence.png"
 BEGIN, END = "<!-- cells -->", "<!-- /cells -->"
@@ -101,6 +103,8 @@ def against(control: Cell | None, cell: Cell | None) -> str:
     metrics = {"exact_match": ("points", 100.0, 0), "bits_per_byte": ("bits/byte", 1.0, 2)}
     found = []
     for metric, (unit, factor, digits) in metrics.items():
+        if control[metric] is None or cell[metric] is None:  # losses only
+            continue
         one = compare(control["samples"], cell["samples"], metric=metric)
         low, high = (factor * value for value in one.interval or (0.0, 0.0))
         found.append(f"{factor * one.difference:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}] {unit}")
@@ -159,7 +163,7 @@ def draw(cells: list[Cell], path: Path) -> None:
 
     found = list(groups(cells))
     figure = Figure(figsize=(4.8 * len(found), 4.4), layout="constrained", dpi=110)
-    panels = list(figure.subplots(1, len(found), squeeze=False)[0])
+    panels = list(figure.subplots(1, len(found), squeeze=False, sharey=True)[0])
     names = list(dict.fromkeys(line.name for _, own in found for line in starts(own)))
     colours = {name: f"C{n}" for n, name in enumerate(names)}
     for panel, ((old, new, task, grid), own) in zip(panels, found, strict=True):
@@ -175,6 +179,9 @@ def draw(cells: list[Cell], path: Path) -> None:
         panel.set(xscale="log", yscale="log", xlabel="learning rate (×: no fine-tune)", ylabel="nats per label token")
         panel.set_xticks([RATES[0] / 2, *RATES], ["none", *(f"{rate:g}" for rate in RATES)], minor=False)
         panel.set_xticks([], minor=True)
+        panel.set_xlim(RATES[0] / 2.6, RATES[-1] * 1.3)
+        panel.set_yticks(LEVELS, [f"{level:g}" for level in LEVELS], minor=False)
+        panel.set_yticks([], minor=True)
         panel.set_title(f"{old} → {new}\n{task}, {grid}", fontsize=9)
         panel.spines[["top", "right"]].set_visible(False)
     shown_lines = {label: handle for p in panels for handle, label in zip(*p.get_legend_handles_labels(), strict=True)}
