@@ -23,7 +23,8 @@ def cell(arm: str, right: int, loss: float = 1.0, rate: float | None = None, **c
     return {
         "old_base": "old", "new_base": "new", "task": "t", "grid": "g", "arm": arm, "method": None, "lora": LORA,
         "rows": rate and 100, "epochs": rate and 3, "learning_rate": rate, "seed": 0, "loss": loss, "n": 10,
-        "exact_match": right / 10, "bits_per_byte": loss / math.log(2), "seconds": {"finetune": 4.0, "transform": 2.0}, "peak_memory_bytes": 2**30,
+        "exact_match": right / 10, "bits_per_byte": loss / math.log(2), "peak_memory_bytes": 2**30,
+        "seconds": {"finetune": 4.0, "transform": 2.0},
         "tokens_trained_on": rate and 300, "samples": samples, **changes,
     }  # fmt: skip
 
