@@ -171,7 +171,13 @@ def _debug() -> None:
 
 def print_json(value: Any) -> None:
     """One line of JSON on standard output."""
-    sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
+    text = json.dumps(value, ensure_ascii=False)
+    with contextlib.suppress(UnicodeEncodeError):
+        text.encode(sys.stdout.encoding or "utf-8")
+        sys.stdout.write(text + "\n")
+        sys.stdout.flush()
+        return
+    sys.stdout.write(json.dumps(value) + "\n")  # names of files that are no text, or a terminal that has few letters
     sys.stdout.flush()  # where it cannot be written, that is said
 
 

@@ -50,7 +50,10 @@ LINE = 2000
 
 
 def told(text: str) -> str:
-    """A text as messages have it: no password of an address, no line longer than :data:`LINE`."""
+    """A text as messages have it: no password of an address, no line longer than :data:`LINE`, bytes that are no text
+    (of a file's name) as ``\\udc80``.
+    """
+    text = text.encode("utf-8", "backslashreplace").decode()
     lines = _SECRET.sub(lambda found: "***@" if found[0].endswith("@") else "***", text).split("\n")
     return "\n".join(line if len(line) <= LINE else f"{line[: LINE - 1]}…" for line in lines)
 

@@ -7,10 +7,12 @@ import logging
 import sys
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from flows import cli_output, command_line
 from lorasuite import reporting
+from lorasuite.errors import ConfigError, Problem
 
 
 @pytest.fixture
@@ -63,3 +65,12 @@ def test_logged_tracebacks_of_prefect_are_left_out(monkeypatch: pytest.MonkeyPat
         assert traced("prefect.flow_runs")
     finally:
         logging.setLogRecordFactory(factory)
+
+
+def test_names_that_are_no_text_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    """A file's name of bytes that are no UTF-8 comes as a surrogate, which no terminal takes."""
+    with pytest.raises(typer.Exit), cli_output.errors(as_json=True):
+        raise ConfigError(Problem("a\udce9", "is no file", "Give another."))
+    assert json.loads(capsys.readouterr().out)["problems"][0]["where"] == "a\\udce9"
+    cli_output.print_json({"name": "a\udce9"})
+    assert json.loads(capsys.readouterr().out) == {"name": "a\udce9"}
