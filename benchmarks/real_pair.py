@@ -85,6 +85,7 @@ def main() -> None:
             "train_data": str(output / "train.jsonl"),
             "eval_data": str(output / "test.jsonl"),
             "method": arguments.method,
+            "candidates": ["all"] if arguments.method == "auto" else [],
             "learning_rates": RATES,
             "finetune": {"cutoff": 384},
         }

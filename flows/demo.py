@@ -61,6 +61,7 @@ def run_demo(
             **labelled,
             "teacher_samples": samples + written if written else 0,
             "teacher": {"max_new_tokens": 24, "imitate": bool(written), **(frame if written else {})},
+            "candidates": ["all"],
             "learning_rates": LEARNING_RATES,
             "finetune": {"epochs": EPOCHS},
         }

@@ -28,11 +28,11 @@ from lorasuite.adapters import Adapter, sources, sources_name
 from lorasuite.bases import resolve
 from lorasuite.evaluation import BOTH, Arm, Served, as_served
 from lorasuite.evaluation import check as check_serving
-from lorasuite.planning import AUTO, MigrationConfig, Plan, build, check
+from lorasuite.planning import AUTO, MigrationConfig, Plan, RowPlan, build, check
 from lorasuite.reporting import ArmResults, MigrationRecord, publish
 from lorasuite.teacher import TemplateFits
 from lorasuite.training import NOTHING
-from lorasuite.transforms import ModelTransform, can_move, names, transform
+from lorasuite.transforms import ModelTransform, can_move, transform
 from tasks.evaluation_stages import serving
 from tasks.fingerprints import fingerprint_migration
 from tasks.folders import adapter_folder, weights_digest
@@ -83,9 +83,10 @@ def migrate_adapter(config: dict[str, Any], refresh: tuple[str, ...] = ()) -> di
             get_run_logger().warning("%s", fit.warning)
             plan.inspection.notices.append(fit.warning)
         pair = Pair(context, settings.pair, context.keep_texts(plan.texts) if plan.texts else None, source.roles)
-        methods = candidates(settings, plan, pair, source)
-        pair.prepare(methods)
+        pair.prepare(candidates(settings, plan, plan.rows, pair, source))
         rows = gather_rows(context, settings, plan, pair, source)
+        methods = candidates(settings, plan, rows.plan, pair, source)  # of rows not worth training on, others
+        pair.prepare(methods)
         chosen, updates = choose_update(context, settings, pair, source, methods, rows)
         tuned = fine_tunes(context, settings, chosen, updates, rows)
         final = chosen.untrained if tuned is None else tuned.final
@@ -114,15 +115,15 @@ def migrate_adapter(config: dict[str, Any], refresh: tuple[str, ...] = ()) -> di
     return {**record.to_json(), "output": str(output)}
 
 
-def candidates(settings: MigrationConfig, plan: Plan, pair: Pair, source: Source) -> list[str]:
-    """The transform that is named, or with ``auto`` every one that can move this adapter between these bases."""
+def candidates(settings: MigrationConfig, plan: Plan, rows: RowPlan, pair: Pair, source: Source) -> list[str]:
+    """The transform that is named, or of those that ``auto`` tries each that can move this adapter."""
     if settings.method != AUTO:
         return [settings.method]
     moved = tuple(role for role in source.roles if role in pair.new.every_role)
-    if plan.inspection.nothing_moves or not settings.tries_transforms:
+    if plan.inspection.nothing_moves:
         return []
     found = []
-    for name in filter(settings.tries, names(controls=True) if settings.candidates else names()):
+    for name in settings.tried(rows.fine_tunes):
         one = transform(name)
         usable = not one.problems(pair.old.sizes, pair.new.sizes, moved) and (
             any(can_move(one, role) for role in moved) or not moved
@@ -131,7 +132,7 @@ def candidates(settings: MigrationConfig, plan: Plan, pair: Pair, source: Source
             usable = False
         if isinstance(one, ModelTransform) and not (source.plain and moved):
             usable = False  # it moves updates of blocks, and nothing that lies beside them
-        if plan.rows.fine_tunes and not one.starts_finetune:
+        if rows.fine_tunes and not one.starts_finetune:
             usable = False
         if usable:
             found.append(name)

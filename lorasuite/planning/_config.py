@@ -22,8 +22,11 @@ from lorasuite.transforms import Unmapped
 
 #: ``--method auto`` measures every transform and takes the best, or none.
 AUTO = "auto"
-#: ``candidates`` of an ``auto`` that tries no transform.
-NO_CANDIDATES = ("none",)
+#: ``candidates`` of an ``auto`` that tries no transform, and of one that tries all.
+NO_CANDIDATES, ALL_CANDIDATES = ("none",), ("all",)
+#: What ``auto`` tries, unless told otherwise, where there are rows to train on: between real models of different
+#: families no other was ahead of a fresh LoRA on the same rows (docs/evidence.md).
+TRIED = ("copy",)
 
 
 class PairSettings(Strict):
@@ -101,8 +104,8 @@ class MigrationConfig(Strict):
     )
     candidates: tuple[str, ...] = Field(
         (),
-        description="with auto: the transforms that are tried beside a fresh LoRA, all that fit if unset; none: a "
-        "fresh LoRA alone, without what only transforms read",
+        description="with auto: the transforms that are tried beside a fresh LoRA: names, all (that fit), or none; if "
+        f"unset {', '.join(TRIED)} where it fits, and all where there are no rows to train on",
     )
     rank: int | None = Field(None, ge=1, description="rank of the new adapter; the old one's if unset")
     energy: float | None = Field(
@@ -173,8 +176,9 @@ class MigrationConfig(Strict):
     def _known_candidates(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         known = transforms.names()
         for name in value:
-            if name not in (*known, *transforms.names(controls=True)) and value != NO_CANDIDATES:
-                raise ValueError(f"unknown transform {name!r}. {did_you_mean(name, [*known, *NO_CANDIDATES])}")
+            if name not in (*known, *transforms.names(controls=True)) and value not in (NO_CANDIDATES, ALL_CANDIDATES):
+                words = [*known, *ALL_CANDIDATES, *NO_CANDIDATES]
+                raise ValueError(f"unknown transform {name!r}. {did_you_mean(name, words)}")
         return value
 
     @model_validator(mode="after")
@@ -202,14 +206,16 @@ class MigrationConfig(Strict):
             raise ValueError("learning rates must be positive")
         return value
 
-    @property
-    def tries_transforms(self) -> bool:
-        """Whether any transform moves the adapter; else a fresh LoRA is trained."""
-        return self.candidates != NO_CANDIDATES
+    def tried(self, trains: bool) -> list[str]:
+        """The transforms that ``auto`` tries, of those that fit the bases and the adapter; plugins among them.
 
-    def tries(self, transform: str) -> bool:
-        """Whether ``auto`` may try this transform, if it fits the bases and the adapter."""
-        return not self.candidates or transform in self.candidates
+        Args:
+            trains: whether there are rows to train a fresh LoRA on.
+        """
+        if self.candidates in ((), ALL_CANDIDATES):
+            known = transforms.names()
+            return known if self.candidates or not trains else [name for name in known if name in TRIED]
+        return [name for name in self.candidates if name not in NO_CANDIDATES]
 
     @property
     def task_folders(self) -> tuple[Path | None, Path | None]:

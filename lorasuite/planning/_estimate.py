@@ -25,7 +25,7 @@ from lorasuite.planning._policy import RowPlan
 from lorasuite.planning._thresholds import LFT_SAMPLES
 from lorasuite.teacher import ROWS as TEMPLATE_ROWS
 from lorasuite.training import EXTENTS, base_dtype
-from lorasuite.transforms import names, transform
+from lorasuite.transforms import transform
 
 #: Texts or rows that are tokenized to learn how long they are.
 SAMPLED = 64
@@ -67,11 +67,7 @@ def planned_work(
         data.assumed.append("an adapter of every linear module, rank 16")
     gpu = device != "cpu"
     item, run_item, training_item = weight_items(config, device)
-    methods = (
-        [config.method]
-        if config.method != AUTO
-        else [name for name in _tried(old, new, roles, rows) if config.tries(name)]
-    )
+    methods = [config.method] if config.method != AUTO else list(_tried(config, old, new, roles, rows))
     text_tokens, texts = float(config.pair.calibration_cutoff), len(data.texts)
     if data.texts and data.tokenizer is not None:
         text_tokens = _mean_tokens(data.tokenizer, data.texts, config.pair.calibration_cutoff)
@@ -136,10 +132,12 @@ def weight_items(config: MigrationConfig, device: str) -> tuple[float, float, fl
     return item, item, base_dtype(config.finetune, device).itemsize
 
 
-def _tried(old: Checkpoint, new: Checkpoint, roles: Sequence[Role], rows: RowPlan) -> Iterator[str]:
+def _tried(
+    config: MigrationConfig, old: Checkpoint, new: Checkpoint, roles: Sequence[Role], rows: RowPlan
+) -> Iterator[str]:
     """The transforms that ``auto`` tries between these bases."""
     moved = tuple(role for role in roles if role in new.every_role)
-    for name in names():
+    for name in config.tried(rows.fine_tunes):
         one = transform(name)
         if not one.problems(old.sizes, new.sizes, moved) and (one.starts_finetune or not rows.fine_tunes):
             yield name

@@ -83,7 +83,7 @@ def check(config: MigrationConfig, home: Path | None = None) -> Plan:
     rows = plan_rows(config, counts)
     result.notices += rows.notices
     _start(result, config, rows)
-    if not config.tries_transforms and not rows.fine_tunes:
+    if config.method == AUTO and not config.tried(rows.fine_tunes) and not rows.fine_tunes:
         what = "is none, and there are no rows to train a fresh LoRA on"
         result.problems.append(Problem("candidates", what, "Give --train-data, --prompts or --teacher-samples."))
     if config.include_path is not None and not Path(config.include_path).is_dir():

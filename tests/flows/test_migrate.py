@@ -214,6 +214,7 @@ def test_damaged_artifact_is_recomputed(home: Path, settings: Settings, tmp_path
 
 def test_auto_chooses_by_held_out_loss(home: Path, settings: Settings, data: dict[str, Path]) -> None:
     rows = {"train_data": str(data["train"]), "eval_data": str(data["test"]), "finetune_samples": 20}
+    rows["candidates"] = ["all"]
     record = migrate_adapter(
         settings(**rows, method="auto", finetune={"epochs": 1}, evaluation={"generate": False, "max_new_tokens": 4})
     )
@@ -231,7 +232,7 @@ def test_auto_tries_what_may_start_a_finetune_and_no_control(
 ) -> None:
     """Low in loss untrained, and no start of a fine-tune: only tried where there is none; a control never is."""
     rows = {"train_data": str(data["train"]), "finetune_samples": 20, "finetune": {"epochs": 1}}
-    record = migrate_adapter(settings(**rows, method="auto"))
+    record = migrate_adapter(settings(**rows, method="auto", candidates=["all"]))
     tried = {entry["method"] for entry in record["candidates"]}
     assert "functional-ridge" in tried and not {"logits", "random", "target-mean"} & tried
 
@@ -279,9 +280,11 @@ def test_auto_needs_no_data_of_the_user(home: Path, settings: Settings, pair: tu
 def test_auto_tries_what_it_is_told_to_try(
     home: Path, settings: Settings, pair: tuple[Path, Path], data: dict[str, Path], tmp_path: Path
 ) -> None:
-    """``none``: a fresh LoRA of the adapter's projections, and no stage that only transforms read."""
+    """Of itself what fits of ``copy`` alone, a fresh LoRA here, and no stage that only other transforms read."""
     rows = {"train_data": str(data["train"]), "finetune": {"epochs": 1}, "method": "auto"}
-    record = migrate_adapter(settings(candidates=["none"], **rows))
+    record = migrate_adapter(settings(**rows))
+    asked = migrate_adapter(settings(candidates=["none"], **rows, output=str(tmp_path / "asked")))
+    assert all(states(asked).values()), "the same stages"
     ran = {stage.split()[0] for stage in states(record)}
     assert {"head_mapping", "search", "serving"} <= ran
     assert ran.isdisjoint({"alignment", "state_map", "mlp_factors", "transform", "model_fit"})
