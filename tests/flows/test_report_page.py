@@ -38,6 +38,7 @@ def migrated(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
                 "train_data": str(root / "train.jsonl"),
                 "eval_data": str(root / "test.jsonl"),
                 "method": "auto",
+                "candidates": ["all"],
                 "finetune": {"epochs": 2, "learning_rate": 1e-2},
                 "evaluation": {"max_new_tokens": 12},
                 "gate": {"lower_bound": True, "max_negative_flips": 0.5},

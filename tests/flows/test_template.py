@@ -73,7 +73,7 @@ def test_the_template_that_fits_is_named_and_used(
         {**given, "output": str(tmp_path / "other"), "template": str(tmp_path / "elsewhere" / "house.jinja")}
     )
     cached = {(row["stage"], row["label"]): row["cached"] for row in other["timings"]}
-    assert {stage for (stage, _), found_ in cached.items() if not found_} == {"template_fit", "evaluate"}
+    assert {stage for (stage, _), found_ in cached.items() if not found_} == {"template_fit", "evaluate", "serving"}
     assert other["key"] != found["key"]
 
 
