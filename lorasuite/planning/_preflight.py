@@ -371,9 +371,9 @@ def _readable(result: Inspection, rows: list[Row]) -> None:
 def _output(result: Inspection, output: Path) -> None:
     try:
         output.lstat()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         pass
-    except (OSError, ValueError) as error:  # too long, a loop of links, a zero byte, or below a file
+    except (OSError, ValueError) as error:  # too long, a loop of links, or a zero byte
         why = getattr(error, "strerror", None) or str(error)
         result.problems.append(Problem(str(output), f"is no place for a directory ({why})", "Give another output."))
         return

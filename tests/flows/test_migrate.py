@@ -16,7 +16,7 @@ import torch
 from peft import PeftModel
 from typer.testing import CliRunner
 
-from artifacts import Store
+from artifacts import Store, leases
 from flows.command_line import app
 from flows.migrate_adapter import migrate_adapter
 from lorasuite.adapters import Adapter, check_loads
@@ -467,7 +467,10 @@ class TestCommandLine:
         key = next(row["key"] for row in listed if row["stage"] == "layer_mapping")
         assert json.loads(self.run("artifacts", "show", key[:12], "--json").stdout)["key"] == key
         assert json.loads(self.run("artifacts", "verify", "--json").stdout) == {"checked": len(listed), "damaged": {}}
-        assert json.loads(self.run("artifacts", "gc", "--keep-days", "0", "--json").stdout)["would_remove"]
+        gc = ("artifacts", "gc", "--keep-days", "0", "--json")
+        assert json.loads(self.run(*gc).stdout)["would_remove"] == [], "this process has opened them"
+        leases.give_back()
+        assert json.loads(self.run(*gc).stdout)["would_remove"]
         assert len(json.loads(self.run("artifacts", "ls", "--json").stdout)["artifacts"]) == len(listed)
         (Path(s["output"]) / "report.html").unlink()
         assert self.run("report", s["output"], "--json").exit_code == 0

@@ -272,7 +272,7 @@ def test_settings_that_cannot_run(wrong: dict[str, Any]) -> None:
         build(MigrationConfig, {"adapter": "a", "old_base": "b", "new_base": "c", "output": "d", **wrong})
 
 
-@pytest.mark.parametrize("name", ["x" * 300, "a\0b", "loop/x", "/dev/null/x"])
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b", "loop/x"])
 def test_outputs_that_no_directory_can_have(name: str, pair: tuple[Path, Path], tmp_path: Path) -> None:
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     given = {"adapter": str(pair[1]), "old_base": str(pair[0]), "new_base": str(pair[0]), "method": "lorasuite"}
