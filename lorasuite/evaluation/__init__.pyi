@@ -5,7 +5,8 @@ from ._gate import Gate, Judgement, as_served, fails, judge
 from ._held_out import evaluate
 from ._measures import BOTH, TASK_METRICS
 from ._results import EvaluationSettings, EvaluationSummary
-from ._serving import LLAMA_CPP_ARCHITECTURES, TEXT, VLLM_ARCHITECTURES, Served, check, compare_merged
+from ._served import Served
+from ._serving import LLAMA_CPP_ARCHITECTURES, TEXT, VLLM_ARCHITECTURES, check, compare_merged
 from ._tasks import TaskScore, TaskSummary, check_tasks, evaluate_tasks, group_score, write_task_samples
 
 __all__ = [

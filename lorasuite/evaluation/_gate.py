@@ -18,7 +18,7 @@ from lorasuite.evaluation._arms import Arm
 from lorasuite.evaluation._comparison import Comparison
 from lorasuite.evaluation._measures import NAMES, Interval, Measure, measures_of
 from lorasuite.evaluation._results import EvaluationSummary
-from lorasuite.evaluation._serving import Served
+from lorasuite.evaluation._served import Served
 from lorasuite.evaluation._tasks import TaskSummary
 
 Verdict = Literal["ship", "needs-finetune", "retrain", "unmeasured"]

@@ -14,12 +14,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, Field
-
 from lorasuite.adapters import CONFIG, PREFIX, WEIGHTS, Tensors
 from lorasuite.bases import LoadSettings, load_tokenizer, loaded_model, read_json
 from lorasuite.data import IGNORED, Row, encode
 from lorasuite.errors import AdapterError
+from lorasuite.evaluation._served import Served
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -80,17 +79,6 @@ NO_EFFECT = 1e-5
 SERVED_ROWS, SERVED_TOKENS, ANSWER_TOKENS = 8, 256, 64
 #: What is compared where there are no rows.
 TEXT = "The quick brown fox jumps over the lazy dog, and twelve more sentences follow in the same old way."
-
-
-class Served(BaseModel):
-    """Whether one program serves the adapter."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    ok: bool
-    problems: list[str] = Field([], description="why it refuses the adapter, or computes something else with it")
-    notes: list[str] = Field([], description="what has to be set to serve it, or how near the logits were")
-    ran: bool = Field(False, description="it was run and compared; otherwise only its rules were read")
 
 
 def check(adapter: Path, base: Path) -> dict[str, Served]:

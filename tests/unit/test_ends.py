@@ -52,7 +52,10 @@ def test_what_is_kept_ends_with_its_keeper_also_after_kill_9() -> None:
 
 
 LONG_CALL = """
-import hashlib
+import hashlib, signal
+# ignored where the tests run in the background of a shell, or under nohup
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 from flows.interruption import interruptible
 with interruptible(lambda: {computing}, lambda number: print("stopped by", number.name, flush=True)):
     try:
