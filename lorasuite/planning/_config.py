@@ -100,7 +100,8 @@ class MigrationConfig(Strict):
     )
     include_path: str | None = Field(None, description="directory of lm-eval task files, searched for --eval-tasks")
     method: str = Field(
-        AUTO, description="transform to use, or auto: of a fresh LoRA and the candidates whatever does best on rows held out"
+        AUTO,
+        description="transform to use, or auto: whatever does best of a fresh LoRA and the candidates, on rows held out",
     )
     candidates: tuple[str, ...] = Field(
         (),
