@@ -101,7 +101,7 @@ class MigrationConfig(Strict):
     include_path: str | None = Field(None, description="directory of lm-eval task files, searched for --eval-tasks")
     method: str = Field(
         AUTO,
-        description="transform to use, or auto: whatever does best of a fresh LoRA and the candidates, by held-out rows",
+        description="transform to use, or auto: whatever does best of a fresh LoRA and candidates, by held-out rows",
     )
     candidates: tuple[str, ...] = Field(
         (),
