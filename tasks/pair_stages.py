@@ -6,8 +6,9 @@ Names of paths: ``old_base``, ``new_base``, and ``base`` where a stage looks at 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -225,45 +226,9 @@ class RolesSettings(StageSettings):
     cutoff: int
 
 
-class AlignmentSettings(RolesSettings):
-    """Kinds of map by name, of what projections read and write; the positions that wide spaces are mapped by."""
-
-    read: tuple[str, ...]
-    written: tuple[str, ...]
-    positions: int
-
-
-@stage("alignment", version=3)
-def alignment(inputs: AlignmentInputs, settings: AlignmentSettings, where: Where) -> StageOutput:
-    """Maps between what mapped modules of both bases read and write at positions that have read the same text."""
-    layers = LayerMap.read(inputs.layer_mapping).layers
-    kinds: dict[End, list[MapKind]] = {
-        "in": [map_kind(name) for name in settings.read],
-        "out": [map_kind(name) for name in settings.written],
-    }
-    info: dict[str, Any] = {}
-
-    def named() -> Iterator[tuple[str, Tensor]]:
-        with streamed(where, "old_base") as old, streamed(where, "new_base") as new:
-            texts = stored_texts(inputs.texts)
-            found, known = align(
-                old,
-                new,
-                layers,
-                settings.roles,
-                texts,
-                kinds,
-                positions=settings.positions,
-                cutoff=settings.cutoff,
-            )
-            yield from found
-            info.update(known)
-
-    return StageOutput(named(), info)
-
-
-class ExpertSettings(StageSettings):
-    """The tokens read of a text, kinds of map by name, and the positions that wide spaces are mapped by."""
+class MapSettings(StageSettings):
+    """The tokens read of a text, kinds of map by name, of what projections read and write, and the positions that wide
+    spaces are mapped by."""
 
     cutoff: int
     read: tuple[str, ...]
@@ -271,9 +236,28 @@ class ExpertSettings(StageSettings):
     positions: int
 
 
+class AlignmentSettings(RolesSettings, MapSettings):
+    """The same, and the projections that are looked at."""
+
+
+@stage("alignment", version=3)
+def alignment(inputs: AlignmentInputs, settings: AlignmentSettings, where: Where) -> StageOutput:
+    """Maps between what mapped modules of both bases read and write at positions that have read the same text."""
+    return _maps(inputs, settings, where, partial(align, roles=settings.roles))
+
+
 @stage("expert_maps")
-def expert_maps(inputs: AlignmentInputs, settings: ExpertSettings, where: Where) -> StageOutput:
+def expert_maps(inputs: AlignmentInputs, settings: MapSettings, where: Where) -> StageOutput:
     """Which experts of mapped layers are routed the same tokens, and maps between what those read and write."""
+    return _maps(inputs, settings, where, align_experts)
+
+
+def _maps(inputs: AlignmentInputs, settings: MapSettings, where: Where, fit: Callable[..., Any]) -> StageOutput:
+    """What ``fit`` finds between both bases, a tensor at a time.
+
+    Args:
+        fit: :func:`align_experts`, or a function of the same arguments.
+    """
     layers = LayerMap.read(inputs.layer_mapping).layers
     kinds: dict[End, list[MapKind]] = {
         "in": [map_kind(name) for name in settings.read],
@@ -284,9 +268,8 @@ def expert_maps(inputs: AlignmentInputs, settings: ExpertSettings, where: Where)
     def named() -> Iterator[tuple[str, Tensor]]:
         with streamed(where, "old_base") as old, streamed(where, "new_base") as new:
             texts = stored_texts(inputs.texts)
-            found, known = align_experts(
-                old, new, layers, texts, kinds, positions=settings.positions, cutoff=settings.cutoff
-            )
+            options = {"positions": settings.positions, "cutoff": settings.cutoff}
+            found, known = fit(old, new, layers, texts=texts, kinds=kinds, **options)
             yield from found
             info.update(known)
 

@@ -187,6 +187,32 @@ def _pairs(
 ) -> Iterator[tuple[str, Tensor]]:
     samples = _samples([len(batch.old_rows[0]) for batch in batches], positions)
     wanted = _wanted(roles, kinds)
+    for o, n, old, new in mapped_pairs(bases, layers, batches, progress):
+        spaces: dict[str, Space] = {}
+        with _by_role(bases[0], o) as reads, _by_role(bases[1], n) as also:
+            for number, (batch, sample) in enumerate(zip(batches, samples, strict=True)):
+                x = _read(old, reads, number, batch.old_rows, wanted)
+                y = _read(new, also, number, batch.new_rows, wanted)
+                for name in wanted:
+                    if name in x and name in y:
+                        spaces.setdefault(name, Space(wanted[name], positions)).add(x[name], y[name], sample)
+        for name in list(spaces):
+            found, sums = spaces.pop(name).finished()
+            for part, value in found.items():
+                yield f"{o}.{name}.{part}", value
+            if ORTHOGONAL.name in found:
+                info["residual"].setdefault(str(o), {})[name.replace(".", " ")] = round(sums.unexplained(), 4)
+
+
+def mapped_pairs(
+    bases: tuple[LoadedBase, LoadedBase], layers: Mapping[int, int], batches: Sequence[Batch], progress: Progress | None
+) -> Iterator[tuple[int, int, LayerStream, LayerStream]]:
+    """Every mapped layer pair, with both bases' texts on their way before its blocks: one pass of each base, as far as
+    its last mapped layer.
+
+    Args:
+        layers: old → new layer, both increasing.
+    """
     with (
         LayerStream(bases[0], [batch.old for batch in batches]) as old,
         LayerStream(bases[1], [batch.new for batch in batches]) as new,
@@ -195,20 +221,7 @@ def _pairs(
             for stream, layer in ((old, o), (new, n)):
                 while stream.layer < layer:
                     stream.advance()
-            spaces: dict[str, Space] = {}
-            with _by_role(bases[0], o) as reads, _by_role(bases[1], n) as also:
-                for number, (batch, sample) in enumerate(zip(batches, samples, strict=True)):
-                    x = _read(old, reads, number, batch.old_rows, wanted)
-                    y = _read(new, also, number, batch.new_rows, wanted)
-                    for name in wanted:
-                        if name in x and name in y:
-                            spaces.setdefault(name, Space(wanted[name], positions)).add(x[name], y[name], sample)
-            for name in list(spaces):
-                found, sums = spaces.pop(name).finished()
-                for part, value in found.items():
-                    yield f"{o}.{name}.{part}", value
-                if ORTHOGONAL.name in found:
-                    info["residual"].setdefault(str(o), {})[name.replace(".", " ")] = round(sums.unexplained(), 4)
+            yield o, n, old, new
             if progress is not None:
                 progress(done, len(layers))
 

@@ -27,7 +27,7 @@ from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
 from lorasuite.bases import Batch, LayerStream, LoadedBase, Role, text_batches, unpaired
-from lorasuite.correspondence._alignment import Space, SpaceMap, read_map
+from lorasuite.correspondence._alignment import Space, SpaceMap, mapped_pairs, read_map
 from lorasuite.correspondence._moments import MapKind
 from lorasuite.correspondence._options import POSITIONS, End
 from lorasuite.errors import ConfigError, Problem
@@ -103,34 +103,22 @@ def _pairs(
     info: dict[str, Any],
     progress: Progress | None,
 ) -> Iterator[tuple[str, Tensor]]:
-    with (
-        LayerStream(bases[0], [batch.old for batch in batches]) as old,
-        LayerStream(bases[1], [batch.new for batch in batches]) as new,
-    ):
-        for done, (o, n) in enumerate(sorted(layers.items()), 1):
-            for stream, layer in ((old, o), (new, n)):
-                while stream.layer < layer:
-                    stream.advance()
-            first, second = experts_of(bases[0], o), experts_of(bases[1], n)
-            if first is not None and second is not None:
-                x = _routed(old, first, [batch.old_rows for batch in batches])
-                y = _routed(new, second, [batch.new_rows for batch in batches])
-                matched, overlap = match_experts(x.weights, y.weights)
-                info["experts"][str(o)] = {str(a): b for a, b in matched.items()}
-                yield f"{o}.overlap", overlap.float()
-                spaces = {
-                    "hidden.in": (kinds["in"], x.read, y.read),
-                    "hidden.out": (kinds["out"], x.written, y.written),
-                }
-                for name, (of, rows, others) in spaces.items():
-                    yield from _named(f"{o}.{name}", of, rows, others, positions)
-                both = list({kind.name: kind for of in kinds.values() for kind in of}.values())
-                for a, b in matched.items():
-                    at = _rows(x.weights[:, a], y.weights[:, b], positions, (first, second))
-                    mine, theirs = intermediate(first, a, x.read[at]), intermediate(second, b, y.read[at])
-                    yield from _named(f"{o}.{a}.inside", both, mine, theirs, positions)
-            if progress is not None:
-                progress(done, len(layers))
+    both = list({kind.name: kind for of in kinds.values() for kind in of}.values())
+    for o, n, old, new in mapped_pairs(bases, layers, batches, progress):
+        first, second = experts_of(bases[0], o), experts_of(bases[1], n)
+        if first is None or second is None:
+            continue
+        x = _routed(old, first, [batch.old_rows for batch in batches])
+        y = _routed(new, second, [batch.new_rows for batch in batches])
+        matched, overlap = match_experts(x.weights, y.weights)
+        info["experts"][str(o)] = {str(a): b for a, b in matched.items()}
+        yield f"{o}.overlap", overlap.float()
+        yield from _named(f"{o}.hidden.in", kinds["in"], x.read, y.read, positions)
+        yield from _named(f"{o}.hidden.out", kinds["out"], x.written, y.written, positions)
+        for a, b in matched.items():
+            at = _rows(x.weights[:, a], y.weights[:, b], positions, (first, second))
+            mine, theirs = intermediate(first, a, x.read[at]), intermediate(second, b, y.read[at])
+            yield from _named(f"{o}.{a}.inside", both, mine, theirs, positions)
 
 
 def experts_of(base: LoadedBase, layer: int) -> Any | None:

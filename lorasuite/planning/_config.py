@@ -175,9 +175,11 @@ class MigrationConfig(Strict):
     @field_validator("candidates")
     @classmethod
     def _known_candidates(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if value in (NO_CANDIDATES, ALL_CANDIDATES):
+            return value
         known = transforms.names()
         for name in value:
-            if name not in (*known, *transforms.names(controls=True)) and value not in (NO_CANDIDATES, ALL_CANDIDATES):
+            if name not in (*known, *transforms.names(controls=True)):
                 words = [*known, *ALL_CANDIDATES, *NO_CANDIDATES]
                 raise ValueError(f"unknown transform {name!r}. {did_you_mean(name, words)}")
         return value
@@ -213,10 +215,11 @@ class MigrationConfig(Strict):
         Args:
             trains: whether there are rows to train a fresh LoRA on.
         """
-        if self.candidates in ((), ALL_CANDIDATES):
-            known = transforms.names()
-            return known if self.candidates or not trains else [name for name in known if name in TRIED]
-        return [name for name in self.candidates if name not in NO_CANDIDATES]
+        if self.candidates == NO_CANDIDATES:
+            return []
+        if self.candidates == ALL_CANDIDATES or not (self.candidates or trains):
+            return transforms.names()
+        return list(self.candidates or TRIED)
 
     @property
     def task_folders(self) -> tuple[Path | None, Path | None]:

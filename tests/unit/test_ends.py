@@ -154,7 +154,7 @@ class OutOfMemoryError(RuntimeError):
         (RuntimeError("Error while serializing: I/O error: No space left (os error 28)"), ("disk is full",)),
         (chained(RuntimeError("a stage failed"), OSError(errno.ENOSPC, "full")), ("disk is full",)),
         (RuntimeError("[enforce fail at inline_container.cc:603] . unexpected pos 64 vs 0"), ("may be full",)),
-        (PermissionError(errno.EACCES, "Permission denied", "/root/x"), ("/root/x", "permission", "right")),
+        (PermissionError(errno.EACCES, "Permission denied", "/srv/x"), ("/srv/x", "permission", "right")),
         (OSError(errno.EROFS, "Read-only file system", "x"), ("read-only", "LORASUITE_HOME")),
         (NotADirectoryError(errno.ENOTDIR, "Not a directory", "/dev/null/x"), ("/dev/null/x", "another place")),
         (OSError(errno.EMFILE, "Too many open files", "x"), ("ulimit",)),
