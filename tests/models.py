@@ -355,6 +355,7 @@ def build_adapter(
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        tuned.create_or_update_model_card = lambda _folder: None  # a template compiled at each save
         tuned.save_pretrained(path)
     return path
 

@@ -5,6 +5,7 @@ from ._attachment import (
     detach_adapter,
     restored,
     save_adapter,
+    save_files,
     unwrap,
 )
 from ._base_modules import base_weight, vocabulary_side, vocabulary_weight, weight_shape
@@ -48,6 +49,7 @@ __all__ = [
     "replace_sources",
     "restored",
     "save_adapter",
+    "save_files",
     "sources",
     "sources_name",
     "split_sources",

@@ -8,7 +8,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lorasuite.adapters._config_patterns import pattern_problems
 from lorasuite.adapters._config_types import type_problems
@@ -170,10 +170,22 @@ def restored(model: PreTrainedModel, *, checkpointing: bool = False) -> Iterator
         model.train(training)
 
 
+def save_files(wrapped: PeftModel, folder: Path, **settings: Any) -> None:
+    """Write a PEFT adapter's safetensors and config into ``folder``, as ``save_pretrained`` does with ``settings``.
+
+    PEFT's template ``README.md`` is left out: its placeholders would pass for a model card, and compiling it takes
+    longer than writing a small adapter.
+    """
+    wrapped.create_or_update_model_card = lambda _folder: None
+    try:
+        # "auto" would look the base up on the Hub; nothing here ever resizes embeddings.
+        wrapped.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False, **settings)
+    finally:
+        del wrapped.create_or_update_model_card
+
+
 def save_adapter(wrapped: PeftModel, output: Path, *, initial: Path | None = None) -> None:
     """Write a PEFT adapter (safetensors and config) so that ``output`` never exists half-written.
-
-    PEFT's template ``README.md`` is left out: its placeholders would pass for a model card.
 
     Args:
         initial: the same adapter saved before training, where its start took factors out of the base (PiSSA and its
@@ -188,10 +200,8 @@ def save_adapter(wrapped: PeftModel, output: Path, *, initial: Path | None = Non
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
     try:
-        # "auto" would look the base up on the Hub; nothing here ever resizes embeddings.
         difference = {} if initial is None else {"path_initial_model_for_weight_conversion": str(initial)}
-        wrapped.save_pretrained(str(partial), safe_serialization=True, save_embedding_layers=False, **difference)
-        (partial / "README.md").unlink(missing_ok=True)
+        save_files(wrapped, partial, **difference)
         partial.chmod(0o755)
         partial.rename(output)
     except BaseException:

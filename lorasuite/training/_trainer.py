@@ -13,6 +13,7 @@ import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from lorasuite.adapters import save_files
 from lorasuite.data import IGNORED
 from lorasuite.errors import NumericalError, Problem
 from lorasuite.progress import TrainingProgress
@@ -230,7 +231,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the adapter as it is; PEFT's default looks for the base on the Hub at every checkpoint."""
-        self.model.save_pretrained(str(output_dir), safe_serialization=True, save_embedding_layers=False)
+        save_files(self.model, Path(str(output_dir)))
 
 
 class RunCallback(TrainerCallback):  # type: ignore[misc]

@@ -14,9 +14,13 @@ import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
+from huggingface_hub import constants
+from typer.testing import CliRunner
 
+from flows.command_line import app
 from lorasuite.reporting import model_card
 from tests.records import record
 
@@ -142,6 +146,32 @@ def hub(base: Callable[..., Path], lora: Callable[..., Path], tmp_path: Path) ->
     server.shutdown()
 
 
+@pytest.fixture
+def here(hub: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, Any]]:
+    """Runs a command in this process as if that were its environment: exit code, and what it says in JSON."""
+    home = Path(hub["HF_HOME"])
+    settings = {
+        "ENDPOINT": hub["HF_ENDPOINT"],
+        "HUGGINGFACE_CO_URL_TEMPLATE": hub["HF_ENDPOINT"] + "/{repo_id}/resolve/{revision}/{filename}",
+        "HF_HUB_CACHE": str(home / "hub"),
+        "HF_HUB_OFFLINE": False,
+        "HF_TOKEN_PATH": str(home / "token"),
+        "HF_STORED_TOKENS_PATH": str(home / "stored_tokens"),
+    }
+    for name, value in settings.items():
+        assert hasattr(constants, name)
+        monkeypatch.setattr(constants, name, value)
+    monkeypatch.setenv("LORASUITE_HOME", hub["LORASUITE_HOME"])
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+
+    def run(*arguments: str) -> tuple[int, Any]:
+        done = CliRunner().invoke(app, [*arguments, "--json"])
+        assert done.stdout, done.output
+        return done.exit_code, json.loads(done.stdout)
+
+    return run
+
+
 def lorasuite(env: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
     code = "from flows.command_line import main; main()"
     return subprocess.run(
@@ -150,6 +180,7 @@ def lorasuite(env: dict[str, str], *arguments: str) -> subprocess.CompletedProce
 
 
 def test_bases_and_adapters_by_id_and_revision(hub: dict[str, str]) -> None:
+    """In processes of their own, which read the Hub's address and cache from their environment."""
     arguments = ("inspect", "--json", "--old-base", "org/old@v1", "--new-base", "org/old", "--adapter", "org/adapter")
     done = lorasuite(hub, *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -163,23 +194,22 @@ def test_bases_and_adapters_by_id_and_revision(hub: dict[str, str]) -> None:
     assert again.returncode == 0, again.stdout + again.stderr
 
 
-def test_an_adapter_in_a_subfolder_at_a_revision(hub: dict[str, str]) -> None:
+def test_an_adapter_in_a_subfolder_at_a_revision(here: Callable[..., tuple[int, Any]]) -> None:
     bases = ("--old-base", "org/old", "--new-base", "org/old")
-    done = lorasuite(hub, "inspect", "--json", *bases, "--adapter", "org/adapter/runs/second@v1")
-    assert done.returncode == 0, done.stdout + done.stderr
+    code, found = here("inspect", *bases, "--adapter", "org/adapter/runs/second@v1")
+    assert code == 0, found
     fetched = {path.rpartition("/resolve/")[2] for path in Hub.asked if "/org/adapter/resolve/" in path}
     assert f"{COMMIT['v1']}/runs/second/adapter_config.json" in fetched
     assert all("/runs/second/" in path for path in fetched), "nothing but the folder"
-    done = lorasuite(hub, "inspect", "--json", *bases, "--adapter", "org/adapter/runs/third")
-    assert "has no folder runs/third" in json.loads(done.stdout)["problems"][0]["what"]
+    _, found = here("inspect", *bases, "--adapter", "org/adapter/runs/third")
+    assert "has no folder runs/third" in found["problems"][0]["what"]
 
 
-def test_what_the_hub_does_not_have(hub: dict[str, str]) -> None:
-    done = lorasuite(hub, "inspect", "--json", "--old-base", "org/none", "--new-base", "org/old@v9")
-    assert done.returncode == 2
-    problems = json.loads(done.stdout)["problems"]
-    assert {p["where"] for p in problems} == {"org/none", "org/old@v9"}
-    assert all("revision" in p["remedy"] for p in problems)
+def test_what_the_hub_does_not_have(here: Callable[..., tuple[int, Any]]) -> None:
+    code, found = here("inspect", "--old-base", "org/none", "--new-base", "org/old@v9")
+    assert code == 2
+    assert {p["where"] for p in found["problems"]} == {"org/none", "org/old@v9"}
+    assert all("revision" in p["remedy"] for p in found["problems"])
 
 
 @pytest.fixture
@@ -196,17 +226,18 @@ def migrated(lora: Callable[..., Path], base: Callable[..., Path], tmp_path: Pat
     return folder
 
 
-def test_a_migration_is_pushed_as_one_commit_without_its_data(hub: dict[str, str], migrated: Path) -> None:
-    done = lorasuite({**hub, "HF_TOKEN": "hf_write"}, "push", "--json", str(migrated), "me/moved")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert json.loads(done.stdout) == {"pushed": f"{hub['HF_ENDPOINT']}/me/moved/commit/1"}
+def test_a_migration_is_pushed_as_one_commit_without_its_data(
+    here: Callable[..., tuple[int, Any]], hub: dict[str, str], migrated: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_write")
+    assert here("push", str(migrated), "me/moved") == (0, {"pushed": f"{hub['HF_ENDPOINT']}/me/moved/commit/1"})
     (sent,) = Hub.commits
     assert set(sent) == {"adapter_model.safetensors", "adapter_config.json", "README.md"}
     assert sent["adapter_model.safetensors"] == (migrated / "adapter_model.safetensors").read_bytes()
     assert "/api/validate-yaml" in Hub.asked, "huggingface_hub had the card checked"
 
 
-def test_nobody_may_push_without_a_token(hub: dict[str, str], migrated: Path) -> None:
-    done = lorasuite(hub, "push", "--json", str(migrated), "me/moved")
-    assert done.returncode == 2 and Hub.commits == []
-    assert "hf auth login" in json.loads(done.stdout)["problems"][0]["remedy"]
+def test_nobody_may_push_without_a_token(here: Callable[..., tuple[int, Any]], migrated: Path) -> None:
+    code, told = here("push", str(migrated), "me/moved")
+    assert code == 2 and Hub.commits == []
+    assert "hf auth login" in told["problems"][0]["remedy"]
