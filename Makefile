@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Where it is set, each of the processes that tests start compiles this project's modules anew: two seconds of one core.
+export PYTHONDONTWRITEBYTECODE :=
 STAMP := $(VENV)/.installed
 
 .PHONY: demo demo-real test test-fast test-unit test-integration test-flows lint zoo lock clean

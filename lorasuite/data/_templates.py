@@ -13,6 +13,7 @@ from lorasuite.errors import ConfigError, DataError, LoRASuiteError, Problem, di
 
 if TYPE_CHECKING:
     from jinja2 import Environment
+    from jinja2 import Template as Compiled
 
 FILE = Path(__file__).parent / "templates.yaml"
 #: The template that :meth:`lorasuite.data.Row.prompt_and_completion` applies by itself.
@@ -39,6 +40,11 @@ def _environment() -> Environment:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     return ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
+
+
+@cache
+def _compiled(text: str) -> Compiled:
+    return _environment().from_string(text)
 
 
 @cache
@@ -120,7 +126,7 @@ class Template:
         """The template with the placeholder for the output."""
         try:
             pieces, size = [], 0
-            for piece in _environment().from_string(self.text).generate({**values, "output": _PLACEHOLDER}):
+            for piece in _compiled(self.text).generate({**values, "output": _PLACEHOLDER}):
                 pieces.append(piece)
                 size += len(piece)
                 if size > MAX_CHARACTERS:

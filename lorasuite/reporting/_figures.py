@@ -7,6 +7,7 @@ the page's style sheet colours. Only :func:`heat_map_png`, for dashboards that s
 from __future__ import annotations
 
 import base64
+import functools
 import io
 import math
 from collections.abc import Mapping, Sequence
@@ -193,14 +194,20 @@ def _ticks(low: float, high: float, count: int = 4) -> list[float]:
 
 
 def heat_map_png(similarity: Tensor, layers: Mapping[int, int]) -> str:
-    """CKA ``(L_o, L_n)`` with the chosen path, as base64 PNG."""
+    """CKA ``(L_o, L_n)`` with the chosen path, as base64 PNG; drawn once of a pair, which each adapter's run shows."""
+    return _drawn(tuple(map(tuple, similarity.float().tolist())), tuple(layers.items()))
+
+
+@functools.lru_cache(maxsize=16)
+def _drawn(similarity: tuple[tuple[float, ...], ...], path: tuple[tuple[int, int], ...]) -> str:
     from matplotlib.figure import Figure
 
-    size = (2.5 + 0.28 * similarity.shape[1], 2 + 0.24 * similarity.shape[0])
+    size = (2.5 + 0.28 * len(similarity[0]), 2 + 0.24 * len(similarity))
     figure: Any = Figure(figsize=size, dpi=110, layout="constrained")
     axes = figure.subplots()
-    image = axes.imshow(similarity.float().numpy(), vmin=0, vmax=1, cmap="viridis", aspect="auto")
-    axes.plot(list(layers.values()), list(layers), "o-", color="white", markeredgecolor="black", linewidth=1.5)
+    image = axes.imshow(similarity, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+    old, new = [o for o, _ in path], [n for _, n in path]
+    axes.plot(new, old, "o-", color="white", markeredgecolor="black", linewidth=1.5)
     axes.set_xlabel("new layer")
     axes.set_ylabel("old layer")
     axes.xaxis.get_major_locator().set_params(integer=True)

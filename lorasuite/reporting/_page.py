@@ -3,17 +3,31 @@
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import re
 import uuid
 from html import unescape
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lorasuite.reporting._names import link, number, percent, seconds
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 
 def render_template(template: str, **values: Any) -> str:
     """A template's HTML: text in ``values`` is escaped, and a name that is missing from them is an error."""
+    marks = {name: uuid.uuid4().hex for name in _SOURCES}
+    page: str = _environment().get_template(template).render(**values, **marks)
+    for name, mark in marks.items():
+        page = page.replace(mark, _hashes(page, name))
+    return page
+
+
+@functools.cache
+def _environment() -> Environment:
+    """Of one process, so that each template is compiled once: a fleet writes many reports."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
@@ -24,11 +38,7 @@ def render_template(template: str, **values: Any) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"number": number, "percent": percent, "seconds": seconds, "link": link}
-    marks = {name: uuid.uuid4().hex for name in _SOURCES}
-    page: str = environment.get_template(template).render(**values, **marks)
-    for name, mark in marks.items():
-        page = page.replace(mark, _hashes(page, name))
-    return page
+    return environment
 
 
 #: What a page's policy allows: its own blocks by their hashes, and attributes of the templates and figures by theirs.
