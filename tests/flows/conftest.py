@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 # before Prefect is imported: it reads its settings then
 os.environ.update(
@@ -16,36 +17,43 @@ os.environ.update(
 
 import pytest
 
+from tests.flows.served import served
 from tests.flows.small import Small
 from tests.flows.upped import environment, server_up, up
 
 __all__ = ["environment", "server_up", "up"]
 
 
+@pytest.fixture(scope="session")
+def shared_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+    """Its address and process: one server for all workers of a test run, whose start takes a core many seconds."""
+    folder = tmp_path_factory.getbasetemp()
+    with served(folder.parent / "served" if "PYTEST_XDIST_WORKER" in os.environ else folder / "served") as found:
+        yield found
+
+
 @pytest.fixture(scope="session", autouse=True)
-def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def prefect_server(shared_server: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Its address, for the flows that tests start in processes of their own."""
+    from prefect.context import _temporary_global_settings_context, get_settings_context
+    from prefect.events.worker import EventsWorker
     from prefect.settings import (
         PREFECT_API_URL,
         PREFECT_FLOWS_HEARTBEAT_FREQUENCY,
         PREFECT_HOME,
         temporary_settings,
     )
-    from prefect.testing.utilities import prefect_test_harness
 
-    updates = {
+    updates: dict[Any, Any] = {
         PREFECT_HOME: tmp_path_factory.mktemp("prefect"),
+        PREFECT_API_URL: shared_server["api"],
         # each flow run would wait a second for its heartbeat's thread to end
         PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None,
     }
-    from flows import temporary_server
-
-    temporary_server.watch()  # a test run that is killed leaves no server
-    with (
-        temporary_settings(updates),
-        prefect_test_harness(server_startup_timeout=120),
-    ):
-        yield str(PREFECT_API_URL.value())
+    # whatever thread asks for them
+    with temporary_settings(updates), _temporary_global_settings_context(get_settings_context()):
+        yield shared_server["api"]
+        EventsWorker.drain_all()
 
 
 @pytest.fixture

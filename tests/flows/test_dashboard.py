@@ -9,7 +9,6 @@ from typing import Any
 
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
-from prefect.client.schemas.sorting import FlowRunSort
 
 from flows.dashboard import slug
 from flows.migrate_adapter import migrate_adapter
@@ -19,9 +18,10 @@ from tests.flows.small import Small
 def test_what_a_migration_leaves(home: Path, small: Small, tmp_path: Path) -> None:
     data = {"train_data": str(small.root / "train.jsonl"), "eval_data": str(small.root / "test.jsonl")}
     settings = {"finetune": {"batch_size": 4, "epochs": 1}, "evaluation": {"generate": False}, "controls": False}
-    record: dict[str, Any] = migrate_adapter(small.settings("one", tmp_path / "out", **data, **settings))
+    state: Any = migrate_adapter(small.settings("one", tmp_path / "out", **data, **settings), return_state=True)
+    record: dict[str, Any] = state.result()
     with get_client(sync_client=True) as client:
-        run = client.read_flow_runs(sort=FlowRunSort.START_TIME_DESC, limit=1)[0]
+        run = client.read_flow_run(state.state_details.flow_run_id)
         found = client.read_artifacts(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[run.id])), limit=200)
     assert run.name == "one: small-old → small-new"
     assert set(run.tags) == {"pair:small-old→small-new", "adapter:one"}

@@ -30,14 +30,13 @@ from tasks import stage
 from tests.flows.small import Small
 
 
-def test_the_temporary_server_is_watched(prefect_server: str) -> None:
+def test_the_temporary_server_is_watched(shared_server: dict[str, Any]) -> None:
     """The one of these tests was started by Prefect, in our way: in its own session, and known to a watchdog."""
-    server = SubprocessASGIServer._instances[None]
-    assert SubprocessASGIServer._run_uvicorn_command is temporary_server.start
-    process = server.server_process
-    assert process is not None and os.getsid(process.pid) == process.pid
-    beside = [" ".join(child.cmdline()) for child in psutil.Process().children()]
-    assert any("watchdog.py" in command for command in beside)
+    process = psutil.Process(shared_server["pid"])
+    assert "uvicorn" in process.cmdline() and os.getsid(process.pid) == process.pid
+    parent = process.parent()
+    assert parent is not None
+    assert any("watchdog.py" in " ".join(child.cmdline()) for child in parent.children())
 
 
 def test_the_temporary_server_answers_its_own_process_alone(monkeypatch: pytest.MonkeyPatch) -> None:
