@@ -5,8 +5,8 @@
 
 Both bases are made on the spot (bfloat16 safetensors, 9.9 GB in a temporary directory, see ``TMPDIR``) with a tokenizer
 of made-up words; weights are random, so losses mean nothing and seconds do. Then ``migrate`` runs as for a user, with
-``--method auto``, a teacher, a fine-tune and an evaluation, and once more for a second adapter, which finds the
-pair's stages in the store. Without a GPU it says so and ends with 0.
+``--method auto`` and the transforms of ``CANDIDATES``, a teacher, a fine-tune and an evaluation, and once more for a
+second adapter, which finds the pair's stages in the store. Without a GPU it says so and ends with 0.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-os.environ.update(HF_HUB_OFFLINE="1", PREFECT_LOGGING_LEVEL="WARNING", TOKENIZERS_PARALLELISM="false")
+os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+os.environ.setdefault("PREFECT_LOGGING_LEVEL", "INFO")  # a line a stage as it ends, with the time
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
@@ -30,6 +31,8 @@ from benchmarks.shapes import llama, published, write_base, write_data, write_lo
 #: Texts, rows, tokens of each, held-out rows, rows written by the teacher, and rank.
 FULL = {"texts": 64, "rows": 64, "tokens": 64, "held_out": 16, "written": 32, "rank": 16}
 TINY = {"texts": 8, "rows": 12, "tokens": 12, "held_out": 2, "written": 4, "rank": 2}
+#: Transforms that are tried. ``sequential`` takes sums of the MLP's width squared: more minutes than the check has.
+CANDIDATES = ["lorasuite", "procrustes", "functional"]
 
 
 def check(folder: Path, device: str, tiny: bool) -> list[dict[str, Any]]:
@@ -60,7 +63,7 @@ def check(folder: Path, device: str, tiny: bool) -> list[dict[str, Any]]:
             "adapter": str(adapter), "old_base": str(old), "new_base": str(new), "output": str(folder / f"out{number}"),
             "calibration": str(texts), "train_data": str(rows), "eval_data": str(held_out), "prompts": str(rows),
             "teacher_samples": numbers["written"] if not number else 0, "finetune_samples": numbers["rows"],
-            "device": device, "learning_rates": [1e-4], "candidates": ["all"], "finetune": {"epochs": 1},
+            "device": device, "learning_rates": [1e-4], "candidates": CANDIDATES, "finetune": {"epochs": 1},
             "teacher": {"max_new_tokens": 16, "filter": False, "truncated": "keep"},
             "evaluation": {"max_new_tokens": 8}, "pair": {"cka_batch": 4 if tiny else 64},
         }  # fmt: skip

@@ -26,7 +26,7 @@ def test_every_stage_on_miniature_shapes(prefect_server: str, tmp_path: Path) ->
     rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
     first = [row["stage"].partition(" ")[0] for row in rows if row["run"] == "first adapter"]
     second = [row["stage"].partition(" ")[0] for row in rows if row["run"] == "second adapter"]
-    pair = {"vocabulary", "transfer_matrices", "mlp_factors", "activations", "similarity", "head_mapping", "state_map"}
+    pair = {"vocabulary", "transfer_matrices", "mlp_factors", "activations", "similarity", "head_mapping"}
     own = {"transform", "select", "finetune", "evaluate", "serving"}
     assert pair | own | {"alignment", "teacher"} <= set(first)
     assert own <= set(second) and not pair & set(second)
