@@ -114,7 +114,7 @@ class Allowed:
         for config in configs:
             if config.trust_remote_code:
                 code |= dict.fromkeys([config.old_base, config.new_base, *sources(config.adapter)])
-            files = [task for task in config.eval_tasks if Path(task).is_file()]
+            files = [task for task in config.every_task if Path(task).is_file()]
             folders |= dict.fromkeys([*([config.include_path] if config.include_path else []), *files])
         self.check_code(code)
         problems = [

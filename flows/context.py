@@ -33,7 +33,7 @@ from lorasuite.data import Row, fingerprint_rows
 from lorasuite.errors import ConfigError, InputChanged, LoRASuiteError, Problem, did_you_mean
 from lorasuite.planning import MigrationConfig, torch_device
 from tasks.data import rows_files, texts_files
-from tasks.evaluation_stages import evaluation, serving, task_evaluation
+from tasks.evaluation_stages import evaluation, general_text, serving, task_evaluation
 from tasks.fingerprints import fingerprint_bases
 from tasks.folders import ANY_BASE, adapter_folder, folder_files
 from tasks.pair_stages import PAIR_STAGES
@@ -68,6 +68,7 @@ STAGES: dict[str, Stage] = {
         finetune,
         evaluation,
         task_evaluation,
+        general_text,
         serving,
     )
 }

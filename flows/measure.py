@@ -25,7 +25,7 @@ from lorasuite.evaluation import (
 from lorasuite.evaluation.eval_tasks import GROUPS, expand
 from lorasuite.reporting import Score
 from tasks.bases import OWN_TOKENIZER
-from tasks.evaluation_stages import SAMPLES, evaluation, task_evaluation
+from tasks.evaluation_stages import SAMPLES, evaluation, general_text, task_evaluation
 from tasks.fingerprints import fingerprint_task
 from tasks.folders import weights_digest
 from tasks.stage import Ref
@@ -33,6 +33,7 @@ from tasks.stage import Ref
 #: Settings that tasks by name heed; the rest is the tasks' own.
 TASK_SETTINGS = {"batch_size", "limit", "seed"}
 ROWS = "rows"
+TEXTS = "general text"
 BITS = "bits_per_byte"
 
 
@@ -47,6 +48,8 @@ class Asked:
     groups: tuple[str, ...] = ()
     #: Where tasks find their files: ``eval_dir``, ``include_path``.
     folders: Mapping[str, Path] = field(default_factory=dict)
+    #: Texts that bits per byte are measured of, and nothing else.
+    texts: Ref | None = None
 
     @classmethod
     def of(
@@ -78,7 +81,7 @@ def evaluated(
     paths: Mapping[str, Path] | None = None,
     own_tokenizer: OwnTokenizer | None = None,
 ) -> dict[str, Ref]:
-    """One arm's results: by ``rows`` for the held-out rows, and by task.
+    """One arm's results: by ``rows`` for the held-out rows, ``general text`` for texts, and by task.
 
     Args:
         side: the base, ``old`` or ``new``.
@@ -95,6 +98,9 @@ def evaluated(
     if asked.rows is not None:
         values = asked.settings.model_dump(mode="json")
         found[ROWS] = context.run(evaluation, {**inputs, "rows": asked.rows}, values, label, paths)
+    if asked.texts is not None:
+        values = asked.settings.model_dump(mode="json", include={"batch_size"})
+        found[TEXTS] = context.run(general_text, {**inputs, "texts": asked.texts}, values, label, paths)
     common = {**asked.settings.model_dump(mode="json", include=TASK_SETTINGS), "lm_eval": version("lm_eval")}
     for task, fingerprint in asked.tasks.items():
         values = {**common, "task": task}
@@ -107,8 +113,9 @@ class Measured:
 
     def __init__(self, context: Context, asked: Asked) -> None:
         self.context, self.asked = context, asked
-        #: Arm to result on the held-out rows, and arm to task to score.
+        #: Arm to result on the held-out rows, to that on texts, and arm to task to score.
         self.evaluation: dict[str, Any] = {}
+        self.text: dict[str, Any] = {}
         self.scores: dict[str, dict[str, Any]] = {}
         #: Arm to the sha256 of the weight file of the stored adapter that was measured.
         self.weights: dict[str, str] = {}
@@ -129,9 +136,11 @@ class Measured:
         made = self._artifacts[arm] = {name: self.context.open(ref) for name, ref in refs.items()}
         if ROWS in made:
             self.evaluation[arm] = made[ROWS].info
+        if TEXTS in made:
+            self.text[arm] = made[TEXTS].info
         found: dict[str, Any] = {}
         for name, artifact in made.items():
-            if name != ROWS:
+            if name not in (ROWS, TEXTS):
                 found |= artifact.info
         for group in self.asked.groups:
             parts = {task: TaskScore.model_validate(found[task]) for task in GROUPS[group]}

@@ -20,13 +20,14 @@ from flows.choice import Chosen, Tuned, choose_update, fine_tunes
 from flows.context import Context, base_record, check_stages, fetch, migration_context, tag_run, timings
 from flows.dashboard import show_migration, show_pair
 from flows.finished import finished
+from flows.general import general_ability
 from flows.measure import Asked, Measured
 from flows.pair import Pair, pair_name
 from flows.teach import Rows, fitting_template, gather_rows, opened_source
 from lorasuite import ALGORITHM_VERSION
 from lorasuite.adapters import Adapter, sources, sources_name
 from lorasuite.bases import resolve
-from lorasuite.evaluation import BOTH, Arm, Served, as_served
+from lorasuite.evaluation import BOTH, Arm, General, Served, as_served
 from lorasuite.evaluation import check as check_serving
 from lorasuite.planning import AUTO, MigrationConfig, Plan, RowPlan, build, check
 from lorasuite.reporting import ArmResults, MigrationRecord, publish
@@ -91,10 +92,15 @@ def migrate_adapter(config: dict[str, Any], refresh: tuple[str, ...] = ()) -> di
         tuned = fine_tunes(context, settings, chosen, updates, rows)
         final = chosen.untrained if tuned is None else tuned.final
         measured = _measured(context, settings, plan, source, chosen, tuned)
+        published = Arm.MIGRATED if tuned is None else Arm.MIGRATED_LFT
+        adapters = {Arm.OLD_ADAPTER: source.adapter, published: final}
+        general = general_ability(context, settings, plan.general, adapters, source.own_tokenizer)
         shown = {"rows": measured.asked.rows} if measured.asked.rows is not None else {}
         inputs = {**context.base("new"), **shown, "adapter": final}
         served = context.run(serving, inputs, {}, paths=context.base_path("new"))
-    record = _record(context, settings, plan, pair, source, fit, rows, chosen, tuned, measured, served, recorder)
+    record = _record(
+        context, settings, plan, pair, source, fit, rows, chosen, tuned, measured, general, served, recorder
+    )
     output = Path(settings.output)
     context.where.check_unchanged()
     publish(
@@ -194,6 +200,7 @@ def _record(
     chosen: Chosen,
     tuned: Tuned | None,
     measured: Measured,
+    general: General,
     served: Ref,
     recorder: Recorder,
 ) -> MigrationRecord:
@@ -209,6 +216,7 @@ def _record(
             "tasks": measured.scores,
             "comparisons": measured.comparisons([(arm, published) for arm in COMPARED]),
             "weights": measured.weights,
+            "general": general,
         }
     )
     loaders = {

@@ -22,6 +22,7 @@ PREFIX = {
     "finetune": "finetune_",
     "teacher": "teacher_",
     "evaluation": "evaluation_",
+    "general": "general_",
     "gate": "gate_",
 }
 

@@ -11,14 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lorasuite.evaluation import (
+    EvaluationResult,
     EvaluationSettings,
     compare_merged,
     evaluate,
     evaluate_tasks,
+    evaluate_text,
     write_task_samples,
 )
 from tasks.bases import loading, running, trusted
-from tasks.data import stored_rows
+from tasks.data import stored_rows, stored_texts
 from tasks.folders import adapter_folder, adapter_path
 from tasks.progress import Progress
 from tasks.retries import halved
@@ -57,10 +59,7 @@ def evaluation(inputs: EvaluationInputs, settings: EvaluationSettings, where: Wh
             progress=Progress("evaluation").evaluation,
             device=where.device,
         )["it"]
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / SAMPLES
-        result.write_samples(file)
-        return StageOutput(info=result.summary(), files={SAMPLES: file.read_bytes()})
+    return _with_samples(result)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +104,35 @@ def task_evaluation(inputs: TaskInputs, settings: TaskSettings, where: Where) ->
 
 
 @dataclass(frozen=True, kw_only=True)
+class TextInputs(ArmInputs):
+    """An arm, and the texts it is measured on, cut as they are read."""
+
+    texts: Artifact
+
+
+class TextSettings(StageSettings):
+    """Texts read at once."""
+
+    batch_size: int
+
+
+@stage("general_text")
+def general_text(inputs: TextInputs, settings: TextSettings, where: Where) -> StageOutput:
+    """One base, bare or with one adapter, on general text."""
+    with running(where, "base", own_tokenizer=True) as base:
+        result = evaluate_text(
+            base.model,
+            base.tokenizer,
+            stored_texts(inputs.texts),
+            adapters={"it": _folder(inputs, where)},
+            batch_size=halved(settings.batch_size, where.halvings) if where.halvings else settings.batch_size,
+            progress=Progress("general text").evaluation,
+            device=where.device,
+        )["it"]
+    return _with_samples(result)
+
+
+@dataclass(frozen=True, kw_only=True)
 class ServingInputs:
     """The base, the adapter that is published, and the rows that arms are measured on, if there are any."""
 
@@ -130,6 +158,14 @@ def serving(inputs: ServingInputs, settings: StageSettings, where: Where) -> Sta
 def _folder(inputs: ArmInputs, where: Where) -> Path | None:
     """The adapter that is measured: a stored one, the user's own, or none."""
     return None if inputs.adapter is None else adapter_path(inputs.adapter, where)
+
+
+def _with_samples(result: EvaluationResult) -> StageOutput:
+    """The summary, and the samples as a file."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / SAMPLES
+        result.write_samples(file)
+        return StageOutput(info=result.summary(), files={SAMPLES: file.read_bytes()})
 
 
 def _smaller(settings: EvaluationSettings, where: Where) -> EvaluationSettings:

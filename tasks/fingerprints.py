@@ -24,7 +24,7 @@ from tasks.unchanged import folder_files
 MEMORY = "fingerprints.json"
 
 #: Settings of a migration that name data.
-DATA_FILES = ("calibration", "train_data", "prompts", "eval_data", "include_path")
+DATA_FILES = ("calibration", "train_data", "prompts", "eval_data", "general_texts", "include_path")
 #: What a PEFT adapter consists of.
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 
@@ -112,7 +112,7 @@ def fingerprint_migration(config: MigrationConfig, fingerprints: Mapping[str, st
         source = getattr(config, name)
         if source is not None:
             data[name] = fingerprint_source(source)
-    for name in expand(config.eval_tasks):
+    for name in expand(config.every_task):
         data[f"task {name}"] = fingerprint_task(name, *config.task_folders)
     settings = config.model_dump(mode="json", exclude=elsewhere, exclude_defaults=True)
     return digest_json({"version": ALGORITHM_VERSION, "inputs": dict(fingerprints), "data": data, "settings": settings})

@@ -2,9 +2,17 @@ from ._answers import extract, extract_choice, extract_letter, extract_number, m
 from ._arms import PUBLISHED_ARMS, Arm
 from ._comparison import Comparison, compare, compare_arms, mcnemar, metrics, read_samples, sample_id
 from ._gate import Gate, Judgement, as_served, fails, judge
+from ._general import (
+    General,
+    GeneralCost,
+    GeneralSettings,
+    evaluate_text,
+    general_cost,
+    held_out_texts,
+)
 from ._held_out import evaluate
 from ._measures import BOTH, TASK_METRICS
-from ._results import EvaluationSettings, EvaluationSummary
+from ._results import EvaluationResult, EvaluationSettings, EvaluationSummary
 from ._served import Served
 from ._serving import LLAMA_CPP_ARCHITECTURES, TEXT, VLLM_ARCHITECTURES, check, compare_merged
 from ._tasks import TaskScore, TaskSummary, check_tasks, evaluate_tasks, group_score, write_task_samples
@@ -18,9 +26,13 @@ __all__ = [
     "VLLM_ARCHITECTURES",
     "Arm",
     "Comparison",
+    "EvaluationResult",
     "EvaluationSettings",
     "EvaluationSummary",
     "Gate",
+    "General",
+    "GeneralCost",
+    "GeneralSettings",
     "Judgement",
     "Served",
     "TaskScore",
@@ -33,12 +45,15 @@ __all__ = [
     "compare_merged",
     "evaluate",
     "evaluate_tasks",
+    "evaluate_text",
     "extract",
     "extract_choice",
     "extract_letter",
     "extract_number",
     "fails",
+    "general_cost",
     "group_score",
+    "held_out_texts",
     "judge",
     "matches",
     "mcnemar",

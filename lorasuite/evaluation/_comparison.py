@@ -178,6 +178,43 @@ def compare_arms(
     ]
 
 
+def compare_costs(
+    old: Sequence[Record],
+    old_adapted: Sequence[Record],
+    new: Sequence[Record],
+    new_adapted: Sequence[Record],
+    *,
+    metric: str,
+) -> tuple[float, float, tuple[float, float] | None]:
+    """What two adapters change of a metric, each on its own base, and the interval of how much more the second does.
+
+    Args:
+        old: records of the first base, bare.
+        old_adapted: of the same with its adapter.
+        new: records of the second base, bare.
+        new_adapted: of the same with its adapter.
+        metric: of :func:`metrics` that all have.
+
+    Returns:
+        the two changes (adapted minus bare), and the paired bootstrap interval of the second minus the first; None for
+        fewer than two samples.
+
+    Raises:
+        DataError: no records, or not of the same samples.
+    """
+    names = ("the old base", "the old base with its adapter", "the new base", "the new base with its adapter")
+    arms = [_keyed(records, name) for records, name in zip((old, old_adapted, new, new_adapted), names, strict=True)]
+    for arm, name in zip(arms[1:], names[1:], strict=True):
+        _check(arms[0], arm, (names[0], name))
+    values = np.array([[_value(arm[id_], metric) for id_ in arms[0]] for arm in arms], dtype=float)
+    first, second = (
+        np.stack([values[adapted, :, 0] - values[adapted - 1, :, 0], values[adapted, :, 1]], axis=1)
+        for adapted in (1, 3)
+    )
+    changes = [float(change[:, 0].sum() / change[:, 1].sum()) for change in (first, second)]
+    return changes[0], changes[1], _interval(first, second, RESAMPLES, SEED)
+
+
 def mcnemar(negative: int, positive: int) -> float:
     """Two-sided exact p-value that flips one way and the other are equally likely; 1 where there are none."""
     from scipy.stats import binomtest

@@ -3,8 +3,9 @@
 An adapter is measured by the share it keeps of the old adapter's *lead*: how much better the old base with its adapter
 is than the bare new base. One that keeps most of the lead ships, one that keeps some of it needs (more) fine-tuning,
 and one that keeps next to nothing is to be trained anew. What is measured on few rows is judged by its interval, and
-what is measured on next to none does not ship. Beside the lead a gate may ask for a gain over the bare new base, and
-bound what the old adapter got right and the new one gets wrong.
+what is measured on next to none does not ship. Beside the lead a gate may ask for a gain over the bare new base, bound
+what the old adapter got right and the new one gets wrong, and how much more the new adapter may cost of general ability
+than the old one did.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from lorasuite.evaluation._arms import Arm
 from lorasuite.evaluation._comparison import Comparison
+from lorasuite.evaluation._general import General, GeneralCost
 from lorasuite.evaluation._measures import NAMES, Interval, Measure, measures_of
 from lorasuite.evaluation._results import EvaluationSummary
 from lorasuite.evaluation._served import Served
@@ -72,6 +74,17 @@ class Gate(Thresholds):
         {},
         description="thresholds of single tasks by name; with any, each task is judged by itself and the worst counts",
     )
+    max_general_loss: float | None = Field(
+        0.05,
+        description="most bits per byte of general text that the new adapter may cost its base beyond what the old one "
+        "cost; by the upper end of the interval with lower_bound",
+    )
+    max_general_drop: float | None = Field(
+        0.1, description="the same of general_task's score, as a share of 1: what 100 documents tell"
+    )
+    general_required: bool = Field(
+        False, description="an adapter does not ship where its cost of general ability was not measured: unmeasured"
+    )
 
     def model_post_init(self, _context: Any) -> None:
         """Refuse an unknown threshold of a task now, not after the migration."""
@@ -126,20 +139,34 @@ def judge(
     tasks: Mapping[Arm, Mapping[str, TaskSummary]],
     gate: Gate | None = None,
     comparisons: Sequence[Comparison] = (),
+    general: General | None = None,
 ) -> Judgement:
     """The verdict on a migration.
 
     The published adapter is the arm ``migrated+lft`` where there is one, else ``migrated``. Where the bare new base
     is at least as good as the old base with its adapter there is no lead to keep: then the adapter ships if it makes
-    the new base better still. An interval that a threshold asks for and nobody measured counts as not reached.
+    the new base better still. An interval that a threshold asks for and nobody measured counts as not reached. General
+    ability that nobody measured is said, and decides nothing unless the gate requires it: it takes texts of its own,
+    and an adapter has to be able to ship without them.
 
     Args:
         evaluation: results on the held-out rows.
         tasks: for each arm its scores by task or group.
         gate: the thresholds; the default ones if None.
         comparisons: of the published arm with others, sample by sample.
+        general: what the adapters cost their bases of general ability.
     """
     gate = gate or Gate()
+    return _with_general(_by_lead(evaluation, tasks, gate, comparisons), gate, general)
+
+
+def _by_lead(
+    evaluation: Mapping[Arm, EvaluationSummary],
+    tasks: Mapping[Arm, Mapping[str, TaskSummary]],
+    gate: Gate,
+    comparisons: Sequence[Comparison],
+) -> Judgement:
+    """The verdict without general ability."""
     measures = measures_of(evaluation, tasks, gate, comparisons)
     missing = sorted(set(gate.tasks) - {measure.task or "" for measure in measures})
     if not measures or missing:
@@ -150,6 +177,45 @@ def judge(
     judged = [_judge(measure, gate.of(measure.task)) for measure in measures]
     worst = max(judged, key=lambda one: VERDICTS.index(one.verdict))
     return worst.model_copy(update={"checks": [check for one in judged for check in one.checks]})
+
+
+def _with_general(judgement: Judgement, gate: Gate, general: General | None) -> Judgement:
+    """The same verdict, unless the adapter ships and costs too much of general ability."""
+    costs = [] if general is None else general.costs
+    verdict, told = judgement.verdict, [judgement.reason]
+    checks = [check for cost in costs if (check := _general_check(cost, gate)) is not None]
+    if not costs:
+        told.append("general ability was not measured")
+        if verdict == "ship" and gate.general_required:
+            verdict = "unmeasured"
+    for cost in costs:
+        unit = "bits per byte of general text" if cost.task is None else f"points of {cost.task}"
+        new, old = (value if cost.task is None else 100 * value for value in (cost.new, cost.old))
+        told.append(f"the adapter costs {new:.2g} {unit}, the old one {old:.2g}")
+    failed = [check for check in checks if not check.passed]
+    if failed:
+        by = " by the upper end of the interval" if gate.lower_bound else ""
+        told += [f"missed {check.name} {check.threshold:.4g}{by}" for check in failed]
+        verdict = "needs-finetune" if verdict == "ship" else verdict
+    made = {"verdict": verdict, "reason": "; ".join(told), "checks": [*judgement.checks, *checks]}
+    return judgement.model_copy(update=made)
+
+
+def _general_check(cost: GeneralCost, gate: Gate) -> Check | None:
+    """Whether an adapter costs more than it may beyond what the old one cost; None where there is no limit."""
+    limit = gate.max_general_loss if cost.task is None else gate.max_general_drop
+    if limit is None:
+        return None
+    highest = cost.excess if not gate.lower_bound else None if cost.interval is None else cost.interval[1]
+    what = "bits per byte of general text" if cost.task is None else "share of the general task"
+    return Check(
+        name=f"{what} lost beyond what the old adapter cost, at most",
+        task=cost.task,
+        value=cost.excess,
+        interval=cost.interval,
+        threshold=limit,
+        passed=highest is not None and highest <= limit,
+    )
 
 
 def as_served(judgement: Judgement, serving: Mapping[str, Served]) -> Judgement:

@@ -7,6 +7,7 @@ from ._estimate import estimate, gib, shortages, unfit
 from ._experiment import Cell, Experiment, read_experiment
 from ._experiment_file import ARMS, ExperimentArm, ExperimentTable, ExperimentTask
 from ._fleet import chosen, fleet_output, read_fleet
+from ._general import GeneralTexts
 from ._headings import FIRST, HEADINGS, heading_of
 from ._inspection import inspect
 from ._machine import Machine, Throughput, measure
@@ -27,6 +28,7 @@ __all__ = [
     "ExperimentArm",
     "ExperimentTable",
     "ExperimentTask",
+    "GeneralTexts",
     "Machine",
     "MigrationConfig",
     "Ops",

@@ -13,7 +13,7 @@ from lorasuite.bases import LoadSettings
 from lorasuite.correspondence import POSITIONS, Metric, Pooling, Strategy, When
 from lorasuite.data import DEFAULT_TEMPLATE, known_templates, parse_columns
 from lorasuite.errors import ConfigError, Problem, did_you_mean
-from lorasuite.evaluation import EvaluationSettings, Gate
+from lorasuite.evaluation import EvaluationSettings, Gate, GeneralSettings
 from lorasuite.planning._reading import Strict
 from lorasuite.planning._thresholds import DEFAULT_SYNTHETIC_ROWS, LFT_SAMPLES, SELECTION_ROWS
 from lorasuite.teacher import TeacherSettings
@@ -99,6 +99,14 @@ class MigrationConfig(Strict):
         None, description="rows of the paper's tasks, as <task>/test.json (LLM-Adapters); the Hub if unset"
     )
     include_path: str | None = Field(None, description="directory of lm-eval task files, searched for --eval-tasks")
+    general_texts: str | None = Field(
+        None,
+        description="texts that have nothing to do with the adapter's task, to measure what adapters cost of general "
+        "ability on; if unset, calibration texts beyond those that are read where there are enough, else not measured",
+    )
+    general_task: str | None = Field(
+        None, description="an lm-eval task, by name, on which the same is measured; not measured if unset"
+    )
     method: str = Field(
         AUTO,
         description="transform to use, or auto: whatever does best of a fresh LoRA and candidates, by held-out rows",
@@ -143,6 +151,7 @@ class MigrationConfig(Strict):
     finetune: FinetuneSettings = FinetuneSettings()
     teacher: TeacherSettings = TeacherSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
+    general: GeneralSettings = GeneralSettings()
     gate: Gate = Gate()
 
     @model_validator(mode="before")
@@ -220,6 +229,11 @@ class MigrationConfig(Strict):
         if self.candidates == ALL_CANDIDATES or not (self.candidates or trains):
             return transforms.names()
         return list(self.candidates or TRIED)
+
+    @property
+    def every_task(self) -> tuple[str, ...]:
+        """Every lm-eval task by name, that of general ability last."""
+        return tuple(dict.fromkeys([*self.eval_tasks, *filter(None, [self.general_task])]))
 
     @property
     def task_folders(self) -> tuple[Path | None, Path | None]:

@@ -189,6 +189,9 @@ class Work:
     evaluation_rows: int = 0
     evaluation_new_tokens: float = 64
     evaluation_batch: int = 16
+    #: Texts that every base is measured on with and without its adapter, and their tokens.
+    general_texts: int = 0
+    general_tokens: float = 0.0
     #: Arms that are evaluated on the old base, and on the new one.
     old_arms: int = 2
     new_arms: int = 3

@@ -46,6 +46,8 @@ def adapter_costs(old: Shape, new: Shape, work: Work) -> list[Cost]:
         found.append(finetune(old, new, work))
     if work.evaluation_rows:
         found.append(evaluate(old, new, work))
+    if work.general_texts:
+        found.append(general_text(old, new, work))
     found.append(serving(new, work))
     return found
 
@@ -206,6 +208,18 @@ def evaluate(old: Shape, new: Shape, work: Work) -> Cost:
         writing += Ops(streamed=batches * written * work.run_item * (shape.active + shape.head))
         ops += (scored + writing) * arms
     return Cost("evaluate", ops, **work.held(held))
+
+
+def general_text(old: Shape, new: Shape, work: Work) -> Cost:
+    """Both bases, bare and with their adapters, on general text: every token is scored, the head some at a time."""
+    tokens, ops, held = work.general_texts * work.general_tokens, Ops(), 0.0
+    batch = min(work.evaluation_batch, work.general_texts) * work.general_tokens
+    for shape in (old, new):
+        ops += pass_ops(shape, tokens, work.general_tokens, tokens) * 2
+        states = activation_bytes(shape, batch, work.general_tokens, work.run_item, kept=False)
+        logits = 3 * FLOAT * min(batch * shape.dims.vocab_size, LOGITS)
+        held = max(held, weight_bytes(shape, work.run_item) + logits + states)
+    return Cost("general_text", ops, **work.held(held))
 
 
 def serving(new: Shape, work: Work) -> Cost:

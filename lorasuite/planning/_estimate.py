@@ -8,6 +8,7 @@ Operations and bytes are counted (:mod:`lorasuite.planning._cost`) and divided b
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -47,6 +48,8 @@ class Data:
     tokenizer: Any = None
     #: Rows without answers, which the old base with its adapter answers.
     prompts: Sequence[Row] = ()
+    #: Texts that adapters' costs of general ability are measured on.
+    general: Sequence[str] = ()
     #: What had to be assumed.
     assumed: list[str] = field(default_factory=list)
 
@@ -116,6 +119,10 @@ def planned_work(
         evaluation_rows=min(len(data.evaluation), config.evaluation.limit or len(data.evaluation)),
         evaluation_new_tokens=config.evaluation.max_new_tokens if config.evaluation.generate else 0,
         evaluation_batch=config.evaluation.batch_size,
+        general_texts=len(data.general),
+        general_tokens=_mean_tokens(data.tokenizer, data.general, sys.maxsize)
+        if data.general and data.tokenizer is not None
+        else 0.0,
         old_arms=OLD_ARMS,
         new_arms=NEW_ARMS + rows.fine_tunes + rows.trains_control,
     )
@@ -234,6 +241,7 @@ SMALLER = {
     "teacher": "--teacher-batch-size 1, --teacher-samples 0",
     "teacher_worth": "--teacher-samples 0",
     "evaluate": "--evaluation-batch-size 1",
+    "general_text": "--evaluation-batch-size 1",
     "select": "--method procrustes",
     "model_fit": "--method procrustes",
     "alignment": "--calibration-samples 64, --method lorasuite",
@@ -243,7 +251,17 @@ SMALLER = {
     "mlp_factors": "--method procrustes",
 }
 #: What helps where a model is loaded whole.
-LOADED = ("finetune", "template_fit", "teacher", "teacher_worth", "evaluate", "select", "model_fit", "serving")
+LOADED = (
+    "finetune",
+    "template_fit",
+    "teacher",
+    "teacher_worth",
+    "evaluate",
+    "general_text",
+    "select",
+    "model_fit",
+    "serving",
+)
 #: The flags that make artifacts smaller.
 DISK = "LORASUITE_HOME on a larger disk, or --method procrustes (no state map), --method lorasuite (no maps)"
 

@@ -36,7 +36,8 @@ SEEDED = (Arm.SCRATCH, Arm.MIGRATED_LFT, Arm.REFRESHED)
 #: Settings of a migration that the pair, the tasks, the seeds and the arms decide, or that no arm has.
 DECIDED = (
     "adapter", "old_base", "new_base", "output", "calibration", "train_data", "eval_data", "eval_tasks", "eval_dir",
-    "include_path", "seed", "gate", "controls", "energy", "prompts", "columns",
+    "include_path", "seed", "gate", "controls", "energy", "prompts", "columns", "general_texts",
+    "general_task", "general",
 )  # fmt: skip
 #: Settings that decide what adapter there is to migrate, and what it is to retrain it.
 TRAINED = ("lora", "retrain")

@@ -18,7 +18,16 @@ from lorasuite.planning._reading import Strict, build, located, located_data, me
 #: Settings that name a model or adapter: a directory beside the fleet file, or a Hub id.
 MODELS = ("adapter", "old_base", "new_base")
 #: Settings that name data: always files, relative to the fleet file.
-DATA = ("calibration", "train_data", "prompts", "eval_data", "eval_dir", "include_path", "architectures")
+DATA = (
+    "calibration",
+    "train_data",
+    "prompts",
+    "eval_data",
+    "general_texts",
+    "eval_dir",
+    "include_path",
+    "architectures",
+)
 #: The longest name of a file on the file systems there are.
 NAME_BYTES = 255
 

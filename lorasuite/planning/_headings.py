@@ -20,6 +20,7 @@ HEADINGS: dict[str, tuple[str, ...]] = {
     "Fine-tune": ("finetune",),
     "Teacher: rows that the old base with the adapter writes": ("teacher",),
     "Evaluation": ("evaluation",),
+    "General ability": ("general_texts", "general_task", "general"),
     "Verdict": ("gate",),
 }  # fmt: skip
 

@@ -30,6 +30,7 @@ from lorasuite.evaluation import check_tasks
 from lorasuite.planning._config import AUTO, MigrationConfig, torch_device
 from lorasuite.planning._cost import Shape
 from lorasuite.planning._estimate import Data, estimate, planned_work, shortages, unfit
+from lorasuite.planning._general import GeneralTexts, general_texts
 from lorasuite.planning._inspection import Inspection, inspect
 from lorasuite.planning._machine import Machine, measure
 from lorasuite.planning._policy import RowCounts, RowPlan, plan_rows, too_few_to_sweep
@@ -56,6 +57,8 @@ class Plan:
     prompts: list[Row] | None = None
     #: Answered rows that a template renders, not yet rendered: to see which template the adapter was trained with.
     rendered: list[Row] = field(default_factory=list)
+    #: What adapters' costs of general ability are measured on.
+    general: GeneralTexts = field(default_factory=GeneralTexts)
 
 
 def check(config: MigrationConfig, home: Path | None = None) -> Plan:
@@ -69,7 +72,8 @@ def check(config: MigrationConfig, home: Path | None = None) -> Plan:
     """
     result = _inspected(config)
     template: Template = result.attempt(lambda: read_template(config.template)) or read_template(DEFAULT_TEMPLATE)
-    texts = _calibration(result, config, template)
+    every_text = _calibration(result, config, template)
+    texts = every_text[: config.pair.calibration_samples]
     wanted = plan_rows(config, RowCounts())
     given, measured = _drawn(result, config, wanted), _read_held_out(result, config)
     train = _training_rows(result, config, wanted, _templated(result, given, template))
@@ -83,13 +87,14 @@ def check(config: MigrationConfig, home: Path | None = None) -> Plan:
     rows = plan_rows(config, counts)
     result.notices += rows.notices
     _start(result, config, rows)
+    general = general_texts(result, config, template, every_text, rows.teacher_rows, [*train, *(prompts or ())])
     if config.method == AUTO and not config.tried(rows.fine_tunes) and not rows.fine_tunes:
         what = "is none, and there are no rows to train a fresh LoRA on"
         result.problems.append(Problem("candidates", what, "Give --train-data, --prompts or --teacher-samples."))
     if config.include_path is not None and not Path(config.include_path).is_dir():
         result.problems.append(Problem(config.include_path, "is not a directory", "Give one with lm-eval task files."))
-    elif config.eval_tasks:
-        result.attempt(lambda: check_tasks(config.eval_tasks, *config.task_folders, config.trust_remote_code))
+    elif config.every_task:
+        result.attempt(lambda: check_tasks(config.every_task, *config.task_folders, config.trust_remote_code))
     _readable(result, [*train, *held_out, *(prompts or ())])
     _output(result, Path(config.output))
     if not result.problems:
@@ -97,7 +102,7 @@ def check(config: MigrationConfig, home: Path | None = None) -> Plan:
             result,
             config,
             rows,
-            Data(texts, train, held_out, result.new_tokenizer, prompts or ()),
+            Data(texts, train, held_out, result.new_tokenizer, prompts or (), general=general.texts),
             home,
             adapter=True,
             timed=False,
@@ -106,7 +111,7 @@ def check(config: MigrationConfig, home: Path | None = None) -> Plan:
     result.raise_problems()
     rendered = [row for row in given or measured if row.kind in ("instruction", "messages")]
     rendered = accepted(rendered, [result.old_reader] if result.old_reader is not None else [])[0]
-    return Plan(result, texts, train, held_out, rows, counts, template, prompts, rendered)
+    return Plan(result, texts, train, held_out, rows, counts, template, prompts, rendered, general)
 
 
 def survey(
@@ -228,7 +233,7 @@ def _calibration(result: Inspection, config: MigrationConfig, template: Template
         result.problems.append(
             Problem(source, f"has {len(texts)} texts", f"Layers are compared on at least {SMALLEST_BATCH}: add some.")
         )
-    return texts[: config.pair.calibration_samples]
+    return texts
 
 
 def _unread(result: Inspection, subject: str, rows: list[Row]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from lorasuite.adapters import WEIGHTS
 from lorasuite.reporting._names import Z, code_span, markdown, wilson
 from lorasuite.reporting._record import MigrationRecord
-from lorasuite.reporting._tables import comparison, task_comparison
+from lorasuite.reporting._tables import GENERAL_COLUMNS, comparison, general_costs, task_comparison
 
 #: The Hub's own words for what is measured on held-out rows.
 HELD_OUT = {"exact_match": "Exact match", "bits_per_byte": "Bits per byte"}
@@ -63,6 +63,9 @@ def model_card(record: MigrationRecord) -> str:
         ]
     if rows or record.evaluation:
         lines += ["", "± is one standard error over the held-out rows."]
+    if costs := general_costs(record.general):
+        lines += ["", "What the adapters cost their bases of general ability (a cost is what is lost):", ""]
+        lines += _table(["measured on", *GENERAL_COLUMNS], [[markdown(row[0]), *row[1:]] for row in costs])
     lines += [
         "",
         "```python",

@@ -17,7 +17,7 @@ from lorasuite.reporting._files import RECORD, REPORT
 from lorasuite.reporting._names import Name, arm_label
 from lorasuite.reporting._published import NEW_START, OWN_ROWS_START
 from lorasuite.reporting._record import MigrationRecord, PairRecord, StageTiming
-from lorasuite.reporting._tables import Label, comparison, task_comparison
+from lorasuite.reporting._tables import GENERAL_COLUMNS, Label, comparison, general_costs, task_comparison
 
 #: Stages that give the adapter without fine-tuning: the transforms that were tried, and the choice between them.
 #: ``sequential`` is what earlier records call ``model_fit``.
@@ -184,6 +184,11 @@ def _show_details(record: MigrationRecord) -> None:
     show_timings(record.timings)
     _show_scores(record.evaluation, record.label, arm_seconds(record))
     _show_tasks(record.tasks, record.label)
+    if costs := general_costs(record.general):
+        table = Table("general ability", *GENERAL_COLUMNS, box=SIMPLE_HEAD)
+        for row in costs:
+            table.add_row(*row)
+        Console().print(table)
     _show_comparisons(record.comparisons)
     for notice in record.notices:
         Console().print(f"note: {notice}", highlight=False, markup=False, soft_wrap=True)

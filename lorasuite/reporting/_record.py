@@ -19,6 +19,7 @@ from lorasuite.evaluation import (
     Comparison,
     EvaluationSummary,
     Gate,
+    General,
     Judgement,
     Served,
     TaskSummary,
@@ -217,10 +218,13 @@ class ArmResults(_Part):
     tasks: dict[Arm, dict[str, TaskSummary]] = Field({}, description="by lm-eval task or group")
     comparisons: list[Comparison] = Field([], description="of the published arm with others, sample by sample")
     weights: dict[Arm, str] = Field({}, description="sha256 of the weight file of the adapter that was measured")
+    general: General | None = Field(
+        None, description="what adapters cost of general ability; None in records of earlier versions"
+    )
 
     def judge(self, gate: Gate) -> Judgement:
         """The gate's verdict."""
-        return judge(self.evaluation, self.tasks, gate, self.comparisons)
+        return judge(self.evaluation, self.tasks, gate, self.comparisons, self.general)
 
 
 class MigrationRecord(PairRecord, ArmResults):

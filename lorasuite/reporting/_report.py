@@ -30,7 +30,7 @@ from lorasuite.reporting._sections import (
     layer_section,
     training,
 )
-from lorasuite.reporting._tables import metric_tables, task_tables
+from lorasuite.reporting._tables import GENERAL_COLUMNS, general_costs, metric_tables, task_tables
 
 
 def write_report(folder: Path) -> Path:
@@ -74,6 +74,7 @@ def render(record: MigrationRecord, tensors: Mapping[str, Tensor]) -> str:
         decision=decision(record),
         metrics=metric_tables(record.evaluation, record.verdict.metric, record.label),
         tasks=task_tables(record.tasks, record.label),
+        general={"columns": GENERAL_COLUMNS, "rows": general_costs(record.general)},
         flips=flips(record),
         candidates=candidates(record),
         training=training(record),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from lorasuite.evaluation import PUBLISHED_ARMS, Arm, EvaluationSummary, TaskSummary
+from lorasuite.evaluation import PUBLISHED_ARMS, Arm, EvaluationSummary, General, GeneralCost, TaskSummary
 from lorasuite.reporting import _figures as figures
 from lorasuite.reporting._names import METRICS, Name, Z, arm_label, number, percent, sorted_arms, wilson
 
@@ -40,6 +40,32 @@ def task_comparison(
             cells.append("–" if value is None else f"{value:.4g}" + (f" ± {error:.2g}" if error is not None else ""))
         rows.append({"name": label(arm), "cells": cells})
     return [f"{task} {metric.removesuffix(',none')}" for task, metric in columns], rows
+
+
+#: What the table of general ability shows, beside what it was measured on.
+GENERAL_COLUMNS = (
+    "old base", "old base + adapter", "cost", "new base", "new base + adapter", "cost", "beyond the old", "n",
+)  # fmt: skip
+
+
+def general_costs(general: General | None) -> list[list[str]]:
+    """General ability: what it was measured on, and a cell for each of :data:`GENERAL_COLUMNS`."""
+    return [] if general is None else [_cost_row(general, cost) for cost in general.costs]
+
+
+def _cost_row(general: General, cost: GeneralCost) -> list[str]:
+    shown = number if cost.task is None else percent
+
+    def score(arm: Arm) -> float | None:
+        if cost.task is None:
+            return general.text[arm].bits_per_byte if arm in general.text else None
+        return _task_score(general.tasks.get(arm, {}), cost.task, cost.metric)[0]
+
+    what = "general text, bits per byte" if cost.task is None else f"{cost.task}, {cost.metric.split(',')[0]}"
+    ends = "" if cost.interval is None else f" ({shown(cost.interval[0])} to {shown(cost.interval[1])})"
+    old = [shown(score(Arm.OLD)), shown(score(Arm.OLD_ADAPTER)), shown(cost.old)]
+    new = [shown(score(Arm.NEW)), shown(score(cost.arm)), shown(cost.new)]
+    return [what, *old, *new, shown(cost.excess) + ends, str(cost.n)]
 
 
 def _known_metrics(evaluation: Mapping[Name, EvaluationSummary]) -> list[str]:

@@ -23,6 +23,7 @@ from lorasuite.adapters import Adapter, check_loads
 from lorasuite.bases import Checkpoint, _cache, load_model, release_models
 from lorasuite.data import Row, whole_text
 from lorasuite.errors import ConfigError, PreflightError
+from lorasuite.planning import MigrationConfig, build, check
 from lorasuite.training import _sweep
 from lorasuite.transforms import transform
 from tests import models
@@ -401,6 +402,73 @@ metric_list: [{{metric: acc}}]
         settings(eval_tasks=both[:1], eval_dir=str(EVAL_DIR), evaluation={"limit": 2}, output=str(tmp_path / "out3"))
     )
     assert all(states(third).values())
+
+
+def test_general_ability(
+    home: Path, settings: Settings, data: dict[str, Path], adapters: tuple[Path, Path], tmp_path: Path
+) -> None:
+    asked = {
+        "general_texts": str(data["other"]), "general_task": "lorasuite_boolq", "eval_dir": str(EVAL_DIR),
+        "general": {"samples": 5, "documents": 2}, "gate": {"max_general_loss": -9.0},
+    }  # fmt: skip
+    record = migrate_adapter(settings(**asked))
+    general = record["general"]
+    assert set(general["text"]) == set(general["tasks"]) == {"old", "old+adapter", "new", "migrated"}
+    assert general["source"] == "5 texts of general_texts" and general["missing"] == []
+    text, task = general["costs"]
+    assert (text["task"], text["n"], task["task"], task["n"]) == (None, 5, "lorasuite_boolq", 2)
+    bits = {arm: scores["bits_per_byte"] for arm, scores in general["text"].items()}
+    assert text["old"] == pytest.approx(bits["old+adapter"] - bits["old"]) and text["old"] != 0
+    assert text["excess"] == pytest.approx(bits["migrated"] - bits["new"] - text["old"])
+    last = record["verdict"]["checks"][0]
+    assert last["threshold"] == -9 and not last["passed"], "no held-out rows: general ability alone was checked"
+    out = Path(record["output"])
+    assert "general text, bits per byte" in (out / "report.html").read_text()
+    assert "general text, bits per byte" in (out / "README.md").read_text()
+
+    # the bare bases were measured once for every adapter
+    other = migrate_adapter(settings(**asked, adapter=str(adapters[1]), output=str(tmp_path / "out2")))
+    cached = {(row["stage"], row["label"]): row["cached"] for row in other["timings"] if row["stage"] == "general_text"}
+    assert {label: found for (_, label), found in cached.items()} == {
+        "old": True, "new": True, "old+adapter": False, "migrated": False,
+    }  # fmt: skip
+
+
+def test_general_texts_are_texts_that_nothing_reads(
+    home: Path, settings: Settings, data: dict[str, Path], tmp_path: Path
+) -> None:
+    def planned(**changes: Any) -> Any:
+        return check(build(MigrationConfig, settings(**changes)))
+
+    plan = planned()
+    assert plan.general.texts == [] and "there are 0 calibration texts beyond" in plan.general.missing
+    assert any("general ability is not measured: general_texts is not set" in note for note in plan.inspection.notices)
+    many = tmp_path / "many.jsonl"
+    many.write_text("".join(json.dumps({"text": f"w{n} w{n % 7} w{n % 5} {n}"}) + "\n" for n in range(50)))
+    plan = planned(calibration=str(many), pair={"calibration_samples": 20, "cka_batch": 8})
+    assert plan.general.source == "30 calibration texts beyond the 20 that are read"
+    assert not set(plan.general.texts) & set(plan.texts)
+    assert any(plan.general.source in note for note in plan.inspection.notices), "no silent choice"
+    short = planned(calibration=str(many), pair={"calibration_samples": 21, "cka_batch": 8})
+    assert short.general.texts == [], "29 tell too little to be taken unasked"
+    taught = planned(
+        calibration=str(many), pair={"calibration_samples": 20, "cka_batch": 8}, teacher_samples=4, method="auto"
+    )
+    assert taught.general.texts == [] and "the teacher answers beginnings" in taught.general.missing
+    trained = planned(calibration=None, train_data=str(data["train"]))
+    assert "there are no calibration texts beside the training data" in trained.general.missing
+
+    both = tmp_path / "both.jsonl"
+    # two of the others are calibration texts too
+    both.write_text(data["texts"].read_text() + data["other"].read_text())
+    plan = planned(general_texts=str(both))
+    assert len(plan.general.texts) == 22 and not set(plan.general.texts) & set(plan.texts)
+    assert any(note.startswith("general texts: 24 left out") for note in plan.inspection.notices)
+    with pytest.raises(PreflightError) as caught:
+        planned(general_texts=str(data["texts"]), general_task="no_such_task")
+    assert {problem.what.split(" (")[0] for problem in caught.value.problems} == {
+        "has no text that is not read for calibration, trained on or answered", "is not known to lm-eval",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("strategy, expected", [("first", [0, 1, 2]), ("last", [1, 2, 3])])

@@ -13,7 +13,7 @@ import torch
 from lorasuite.adapters import attach_adapter, detach_adapter
 from lorasuite.data import Message, Row, encode_pair, prompt_ids
 from lorasuite.errors import AdapterError, ConfigError, DataError, NumericalError
-from lorasuite.evaluation import EvaluationSettings, evaluate
+from lorasuite.evaluation import EvaluationSettings, evaluate, evaluate_text
 from lorasuite.training import FinetuneSettings, finetune
 from tests.integration.tiny import digit_rows, tiny_lora, tiny_model, tiny_tokenizer
 
@@ -241,3 +241,41 @@ def test_importing_the_module_is_cheap():
     code += "print(sorted({'torch', 'transformers', 'lm_eval'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_general_text_equals_lm_eval_and_keeps_no_more_logits_than_it_needs(tuned, monkeypatch):
+    """Within the context, as lm-eval's rolling likelihood; beyond it every token still counts once."""
+    from lorasuite.training import _head
+
+    base, adapter = tuned
+    texts = ["one two three", "four five six", "seven"]
+    arms = {"base": None, "tuned": adapter}
+    wanted = evaluate(base, tiny_tokenizer(), [Row(kind="text", text=t) for t in texts], SETTINGS, adapters=arms)
+    monkeypatch.setattr(_head, "CHUNK", 2 * 40)  # two positions of this vocabulary at once
+    widths = []
+    head = base.lm_head.register_forward_hook(lambda _, __, output: widths.append(output.shape[-2]))
+    found = evaluate_text(base, tiny_tokenizer(), texts, adapters=arms, batch_size=2)
+    head.remove()
+    assert max(widths) <= 2
+    for label, result in found.items():
+        assert [s.loglikelihood for s in result.samples] == pytest.approx(
+            [s.loglikelihood for s in wanted[label].samples], abs=1e-4
+        )
+        assert [(s.tokens, s.bytes) for s in result.samples] == [(3, 13), (3, 13), (1, 5)]
+        assert result.bits_per_byte == pytest.approx(wanted[label].bits_per_byte, rel=1e-5)
+        assert result.exact_match is None
+    assert found["base"].bits_per_byte != found["tuned"].bits_per_byte
+
+    long = evaluate_text(base, tiny_tokenizer(), [" ".join(["four five six seven"] * 40)], adapters={"base": None})
+    assert long["base"].samples[0].tokens == 160, "the context is 64 tokens"
+
+
+def test_general_text_that_cannot_be_scored():
+    base = tiny_model()
+    for texts in ([], ["one", ""]):
+        with pytest.raises(DataError, match="general texts"):
+            evaluate_text(base, tiny_tokenizer(), texts, adapters={"base": None})
+    neither = tiny_tokenizer(bos=False)
+    neither.eos_token = neither.bos_token = None
+    with pytest.raises(DataError, match="has no EOS token"):
+        evaluate_text(base, neither, ["one"], adapters={"base": None})

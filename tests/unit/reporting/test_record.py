@@ -55,6 +55,7 @@ def test_the_report_of_an_earlier_record_still_builds(tmp_path: Path) -> None:
     before |= {
         "prompts": None,
         "weights": {},
+        "general": None,
         "weights_sha256": None,
         "verdict": before["verdict"] | {"rows": None, "detectable": None},
         "serving": {loader: {**served, "ran": False} for loader, served in before["serving"].items()},

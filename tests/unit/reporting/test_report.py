@@ -20,8 +20,8 @@ from lorasuite.reporting import _figures as figures
 from lorasuite.reporting import render, wilson, write_fleet, write_report
 from tests.records import NASTY, content, record
 
-SECTIONS = ("checks", "results", "flips", "candidates", "training", "layers", "heads", "energy", "serving", "cost",
-            "reproduce")  # fmt: skip
+SECTIONS = ("checks", "results", "general", "flips", "candidates", "training", "layers", "heads", "energy", "serving",
+            "cost", "reproduce")  # fmt: skip
 TEACHER = {
     "worth": True, "reason": "better than the bare new base", "measured_on": "training rows", "scored_rows": 6,
     "bits_per_byte": {"old": 4.0, "teacher": 0.1, "new": 5.0}, "rows": 94, "written": 120, "dropped": {"empty": 26},
