@@ -143,6 +143,9 @@ def survey(
         data.prompts = result.attempt(lambda: read_prompts(prompts, config.renamed_columns, template)) or []
     if held_out is not None:
         data.evaluation = _templated(result, _read_held_out(result, config), template)
+    if config.general_texts is not None:
+        read = [*data.train, *data.prompts]
+        data.general = general_texts(result, config, template, data.texts, wanted.teacher_rows, read).texts
     if not result.problems:
         counts = RowCounts.of(data.train, None, data.evaluation, config.teacher.text_prefix)
         rows = plan_rows(config, counts if train is not None else RowCounts(evaluation=len(data.evaluation)))

@@ -65,7 +65,7 @@ def test_the_report(device: str, migrated: dict[str, Any]) -> None:
             nothing_amiss(seen, file)
             seen.page.screenshot(path=KEPT / f"report-{device}-{scheme}.png", full_page=True)
         sections = seen.page.locator("main section")
-        assert sections.count() == 11
+        assert sections.count() == 12
         for number in range(sections.count()):
             section = sections.nth(number)
             assert section.is_visible() and len(section.inner_text()) > 60

@@ -16,9 +16,11 @@ import pytest
 import torch
 
 from lorasuite.errors import CheckpointError
+from lorasuite.evaluation import Gate
 from lorasuite.reporting import _figures as figures
-from lorasuite.reporting import render, wilson, write_fleet, write_report
-from tests.records import NASTY, content, record
+from lorasuite.reporting import model_card, render, wilson, write_fleet, write_report
+from lorasuite.reporting._tables import general_costs
+from tests.records import NASTY, boolq, content, record, scored
 
 SECTIONS = ("checks", "results", "general", "flips", "candidates", "training", "layers", "heads", "energy", "serving",
             "cost", "reproduce")  # fmt: skip
@@ -125,6 +127,36 @@ def test_what_there_is_nothing_of_is_said() -> None:
         "No heads were matched", "loses nothing", "the transfer matrix is the identity", "lorasuite did not",
     ):  # fmt: skip
         assert words in page.text, words
+
+
+def test_what_adapters_cost_of_general_ability() -> None:
+    arms = {"old": 1.0, "old+adapter": 1.1, "new": 0.9, "migrated+lft": 1.2}
+    numbers = {"arm": "migrated+lft", "n": 64, "old": 0.1, "new": 0.3, "excess": 0.2}
+    general = {
+        "source": "64 texts of general_texts",
+        "missing": ["perplexing: it has no accuracy"],
+        "text": {arm: scored(bits=bits) for arm, bits in arms.items()},
+        "tasks": {arm: boolq(bits / 2) for arm, bits in arms.items()},
+        "costs": [
+            {"task": None, "metric": "bits_per_byte", "interval": (0.15, 0.25), **numbers},
+            {"task": "boolq", "metric": "acc,none", "interval": None, **numbers},
+        ],
+    }
+    made = record(general=general)
+    cells = general_costs(made.general)
+    assert cells[0] == [
+        "general text, bits per byte", "1.000", "1.100", "0.100", "0.900", "1.200", "0.300",
+        "0.200 (0.150 to 0.250)", "64",
+    ]  # fmt: skip
+    assert cells[1][:4] == ["boolq, acc", "50\xa0%", "55\xa0%", "10\xa0%"]
+    made = made.model_copy(update={"verdict": made.judge(Gate(max_general_loss=0.1))})
+    page = Page(render(made, {}))
+    accessible(page)
+    for words in ("on 64 texts of general_texts", "0.200 (0.150 to 0.250)",
+                  "Not measured: perplexing: it has no accuracy.",
+                  "bits per byte of general text lost beyond what the old adapter cost, at most"):  # fmt: skip
+        assert words in page.text, words
+    assert "| general text, bits per byte | 1.000 | 1.100 |" in model_card(made)
 
 
 def test_a_record_of_an_earlier_version(tmp_path: Path) -> None:
