@@ -98,14 +98,14 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "LORASUITE_HOME": str(root / "home"),
         "PREFECT_HOME": str(root / "prefect"),
         "CUDA_VISIBLE_DEVICES": ",".join(GPUS),
-        "PREFECT_WORKER_QUERY_SECONDS": "1",
+        "PREFECT_WORKER_QUERY_SECONDS": "2",
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
     }
 
 
 @pytest.fixture(scope="module")
 def server_up(environment: dict[str, str]) -> Iterator[Up]:
-    """Started once a file of tests: its workers ask for work every second as long as it runs."""
+    """Started once a file of tests: its workers ask for work every other second as long as it runs."""
     home = Path(environment["LORASUITE_HOME"])
     fleets = home.parent / "fleets"
     fleets.mkdir()
