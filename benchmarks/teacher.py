@@ -37,7 +37,7 @@ from lorasuite.adapters import attached
 from lorasuite.bases import common_tokens, load_model, load_tokenizer
 from lorasuite.data import Row, draw, fingerprint_rows, read_rows, split_rows
 from lorasuite.teacher import TeacherSettings, text_losses, total, write_rows
-from lorasuite.training import FinetuneSettings, finetune_swept, soft_labels
+from lorasuite.training import FinetuneSettings, RowAligner, finetune_swept, soft_labels
 
 RATES = (1e-3, 3e-3, 1e-2)
 #: For the pretrained pair, where 1e-2, the end of the other grid, had won every cell. It grows while its end is best.
@@ -192,7 +192,8 @@ def run(task: Task, cell: dict[str, Any], start: Path | None, known: list[dict[s
         reader = load_tokenizer(task.old)
         common = common_tokens(reader, tokenizer, len(reader), len(tokenizer))
         with attached(load_model(task.old), task.adapter) as teacher:
-            soft = soft_labels(teacher, reader, rows, (common.old, common.new), cutoff=task.cutoff)
+            aligner = RowAligner(reader, tokenizer, task.cutoff)
+            soft = soft_labels(teacher, aligner, rows, (common.old, common.new))
     tuning = FinetuneSettings(epochs=cell["epochs"], cutoff=task.cutoff, seed=cell["seed"], distillation=weight)
     begun = time.perf_counter()
     earlier = cell.get("losses", {})  # of a grid whose end was the best one: it is gone on from there

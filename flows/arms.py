@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from flows.context import Context
@@ -144,7 +145,7 @@ def tuned(
     *,
     start: Ref | None = None,
     fresh: Mapping[str, Any] | None = None,
-    soft_labels: Ref | None = None,
+    taught: Mapping[str, Ref] = MappingProxyType({}),
     label: str | None = None,
 ) -> Ref:
     """An adapter of one base fine-tuned on the rows of a split.
@@ -153,12 +154,14 @@ def tuned(
         side: ``old`` or ``new``.
         start: the artifact of the adapter to start from; or
         fresh: settings of an untrained one (:func:`lorasuite.adapters.fresh_config`).
+        taught: what the teacher says of the rows' tokens, by the names of the stage's inputs.
     """
-    inputs: dict[str, Any] = {**context.base(side), "rows": rows, "soft_labels": soft_labels, "transform": start}
-    inputs = {name: value for name, value in inputs.items() if value is not None}
+    inputs: dict[str, Any] = {**context.base(side), "rows": rows, **taught}
+    if start is not None:
+        inputs["transform"] = start
     values = {
         "fresh": None if fresh is None else dict(fresh),
-        "finetune": tuning.finetune.model_dump(mode="json"),
+        "finetune": tuning.finetune.computed(),
         "learning_rates": list(tuning.rates),
     }
     work = context.where.home / WORK / finetune.key(inputs, values)[:32]

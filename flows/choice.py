@@ -47,7 +47,8 @@ class Tuned:
     """What came of the fine-tunes: the published one, what it began from, the control, and held-out losses by start.
 
     ``screened`` are held-out losses of candidates after a short fine-tune, where there were more than are swept.
-    ``arms`` are those to measure beside the published one.
+    ``arms`` are those to measure beside the published one. The fine-tune ``final`` began from the adapter ``begun``, or
+    from a fresh LoRA of ``fresh``; where a ``second`` step followed it, that one's artifact is what is published.
     """
 
     final: Ref
@@ -56,6 +57,14 @@ class Tuned:
     starts: dict[str, float | None] = field(default_factory=dict)
     screened: dict[str, float | None] = field(default_factory=dict)
     arms: dict[Arm, Ref] = field(default_factory=dict)
+    begun: Ref | None = None
+    fresh: Mapping[str, Any] = field(default_factory=dict)
+    second: Ref | None = None
+
+    @property
+    def published(self) -> Ref:
+        """The adapter that is published."""
+        return self.second or self.final
 
 
 def choose_update(
@@ -119,28 +128,31 @@ def fine_tunes(
     architecture = context.architecture("new")
     fresh = fresh_lora(adapter_folder(context.open(chosen.moved)), architecture)
 
-    def from_scratch(split: Ref, label: str, soft: Ref | None) -> Ref:
-        return tuned(context, "new", split, tuning, fresh=fresh, soft_labels=soft, label=label)
+    def from_scratch(split: Ref, label: str, taught: Mapping[str, Ref]) -> Ref:
+        return tuned(context, "new", split, tuning, fresh=fresh, taught=taught, label=label)
 
     def from_adapter(start: Ref, label: str) -> Ref:
-        return tuned(context, "new", rows.all, tuning, start=start, soft_labels=rows.soft_labels, label=label)  # type: ignore[arg-type]
+        return tuned(context, "new", rows.all, tuning, start=start, taught=rows.taught, label=label)  # type: ignore[arg-type]
 
     if plan.searches:
         return _searched(context, settings, chosen, candidates, rows, fresh)
-    result = Tuned(chosen.untrained, NEW_START if chosen.method == NOTHING else chosen.method)
+    result = Tuned(chosen.untrained, NEW_START if chosen.method == NOTHING else chosen.method, fresh=fresh)
+    origins: dict[str, Ref] = {}
     begun: dict[str, Ref] = {}
     if plan.trains_control or result.start == NEW_START:
-        begun[NEW_START] = from_scratch(rows.all, "scratch", rows.soft_labels)
+        begun[NEW_START] = from_scratch(rows.all, "scratch", rows.taught)
     if plan.trains_control:
         result.control = result.arms[Arm.SCRATCH] = begun[NEW_START]
     if plan.compares_starts:
         scaled = {chosen.method: chosen.untrained} if chosen.method != NOTHING else {}
         tried = _screened(context, settings, {**candidates, **scaled}, rows, result)
         begun |= {method: from_adapter(ref, method) for method, ref in tried.items()}
+        origins = tried
     elif result.start != NEW_START:
         begun[result.start] = from_adapter(chosen.untrained, "migrated")
+        origins = {result.start: chosen.untrained}
     if plan.trains_own_alone and rows.own is not None:
-        alone = from_scratch(rows.own, "alone", None)
+        alone = from_scratch(rows.own, "alone", {})
         if plan.own_alone_competes:
             begun[OWN_ROWS_START] = alone
         if plan.measures_controls:
@@ -150,7 +162,7 @@ def fine_tunes(
         result.starts = {start: loss if math.isfinite(loss) else None for start, loss in losses.items()}
         if plan.compares_starts:
             result.start = min(losses, key=lambda start: losses[start])
-    result.final = begun[result.start]
+    result.final, result.begun = begun[result.start], origins.get(result.start)
     return result
 
 
@@ -170,19 +182,21 @@ def _searched(
         "transforms": dict(candidates),
         "chosen": chosen.untrained,
         "own": own if plan.own_alone_competes else None,
-        "soft_labels": rows.soft_labels,
+        **rows.taught,
     }
     inputs = {name: value for name, value in inputs.items() if value is not None}
     values = {
         "fresh": dict(fresh),
-        "finetune": settings.finetune.model_dump(mode="json"),
+        "finetune": settings.finetune.computed(),
         "effort": settings.effort,
     }
     work = context.where.home / WORK / searching.key(inputs, values)[:32]
     final = context.run(searching, inputs, values, paths={**context.base_path("new"), WORK: work})
     found = Search.model_validate(context.open(final).info["search"])
     start = chosen.method if found.start not in (*candidates, NEW_START, OWN_ROWS_START) else found.start  # at a scale
-    result = Tuned(final, start, starts={arm.start: arm.best for arm in reversed(found.arms)})
+    result = Tuned(final, start, starts={arm.start: arm.best for arm in reversed(found.arms)}, fresh=fresh)
+    if start not in (NEW_START, OWN_ROWS_START):
+        result.begun = candidates.get(found.start, chosen.untrained)
     if plan.trains_control:
         result.control = result.arms[Arm.SCRATCH] = _control(context, settings, found, result, NEW_START, rows, fresh)
     if plan.measures_controls and plan.trains_own_alone and own is not None:
@@ -202,12 +216,11 @@ def _control(
     """A fresh LoRA's fine-tune on all rows or on the user's alone; the published one if it began so."""
     if found.start == start:
         return result.final
-    split, soft, label = (
-        (rows.own, None, "alone") if start == OWN_ROWS_START else (rows.all, rows.soft_labels, "scratch")
-    )
+    alone = start == OWN_ROWS_START
+    split, taught, label = (rows.own, {}, "alone") if alone else (rows.all, rows.taught, "scratch")
     rate = next((arm.learning_rate for arm in found.arms if arm.start in (start, NEW_START)), None)
     tuning = Tuning(settings.finetune, () if rate is None else (rate,))
-    return tuned(context, "new", split, tuning, fresh=fresh, soft_labels=soft, label=label)  # type: ignore[arg-type]
+    return tuned(context, "new", split, tuning, fresh=fresh, taught=taught, label=label)  # type: ignore[arg-type]
 
 
 def best_validation(info: Mapping[str, Any]) -> float:
@@ -223,7 +236,7 @@ def _screened(
     if len(tried) <= settings.starts:
         return dict(tried)
     rates = sorted(settings.learning_rates)
-    values = {"finetune": settings.finetune.model_dump(mode="json"), "learning_rate": rates[len(rates) // 2]}
+    values = {"finetune": settings.finetune.computed(), "learning_rate": rates[len(rates) // 2]}
     inputs = {**context.base("new"), "rows": rows.all, "transforms": dict(tried)}
     found = context.open(context.run(screening, inputs, values, paths=context.base_path("new")))
     result.screened = found.info["losses"]

@@ -33,6 +33,7 @@ from lorasuite.data import Row, fingerprint_rows
 from lorasuite.errors import ConfigError, InputChanged, LoRASuiteError, Problem, did_you_mean
 from lorasuite.planning import MigrationConfig, torch_device
 from tasks.data import rows_files, texts_files
+from tasks.distillation_stages import second_stepping, soft_labelling, token_weighting
 from tasks.evaluation_stages import evaluation, general_text, serving, task_evaluation
 from tasks.fingerprints import fingerprint_bases
 from tasks.folders import ANY_BASE, adapter_folder, folder_files
@@ -40,8 +41,8 @@ from tasks.pair_stages import PAIR_STAGES
 from tasks.progress import tell
 from tasks.retries import DELAYS, retry_download
 from tasks.stage import Recorder, Ref, Stage, Where
-from tasks.teacher_stages import soft_labelling, teacher_worth, teaching, template_fit
-from tasks.training_stages import finetune, screening, selection, split
+from tasks.teacher_stages import teacher_worth, teaching, template_fit
+from tasks.training_stages import finetune, screening, searching, selection, split
 from tasks.transform_stages import model_fit, transform, unmoved
 from tasks.unchanged import folder_stamp
 
@@ -62,10 +63,13 @@ STAGES: dict[str, Stage] = {
         teacher_worth,
         split,
         soft_labelling,
+        token_weighting,
         model_fit,
         selection,
         screening,
+        searching,
         finetune,
+        second_stepping,
         evaluation,
         task_evaluation,
         general_text,

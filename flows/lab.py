@@ -14,7 +14,8 @@ from flows.arms import Source, Tuning, migrated, tuned, with_output
 from flows.context import Context
 from flows.measure import Asked, evaluated, scores_of
 from flows.pair import Pair
-from flows.teach import teacher_rows
+from flows.second_step import second
+from flows.teach import said_of_tokens, teacher_rows
 from lorasuite import zoo
 from lorasuite.adapters import Adapter, OwnTokenizer, own_tokenizer, untrained
 from lorasuite.bases import Checkpoint, Role, load_tokenizer, resolve
@@ -25,6 +26,7 @@ from lorasuite.planning import Cell, Experiment, ExperimentTask, RowCounts, plan
 from lorasuite.reporting import Measurement
 from lorasuite.training import FinetuneSettings
 from lorasuite.transforms import ModelTransform, transform
+from tasks.distillation_stages import second_stepping, soft_labelling, token_weighting
 from tasks.evaluation_stages import evaluation, task_evaluation
 from tasks.fingerprints import fingerprint_adapter, fingerprint_bases
 from tasks.stage import Recorder, Ref, Stage, Where
@@ -42,7 +44,10 @@ PARTS: dict[str, str | None] = {
     model_fit.name: "transform",
     teaching.name: "transform",
     split.name: None,
+    token_weighting.name: "transform",
+    soft_labelling.name: "transform",
     finetune.name: "finetune",
+    second_stepping.name: "finetune",
     evaluation.name: None,
     task_evaluation.name: None,
 }
@@ -216,20 +221,26 @@ class Lab:
         plan = plan_rows(settings, RowCounts.of(task.train, task.train, (), settings.teacher.text_prefix))
         written = teacher_rows(self.steps, settings, plan.teacher_rows, task.train, self.source(cell))
         rows = self.steps.run(split, {"synthetic": written}, {"seed": settings.seed})
-        return tuned(
+        source, pair = self.source(cell), self.pair(cell)
+        taught = said_of_tokens(self.steps, settings.finetune, source, rows, pair)
+        first = tuned(
             self.steps,
             "new",
             rows,
             Tuning(settings.finetune, settings.learning_rates),
             fresh=self._untrained(cell, "new", plan.synthetic_train_rows, settings.finetune),
+            taught=taught,
             label="refreshed",
         )
+        if settings.second_step == "none":
+            return first
+        # measured whether or not a migration would keep it
+        rate = settings.learning_rates[0] if settings.learning_rates else settings.finetune.learning_rate
+        return second(self.steps, settings, source, pair, rows, first, rate=rate, taught=taught, compares=False)
 
     def migrated(self, cell: Cell) -> Ref:
         """The adapter on the new base, not yet fine-tuned."""
-        settings, source = cell.settings.migration, self.source(cell)
-        texts = self.steps.keep_texts(self.task(cell.task).texts[: settings.pair.calibration_samples])
-        pair = Pair(self.steps, settings.pair, texts, source.roles)
+        settings, source, pair = cell.settings.migration, self.source(cell), self.pair(cell)
         reads_rows = isinstance(transform(settings.method), ModelTransform)
         return migrated(
             self.steps,
@@ -242,6 +253,12 @@ class Lab:
             seed=None if reads_rows else cell.settings.retrain.finetune.seed,
             label=settings.method,
         )
+
+    def pair(self, cell: Cell) -> Pair:
+        """What is known of the two bases."""
+        settings = cell.settings.migration
+        texts = self.steps.keep_texts(self.task(cell.task).texts[: settings.pair.calibration_samples])
+        return Pair(self.steps, settings.pair, texts, self.source(cell).roles)
 
     def split(self, cell: Cell, samples: int, seed: int) -> Ref:
         """So many of the task's training rows, drawn and split by a seed."""
@@ -321,7 +338,7 @@ class Lab:
             manifest = store.manifest(step.key)
             cost[part] = round(cost.get(part, 0.0) + manifest.run.get("seconds", 0.0), 3)
             memory.append(manifest.run.get("max_cuda_bytes") or manifest.run.get("max_rss_bytes", 0))
-            if part == "finetune":
+            if step.stage == finetune.name:
                 rate = manifest.info["learning_rate"]
         found = scores_of(cell.task, [store.manifest(key).info for key in keys])
         return {**found, "cost": cost, "peak_memory_bytes": max(memory) or None, "learning_rate": rate}

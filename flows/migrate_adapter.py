@@ -23,6 +23,7 @@ from flows.finished import finished
 from flows.general import general_ability
 from flows.measure import Asked, Measured
 from flows.pair import Pair, pair_name
+from flows.second_step import distilled_further
 from flows.teach import Rows, fitting_template, gather_rows, opened_source
 from lorasuite import ALGORITHM_VERSION
 from lorasuite.adapters import Adapter, sources, sources_name
@@ -90,7 +91,8 @@ def migrate_adapter(config: dict[str, Any], refresh: tuple[str, ...] = ()) -> di
         pair.prepare(methods)
         chosen, updates = choose_update(context, settings, pair, source, methods, rows)
         tuned = fine_tunes(context, settings, chosen, updates, rows)
-        final = chosen.untrained if tuned is None else tuned.final
+        distilled_further(context, settings, source, pair, rows, tuned)
+        final = chosen.untrained if tuned is None else tuned.published
         measured = _measured(context, settings, plan, source, chosen, tuned)
         published = Arm.MIGRATED if tuned is None else Arm.MIGRATED_LFT
         adapters = {Arm.OLD_ADAPTER: source.adapter, published: final}
@@ -153,7 +155,7 @@ def _measured(
     if chosen.method != NOTHING:
         arms[Arm.MIGRATED] = chosen.untrained
     if tuned is not None:
-        arms |= {**tuned.arms, Arm.MIGRATED_LFT: tuned.final}
+        arms |= {**tuned.arms, Arm.MIGRATED_LFT: tuned.published}
     asked = Asked.of(context, settings.evaluation, plan.evaluation, settings.eval_tasks, *settings.task_folders)
     measured = Measured(context, asked)
     for arm, adapter in arms.items():
@@ -208,7 +210,7 @@ def _record(
     fingerprints = {**context.fingerprints, "adapter": str(source.adapter)}
     adapter = Adapter.open(context.where.path("adapter"), settings.allow_pickle)
     moved = context.open(chosen.moved).info
-    final = chosen.untrained if tuned is None else tuned.final
+    final = chosen.untrained if tuned is None else tuned.published
     published = Arm.MIGRATED if tuned is None else Arm.MIGRATED_LFT
     results = ArmResults.model_validate(
         {
@@ -228,6 +230,8 @@ def _record(
     if tuned is not None:
         began = {"start": tuned.start, "starts": tuned.starts, "screened": tuned.screened}
         finetune = {**context.open(tuned.final).info, **began}
+        if tuned.second is not None:
+            finetune["second_step"] = context.open(tuned.second).info
     return MigrationRecord.model_validate(
         {
             "old_base": base_record(settings.old_base, fingerprints["old_model"]),

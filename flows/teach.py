@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from prefect.logging.loggers import get_run_logger
@@ -18,9 +18,11 @@ from lorasuite.errors import DataError
 from lorasuite.planning import MigrationConfig, Plan, RowCounts, RowPlan, check, plan_rows
 from lorasuite.teacher import ROWS as TEMPLATE_ROWS
 from lorasuite.teacher import TemplateFits, candidates
+from lorasuite.training import FinetuneSettings
+from tasks.distillation_stages import soft_labelling, token_weighting
 from tasks.fingerprints import fingerprint_adapter
 from tasks.stage import Ref
-from tasks.teacher_stages import soft_labelling, teacher_worth, teaching, template_fit
+from tasks.teacher_stages import teacher_worth, teaching, template_fit
 from tasks.training_stages import split
 
 
@@ -29,13 +31,14 @@ class Rows:
     """What a migration trains on, fits on and chooses by.
 
     ``plan`` is what was decided, once it was known whether the teacher can be used. ``all`` is the split of every row
-    there is (None: there are none), ``own`` that of the user's rows without those the teacher wrote to train on.
+    there is (None: there are none), ``own`` that of the user's rows without those the teacher wrote to train on, and
+    ``taught`` what the teacher says of the tokens of all, by the names of a fine-tune's inputs.
     """
 
     plan: RowPlan
     all: Ref | None = None
     own: Ref | None = None
-    soft_labels: Ref | None = None
+    taught: Mapping[str, Ref] = field(default_factory=dict)
     #: What ``migration.json`` says of the teacher.
     teacher: dict[str, Any] | None = None
 
@@ -72,14 +75,23 @@ def gather_rows(context: Context, settings: MigrationConfig, plan: Plan, pair: P
     if not plan.rows.synthetic_train_rows:
         return Rows(plan.rows, *_splits(context, settings, {"own": own, "selection": written}), teacher=teacher)
     every, alone = _splits(context, settings, {"own": own, "synthetic": written})
-    soft: Ref | None = None
-    tuning = settings.finetune
-    if every is not None and tuning.distillation and plan.inspection.vocabulary.get("common"):
+    taught = {} if every is None else said_of_tokens(context, settings.finetune, source, every, pair)
+    if "soft_labels" in taught:
+        teacher["distilled"] = context.open(taught["soft_labels"]).info
+    return Rows(plan.rows, every, alone, taught, teacher)
+
+
+def said_of_tokens(context: Context, tuning: FinetuneSettings, source: Source, rows: Ref, pair: Pair) -> dict[str, Ref]:
+    """What a fine-tune asks the teacher about the tokens of a split's rows, by the names of its inputs."""
+    inputs = {**teacher_inputs(context, source), "new_tokenizer": context.reader("new"), "rows": rows}
+    found = {}
+    if tuning.distillation:
         values = {"cutoff": tuning.cutoff, "temperature": tuning.distillation_temperature}
-        inputs = {**_teacher(context, source), "rows": every, "vocabulary": pair.vocabulary}
-        soft = context.run(soft_labelling, inputs, values, paths=source.paths)
-        teacher["distilled"] = context.open(soft).info
-    return Rows(plan.rows, every, alone, soft, teacher)
+        asked = {**inputs, "vocabulary": pair.vocabulary}
+        found["soft_labels"] = context.run(soft_labelling, asked, values, paths=source.paths)
+    if tuning.token_weights != "none":
+        found["token_weights"] = context.run(token_weighting, inputs, {"cutoff": tuning.cutoff}, paths=source.paths)
+    return found
 
 
 def teacher_rows(
@@ -90,7 +102,7 @@ def teacher_rows(
     Args:
         prompts: what it answers; their own answers are not kept. None: it writes from nothing.
     """
-    inputs = _teacher(context, source)
+    inputs = teacher_inputs(context, source)
     if prompts is not None:
         # Without their answers: those are not read, so they must not make another key.
         inputs["prompts"] = context.keep_rows([row if row.kind == "text" else unanswered(row) for row in prompts])
@@ -114,13 +126,13 @@ def fitting_template(context: Context, settings: MigrationConfig, plan: Plan, so
         return None
     templates = candidates(rows, plan.template)
     used = plan.template.label if plan.template.label in templates else next(iter(templates))
-    inputs = {**_teacher(context, source), "rows": context.keep_rows(rows)}
+    inputs = {**teacher_inputs(context, source), "rows": context.keep_rows(rows)}
     values = {"templates": templates, "used": used}
     info = context.open(context.run(template_fit, inputs, values, paths=source.paths)).info
     return None if info["fit"] is None else TemplateFits.model_validate(info["fit"])
 
 
-def _teacher(context: Context, source: Source) -> dict[str, Any]:
+def teacher_inputs(context: Context, source: Source) -> dict[str, Any]:
     """The old base and the adapter, as the inputs of a stage."""
     model, tokenizer = context.as_loaded("old_model"), context.reader("old", source.own_tokenizer)
     return {"old_model": model, "old_tokenizer": tokenizer, "adapter": source.adapter}
@@ -129,7 +141,7 @@ def _teacher(context: Context, source: Source) -> dict[str, Any]:
 def _worth(context: Context, source: Source, written: Ref, own: Ref | None) -> dict[str, Any]:
     """Whether the teacher is worth copying, asked on the user's rows where there are any."""
     new = {"new_model": context.as_loaded("new_model"), "new_tokenizer": context.reader("new")}
-    inputs: dict[str, Any] = {**_teacher(context, source), **new, "teacher": written}
+    inputs: dict[str, Any] = {**teacher_inputs(context, source), **new, "teacher": written}
     if own is not None:
         inputs["rows"] = own
     return context.open(context.run(teacher_worth, inputs, {}, paths=source.paths)).info

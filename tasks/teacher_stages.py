@@ -1,4 +1,4 @@
-"""Rows that the old base with the adapter writes, whether they are worth copying, and its distributions on them.
+"""Rows that the old base with the adapter writes, and whether they are worth copying.
 
 Paths: ``old_base``, ``new_base``, ``adapter`` where it is given by its fingerprint, and ``own_tokenizer`` where the
 adapter's own is used.
@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from lorasuite.adapters import attached
-from lorasuite.bases import CommonTokens
 from lorasuite.data import Row
 from lorasuite.errors import DataError
 from lorasuite.teacher import (
@@ -29,9 +28,8 @@ from lorasuite.teacher import (
     write_losses,
     write_rows,
 )
-from lorasuite.training import soft_labels
 from tasks.bases import loading, running, tokenizer, trusted
-from tasks.data import rows_files, stored_prompts, stored_rows, stored_split
+from tasks.data import rows_files, stored_prompts, stored_rows
 from tasks.folders import adapter_path
 from tasks.progress import Progress
 from tasks.retries import halved
@@ -160,38 +158,3 @@ def teacher_worth(inputs: WorthInputs, settings: StageSettings, where: Where) ->
     with running(where, "new_base") as base:
         new = text_losses(base.model, base.tokenizer, rows, batch_size=size)
     return StageOutput(info=judge_teacher(old, own, new, inputs.rows is not None).model_dump(mode="json"))
-
-
-@dataclass(frozen=True, kw_only=True)
-class SoftLabelInputs(TeacherInputs):
-    """The teacher, the rows it is asked about, and the tokens both bases share."""
-
-    rows: Artifact
-    vocabulary: Artifact
-
-
-class SoftLabelSettings(StageSettings):
-    """The tokens read of a row, and the temperature of the distributions."""
-
-    cutoff: int
-    temperature: float
-
-
-@stage("soft_labels", version=2)
-def soft_labelling(inputs: SoftLabelInputs, settings: SoftLabelSettings, where: Where) -> StageOutput:
-    """The teacher's distribution at every token of the training rows that both tokenizers cut alike."""
-    common = CommonTokens.read(inputs.vocabulary)
-    with (
-        running(where, "old_base", own_tokenizer=True) as old,
-        attached(old.model, adapter_path(inputs.adapter, where), where.device) as teacher,
-    ):
-        found = soft_labels(
-            teacher,
-            old.tokenizer,
-            stored_split(inputs.rows).trained,
-            (common.old, common.new),
-            cutoff=settings.cutoff,
-            temperature=settings.temperature,
-            batch_size=halved(BATCH, where.halvings),
-        )
-    return StageOutput(tensors=found.tensors(), info={"rows": len(found.lengths), "tokens": len(found.tokens)})

@@ -18,7 +18,6 @@ from lorasuite.training import (
     NOTHING,
     Effort,
     FinetuneSettings,
-    SoftLabels,
     Start,
     TriedRate,
     base_dtype,
@@ -30,6 +29,7 @@ from lorasuite.training import (
 )
 from tasks.bases import running
 from tasks.data import stored_rows, stored_split
+from tasks.distillation_stages import stored_soft_labels, stored_token_weights
 from tasks.folders import adapter_folder, folder_files
 from tasks.progress import Progress
 from tasks.retries import halved
@@ -141,6 +141,7 @@ class SearchInputs:
     chosen: Artifact
     own: Artifact | None = None
     soft_labels: Artifact | None = None
+    token_weights: Artifact | None = None
 
 
 class SearchSettings(StageSettings):
@@ -155,17 +156,20 @@ class SearchSettings(StageSettings):
 def searching(inputs: SearchInputs, settings: SearchSettings, where: Where) -> StageOutput:
     """The fine-tune from the start and at the rate that do best on rows held out, found by successive halving."""
     tuning = _fitting(settings.finetune, where)
-    soft = None if inputs.soft_labels is None else SoftLabels.from_tensors(inputs.soft_labels.tensors())
+    taught: dict[str, Any] = {
+        "soft_labels": stored_soft_labels(inputs.soft_labels),
+        "token_weights": stored_token_weights(inputs.token_weights),
+    }
     rows, chosen = stored_split(inputs.rows), inputs.chosen.info
     untrained = {(one["method"], one["scale"]): one["loss"] for one in chosen["candidates"]}
     bare, lora = untrained[NOTHING, 0.0], fresh_config(settings.fresh)
-    starts = {NEW_START: Start(rows, bare, lora=lora, soft_labels=soft)}
+    starts = {NEW_START: Start(rows, bare, lora=lora, **taught)}
     for method, artifact in inputs.transforms.items():
-        starts[method] = Start(rows, untrained[method, 1.0], adapter=adapter_folder(artifact), soft_labels=soft)
+        starts[method] = Start(rows, untrained[method, 1.0], adapter=adapter_folder(artifact), **taught)
     scaled = (chosen["method"], chosen["scale"])
     if scaled[0] != NOTHING and scaled[1] != 1:
         made = adapter_folder(inputs.chosen)
-        starts["{} x{:g}".format(*scaled)] = Start(rows, untrained[scaled], adapter=made, soft_labels=soft)
+        starts["{} x{:g}".format(*scaled)] = Start(rows, untrained[scaled], adapter=made, **taught)
     if inputs.own is not None:
         starts[OWN_ROWS_START] = Start(stored_split(inputs.own), bare, lora=lora)
     with (
@@ -197,13 +201,14 @@ def searching(inputs: SearchInputs, settings: SearchSettings, where: Where) -> S
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneInputs:
-    """The base that is trained, the rows, an adapter to start from, and the teacher's distributions."""
+    """The base that is trained, the rows, an adapter to start from, the teacher's distributions and token weights."""
 
     model: str
     tokenizer: str
     rows: Artifact
     transform: Artifact | None = None
     soft_labels: Artifact | None = None
+    token_weights: Artifact | None = None
 
 
 class FinetuneStageSettings(StageSettings):
@@ -218,7 +223,6 @@ class FinetuneStageSettings(StageSettings):
 def finetune(inputs: FinetuneInputs, settings: FinetuneStageSettings, where: Where) -> StageOutput:
     """The light fine-tune of a migrated adapter, or of a fresh LoRA on the same rows."""
     tuning, start = _fitting(settings.finetune, where), inputs.transform
-    soft = None if inputs.soft_labels is None else SoftLabels.from_tensors(inputs.soft_labels.tensors())
     with (
         tempfile.TemporaryDirectory() as folder,
         running(where, "base", base_dtype(tuning, where.device)) as base,
@@ -235,7 +239,8 @@ def finetune(inputs: FinetuneInputs, settings: FinetuneStageSettings, where: Whe
             work_dir=where.path(WORK),
             progress=Progress(f"fine-tuning ({'scratch' if start is None else 'migrated'})").training,
             device=where.device,
-            soft_labels=soft,
+            soft_labels=stored_soft_labels(inputs.soft_labels),
+            token_weights=stored_token_weights(inputs.token_weights),
         )
         files = folder_files(Path(folder) / "adapter")
     shown = [one.model_dump(mode="json") for one in sweep]

@@ -13,7 +13,7 @@ from ._proposal import propose
 from ._settings import LoadSettings
 from ._streaming import LayerStream, StreamedBase, streamed_base
 from ._tracing import ActivationRecorder, LoadedBase, Place, linear_modules, main_stream, put_weights
-from ._vocabulary import CommonTokens, common_tokens, convention, surface
+from ._vocabulary import CommonTokens, TokenBytes, common_tokens, convention, surface
 from ._yaml import check_aliases, read_yaml
 
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
     "StandardRole",
     "StreamedBase",
     "TextBatch",
+    "TokenBytes",
     "Weights",
     "add_architectures",
     "architecture_for",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -84,6 +84,25 @@ def surface(token: str, kind: str) -> str | bytes:
     if kind == "sentencepiece":
         return token.replace("▁", " ").encode()
     return token.encode()
+
+
+class TokenBytes:
+    """The bytes of text that the tokens of one tokenizer stand for; special tokens stand for none."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer, self._kind = tokenizer, convention(tokenizer)
+        self._special = set(tokenizer.all_special_ids)
+        self._special |= {id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special}
+
+    def __call__(self, ids: Sequence[int]) -> list[bytes]:
+        """Of each token, as it is cut: a character may lie in several."""
+        return [b"" if id_ in self._special else self._text(id_) for id_ in ids]
+
+    def _text(self, id_: int) -> bytes:
+        token = self._tokenizer.convert_ids_to_tokens(id_)
+        found = surface(token, self._kind)
+        # one that looks like markup, or was added as it is
+        return found if isinstance(found, bytes) else token.replace("▁", " ").encode()
 
 
 def _by_text(vocabulary: Mapping[str, int], kind: str) -> dict[str | bytes, int]:

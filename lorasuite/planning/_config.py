@@ -17,7 +17,7 @@ from lorasuite.evaluation import EvaluationSettings, Gate, GeneralSettings
 from lorasuite.planning._reading import Strict
 from lorasuite.planning._thresholds import DEFAULT_SYNTHETIC_ROWS, LFT_SAMPLES, SELECTION_ROWS
 from lorasuite.teacher import TeacherSettings
-from lorasuite.training import Effort, FinetuneSettings
+from lorasuite.training import Effort, FinetuneSettings, SecondStep
 from lorasuite.transforms import Unmapped
 
 #: ``--method auto`` measures every transform and takes the best, or none.
@@ -134,6 +134,15 @@ class MigrationConfig(Strict):
         "normal",
         description="of auto where no learning rate is named, in fine-tunes on the same rows: quick, one; normal, up "
         "to two and a half; thorough, up to eight",
+    )
+    second_step: SecondStep = Field(
+        "none",
+        description="after the fine-tune on rows that the teacher wrote: on-policy (the new base answers, the teacher "
+        "judges) or cached (the teacher's distributions on its rows); kept where held-out rows say so",
+    )
+    second_step_epochs: float = Field(3, gt=0, description="of the second step: passes over the rows or their prompts")
+    second_step_rate: float = Field(
+        0.3, gt=0, description="of the second step: learning rate, in units of the first one's"
     )
     starts: int = Field(
         2,

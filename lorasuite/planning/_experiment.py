@@ -247,8 +247,16 @@ def _training_problems(settings: CellSettings, table: ExperimentTable, where: st
     if Arm.REFRESHED in table.arms and kind == "adalora":
         what = "an AdaLoRA must know its steps, and how many rows the teacher keeps is not known before"
         yield Problem(f"{where}: lora.kind", what, "Leave out the arm refreshed, or use another kind.")
-    if migration.finetune.distillation:
-        yield Problem(f"{where}: finetune.distillation", "no arm has soft labels", "Leave it out.")
+    asked = {
+        "finetune.distillation": migration.finetune.distillation,
+        "finetune.token_weights": migration.finetune.token_weights != "none",
+        "second_step": migration.second_step != "none",
+    }
+    for name in (name for name, told in asked.items() if told and Arm.REFRESHED not in table.arms):
+        yield Problem(f"{where}: {name}", "no arm reads rows that the teacher wrote", "Leave it out, or add refreshed.")
+    if migration.second_step != "none" and len(migration.learning_rates) > 1:
+        what = "follows a fine-tune at one rate, and there are several"
+        yield Problem(f"{where}: second_step", what, "Give one learning rate.")
 
 
 def _assigned(values: Mapping[str, Any], name: str, value: Any) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from lorasuite.evaluation import (
 )
 from lorasuite.reporting._published import NEW_START, OWN_ROWS_START, Published
 from lorasuite.teacher import TemplateFits, Worth
-from lorasuite.training import NOTHING, FinetuneResult, Search
+from lorasuite.training import NOTHING, FinetuneResult, Search, SecondStepResult
 
 #: Version of the form of ``migration.json``; 0 of records that do not name one.
 SCHEMA_VERSION: Final = 1
@@ -124,6 +124,11 @@ class PublishedTraining(TrainingRecord):
         None,
         exclude_if=lambda search: search is None,
         description="of start and learning rate together; not there where nothing was searched",
+    )
+    second_step: SecondStepResult | None = Field(
+        None,
+        exclude_if=lambda result: result is None,
+        description="what a second step came to; not there where none was made",
     )
 
 

@@ -1,4 +1,6 @@
+from ._on_policy import OnPolicy
 from ._prompts import frame, prompt_frame
+from ._second_step import Distilling, second_step
 from ._settings import TeacherSettings
 from ._template_fit import ROWS, TemplateFit, TemplateFits, candidates, judge_templates, rendered
 from ._vllm import VLLMTeacher, chosen, unusable
@@ -7,6 +9,8 @@ from ._writing import TeacherRows, write_rows
 
 __all__ = [
     "ROWS",
+    "Distilling",
+    "OnPolicy",
     "TeacherRows",
     "TeacherSettings",
     "TemplateFit",
@@ -22,6 +26,7 @@ __all__ = [
     "prompt_frame",
     "read_losses",
     "rendered",
+    "second_step",
     "text_losses",
     "total",
     "unusable",

@@ -1,14 +1,17 @@
 from ._device import base_dtype
-from ._distillation import SoftLabels, distilled_losses, soft_labels
+from ._distillation import SoftLabels, held_out_divergence, soft_labels
 from ._effort import EXTENTS, Effort, Extent, Search, SearchedArm
 from ._finetune import finetune
 from ._head import LabelHead, label_rows
 from ._loss import LabelLogits, collate, read_labels, validation_loss
+from ._on_policy import StepRows
 from ._search import Start, search
 from ._selection import NOTHING, Candidate, choose, write_scaled
-from ._settings import FinetuneResult, FinetuneSettings
+from ._settings import FinetuneResult, FinetuneSettings, SecondStep, SecondStepResult
 from ._starts import start_problems
 from ._sweep import TriedRate, finetune_swept, loss_order, screen
+from ._units import RowAligner
+from ._weights import TokenWeights, excess_weights, label_losses
 
 __all__ = [
     "EXTENTS",
@@ -20,17 +23,24 @@ __all__ = [
     "FinetuneSettings",
     "LabelHead",
     "LabelLogits",
+    "RowAligner",
     "Search",
     "SearchedArm",
+    "SecondStep",
+    "SecondStepResult",
     "SoftLabels",
     "Start",
+    "StepRows",
+    "TokenWeights",
     "TriedRate",
     "base_dtype",
     "choose",
     "collate",
-    "distilled_losses",
+    "excess_weights",
     "finetune",
     "finetune_swept",
+    "held_out_divergence",
+    "label_losses",
     "label_rows",
     "loss_order",
     "read_labels",

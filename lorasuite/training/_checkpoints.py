@@ -8,15 +8,22 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from lorasuite.training._settings import FinetuneSettings
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
-    from lorasuite.training._distillation import SoftLabels
+
+class Digested(Protocol):
+    """Something a run depends on."""
+
+    def digest(self) -> str:
+        """Hash of all that matters of it."""
+
 
 logger = logging.getLogger(__name__)
 
@@ -31,17 +38,20 @@ def claim_work_dir(
     settings: FinetuneSettings,
     examples: list[dict[str, list[int]]],
     wrapped: PeftModel,
-    soft_labels: SoftLabels | None,
+    taught: Mapping[str, Digested | None],
     stop_after: int | None,
 ) -> Path | None:
     """Claim a work directory for one run, and remove what is there of any other.
+
+    Args:
+        taught: what the loss reads beside the examples, by name.
 
     Returns:
         the run's last complete checkpoint, or None to start from the beginning.
     """
     run = {
         "key": _run_key(settings, examples, wrapped),
-        "soft_labels": soft_labels.digest() if soft_labels else None,
+        **{name: known and known.digest() for name, known in taught.items()},
         "stop": stop_after,
     }
     record = work_dir / _RUN

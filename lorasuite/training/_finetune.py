@@ -23,6 +23,7 @@ from lorasuite.progress import TrainingProgress
 from lorasuite.training._checkpoints import claim_work_dir, clear_work_dir
 from lorasuite.training._device import base_dtype, peak_memory, plan_device
 from lorasuite.training._loss import validation_loss
+from lorasuite.training._on_policy import PLACE, StepRows
 from lorasuite.training._settings import FinetuneResult, FinetuneSettings, Loss, Validation
 from lorasuite.training._starts import starting, wrap_fresh
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from lorasuite.training._distillation import SoftLabels
+    from lorasuite.training._weights import TokenWeights
 
 
 def finetune(
@@ -51,6 +53,8 @@ def finetune(
     stop_after: int | None = None,
     pause_at: int | None = None,
     start_loss: float | None = None,
+    token_weights: TokenWeights | None = None,
+    on_policy: StepRows | None = None,
 ) -> FinetuneResult:
     """Fine-tune an existing adapter (``adapter``) or a freshly initialised one (``lora``).
 
@@ -88,6 +92,9 @@ def finetune(
             arguments but this one, it goes on from there. ``validation_loss`` is then that at the pause, and
             ``validation`` has the epochs of this call.
         start_loss: what ``validation_rows`` lose before the first step, where that is known: it is not computed again.
+        token_weights: how much each label counts, where they do not count alike; not in ``validation_loss``.
+        on_policy: writes and judges each step's rows anew, in place of ``rows``, of which only the prompts count then;
+            the loss is :func:`distilled_losses` of what the student wrote, with weight 1 and reversed.
 
     Raises:
         ConfigError: not exactly one of ``adapter`` and ``lora``, or a device or precision that is not there.
@@ -112,6 +119,13 @@ def finetune(
     encoded = encode_rows(rows, tokenizer, settings.cutoff)
     if not settings.distillation:
         soft_labels = None
+    examples = encoded.examples
+    if on_policy is not None:
+        settings = settings.model_copy(update={"distillation": 1.0})
+        away = set(encoded.cut_off)
+        places = (n for n in range(len(rows)) if n not in away)
+        examples = [{**example, PLACE: [n]} for n, example in zip(places, examples, strict=True)]
+    taught = {"soft_labels": soft_labels, "token_weights": token_weights, "on_policy": on_policy}
 
     with contextlib.ExitStack() as stack:
         if isinstance(base, str):
@@ -138,7 +152,7 @@ def finetune(
             raise AdapterError(
                 [Problem(str(adapter or "lora"), "leaves no parameter to train", "Check its target modules")]
             )
-        checkpoint = claim_work_dir(work_dir, settings, encoded.examples, wrapped, soft_labels, stop_after)
+        checkpoint = claim_work_dir(work_dir, settings, examples, wrapped, taught, stop_after)
         started = time.perf_counter()
         curve: list[Validation] = []
         micro = settings.micro_batch_size
@@ -162,8 +176,9 @@ def finetune(
             validate(0)
 
         trainer = build_trainer(
-            wrapped, encoded.examples, settings, plan, work_dir, progress, soft_labels, after_epoch, pause_at
-        )
+            wrapped, examples, settings, plan, work_dir, progress, soft_labels, after_epoch, pause_at, token_weights,
+            on_policy,
+        )  # fmt: skip
         done = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
         paused = pause_at is not None
         if checkpoint is not None and pause_at is not None and done >= pause_at:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
     from lorasuite.training._distillation import SoftLabels
+    from lorasuite.training._weights import TokenWeights
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +48,7 @@ class Start:
     """Where a fine-tune may begin: an adapter, or a fresh LoRA of ``lora``.
 
     ``loss`` is its held-out loss untrained, nats per label token; None where it is not finite. ``rows`` are the rows
-    that a run from it reads, with the distributions of the teacher that are known of them.
+    that a run from it reads, with the distributions of the teacher and the token weights that are known of them.
     """
 
     rows: RowSplit
@@ -55,6 +56,7 @@ class Start:
     adapter: Path | None = None
     lora: LoraConfig | None = None
     soft_labels: SoftLabels | None = None
+    token_weights: TokenWeights | None = None
 
 
 def rounds(arms: int, steps: int, budget: int) -> list[tuple[int, int]]:
@@ -198,6 +200,7 @@ def search(
         adapter=start.adapter,
         lora=start.lora,
         soft_labels=start.soft_labels,
+        token_weights=start.token_weights,
         output=output,
         work_dir=work_dir / "final",
         stop_after=epochs,
@@ -320,6 +323,7 @@ class _Runs:
                 adapter=self.starts[name].adapter,
                 lora=self.starts[name].lora,
                 soft_labels=self.starts[name].soft_labels,
+                token_weights=self.starts[name].token_weights,
                 output=self.work_dir / _key(arm, fold) / "none",
                 work_dir=self.work_dir / _key(arm, fold),
                 validation_rows=held_out,

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 from typing_extensions import TypedDict
 
 #: Starts whose factors are taken out of the base's weights.
 TAKEN_OUT = ("pissa", "olora", "loftq")
+#: What follows the fine-tune on rows that the teacher wrote.
+SecondStep = Literal["none", "on-policy", "cached"]
 
 
 class FinetuneSettings(BaseModel):
@@ -53,6 +55,9 @@ class FinetuneSettings(BaseModel):
         0.0, ge=0, le=1, description="weight of the divergence from the teacher's distributions, where there are any"
     )
     distillation_temperature: float = Field(1.0, gt=0, description="of teacher and student in that divergence")
+    token_weights: Literal["none", "excess"] = Field(
+        "none", description="of rows that the teacher wrote; excess: tokens that the adapter changed most count most"
+    )
     checkpoint_steps: int | None = Field(None, ge=1, description="steps between checkpoints; None: every epoch")
 
     @model_validator(mode="after")
@@ -64,6 +69,10 @@ class FinetuneSettings(BaseModel):
         if self.warmup_ratio and self.warmup_steps:
             raise ValueError("give warmup_ratio or warmup_steps, not both")
         return self
+
+    def computed(self) -> dict[str, Any]:
+        """As JSON, for a stage's key: without what only decides which inputs the stage is given."""
+        return self.model_dump(mode="json", exclude={"token_weights"})
 
 
 class Loss(TypedDict):
@@ -100,3 +109,19 @@ class FinetuneResult(BaseModel):
     precision: Literal["fp32", "bf16"]
     micro_batch_size: int | None = Field(None, description="most rows of a forward pass; None: no step was made")
     resumed_from: int | None = Field(description="step of the checkpoint this call started from; None: from scratch")
+
+
+class SecondStepResult(BaseModel):
+    """What a second step came to; JSON by ``model_dump()``."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: SecondStep
+    kept: bool = Field(description="whether its adapter is the result, rather than that of the first step")
+    measured_on: Literal["own rows", "written rows", "nothing"] = Field(
+        description="held-out rows: cross-entropy on the user's, or the divergence from the teacher on what it wrote"
+    )
+    held_out: int = Field(description="rows compared by")
+    before: float | None = Field(description="on them, nats a label, of the first step without them")
+    after: float | None = Field(description="the same after a second step without them; None: it diverged")
+    training: FinetuneResult | None = Field(description="the second step on all rows; None where it is not kept")

@@ -19,16 +19,30 @@ from lorasuite.errors import NumericalError, Problem
 from lorasuite.progress import TrainingProgress
 from lorasuite.training._checkpoints import mark_complete
 from lorasuite.training._device import DevicePlan
-from lorasuite.training._distillation import KNOWN, LOG_PROBS, OUTCOMES, SoftLabels, distilled_losses
+from lorasuite.training._distillation import (
+    KNOWN,
+    LOG_PROBS,
+    OUTCOMES,
+    UNIT_LOG_PROBS,
+    UNITS,
+    SoftLabels,
+    distilled_losses,
+    label_terms,
+)
 from lorasuite.training._head import LabelHead, cross_entropies, label_rows
 from lorasuite.training._loss import collate
+from lorasuite.training._on_policy import PLACE, StepRows
 from lorasuite.training._passes import PASS_TOKENS, activation_bytes, free_memory, passes, rows_that_fit
 from lorasuite.training._settings import FinetuneSettings
+from lorasuite.training._weights import WEIGHTS, TokenWeights
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
 logger = logging.getLogger(__name__)
+
+#: Names of a batch's soft labels, in the order that the loss takes them.
+SOFT = (OUTCOMES, LOG_PROBS, KNOWN, UNITS, UNIT_LOG_PROBS)
 
 
 def build_trainer(
@@ -41,6 +55,8 @@ def build_trainer(
     soft_labels: SoftLabels | None,
     after_epoch: Callable[[int], bool],
     pause_at: int | None = None,
+    token_weights: TokenWeights | None = None,
+    on_policy: StepRows | None = None,
 ) -> AdapterTrainer:
     """A trainer of an adapter that prints nothing.
 
@@ -54,6 +70,8 @@ def build_trainer(
         soft_labels: the teacher's distributions, where the run distils.
         after_epoch: called with the epochs done; True ends the run.
         pause_at: optimizer step after which a checkpoint is written and the run left.
+        token_weights: how much each label counts, where they do not count alike.
+        on_policy: what writes and judges the rows of each step, in place of the examples.
     """
     from peft import PeftType
 
@@ -69,6 +87,8 @@ def build_trainer(
         callbacks=[RunCallback(work_dir, progress, after_epoch, wrapped if adaptive else None, pause_at)],
         settings=settings,
         soft_labels=soft_labels,
+        token_weights=token_weights,
+        on_policy=on_policy,
     )
     trainer.remove_callback(PrinterCallback)  # prints each log to standard output
     return trainer
@@ -86,8 +106,17 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
     #: A step's passes are normalised by the step's label tokens.
     loss_is_scaled_for_ga = True
 
-    def __init__(self, *, settings: FinetuneSettings, soft_labels: SoftLabels | None, **arguments: Any) -> None:
+    def __init__(
+        self,
+        *,
+        settings: FinetuneSettings,
+        soft_labels: SoftLabels | None,
+        token_weights: TokenWeights | None,
+        on_policy: StepRows | None,
+        **arguments: Any,
+    ) -> None:
         self._settings, self._soft_labels = settings, soft_labels
+        self._token_weights, self._on_policy = token_weights, on_policy
         self.rows_per_pass: int | None = None
         super().__init__(**arguments)
         self._checkpointing = False
@@ -97,7 +126,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         # What such a model adds to its own loss (AdaLoRA keeps its directions orthogonal, routers are balanced) is not
         # in its logits: it takes that loss from the model, with all its logits.
         text = self.model.config.get_text_config()
-        self._models_own = soft_labels is None and (
+        self._models_own = (soft_labels, token_weights, on_policy) == (None, None, None) and (
             config.peft_type == "ADALORA" or bool(getattr(text, "output_router_logits", False))
         )
         self._head = LabelHead(self.model)
@@ -107,26 +136,28 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
     ) -> torch.Tensor:
         """The loss of some of a step's rows, over ``num_items_in_batch`` label tokens: a share of the step's mean.
 
-        With soft labels it is :func:`distilled_losses`.
+        With soft labels it is :func:`distilled_losses`; token weights multiply whatever it is.
         """
         if self._models_own:
             count = (inputs["labels"][:, 1:] != IGNORED).sum()
             return model(**inputs).loss * (count / num_items_in_batch)  # type: ignore[no-any-return]
-        labels = inputs.pop("labels")
-        taught = [inputs.pop(name) for name in (OUTCOMES, LOG_PROBS, KNOWN) if name in inputs]
-        loss: Any = cross_entropies
-        if self._soft_labels is not None:
-            loss = functools.partial(
-                distilled_losses,
-                vocabulary=self._soft_labels.vocabulary,
-                temperature=self._soft_labels.temperature,
-                weight=self._settings.distillation,
-            )
+        labels, soft = inputs.pop("labels"), self._soft_labels
+        weights, *taught = (inputs.pop(name, None) for name in (WEIGHTS, *SOFT))
         at, positions, targets = label_rows(labels)
         with self.accelerator.autocast():
             states = self._head.states(inputs)
             rows = states[at.to(states.device), positions.to(states.device)]
-            losses = self._head.map(rows, loss, targets, *(part[at, positions] for part in taught))
+            if soft is None:
+                losses = self._head.map(rows, cross_entropies, targets)
+            else:
+                told = [part[at, positions] for part in taught]
+                options: dict[str, Any] = {"temperature": soft.temperature, "reverse": self._on_policy is not None}
+                terms = functools.partial(label_terms, vocabulary=soft.vocabulary, **options)
+                found = self._head.map(rows, terms, targets, *told[:3])
+                here = [part.to(found.device) for part in (told[2], at, *told[3:])]
+                losses = distilled_losses(found, *here, weight=self._settings.distillation, **options)
+            if weights is not None:
+                losses = losses * weights[at, positions].to(losses.device)
             return losses.sum() / num_items_in_batch  # type: ignore[no-any-return]
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
@@ -140,6 +171,11 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         Raises:
             NumericalError: the loss is NaN or infinite. The Trainer would log an average in its place and train on.
         """
+        if self._on_policy is not None:
+            places = [row[PLACE][0] for row in inputs]
+            inputs, self._soft_labels = self._on_policy(self.model, places, self.state.global_step)
+            if not inputs:
+                return torch.zeros((), device=self.args.device)
         lengths = [len(row["input_ids"]) for row in inputs]
         count = sum(label != IGNORED for row in inputs for label in row["labels"][1:])
         while True:
@@ -161,7 +197,9 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
 
     def _pass(self, model: Any, rows: list[dict[str, list[int]]], count: int) -> torch.Tensor:
         """One forward and backward pass; the rows' share of the step's loss, without gradient."""
-        batch = collate(rows) if self._soft_labels is None else collate(rows) | self._soft_labels.batch(rows)
+        batch = collate(rows)
+        for known in (self._soft_labels, self._token_weights):
+            batch |= {} if known is None else known.batch(rows)
         loss: torch.Tensor = super().training_step(model, batch, torch.tensor(count, device=self.args.device))
         return loss
 

@@ -140,7 +140,7 @@ def test_every_problem_of_a_file_at_once(tmp_path: Path) -> None:
         ({"settings": {"finetune": {"epoch": 3}}}, "Did you mean 'epochs'?"),
         ({"settings": {"method": "auto"}}, "auto may take another method in each cell"),
         ({"settings": {"method": "sequential"}, "lora": {"kind": "dora"}}, "a DoRA has magnitudes"),
-        ({"settings": {"finetune": {"distillation": 0.5}}}, "no arm has soft labels"),
+        ({"settings": {"finetune": {"distillation": 0.5}}}, "no arm reads rows that the teacher wrote"),
         ({"tables": {"t": table(arms=["refreshed"])}}, "teacher_samples: is 0"),
         (
             {
