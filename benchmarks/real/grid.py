@@ -13,7 +13,7 @@ from flows.lab import Lab
 from lorasuite.bases import load_tokenizer
 from lorasuite.data import encode_rows
 from lorasuite.evaluation import Arm, read_samples
-from lorasuite.planning import Cell, read_experiment
+from lorasuite.planning import Cell, ExperimentTable, read_experiment
 from lorasuite.reporting import Measurement
 from tasks.data import stored_split
 from tasks.evaluation_stages import SAMPLES
@@ -23,6 +23,10 @@ from tasks.training_stages import finetune, split
 KEPT = ("index", "target", "output", "exact_match", "loglikelihood", "tokens", "bytes")
 #: Arms that are fine-tuned on a few rows.
 TUNED = (Arm.SCRATCH, Arm.MIGRATED_LFT, Arm.REFRESHED)
+#: Settings of a table's cells that have a field of their own in a record.
+TOLD = ("method", "finetune_samples", "teacher_samples", "finetune.learning_rate")
+#: Settings that do not change what a fine-tune on a few rows is.
+ELSEWHERE = ("evaluation", "retrain")
 #: Arms that a transform makes.
 MOVED = (Arm.MIGRATED, Arm.MIGRATED_LFT)
 
@@ -73,12 +77,23 @@ def collect(file: Path, cells: Path) -> int:
             "old_base": names[0],
             "new_base": names[1],
         }
+        if differs := differences(experiment.config.tables[cell.table], cell):
+            record["settings"] = differs
         found.setdefault(_name(record), record)
     for name, record in found.items():
         target = cells / f"{names[0]}--{names[1]}" / f"{name}.json"
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(json.dumps(record, ensure_ascii=False) + "\n", encoding="utf-8")
     return len(found)
+
+
+def differences(table: ExperimentTable, cell: Cell) -> dict[str, str]:
+    """Settings that a table gives a cell and that no field of the record tells, by dotted name."""
+    if cell.arm not in TUNED:
+        return {}
+    given = {name: f"{value:g}" if isinstance(value, float) else str(value) for name, value in table.set.items()}
+    given |= dict(cell.level)
+    return {n: given[n] for n in sorted(given) if n not in TOLD and n.partition(".")[0] not in ELSEWHERE}
 
 
 def _record(lab: Lab, cell: Cell, measured: Measurement) -> dict[str, Any]:
@@ -123,4 +138,5 @@ def _name(record: Mapping[str, Any]) -> str:
     """A cell's file name: whatever tells it from the others of its pair."""
     parts = [record["task"], record["grid"], record["arm"].replace("+", "-"), record["method"]]
     parts += [f"{record['rows']}rows", f"{record['learning_rate']:g}"] if record["rows"] else []
+    parts += [f"{name}={value}" for name, value in record.get("settings", {}).items()]
     return "--".join(str(part) for part in [*parts, f"seed{record['seed']}"] if part is not None)

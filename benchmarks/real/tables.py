@@ -60,24 +60,31 @@ def starts(cells: list[Cell]) -> list[Start]:
     """The lines of a group, the control first."""
     fresh = [cell for cell in cells if cell["arm"] == Arm.SCRATCH]
     written = [cell for cell in cells if cell["arm"] == Arm.REFRESHED]
-    found = [Start(FRESH, None, _by_rate(fresh))]
+    found = [Start(FRESH, None, _by_rate(fresh))] if fresh else []
     methods = {cell["method"] for cell in cells if cell["method"]}
     for method in sorted(methods, key=lambda name: (name not in NAMES, name)):
         own = [cell for cell in cells if cell["method"] == method]
         moved = [cell for cell in own if cell["arm"] == Arm.MIGRATED]
         tuned = [cell for cell in own if cell["arm"] == Arm.MIGRATED_LFT]
         found.append(Start(NAMES.get(method, f"`{method}`"), moved[0] if moved else None, _by_rate(tuned)))
-    for rows in sorted({cell["rows"] for cell in written}):
+    for rows, differs in sorted({(cell["rows"], differing(cell)) for cell in written}):
+        own = [cell for cell in written if (cell["rows"], differing(cell)) == (rows, differs)]
         name = f"{FRESH}, on {rows} rows that the old adapter wrote, no label"
-        found.append(Start(name, None, _by_rate(cell for cell in written if cell["rows"] == rows)))
+        found.append(Start(f"{name}; {differs}" if differs else name, None, _by_rate(own)))
     return found
+
+
+def differing(cell: Cell) -> str:
+    """What of a cell's settings its table does not otherwise tell."""
+    return ", ".join(f"`{name}` {value}" for name, value in cell.get("settings", {}).items())
 
 
 def table(cells: list[Cell]) -> str:
     """The Markdown table of a group."""
     lines = starts(cells)
-    control = lines[0].best
-    heads = ["", "no fine-tune", *(f"{rate:g}" for rate in RATES), "best − best of a fresh LoRA [95 %]"]
+    control = lines[0].best if lines else None
+    first = lines[0].name if lines else FRESH
+    heads = ["", "no fine-tune", *(f"{rate:g}" for rate in RATES), f"best − best of {first} [95 %]"]
     rows = [heads, ["---"] * len(heads)]
     for arm, name in BARE.items():
         bare = [cell for cell in cells if cell["arm"] == arm]

@@ -74,6 +74,20 @@ def test_without_labels_then_cached_then_mixed(mirror: dict[str, Any], home: Pat
     )  # fmt: skip
     states = cached(again)
     assert states["teacher"] and states["teacher_worth"] and states["soft_labels"] and states["finetune"]
+    tune = {**TUNE, "token_weights": "excess"}
+    second = {"second_step": "on-policy", "second_step_epochs": 1, "teacher_samples": 24}
+    further = run(mirror, tmp_path / "further", **second, finetune=tune)
+    result = further["finetune"]["second_step"]
+    assert result["measured_on"] == "written rows" and result["held_out"] == 5 and result["before"] > 0
+    assert result["kept"] is (result["after"] < result["before"])
+    keys = {row["stage"]: row["key"] for row in further["timings"]}
+    weights = Store(home).open(keys["token_weights"])
+    assert weights.info["rows"] == 24 and float(weights.tensor("weights").std()) > 0
+    kept = Store(home).open(keys["second_step"]).file("adapter_model.safetensors").read_bytes()
+    assert (tmp_path / "further" / "adapter_model.safetensors").read_bytes() == kept
+    with pytest.raises(PreflightError, match="second_step.*writes none") as refused:
+        run(mirror, tmp_path / "none", second_step="cached", finetune=tune, prompts=None)
+    assert "finetune.token_weights" in str(refused.value)
     mixed = run(
         mirror, tmp_path / "mixed",
         teacher_samples=24, train_data=str(mirror["root"] / "train.jsonl"), finetune_samples=12, finetune=TUNE,
