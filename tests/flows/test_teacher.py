@@ -85,7 +85,7 @@ def test_without_labels_then_cached_then_mixed(mirror: dict[str, Any], home: Pat
     assert weights.info["rows"] == 24 and float(weights.tensor("weights").std()) > 0
     kept = Store(home).open(keys["second_step"]).file("adapter_model.safetensors").read_bytes()
     assert (tmp_path / "further" / "adapter_model.safetensors").read_bytes() == kept
-    with pytest.raises(PreflightError, match="second_step.*writes none") as refused:
+    with pytest.raises(PreflightError, match=r"second_step.*writes none") as refused:
         run(mirror, tmp_path / "none", second_step="cached", finetune=tune, prompts=None)
     assert "finetune.token_weights" in str(refused.value)
     mixed = run(

@@ -50,6 +50,16 @@ def test_a_line_for_each_start_and_the_best_of_each_against_the_control(cells: l
     assert "+50 [+20, +80] points; -0.14 [-0.14, -0.14] bits/byte" in moved, "by loss, the best fresh LoRA is at 1e-3"
 
 
+def test_cells_of_other_settings_are_lines_of_their_own() -> None:
+    """Where no fresh LoRA was trained on labelled rows, they are compared with the plain one."""
+    plain, further = cell("refreshed", 3, 0.8, 0.001), cell("refreshed", 9, 0.6, 0.001)
+    rows = table([further | {"settings": {"second_step": "cached"}}, plain]).split("\n")
+    name = "a fresh LoRA, on 100 rows that the old adapter wrote, no label"
+    assert f"best − best of {name} [95 %]" in rows[0]
+    assert rows[2] == f"| {name} |  | not run | 0.80, 30% | not run |  |"
+    assert rows[3].startswith(f"| {name}; `second_step` cached |  | not run | 0.60, 90% | not run | +60 [")
+
+
 def test_pages_and_pictures_are_written_between_the_marks(cells: list[dict[str, Any]], tmp_path: Path) -> None:
     folder = tmp_path / "cells/old--new"
     folder.mkdir(parents=True)
