@@ -91,7 +91,8 @@ def migrate_adapter(config: dict[str, Any], refresh: tuple[str, ...] = ()) -> di
         pair.prepare(methods)
         chosen, updates = choose_update(context, settings, pair, source, methods, rows)
         tuned = fine_tunes(context, settings, chosen, updates, rows)
-        distilled_further(context, settings, source, pair, rows, tuned)
+        told = distilled_further(context, settings, source, pair, rows, tuned)
+        plan.inspection.notices += [told] if told else []
         final = chosen.untrained if tuned is None else tuned.published
         measured = _measured(context, settings, plan, source, chosen, tuned)
         published = Arm.MIGRATED if tuned is None else Arm.MIGRATED_LFT

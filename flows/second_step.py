@@ -14,25 +14,42 @@ from flows.pair import Pair
 from flows.teach import Rows, teacher_inputs
 from lorasuite.planning import MigrationConfig
 from lorasuite.reporting import OWN_ROWS_START
+from lorasuite.training import SecondStepResult
 from tasks.distillation_stages import second_stepping
 from tasks.stage import WORK, Ref
 
 
 def distilled_further(
     context: Context, settings: MigrationConfig, source: Source, pair: Pair, rows: Rows, tuned: Tuned | None
-) -> None:
-    """Give what is published a second step where the settings ask for one, and its adapter learnt from the teacher."""
-    if settings.second_step == "none" or tuned is None or rows.all is None:
-        return
-    if not rows.plan.synthetic_train_rows or tuned.start == OWN_ROWS_START:
-        get_run_logger().warning("no second step: the adapter that is published has not learnt from the teacher's rows")
-        return
+) -> str | None:
+    """Give what is published a second step where the settings ask for one, and its adapter learnt from the teacher.
+
+    Returns:
+        what came of it, for people; None where none was asked for.
+    """
+    if settings.second_step == "none":
+        return None
+    if tuned is None or rows.all is None or not rows.plan.synthetic_train_rows or tuned.start == OWN_ROWS_START:
+        told = "no second step: the adapter that is published has not learnt from the teacher's rows"
+        get_run_logger().warning("%s", told)
+        return told
     info = context.open(tuned.final).info
     tuned.second = second(
         context, settings, source, pair, rows.all, tuned.final,
         rate=info["learning_rate"], taught=rows.taught, epochs=ended_after(info), begun=tuned.begun, fresh=tuned.fresh,
         compares=True,
     )  # fmt: skip
+    told = outcome(SecondStepResult.model_validate(context.open(tuned.second).info))
+    get_run_logger().info("%s", told)
+    return told
+
+
+def outcome(result: SecondStepResult) -> str:
+    """What came of a second step that was compared, in a sentence."""
+    after = "it diverged" if result.after is None else f"{result.before:.3f} → {result.after:.3f} nats a label"
+    measured = "own" if result.measured_on == "own rows" else "written"
+    kept = "kept" if result.kept else "not kept"
+    return f"second step ({result.kind}): {kept}, {after} on {result.held_out} {measured} rows held out"
 
 
 def second(

@@ -89,6 +89,9 @@ def planned_work(
     else:
         starts = 1 + rows.trains_control + (config.starts - 1 if rows.compares_starts else 0)
         fine_tunes = starts * max(len(rows.rates), 1)
+    if config.second_step != "none" and rows.synthetic_train_rows:
+        # the first step again without the rows held out, and the second without them and with them
+        fine_tunes += 1 + 2 * config.second_step_epochs / epochs
     return Work(
         roles=roles,
         methods=tuple(methods),

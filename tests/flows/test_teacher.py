@@ -80,6 +80,7 @@ def test_without_labels_then_cached_then_mixed(mirror: dict[str, Any], home: Pat
     result = further["finetune"]["second_step"]
     assert result["measured_on"] == "written rows" and result["held_out"] == 5 and result["before"] > 0
     assert result["kept"] is (result["after"] < result["before"])
+    assert any(told.startswith("second step (on-policy): ") for told in further["notices"])
     keys = {row["stage"]: row["key"] for row in further["timings"]}
     weights = Store(home).open(keys["token_weights"])
     assert weights.info["rows"] == 24 and float(weights.tensor("weights").std()) > 0
