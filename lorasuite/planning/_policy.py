@@ -185,3 +185,12 @@ def too_few_to_sweep(rows: int, where: str) -> Problem:
     """What is said where learning rates are to be compared on fewer than ``MIN_SWEEP_ROWS`` rows."""
     what = f"a sweep holds out a fifth of the training rows, and there are only {rows}"
     return Problem(where, what, f"Give one learning rate, or at least {MIN_SWEEP_ROWS} rows.")
+
+
+def untaught(settings: MigrationConfig, plan: RowPlan) -> Iterator[Problem]:
+    """What only rows that the teacher wrote are trained by, where it writes none to train on."""
+    asked = {"finetune.token_weights": settings.finetune.token_weights, "second_step": settings.second_step}
+    for name, told in asked.items():
+        if told != "none" and not plan.synthetic_train_rows:
+            what = f"{told} is for rows that the teacher wrote, and it writes none to train on"
+            yield Problem(name, what, "Give --prompts or --teacher-samples, or leave it out.")

@@ -33,7 +33,7 @@ from lorasuite.planning._estimate import Data, estimate, planned_work, shortages
 from lorasuite.planning._general import GeneralTexts, general_texts
 from lorasuite.planning._inspection import Inspection, inspect
 from lorasuite.planning._machine import Machine, measure
-from lorasuite.planning._policy import RowCounts, RowPlan, plan_rows, too_few_to_sweep
+from lorasuite.planning._policy import RowCounts, RowPlan, plan_rows, too_few_to_sweep, untaught
 from lorasuite.planning._thresholds import MIN_SWEEP_ROWS
 from lorasuite.teacher import prompt_frame, unusable
 from lorasuite.training import FinetuneSettings, start_problems
@@ -87,7 +87,7 @@ def check(config: MigrationConfig, home: Path | None = None) -> Plan:
     rows = plan_rows(config, counts)
     result.notices += rows.notices
     _start(result, config, rows)
-    _taught(result, config, rows)
+    result.problems += untaught(config, rows)
     general = general_texts(result, config, template, every_text, rows.teacher_rows, [*train, *(prompts or ())])
     if config.method == AUTO and not config.tried(rows.fine_tunes) and not rows.fine_tunes:
         what = "is none, and there are no rows to train a fresh LoRA on"
@@ -297,16 +297,6 @@ def _start(result: Inspection, config: MigrationConfig, rows: RowPlan) -> None:
         quantized=bool(config.loading.quantized),
         transposed=result.new is not None and any(m.transposed for m in result.new.architecture.modules),
     )
-
-
-def _taught(result: Inspection, config: MigrationConfig, rows: RowPlan) -> None:
-    """Whether there are rows for what only rows that the teacher wrote are trained by."""
-    asked = {"finetune.token_weights": config.finetune.token_weights, "second_step": config.second_step}
-    for name, told in asked.items():
-        if told != "none" and not rows.synthetic_train_rows:
-            what = f"{told} is for rows that the teacher wrote, and it writes none to train on"
-            remedy = "Give --prompts or --teacher-samples, or leave it out."
-            result.problems.append(Problem(name, what, remedy))
 
 
 def _teacher(result: Inspection, config: MigrationConfig, wanted: RowPlan, template: Template) -> list[Row] | None:

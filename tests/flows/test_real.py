@@ -42,9 +42,9 @@ def test_cells_are_kept_one_file_each_and_runs_go_on(
     found = {path.name: json.loads(path.read_text()) for path in cells.glob("*/*.json")}
     assert sorted(found) == [
         "mirror--tiny--new--seed0.json",
-        "mirror--tiny--scratch--8rows--0.001--seed0--finetune.epochs=1.json",
+        "mirror--tiny--scratch--8rows--0.001--finetune.epochs=1--seed0.json",
     ]
-    tuned = found["mirror--tiny--scratch--8rows--0.001--seed0--finetune.epochs=1.json"]
+    tuned = found["mirror--tiny--scratch--8rows--0.001--finetune.epochs=1--seed0.json"]
     assert tuned["settings"] == {"finetune.epochs": "1"}
     assert tuned["n"] == len(tuned["samples"]) == 4 and tuned["seconds"]["finetune"] > 0
     assert tuned["tokens_trained_on"] > 8 and tuned["peak_memory_bytes"] > 0 and tuned["method"] is None
