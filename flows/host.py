@@ -110,6 +110,11 @@ def api_auth() -> str:
     return path.read_text().strip()
 
 
+def in_address(host: str) -> str:
+    """A host's name or address as web addresses and the header ``Host`` have it: of IPv6 in square brackets."""
+    return f"[{host}]" if ":" in host and not host.startswith("[") else host
+
+
 @dataclass
 class Host:
     """The processes of one host."""
@@ -128,7 +133,8 @@ class Host:
     @property
     def dashboard(self) -> str:
         """Its address for this host's own processes, also where the server listens on every interface."""
-        return f"http://{'127.0.0.1' if self.host == '0.0.0.0' else self.host}:{self.port}"
+        here = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
+        return f"http://{in_address(here)}:{self.port}"
 
     @property
     def api(self) -> str:
@@ -148,7 +154,7 @@ class Host:
             "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
             "DO_NOT_TRACK": "1",
             "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT),
-            HOSTS: ",".join(dict.fromkeys(["127.0.0.1", "localhost", self.host, *self.names])),
+            HOSTS: ",".join(dict.fromkeys(map(in_address, ["127.0.0.1", "::1", "localhost", self.host, *self.names]))),
             # runs import the packages of this checkout, wherever Prefect starts them
             "PYTHONPATH": os.pathsep.join(filter(None, [str(self.root), os.environ.get("PYTHONPATH")])),
         }

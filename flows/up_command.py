@@ -43,7 +43,7 @@ def up(
             tuple(trust_remote_code_of or here.code),
             tuple(include_path or here.task_files),
         )
-        with running(host, port, allowed=allowed, names=tuple(allow_host or ())) as started:
+        with running(host.strip("[]"), port, allowed=allowed, names=tuple(allow_host or ())) as started:
             workers = [name for name in started.processes if name != "server"]
             kept = auth_file()  # none, where the secret is the environment's
             if as_json:

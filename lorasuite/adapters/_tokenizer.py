@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lorasuite.adapters._sources import split_sources
-from lorasuite.bases import digest_json, file_digest, load_tokenizer, read_json, resolve
+from lorasuite.bases import check_chat_template, digest_json, file_digest, load_tokenizer, read_json, resolve
 from lorasuite.errors import AdapterError, CheckpointError, Problem
 
 #: Files of which any makes a tokenizer; the others below only say how one is used.
@@ -130,6 +130,10 @@ def own_tokenizer(folder: Path, base: Any, trust_remote_code: bool = False) -> O
     elif template is not None:
         tokenizer = copy.deepcopy(base)
         tokenizer.chat_template = template
+        try:
+            check_chat_template(tokenizer, str(folder))
+        except CheckpointError as error:
+            raise AdapterError(error.problems) from error
     else:
         return None
     differences = tuple(_differences(tokenizer, base))

@@ -12,6 +12,7 @@ from lorasuite.bases._checkpoint import Checkpoint
 from lorasuite.bases._files import Weights, read_json, resolve
 from lorasuite.bases._quantized import FIELDS
 from lorasuite.bases._settings import LoadSettings
+from lorasuite.bases._template_limits import check_chat_template
 from lorasuite.errors import CheckpointError, LoRASuiteError, Problem
 
 #: How a base is loaded where nobody says.
@@ -25,13 +26,13 @@ def load_tokenizer(source: str | Path, trust_remote_code: bool = False) -> Any:
     """The model's own tokenizer.
 
     Raises:
-        CheckpointError: if it cannot be loaded.
+        CheckpointError: if it cannot be loaded, or its chat template does not end.
     """
     from transformers import AutoTokenizer
 
     path = resolve(source)
     try:
-        return AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
     except Exception as error:
         remedy = "Save the tokenizer beside the model."
         if (path / "tekken.json").is_file() and not (path / "tokenizer.json").is_file():
@@ -41,6 +42,8 @@ def load_tokenizer(source: str | Path, trust_remote_code: bool = False) -> Any:
             )
         what = f"its tokenizer cannot be loaded ({type(error).__name__}: {error})"
         raise CheckpointError(Problem(str(path), what, remedy)) from error
+    check_chat_template(tokenizer, str(path))
+    return tokenizer
 
 
 def auto_class(config: Any) -> Any:

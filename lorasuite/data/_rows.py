@@ -27,6 +27,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+from lorasuite.bases import chat_values
 from lorasuite.errors import DataError, Problem
 
 if TYPE_CHECKING:
@@ -147,17 +148,12 @@ def _render_chat(row: Row, tokenizer: PreTrainedTokenizerBase | None) -> tuple[s
         raise DataError(
             [Problem(where, "the last message is not the assistant's", "End each conversation with the answer")]
         )
-    turns = [message.turn() for message in messages]
-    marked_turns = [*turns[:-1], {"role": messages[-1].role, "content": _PLACEHOLDER}]
-    given = {name: row.extra[name] for name in TEMPLATE_ARGUMENTS[:2] if row.extra.get(name)}
-    given |= row.extra.get(TEMPLATE_ARGUMENTS[2]) or {}
-
-    def rendered(conversation: list[dict[str, Any]], answering: bool = False) -> str:
-        found = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=answering, **given)
-        return str(found)
-
+    given = _arguments(row)
     try:
-        prompt, whole, marked = rendered(turns[:-1], True), rendered(turns), rendered(marked_turns)
+        prompt, whole, marked = (
+            str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=answering, **given))
+            for turns, answering in _conversations(messages)
+        )
     except Exception as error:  # a template is code of the checkpoint's author and raises what it likes
         raise DataError(
             [
@@ -189,6 +185,27 @@ def _render_chat(row: Row, tokenizer: PreTrainedTokenizerBase | None) -> tuple[s
             )
         ]
     )
+
+
+def _conversations(messages: Sequence[Message]) -> list[tuple[list[dict[str, Any]], bool]]:
+    """What a chat template is given of a conversation, and whether an answer is to follow: all but the answer, the
+    whole, and the whole with the placeholder in the answer's place.
+    """
+    turns = [message.turn() for message in messages]
+    marked = [*turns[:-1], {"role": messages[-1].role, "content": _PLACEHOLDER}]
+    return [(turns[:-1], True), (turns, False), (marked, False)]
+
+
+def _arguments(row: Row) -> dict[str, Any]:
+    """What a conversation gives its chat template beside its messages."""
+    found = {name: row.extra[name] for name in TEMPLATE_ARGUMENTS[:2] if row.extra.get(name)}
+    return found | (row.extra.get(TEMPLATE_ARGUMENTS[2]) or {})
+
+
+def chat_renderings(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
+    """The names that the chat template is given when :meth:`Row.target` renders a conversation."""
+    given = _arguments(row)
+    return [chat_values(tokenizer, turns, answering, **given) for turns, answering in _conversations(row.messages)]
 
 
 def _answer_span(whole: str, marked: str) -> tuple[int, int] | None:

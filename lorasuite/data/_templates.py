@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorasuite.bases import beyond_limits
 from lorasuite.data._rows import Row
 from lorasuite.errors import ConfigError, DataError, LoRASuiteError, Problem, did_you_mean
 
@@ -81,13 +82,17 @@ class Template:
         """See that it can be used at all.
 
         Raises:
-            ConfigError: if it cannot be parsed, or never writes the instruction or the output.
+            ConfigError: if it cannot be parsed, does not end, or never writes the instruction or the output.
         """
         from jinja2 import TemplateError
 
+        words = {"instruction": "a", "input": "b", "output": _PLACEHOLDER}
+        if found := beyond_limits(self.text, [words, {**words, "input": ""}]):
+            what = f"{found[1]} for an instruction of one word"
+            raise ConfigError(Problem(f"template {self.name}", what, "Correct it."))
         try:
             used = _names(self.text)
-        except TemplateError as error:
+        except (TemplateError, RecursionError) as error:
             place = f"{self.name}, line {getattr(error, 'lineno', None) or 1}"
             raise ConfigError(Problem(place, f"is no Jinja template ({error})", "Correct it.")) from None
         problems = [
@@ -106,7 +111,7 @@ class Template:
         """
         if row.kind != "instruction":
             return row
-        values = {**row.extra, "instruction": row.instruction.strip(), "input": row.input.strip()}
+        values = _values(row)
         marked = self._rendered(values)
         before, found, end = marked.partition(_PLACEHOLDER)
         if not found or _PLACEHOLDER in end:
@@ -121,6 +126,21 @@ class Template:
         end = end if end.strip() else ""
         extra = {name: value for name, value in row.extra.items() if name not in _names(self.text)}
         return Row("completion", prompt=prompt, completion=completion, end_of_answer=end, extra=extra)
+
+    def check_ends(self, rows: Sequence[Row]) -> None:
+        """See that it ends for every instruction row.
+
+        Raises:
+            DataError: if it takes too long for one, or writes too much.
+        """
+        if known_templates().get(self.name) == self.text:
+            return
+        given = [(number, _values(row)) for number, row in enumerate(rows, start=1) if row.kind == "instruction"]
+        # as rows with an input are rendered without it, too
+        given = [(number, {**it, "input": text}) for number, it in given for text in dict.fromkeys([it["input"], ""])]
+        if given and (found := beyond_limits(self.text, [{**it, "output": _PLACEHOLDER} for _, it in given])):
+            place = f"template {self.name}, row {given[found[0]][0]}"
+            raise DataError(Problem(place, found[1], "Mend the template, or leave the row out."))
 
     def _rendered(self, values: dict[str, Any]) -> str:
         """The template with the placeholder for the output."""
@@ -139,6 +159,11 @@ class Template:
 
     def _error(self, what: str, remedy: str) -> DataError:
         return DataError(Problem(f"template {self.name}", what, remedy))
+
+
+def _values(row: Row) -> dict[str, Any]:
+    """The names that a template may use, but for the output."""
+    return {**row.extra, "instruction": row.instruction.strip(), "input": row.input.strip()}
 
 
 def read_template(source: str) -> Template:
@@ -166,10 +191,11 @@ def templated(rows: Sequence[Row], template: Template) -> list[Row]:
     """Rows with the instruction rows among them rendered; unchanged by the default one, which rows apply themselves.
 
     Raises:
-        DataError: naming every row that the template cannot render.
+        DataError: naming every row that the template cannot render, or one that it does not end for.
     """
     if template.default:
         return list(rows)
+    template.check_ends(rows)
     found, problems = list[Row](), list[Problem]()
     for number, row in enumerate(rows, start=1):
         try:

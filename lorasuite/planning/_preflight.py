@@ -352,7 +352,8 @@ def _accepted(
 ) -> list[Row]:
     """The rows that every chat template renders; the others are problems, or said in a notice if the user allows it and
     some are left."""
-    kept, problems = accepted(rows, [tokenizer for tokenizer in tokenizers if tokenizer is not None])
+    known_tokenizers = [tokenizer for tokenizer in tokenizers if tokenizer is not None]
+    kept, problems = result.attempt(lambda: accepted(rows, known_tokenizers)) or ([], [])
     if not problems:
         return rows
     if config.skip_refused_rows and kept:

@@ -26,6 +26,7 @@ from websockets.sync.client import connect
 
 from flows.host import POOL, Host, plan_workers, set_up, visible_gpus
 from flows.prepare_pair import prepare_pair
+from flows.server import HOSTS
 from flows.watch_base_models import EVENT, complete, watch_base_models
 from tests.browser import needs_chromium, page
 from tests.flows.small import Small
@@ -297,6 +298,23 @@ def test_deploy_from_a_plain_checkout(up: Up, environment: dict[str, str], tmp_p
     with up.client() as client:
         paths = {d.path or json.dumps(d.pull_steps) for d in client.read_deployments() if "lorasuite" in d.tags}
     assert len(paths) == 1 and str(tmp_path) in paths.pop()
+
+
+@pytest.mark.parametrize(
+    ("host", "api", "name"),
+    [
+        ("127.0.0.1", "http://127.0.0.1:4200/api", "127.0.0.1"),
+        ("0.0.0.0", "http://127.0.0.1:4200/api", "0.0.0.0"),
+        ("::1", "http://[::1]:4200/api", "[::1]"),
+        ("::", "http://[::1]:4200/api", "[::]"),
+        ("host.example", "http://host.example:4200/api", "host.example"),
+    ],
+)
+def test_addresses_of_either_kind(host: str, api: str, name: str) -> None:
+    started = Host(host, root=ROOT, auth="a:b", names=("2001:db8::1",))
+    allowed = started.environment()[HOSTS].split(",")
+    assert started.api == api and {name, "127.0.0.1", "[::1]", "localhost", "[2001:db8::1]"} == set(allowed)
+    assert api.split("/")[2].removesuffix(":4200") in allowed
 
 
 def test_gpus_are_read_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

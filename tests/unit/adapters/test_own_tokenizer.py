@@ -11,7 +11,7 @@ import pytest
 
 from lorasuite.adapters import own_tokenizer, tokenizer_folder
 from lorasuite.bases import load_tokenizer
-from lorasuite.errors import AdapterError
+from lorasuite.errors import AdapterError, CheckpointError
 from tests import models
 
 TEMPLATE = "{% for m in messages %}w1 {{ m.content }} w2 {% endfor %}{% if add_generation_prompt %}w3 {% endif %}"
@@ -152,3 +152,14 @@ def test_several_adapters_must_have_the_same(
     for pair in (f"{one},{other}", f"{one},{without}"):
         folder, notice = tokenizer_folder(pair)
         assert folder is None and "of 2 adapters not all have the same tokenizer" in notice
+
+
+def test_a_chat_template_that_does_not_end_is_refused_when_it_is_loaded(plain: Any, tmp_path: Path) -> None:
+    endless = "{{ messages[0].content * 10 ** 10 }}"
+    plain.chat_template = endless
+    plain.save_pretrained(tmp_path / "base")
+    with pytest.raises(CheckpointError, match=r"its chat template takes more than .*for a conversation of two words"):
+        load_tokenizer(tmp_path / "base")
+    (tmp_path / "chat_template.jinja").write_text(endless)
+    with pytest.raises(AdapterError, match=r"its chat template takes more than"):
+        own_tokenizer(tmp_path, plain)

@@ -72,3 +72,10 @@ def test_a_migration_goes_on_without_refused_rows_where_it_may(
     assert (len(plan.train), len(plan.evaluation), len(plan.texts)) == (96, 96, 96)
     notices = [notice for notice in plan.inspection.notices if "left out" in notice]
     assert len(notices) == 2 and all("4 of 100 left out, such as " in n and "line 5" in n for n in notices)
+
+
+def test_a_template_that_does_not_end_for_one_row_renders_none(tmp_path: Path) -> None:
+    tokenizer = bpe(template=STRICT + "{% if messages[0]['content'] == 'w40 w7' %}{{ 'a' * 10 ** 10 }}{% endif %}")
+    path = rows(tmp_path / "chat.jsonl", refused=())
+    with pytest.raises(DataError, match=r"line 40: the chat template of .* takes more than 1 GiB of memory"):
+        accepted(read_rows(path), [tokenizer])

@@ -108,6 +108,23 @@ def test_neither_a_name_nor_a_file(tmp_path: Path) -> None:
         read_template(str(tmp_path / "binary"))
 
 
+def test_a_template_that_does_not_end_is_refused_before_it_is_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lorasuite.bases._template_limits.SECONDS", 0.5)
+    words = "{{ instruction }}{{ input }}{{ output }}"
+    (tmp_path / "t.jinja").write_text(words + "{{ 'a' * 10 ** 10 }}")
+    with pytest.raises(ConfigError, match=r"t.jinja: takes more than 1 GiB of memory for an instruction of one word"):
+        read_template(str(tmp_path / "t.jinja"))
+    # one that ends for most rows, and not for this one
+    loops = "{% for a in range(90000) %}{% for b in range(90000) %}{% endfor %}{% endfor %}"
+    (tmp_path / "t.jinja").write_text(words + f"{{% if input not in ['', 'b'] %}}{loops}{{% endif %}}")
+    template = read_template(str(tmp_path / "t.jinja"))
+    assert templated([Row("instruction", instruction="Add.", output="3")], template)
+    with pytest.raises(DataError, match=r"t.jinja, row 2: takes more than 0.5 seconds, or more than 1 GiB"):
+        templated([Row("instruction", instruction="Add.", output="3"), ADD], template)
+
+
 @pytest.mark.parametrize("evil", EVIL)
 def test_nothing_leaves_the_sandbox(evil: str) -> None:
     with pytest.raises(DataError, match="cannot be rendered") as error:
