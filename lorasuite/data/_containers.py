@@ -9,11 +9,13 @@ import hashlib
 import io
 import json
 import lzma
+import re
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
+from lorasuite.data._limits import READ_BYTES, check_bytes, check_columns, counted, enough, limit
 from lorasuite.data._tables import from_disk, from_hub, from_parquet
 from lorasuite.errors import DataError, Problem
 
@@ -57,8 +59,12 @@ def records(path: Path | str, problems: list[Problem]) -> Iterator[tuple[str, An
         path: a file or folder, or as text a data set of the Hub.
 
     Raises:
-        DataError: as :func:`read_text`, or if a table or data set cannot be read.
+        DataError: as :func:`read_text`, or if a table or data set cannot be read, or has more rows than are read.
     """
+    yield from counted(path, _records(path, problems))
+
+
+def _records(path: Path | str, problems: list[Problem]) -> Iterator[tuple[str, Any]]:
     if isinstance(path, str):
         for number, value in enumerate(from_hub(path), start=1):
             yield f"{path}, row {number}", value
@@ -83,9 +89,12 @@ def _bytes(path: Path) -> bytes:
     try:
         if path.exists() and not path.is_file():  # a pipe or a device may never end
             raise DataError([Problem(str(path), "is no regular file", _REMEDY)])
+        check_bytes(path, path.stat().st_size)
         raw = path.read_bytes()
         unpack = next((how for magic, how in UNPACK.items() if raw.startswith(magic)), None)
-        raw = unpack(raw) if unpack else raw
+        if unpack:
+            raw = unpack(io.BytesIO(raw)).read(limit(READ_BYTES) + 1)
+            check_bytes(path, len(raw))
     except DataError:
         raise
     except (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error) as error:  # gzip's and pyarrow's are among them
@@ -98,18 +107,17 @@ def _bytes(path: Path) -> bytes:
     return raw
 
 
-def _zstandard(raw: bytes) -> bytes:
+def _zstandard(raw: BinaryIO) -> BinaryIO:
     import pyarrow
 
-    content: bytes = pyarrow.CompressedInputStream(pyarrow.py_buffer(raw), "zstd").read()
-    return content
+    return cast(BinaryIO, pyarrow.CompressedInputStream(raw, "zstd"))
 
 
 #: How packed files begin, and what unpacks them.
-UNPACK: dict[bytes, Callable[[bytes], bytes]] = {
-    b"\x1f\x8b": gzip.decompress,
-    b"BZh91AY&SY": bz2.decompress,
-    b"\xfd7zXZ\x00": lzma.decompress,
+UNPACK: dict[bytes, Callable[[BinaryIO], BinaryIO]] = {
+    b"\x1f\x8b": lambda raw: cast(BinaryIO, gzip.GzipFile(fileobj=raw)),
+    b"BZh91AY&SY": lambda raw: cast(BinaryIO, bz2.BZ2File(raw)),
+    b"\xfd7zXZ\x00": lambda raw: cast(BinaryIO, lzma.LZMAFile(raw)),  # noqa: SIM115 - of memory
     b"\x28\xb5\x2f\xfd": _zstandard,
 }
 #: What packed files are called.
@@ -133,7 +141,7 @@ FOREIGN = {
 def _table(path: Path) -> Iterator[Any]:
     """The rows of a Parquet file or of a data set saved to disk."""
     try:
-        return from_disk(path) if path.is_dir() else from_parquet(io.BytesIO(_bytes(path)))
+        yield from from_disk(path) if path.is_dir() else from_parquet(path, io.BytesIO(_bytes(path)))
     except DataError:
         raise
     except (OSError, ValueError) as error:  # pyarrow's errors are among them
@@ -145,7 +153,11 @@ def _csv_records(path: Path, text: str, problems: list[Problem]) -> Iterator[tup
     delimiter = "\t" if suffix(path) == ".tsv" else ","
     csv.field_size_limit(max(csv.field_size_limit(), len(text) + 1))  # 128 KiB, which a document exceeds
     try:
-        for number, row in enumerate(csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter), start=1):
+        reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
+        check_columns(path, len(reader.fieldnames or ()))
+        for number, row in enumerate(reader, start=1):
+            if enough(problems, path):
+                return
             if None in row or None in row.values():
                 what = "has another number of cells than the header"
                 problems.append(Problem(f"{path}, row {number}", what, "Put cells that hold commas in quotes"))
@@ -159,25 +171,26 @@ def _json_records(path: Path, text: str, problems: list[Problem]) -> Iterator[tu
     """``(where, value)`` of each record; what cannot be parsed goes to ``problems``."""
     if text.lstrip().startswith("["):
         try:
-            values = json.loads(text)
+            for number, value in enumerate(_elements(text), start=1):
+                yield f"{path}, row {number}", value
         except json.JSONDecodeError as error:
             what = f"is not valid JSON ({error.msg}, column {error.colno})"
             problems.append(Problem(f"{path}, line {error.lineno}", what, "Correct it, or use JSONL"))
-            return
-        for number, value in enumerate(values, start=1):
-            yield f"{path}, row {number}", value
+        except (ValueError, RecursionError) as error:  # integers of thousands of digits, and nesting as deep
+            problems.append(Problem(str(path), f"is not valid JSON ({error})", "Correct it, or use JSONL"))
         return
     if suffix(path) == ".json":
         # One object spread over several lines is a legal .json file, but not JSONL.
         try:
             value = json.loads(text)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             pass
         else:
             yield f"{path}, row 1", value
             return
-    # Not splitlines(): JSON strings may hold U+2028 and others that it would split at.
-    for number, line in enumerate(text.split("\n"), start=1):
+    for number, line in enumerate(_lines(text), start=1):
+        if enough(problems, path):
+            return
         if not line.strip():
             continue
         where = f"{path}, line {number}"
@@ -187,7 +200,51 @@ def _json_records(path: Path, text: str, problems: list[Problem]) -> Iterator[tu
             what = f"is not valid JSON ({error.msg}, column {error.colno})"
             problems.append(Problem(where, what, "Write one JSON object a line"))
             continue
+        except (ValueError, RecursionError) as error:  # as above
+            problems.append(Problem(where, f"is not valid JSON ({error})", "Write one JSON object a line"))
+            continue
         yield where, value
+
+
+def _lines(text: str) -> Iterator[str]:
+    """The lines, one at a time.
+
+    Not by ``splitlines()``: JSON strings may hold U+2028 and others that it splits at.
+    """
+    begin = 0
+    while (end := text.find("\n", begin)) >= 0:
+        yield text[begin:end]
+        begin = end + 1
+    yield text[begin:]
+
+
+_SPACE = re.compile(r"[ \t\n\r]*")
+
+
+def _elements(text: str) -> Iterator[Any]:
+    """The elements of a JSON array, one at a time.
+
+    Raises:
+        ValueError: what comes next is not valid JSON.
+    """
+
+    def past(at: int) -> int:
+        space = _SPACE.match(text, at)
+        return at if space is None else space.end()
+
+    decoder, at = json.JSONDecoder(), past(text.index("[") + 1)
+    while text[at : at + 1] != "]":
+        value, at = decoder.raw_decode(text, at)
+        yield value
+        at = past(at)
+        if text[at : at + 1] == ",":
+            at = past(at + 1)
+            if text[at : at + 1] == "]":
+                raise json.JSONDecodeError("Expecting value", text, at)
+        elif text[at : at + 1] != "]":
+            raise json.JSONDecodeError("Expecting ',' delimiter", text, at)
+    if (end := past(at + 1)) != len(text):
+        raise json.JSONDecodeError("Extra data", text, end)
 
 
 def source_digest(source: str) -> str:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorasuite.data._columns import KNOWN_KEYS, lacking, renamed
 from lorasuite.data._containers import read_text, records, suffix
+from lorasuite.data._limits import check_rows, enough
 from lorasuite.data._refused import accepted
 from lorasuite.data._rows import Kind, Message, Row, unanswered, whole_text
 from lorasuite.data._tables import HUB
@@ -68,10 +69,12 @@ def _rows(
     """
     source = source if str(source).startswith(HUB) else Path(source)
     if isinstance(source, Path) and suffix(source) == ".txt":
-        return _paragraphs(read_text(source))
+        return _paragraphs(source, read_text(source))
     rows: list[Row] = []
     problems: list[Problem] = []
     for where, record in records(source, problems):
+        if enough(problems, source):
+            break
         if columns and isinstance(record, dict):
             if strict and (what := lacking(record, columns)):
                 problems.append(Problem(where, what, "Name columns that there are with --columns"))
@@ -154,8 +157,12 @@ def _with_answer(record: Any) -> Any:
     return record
 
 
-def _paragraphs(text: str) -> list[Row]:
-    """Text rows of the blocks between blank lines."""
+def _paragraphs(source: Path, text: str) -> list[Row]:
+    """Text rows of the blocks between blank lines.
+
+    Raises:
+        DataError: if there are more than are read.
+    """
     rows: list[Row] = []
     block: list[str] = []
     for line in [*text.splitlines(), ""]:
@@ -163,6 +170,7 @@ def _paragraphs(text: str) -> list[Row]:
             block.append(line)
         elif block:
             rows.append(Row(kind="text", text="\n".join(block)))
+            check_rows(source, len(rows))
             block = []
     return rows
 

@@ -11,6 +11,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorasuite.data._limits import READ_BYTES, check_bytes, check_columns, check_rows, limit, weighed
 from lorasuite.errors import DataError, Problem
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def from_hub(source: str) -> Iterator[Any]:
             what = "the Hub is not reached, and datasets' cache does not say which revision it holds"
             raise DataError([Problem(source, what, "Leave the revision out, or run it with a connection")])
         builder.download_and_prepare()
-        yield from _values(builder.as_dataset(split=split))
+        yield from weighed(source, _values(builder.as_dataset(split=split)))
     except DataError:
         raise
     except Exception as error:  # its own errors, and those of the Hub's client, of fsspec and of each file format
@@ -76,18 +77,31 @@ def from_disk(path: Path) -> Iterator[Any]:
     if isinstance(found, datasets.DatasetDict):
         splits = ", ".join(str(path / name) for name in found)
         raise DataError([Problem(str(path), "holds several splits", f"Give one of them: {splits}")])
-    return _values(found)
+    return weighed(path, _values(found))
 
 
-def from_parquet(source: io.BytesIO) -> Iterator[Any]:
-    """The rows of a Parquet file.
+def from_parquet(path: Path, source: io.BytesIO) -> Iterator[Any]:
+    """The rows of a Parquet file: few at a time, as a value that is written once may be that of each.
+
+    Args:
+        path: for messages.
+        source: the file's content.
 
     Raises:
+        DataError: it has more rows, columns or bytes than are read.
         OSError, ValueError: it cannot be read.
     """
     import pyarrow.parquet
 
-    return map(plain, pyarrow.parquet.read_table(source).to_pylist())
+    file = pyarrow.parquet.ParquetFile(source)
+    groups = [file.metadata.row_group(group) for group in range(file.metadata.num_row_groups)]
+    sizes = [group.column(column).total_uncompressed_size for group in groups for column in range(group.num_columns)]
+    check_rows(path, file.metadata.num_rows)
+    check_columns(path, file.metadata.num_columns)
+    check_bytes(path, sum(sizes))
+    at_once = min(max(limit(READ_BYTES) // max([1, *sizes]), 1), 1024)
+    batches = file.iter_batches(batch_size=at_once)
+    yield from weighed(path, (plain(row) for batch in batches for row in batch.to_pylist()))
 
 
 def _values(dataset: Dataset) -> Iterator[Any]:

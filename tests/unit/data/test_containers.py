@@ -7,6 +7,7 @@ import datetime
 import gzip
 import json
 import lzma
+from collections.abc import Callable
 from pathlib import Path
 
 import datasets
@@ -177,3 +178,75 @@ def test_columns_that_are_not_there(tmp_path: Path) -> None:
         "no row has a field 'promt'",
         "'text' is named twice",
     ]
+
+
+def _packed(path: Path) -> None:
+    {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}[path.suffix](path, "wt").write('{"text": "a"}\n' * 10_000)
+
+
+#: Small files that stand for many bytes, rows or columns.
+BOMBS: dict[str, tuple[Callable[[Path], object], str]] = {
+    **{f"a.jsonl.{kind}": (_packed, "more than 100,000 bytes") for kind in ("gz", "bz2", "xz")},
+    "a.jsonl.zst": (
+        lambda path: path.write_bytes(pyarrow.compress(b'{"text": "a"}\n' * 10_000, "zstd", asbytes=True)),
+        "more than 100,000 bytes",
+    ),
+    "plain.jsonl": (lambda path: path.write_bytes(b" " * 100_001), "more than 100,000 bytes"),
+    "rows.jsonl": (lambda path: path.write_text('{"text": "a"}\n' * 501), "more than 500 rows"),
+    "rows.json": (lambda path: path.write_text("[" + '{"text": "a"},' * 500 + '{"text": "a"}]'), "more than 500 rows"),
+    "rows.txt": (lambda path: path.write_text("a\n\n" * 501), "more than 500 rows"),
+    "rows.csv": (lambda path: path.write_text("text\n" + "a\n" * 501), "more than 500 rows"),
+    "columns.csv": (lambda path: path.write_text(",".join(map(str, range(10_001)))), "more than 10,000 columns"),
+    "rows.parquet": (
+        lambda path: pyarrow.parquet.write_table(pyarrow.table({"text": pyarrow.nulls(501)}), path),
+        "more than 500 rows",
+    ),
+    # one text for all rows
+    "bytes.parquet": (
+        lambda path: pyarrow.parquet.write_table(
+            pyarrow.table({"text": pyarrow.array(["x" * 1000] * 300).dictionary_encode()}), path
+        ),
+        "more than 100,000 bytes",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_small_files_that_stand_for_much(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write, said = BOMBS[name]
+    write(tmp_path / name)
+    monkeypatch.setenv("LORASUITE_READ_BYTES", "100000")
+    monkeypatch.setenv("LORASUITE_READ_ROWS", "500")
+    with pytest.raises(DataError, match=f"{name}: has {said}"):
+        read_rows(tmp_path / name)
+    if "columns" not in name and "plain" not in name and "rows.parquet" not in name:
+        monkeypatch.setenv("LORASUITE_READ_BYTES", "1000000")
+        monkeypatch.setenv("LORASUITE_READ_ROWS", "10000")
+        assert len(read_rows(tmp_path / name)) in (300, 501, 10_000)
+        monkeypatch.setenv("LORASUITE_READ_ROWS", "many")
+        with pytest.raises(ConfigError, match="LORASUITE_READ_ROWS: is 'many'"):
+            read_rows(tmp_path / name)
+
+
+def test_a_source_of_wrong_rows_is_not_read_to_its_end(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text("{}\n" * 20_000)
+    with pytest.raises(DataError, match="was read no further") as refused:
+        read_rows(tmp_path / "rows.jsonl")
+    assert len(refused.value.problems) == 10_001
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('[{"text": "a"}, ]', "Expecting value"),
+        ('[{"text": "a"} {"text": "b"}]', "Expecting ',' delimiter"),
+        ('[{"text": "a"}] 1', "Extra data"),
+        ('[{"text": "a"}', "Expecting ',' delimiter"),
+        ("[" * 100_000, "is not valid JSON"),
+        ('{"a": ' + "1" * 5_000 + "}", "is not valid JSON"),
+    ],
+)
+def test_arrays_and_values_that_are_no_json(text: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "rows.json").write_text(text)
+    with pytest.raises(DataError, match=said):
+        read_rows(tmp_path / "rows.json")
