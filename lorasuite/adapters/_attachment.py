@@ -14,7 +14,7 @@ from lorasuite.adapters._config_patterns import pattern_problems
 from lorasuite.adapters._config_types import type_problems
 from lorasuite.adapters._files import CONFIG
 from lorasuite.adapters._kinds import changes_base
-from lorasuite.bases import Checkpoint, read_json
+from lorasuite.bases import Checkpoint, read_config_json
 from lorasuite.errors import AdapterError, OutputError, Problem
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def attachment_problems(folder: Path, base: Checkpoint) -> list[Problem]:
     Raises:
         CheckpointError: if its config or the base's headers cannot be read.
     """
-    config, where = read_json(folder / CONFIG), str(folder / CONFIG)
+    config, where = read_config_json(folder / CONFIG), str(folder / CONFIG)
     return type_problems(config, where) or pattern_problems(config, base.shapes(), where)
 
 

@@ -31,7 +31,7 @@ from lorasuite.bases import (
     file_digest,
     in_order,
     module_order,
-    read_json,
+    read_config_json,
     resolve,
 )
 from lorasuite.errors import AdapterError, CheckpointError, Problem, examples
@@ -73,7 +73,7 @@ class Adapter:
             example = f"{name}/{found[0]}" + (f"@{revision}" if revision else "")
             remedy = f"There is one in {examples([f'{folder}/' for folder in found])}: give that directory, {example}."
             raise AdapterError([Problem(str(path / CONFIG), "is missing", remedy)])
-        config = read_json(path / CONFIG)
+        config = read_config_json(path / CONFIG)
         problems = config_problems(config, str(path / CONFIG), initial_adapter(path) is not None)
         file = path / WEIGHTS
         if not file.is_file() and (path / PICKLE).is_file():

@@ -3,8 +3,8 @@ from ._architecture_files import BUILT_IN, add_architectures, architecture_for, 
 from ._cache import ModelCache, loaded_model, model_cache, release_models
 from ._checkpoint import Checkpoint
 from ._digests import check_finite, digest_json, file_digest, fingerprint_model, fingerprint_tokenizer, stamp
-from ._files import Weights, read_json, resolve
-from ._loading import auto_class, load_model, load_tokenizer, module_order, placed
+from ._files import Weights, read_config_json, read_json, resolve
+from ._loading import auto_class, empty_model, load_model, load_tokenizer, module_order, placed
 from ._meter import METER
 from ._modules import ATTENTION, DOWN, GATE_UP, MLP, ROLES, Dimensions, Module, Role, StandardRole
 from ._pairing import Batch, TextBatch, length_batches, paired_positions, text_batches, unpaired
@@ -12,6 +12,7 @@ from ._paths import is_directory, is_file
 from ._proposal import propose
 from ._settings import LoadSettings
 from ._streaming import LayerStream, StreamedBase, streamed_base
+from ._template_limits import beyond_limits, chat_values, check_chat_template
 from ._tracing import ActivationRecorder, LoadedBase, Place, linear_modules, main_stream, put_weights
 from ._vocabulary import CommonTokens, TokenBytes, common_tokens, convention, surface
 from ._yaml import check_aliases, read_yaml
@@ -46,11 +47,15 @@ __all__ = [
     "architecture_for",
     "architectures",
     "auto_class",
+    "beyond_limits",
+    "chat_values",
     "check_aliases",
+    "check_chat_template",
     "check_finite",
     "common_tokens",
     "convention",
     "digest_json",
+    "empty_model",
     "file_digest",
     "fingerprint_model",
     "fingerprint_tokenizer",
@@ -70,6 +75,7 @@ __all__ = [
     "placed",
     "propose",
     "put_weights",
+    "read_config_json",
     "read_json",
     "read_yaml",
     "release_models",

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, fields, replace
@@ -260,6 +261,6 @@ def _number(sources: Sources, settings: Mapping[str, Any], layer: int = 0) -> fl
         value = settings.get(source if isinstance(source, str) else source.of)
         if isinstance(value, list | tuple) and layer < len(value):
             value = value[layer]
-        if isinstance(value, int | float) and not isinstance(value, bool) and value > 0:
+        if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf:
             return value if isinstance(source, str) else source.times * float(value) ** source.power
     return None

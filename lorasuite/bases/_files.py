@@ -22,6 +22,10 @@ FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
 #: The remedy where weights cannot be what was published.
 DAMAGED = "The file is damaged: download it again."
 DOWNLOAD = "Download it again."
+#: Bytes of a file of JSON: indexes of the largest models have ten million.
+LARGEST_JSON = 64 * 2**20
+#: Settings of a config, and values in all of them together: lists of the modules of large models have some 50,000.
+MOST_SETTINGS, MOST_VALUES = 5_000, 200_000
 
 
 def resolve(source: str | Path, revision: str | None = None) -> Path:
@@ -85,7 +89,7 @@ class Weights:
         gguf = _quantized.gguf_files(self.path)
         if gguf and not (self.path / "config.json").is_file():
             raise CheckpointError(_quantized.gguf_problem(gguf[0]))
-        self.config = read_json(self.path / "config.json")
+        self.config = read_config_json(self.path / "config.json")
 
     @property
     def _index(self) -> Path | None:
@@ -250,12 +254,17 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file.
 
     Raises:
-        CheckpointError: if the file is missing or holds no JSON object.
+        CheckpointError: if the file is missing, larger than :data:`LARGEST_JSON` or holds no JSON object.
     """
     if path.exists() and not path.is_file():  # a directory, or a pipe or device, which may never end
         raise CheckpointError(Problem(str(path), "is no regular file", "Give a directory saved with save_pretrained."))
     try:
+        if path.stat().st_size > LARGEST_JSON:
+            what = f"has more than {LARGEST_JSON // 2**20} MiB, which no config or index has"
+            raise CheckpointError(Problem(str(path), what, DOWNLOAD))
         value = json.loads(path.read_text(encoding="utf-8"))
+    except CheckpointError:
+        raise
     except FileNotFoundError:
         raise CheckpointError(
             Problem(str(path), "is missing", "Give a directory saved with save_pretrained.")
@@ -270,6 +279,25 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(Problem(str(path), "holds no JSON object", "Download or save it again."))
     return value
+
+
+def read_config_json(path: Path) -> dict[str, Any]:
+    """A model's or an adapter's settings from a file: what reads them takes a time that grows with their number.
+
+    Raises:
+        CheckpointError: as :func:`read_json`, or if they are more than any model has.
+    """
+    config = read_json(path)
+    held, values = 0, list[Any]([config])
+    while values and held <= MOST_VALUES:
+        value = values.pop()
+        inner = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []
+        held += len(inner)
+        values += inner
+    for count, most, what in ((len(config), MOST_SETTINGS, "settings"), (held, MOST_VALUES, "values")):
+        if count > most:
+            raise CheckpointError(Problem(str(path), f"has more than {most:,} {what}, as no model has", DOWNLOAD))
+    return config
 
 
 def is_finite(tensor: Tensor) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ from lorasuite.adapters import (
     tokenizer_folder,
 )
 from lorasuite.bases import Checkpoint, Role, Weights, add_architectures, common_tokens, load_tokenizer, propose
-from lorasuite.errors import LoRASuiteError, PreflightError, Problem, did_you_mean, examples
+from lorasuite.errors import LoRASuiteError, PreflightError, Problem, examples
+from lorasuite.planning._base_config import unusable_config
 from lorasuite.planning._config import AUTO
 from lorasuite.planning._experts import expert_rows, not_moved_notices, nothing_moves
 from lorasuite.transforms import ModelTransform, can_move, transform
@@ -118,7 +119,7 @@ def inspect(
         if checkpoint is not None:
             wrong = checkpoint.check()
             sound = sound and not wrong
-            result.problems += wrong + _own_code(checkpoint, trust_remote_code) + _unusable(checkpoint)
+            result.problems += wrong + _own_code(checkpoint, trust_remote_code) + unusable_config(checkpoint, not wrong)
             with contextlib.suppress(LoRASuiteError):  # what cannot be read has been noted
                 if checkpoint.quantization is not None and not checkpoint.quantization.why:
                     result.notices.append(f"{checkpoint.source}: {checkpoint.quantization.notice()}")
@@ -170,51 +171,6 @@ def _own_code(checkpoint: Checkpoint, trust_remote_code: bool) -> list[Problem]:
         return []
     what = "is a model with code of its own, which running it takes"
     return [Problem(checkpoint.source, what, "Read that code, and give --trust-remote-code if you trust it.")]
-
-
-#: Fields of a config that are used behind any check of transformers, and what they must be.
-_FORMS: dict[str, tuple[tuple[type, ...], str]] = {
-    "architectures": ((list,), "a list"),
-    "attn_implementation": ((str, dict), "a text"),
-    "text_config": ((dict,), "settings by name"),
-    "sliding_window": ((int, float, list), "a number"),
-}
-
-
-def _unusable(checkpoint: Checkpoint) -> list[Problem]:
-    """Why transformers could make no model of a base's config: values it refuses, an unknown activation."""
-    from transformers import CONFIG_MAPPING
-    from transformers.activations import ACT2FN
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    kind, where = str(checkpoint.config.get("model_type")), str(checkpoint.path / "config.json")
-    if kind not in CONFIG_MAPPING:
-        return []
-    wrong = [
-        Problem(f"{where}: {name}", f"is {value!r:.100}, and must be {told}", "Mend the config.")
-        for name, (kinds, told) in _FORMS.items()
-        if (value := checkpoint.config.get(name)) is not None and not isinstance(value, kinds)
-    ]
-    if wrong:
-        return wrong
-    try:
-        text = CONFIG_MAPPING[kind].from_pretrained(str(checkpoint.path)).get_text_config()
-    except Exception as error:  # each family's class checks in its own way
-        return [Problem(where, f"is refused by transformers ({type(error).__name__}: {error})", "Mend the config.")]
-    values = text.to_dict()
-    if values.get("head_dim") == 0:
-        return [Problem(f"{where}: head_dim", "is 0", "Mend the config.")]
-    rope = values.get("rope_parameters")
-    turned = rope.get("rope_type") if isinstance(rope, Mapping) else None
-    if isinstance(turned, str) and turned not in {"default", "mrope", *ROPE_INIT_FUNCTIONS}:
-        what = f"rope_type {turned!r} is none that transformers has"
-        return [Problem(f"{where}: rope_parameters", what, did_you_mean(turned, sorted(ROPE_INIT_FUNCTIONS)))]
-    named = {name: getattr(text, name, None) for name in ("hidden_act", "hidden_activation", "activation_function")}
-    return [
-        Problem(f"{where}: {name}", f"{value!r} is no activation that transformers has", "Mend the config.")
-        for name, value in named.items()
-        if isinstance(value, str) and value not in ACT2FN
-    ]
 
 
 def _other_base(result: Inspection, old: Checkpoint, adapter: Adapter) -> None:

@@ -18,11 +18,12 @@ from safetensors.torch import load_file, save_file
 
 from flows.evaluate_adapters import check
 from lorasuite import planning
-from lorasuite.bases import LoadSettings, add_architectures, fingerprint_model
+from lorasuite.bases import Checkpoint, LoadSettings, add_architectures, fingerprint_model
 from lorasuite.data import read_rows
-from lorasuite.errors import CheckpointError, ConfigError, DataError, LoRASuiteError, PreflightError
+from lorasuite.errors import CheckpointError, ConfigError, DataError, LoRASuiteError, PreflightError, Problem
 from lorasuite.evaluation import check_tasks
 from lorasuite.planning import MigrationConfig, build, inspect, merged, read_config, torch_device
+from lorasuite.planning._base_config import unusable_config
 from tests import models
 
 #: A document of a few lines that stands for 10^9 values.
@@ -96,12 +97,55 @@ BASE: list[tuple[str, Any]] = [
     *((name, value) for name in ("vocab_size", "hidden_size", "num_attention_heads") for value in (10**30, 3.5, INF)),
     ("head_dim", -1), ("hidden_act", "banana"), ("auto_map", ["x"]), ("rope_parameters", "x"),
     ("vocab_size", 5), ("vocab_size", 10**9),
+    *(("rms_norm_eps", value) for value in (NAN, INF, -1e-6)), *(("num_key_value_heads", value) for value in (0, -1)),
+    *(("rope_parameters", {"rope_type": "default", "rope_theta": value}) for value in (NAN, 0, -1.0)),
+    ("attention_dropout", 2.5), ("initializer_range", -0.02), ("a_new_field", [1.0, NAN]),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("field", "value"), BASE, ids=str)
 def test_fields_of_a_base(field: str, value: Any, pair: tuple[Path, Path], tmp_path: Path) -> None:
     assert found(changed(pair[0], "config.json", tmp_path / "b", **{field: value}), pair[1]) or field == "auto_map"
+
+
+#: Numbers that some families alone have, each a kind of its own.
+OF_FAMILIES: list[tuple[str, str, Any]] = [
+    ("gpt2", "attn_pdrop", 2.5),
+    ("gemma3_text", "query_pre_attn_scalar", -1),
+    ("gemma3_text", "sliding_window", 0),
+    ("qwen3_next", "linear_key_head_dim", 0),
+    ("qwen3_next", "shared_expert_intermediate_size", INF),
+]
+
+
+@pytest.mark.parametrize(("family", "field", "value"), OF_FAMILIES, ids=str)
+def test_numbers_that_no_model_computes_with(
+    family: str, field: str, value: Any, base: Callable[..., Path], tmp_path: Path
+) -> None:
+    def problems(folder: Path) -> list[Problem]:
+        checkpoint = Checkpoint(folder)
+        return checkpoint.check() or unusable_config(checkpoint)
+
+    assert not problems(base(family))
+    assert problems(changed(base(family), "config.json", tmp_path / "b", **{field: value}))
+
+
+@pytest.mark.parametrize("name", ["config.json", "adapter_config.json"])
+@pytest.mark.parametrize(
+    "fields",
+    [{f"field_{n}": n for n in range(10**5)}, {"field": [[n] for n in range(10**6)]}],
+    ids=["fields", "values"],
+)
+def test_more_settings_than_any_model_has(
+    name: str, fields: dict[str, Any], pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    base, adapter = pair
+    if name == "config.json":
+        base = changed(base, name, tmp_path / "b", **fields)
+    else:
+        adapter = changed(adapter, name, tmp_path / "a", **fields)
+    begun = time.monotonic()
+    assert "as no model has" in found(base, adapter)[0] and time.monotonic() - begun < 6
 
 
 @pytest.mark.parametrize(
