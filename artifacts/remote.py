@@ -34,6 +34,13 @@ def default_remote() -> str | None:
     return os.environ.get("LORASUITE_STORE") or None
 
 
+def _options(remote: str) -> dict[str, Any]:
+    """s3fs tries each request five times; botocore below it would make twenty-five of them, which is six minutes where
+    a server does not answer.
+    """
+    return {"config_kwargs": {"retries": {"total_max_attempts": 1}}} if remote.startswith(("s3://", "s3a://")) else {}
+
+
 def open_store(home: Path | str | None = None, remote: str | None = None) -> Store:
     """The store under ``home``; a mirror of ``remote`` where one is given. Raises as :class:`MirroredStore` does."""
     return Store(home) if remote is None else MirroredStore(home, remote)
@@ -55,7 +62,7 @@ class MirroredStore(Store):
         #: Its address as it is shown, without a password.
         self.remote = re.sub(r"(?<=://)[^/@]*@", "***@", remote)
         # other hosts write too: a listing kept from before would hide what they made
-        self._fs, root = fsspec.core.url_to_fs(remote, use_listings_cache=False)
+        self._fs, root = fsspec.core.url_to_fs(remote, use_listings_cache=False, **_options(remote))
         self._root = str(root).rstrip("/")
 
     def __repr__(self) -> str:

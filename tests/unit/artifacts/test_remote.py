@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ import pytest
 import torch
 
 from artifacts import ArtifactDamaged, ArtifactMissing, MirroredStore, Store, open_store, stage_key
-from tests.s3 import bucket
+from lorasuite.errors import foreseen
+from tests.s3 import answering, bucket
 
 KEY = stage_key("thing", 1, {}, {"a": "1"})
 
@@ -110,6 +112,50 @@ def test_a_replaced_object_reaches_the_others(remote: str, tmp_path: Path) -> No
     put(one)
     put(one, 2.0, replace=True)
     assert MirroredStore(tmp_path / "two", remote).open(KEY).tensor("x").tolist() == [2.0] * 3
+
+
+@pytest.mark.parametrize("swapped", ["data.safetensors", ""], ids=["a file", "all of it"])
+def test_another_objects_bytes_are_never_used(
+    s3: str, swapped: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    remote = f"{s3}/{tmp_path.name}"
+    put(MirroredStore(tmp_path / "one", remote))
+    other = stage_key("thing", 1, {}, {"a": "2"})
+    MirroredStore(tmp_path / "one", remote).put(
+        other, stage="thing", version=1, settings={}, inputs={"a": "2"}, tensors={"x": torch.full((3,), 2.0)},
+        files={"folder/note.txt": b"hello"},
+    )  # fmt: skip
+    fs, _ = files(remote)
+    kept = {f"/{name}": fs.cat_file(name) for name in fs.find(remote)}
+
+    def wrong(path: str) -> bytes | None:
+        return kept.get(path.replace(f"{KEY[:2]}/{KEY}", f"{other[:2]}/{other}") if path.endswith(swapped) else path)
+
+    with answering(wrong), caplog.at_level(logging.WARNING), pytest.raises(ArtifactMissing):
+        MirroredStore(tmp_path / "two", remote).open(KEY)
+    assert not swapped or "the bytes of data.safetensors are not those that were stored" in caplog.text
+    assert MirroredStore(tmp_path / "two", remote).open(KEY).tensor("x").tolist() == [1.0] * 3
+
+
+def test_a_server_that_does_not_answer(s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    remote = f"{s3}/{tmp_path.name}"
+    put(MirroredStore(tmp_path / "one", remote))
+    monkeypatch.setattr("s3fs.S3FileSystem.read_timeout", 0.2)
+    monkeypatch.setattr("s3fs.S3FileSystem.retries", 3)
+    asked, over = list[str](), threading.Event()
+
+    def silent(path: str) -> None:
+        asked.append(path)
+        over.wait(60)
+
+    with answering(silent):
+        with pytest.raises(Exception) as raised:
+            MirroredStore(tmp_path / "two", remote).open(KEY)
+        over.set()
+    assert len(asked) == 3
+    told = foreseen(raised.value)
+    assert told is not None and "network: no answer" in str(told)
+    assert MirroredStore(tmp_path / "two", remote).open(KEY).tensor("x").tolist() == [1.0] * 3
 
 
 def test_no_remote_is_a_plain_store(tmp_path: Path) -> None:
