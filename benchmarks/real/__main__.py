@@ -4,13 +4,18 @@
         --grid all-linear --work DIR [--adapter DIR] [--calibration TEXTS] [--only TABLE …]
     python -m benchmarks.real collect …                the same arguments: cells of a run that goes on or was killed
     python -m benchmarks.real tables
+    python -m benchmarks.real pair --name OLD--NEW --old-base OLD --new-base NEW --calibration TEXTS
+    python -m benchmarks.real predict
 
 ``OLD`` and ``NEW`` are directories or Hub ids, ``ROWS`` and ``TEXTS`` files that ``lorasuite migrate`` reads. A grid
 is an experiment file without a pair and tasks (docs/experiments.md): one of this directory by name, or any file. Every
 cell is made of the stages of a migration, so a run that is killed goes on where it was, and artifacts of the pair that
 are in the store already are used. ``--work`` takes the experiment file with its paths, and its tables. What was
 measured goes into ``benchmarks/real/cells``: one JSON file a cell, without a path of this machine. ``tables`` writes
-the tables of ``docs/evidence.md`` and the picture beside them from those files.
+the tables of ``docs/evidence.md`` and the picture beside them from those files. ``predict`` asks whether cheap
+statistics tell beforehand what a way will do, cells and pairs left out in turn, and writes the answer into the same
+page and into what ``lorasuite inspect --calibration`` shows (``tables`` does that, too); ``pair`` computes the
+statistics of a pair that it reads.
 """
 
 from __future__ import annotations
@@ -52,11 +57,30 @@ def main(given: Sequence[str] | None = None) -> None:
     tables = commands.add_parser("tables")
     tables.add_argument("--cells", type=Path, default=CELLS)
     tables.add_argument("--page", type=Path, default=PAGE, help="the file with the marked places that the tables go to")
+    predict = commands.add_parser("predict")
+    predict.add_argument("--cells", type=Path, default=CELLS)
+    predict.add_argument("--page", type=Path, default=PAGE, help="the file with the marked place that the tables go to")
+    pair = commands.add_parser("pair")
+    pair.add_argument("--name", required=True, help="of its cells: OLD--NEW without directories, or a miniature pair")
+    pair.add_argument("--old-base", required=True)
+    pair.add_argument("--new-base", required=True)
+    pair.add_argument("--calibration", required=True)
     arguments = parser.parse_args(given)
+    if arguments.command in ("tables", "predict", "pair"):
+        from benchmarks.real import predict as prediction
+    if arguments.command in ("predict", "pair"):
+        if arguments.command == "predict":
+            prediction.write(arguments.cells, arguments.page)
+        else:
+            bases = (arguments.old_base, arguments.new_base)
+            print(prediction.describe(arguments.name, *bases, arguments.calibration))
+        return
     if arguments.command == "tables":
         from benchmarks.real.tables import write
 
         write(arguments.cells, arguments.page)
+        if prediction.BEGIN in arguments.page.read_text(encoding="utf-8"):
+            prediction.write(arguments.cells, arguments.page)
         return
     from benchmarks.real.grid import collect, experiment_file
     from flows.run_experiment import run_experiment

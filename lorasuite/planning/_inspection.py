@@ -40,6 +40,8 @@ class Inspection:
     modules: list[dict[str, Any]] = field(default_factory=list)
     #: Seconds and bytes by stage, and what this machine has: see :func:`lorasuite.planning.survey`.
     cost: dict[str, Any] = field(default_factory=dict)
+    #: What every way was measured to do elsewhere: see :func:`lorasuite.planning._outlook.outlook`.
+    outlook: dict[str, Any] = field(default_factory=dict)
     notices: list[str] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     #: For a base of an unknown architecture: ``{"old_base": {"yaml": a draft of its file, "questions": […]}}``

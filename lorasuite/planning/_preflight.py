@@ -33,6 +33,7 @@ from lorasuite.planning._estimate import Data, estimate, planned_work, shortages
 from lorasuite.planning._general import GeneralTexts, general_texts
 from lorasuite.planning._inspection import Inspection, inspect
 from lorasuite.planning._machine import Machine, measure
+from lorasuite.planning._outlook import outlook
 from lorasuite.planning._policy import RowCounts, RowPlan, plan_rows, too_few_to_sweep, untaught
 from lorasuite.planning._thresholds import MIN_SWEEP_ROWS
 from lorasuite.teacher import prompt_frame, unusable
@@ -136,6 +137,7 @@ def survey(
         reading = (source, result.new_tokenizer, config.renamed_columns)
         texts = result.attempt(lambda: calibration_texts(*reading, template=template)) or []
         data.texts = texts[: config.pair.calibration_samples]
+        result.outlook = outlook()
     wanted = plan_rows(config, RowCounts())
     if train is not None:
         read = result.attempt(lambda: read_rows(train, config.renamed_columns)) or []

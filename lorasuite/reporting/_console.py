@@ -57,11 +57,34 @@ def show_inspection(found: Mapping[str, Any]) -> None:
         console.print(f"note: {notice}", highlight=False, markup=False)
     for problem in grouped(Problem(**problem) for problem in found["problems"]):
         console.print("[red]problem:[/]", escape(str(problem)), highlight=False)
+    if found["outlook"]:
+        _show_outlook(console, found["outlook"])
     if not found["problems"]:
         console.print("no problems found")
     for side, draft in found["proposal"].items():
         console.print(f"\na first draft of an architecture file for {side.replace('_', ' ')}:", highlight=False)
         console.print(draft["yaml"], highlight=False, markup=False)
+
+
+def _show_outlook(console: Console, outlook: Mapping[str, Any]) -> None:
+    """What every way did elsewhere, and that this is all there is to go by, if it is."""
+    table = Table(
+        "way", "real cells", "with the miniatures", box=SIMPLE_HEAD, title="measured elsewhere: lead kept, in loss"
+    )
+    for row in outlook["ways"]:
+        table.add_row(row["way"].replace("`", ""), *(_span(row[part]) for part in ("real", "all")))
+    console.print(table)
+    counted = f"real pairs measured: {outlook['pairs']}, cells: {outlook['cells']}; docs/evidence.md"
+    told = "nothing measured predicts what a way does on another pair or task; the ranges are all there is to go by"
+    if outlook["predictor"] is not None:
+        told = f"what predicts a way's result best, and ahead of the ranges: {outlook['predictor']}"
+    console.print(f"{told} ({counted})", highlight=False, markup=False, soft_wrap=True)
+
+
+def _span(part: Mapping[str, float]) -> str:
+    """The lowest and the highest share of some cells, and how many cells it was."""
+    ends = dict.fromkeys(f"{part[end]:.0%}" for end in ("low", "high"))
+    return f"{' to '.join(ends)} ({part['cells']})"
 
 
 def _show_cost(console: Console, cost: Mapping[str, Any]) -> None:

@@ -497,7 +497,7 @@ class TestCommandLine:
 
     run = staticmethod(lambda *arguments: CliRunner().invoke(app, [str(a) for a in arguments]))
 
-    def test_inspect(self, pair: tuple[Path, Path], adapters: tuple[Path, Path]) -> None:
+    def test_inspect(self, pair: tuple[Path, Path], adapters: tuple[Path, Path], data: dict[str, Path]) -> None:
         bases = ("--old-base", pair[0], "--new-base", pair[1])
         result = self.run("inspect", *bases, "--adapter", adapters[0], "--json")
         assert result.exit_code == 0
@@ -506,7 +506,17 @@ class TestCommandLine:
         assert changed >= {"vocabulary size", "hidden size", "intermediate size", "layers", "attention heads"}
         assert {row["role"] for row in found["modules"] if row["moves"]} == {"q", "k", "v", "o", "gate", "up", "down"}
         assert found["vocabulary"]["common"] == 96
-        assert "GQA" in self.run("inspect", *bases).stdout
+        said = self.run("inspect", *bases).stdout
+        assert "GQA" in said and found["outlook"] == {} and "measured elsewhere" not in said
+        # with texts: what every way did elsewhere, and whether anything tells what it will do here
+        texts = ("--calibration", data["texts"])
+        outlook = json.loads(self.run("inspect", *bases, *texts, "--json").stdout)["outlook"]
+        ways = {row["way"]: row for row in outlook["ways"]}
+        fresh = ways["a fresh LoRA on 100 labelled rows"]["all"]
+        assert -1 <= fresh["low"] <= fresh["mean"] <= fresh["high"] <= 1 and fresh["cells"] > 1
+        said = " ".join(self.run("inspect", *bases, *texts).stdout.split())
+        told = outlook["predictor"] or "nothing measured predicts what a way does on another pair or task"
+        assert told in said and f"pairs measured: {outlook['pairs']}, cells" in said
 
     def test_inspect_names_the_wrong_base(self, pair: tuple[Path, Path], adapters: tuple[Path, Path]) -> None:
         bases = ("--old-base", pair[1], "--new-base", pair[0])
