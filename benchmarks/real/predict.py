@@ -303,7 +303,6 @@ def markdown(cells: Sequence[Known]) -> str:
         difference = ["", ""] if name == BASELINE else [f"{middle:+.2f}", f"{p:.2f}"]
         of_cell, of_pair = mean_error(by_cell, name), mean_error(by_pair, name)
         rows.append([name, f"{of_cell:.2f}", f"{of_pair:.2f}", *difference, f"{mean_error(by_pair, name, real):.2f}"])
-    outcomes = sum(len(values) for found in counted.values() for values in found.values())
     sums = (
         sum(len(values) for found in counted.values() for values in found.values()),
         sum(map(len, counted.values())),
