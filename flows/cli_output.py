@@ -9,7 +9,8 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from datetime import timedelta
 from typing import Annotated, Any
 
 import typer
@@ -181,19 +182,44 @@ def print_json(value: Any) -> None:
     sys.stdout.flush()  # where it cannot be written, that is said
 
 
+def has_progress_line(as_json: bool, verbose: bool) -> bool:
+    """Whether :func:`progress_line` shows one: in a terminal, where no logs and no JSON are asked for."""
+    return err.is_terminal and not as_json and not verbose
+
+
 @contextlib.contextmanager
-def progress_line(as_json: bool, verbose: bool) -> Iterator[None]:
-    """In a terminal one line: the stage, how far it is and how long it will take. Elsewhere, or if asked, logs.
+def progress_line(as_json: bool, verbose: bool, seconds: Mapping[str, float] | None = None) -> Iterator[None]:
+    """In a terminal one line: the stage, how far it is and how long the run will take. Elsewhere, or if asked, logs.
 
     Before Prefect is imported, which reads its settings then.
+
+    Args:
+        seconds: estimated for each stage; without them the time left is that of the stage.
     """
-    if as_json or verbose or not err.is_terminal:
+    if not has_progress_line(as_json, verbose):
         yield
         return
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "WARNING")
-    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        ProgressColumn,
+        SpinnerColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
+    from flows.time_left import TimeLeft
     from tasks.progress import watched
+
+    clock = TimeLeft(seconds or {})
+
+    class RunLeft(ProgressColumn):
+        """Of the whole run."""
+
+        def render(self, _: object) -> str:
+            return str(timedelta(seconds=round(clock.left() or 0)))
 
     columns = (
         SpinnerColumn(),
@@ -201,12 +227,13 @@ def progress_line(as_json: bool, verbose: bool) -> Iterator[None]:
         BarColumn(bar_width=20),
         TimeElapsedColumn(),
         TextColumn("left"),
-        TimeRemainingColumn(),
+        RunLeft() if seconds else TimeRemainingColumn(),
     )
     with Progress(*columns, console=err, transient=True, redirect_stdout=False) as bar:
         line = bar.add_task("starting", total=None)
 
         def show(what: str, done: int, total: int, text: str) -> None:
+            clock.told(what, done, total)
             shown = what + (f": {done} of {total}" if total else "") + (f", {text}" if text else "")
             if bar.tasks[0].total != (total or None) or done < bar.tasks[0].completed:
                 bar.reset(line, total=total or None)

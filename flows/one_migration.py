@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from artifacts import default_home
-from flows.cli_output import err, progress_line
+from flows.cli_output import err, has_progress_line, progress_line
 from lorasuite import reporting
 from lorasuite.planning import MigrationConfig
 
@@ -19,8 +19,9 @@ def migrated(settings: MigrationConfig, refresh: tuple[str, ...], as_json: bool,
     from lorasuite.planning import check
 
     # before a flow run exists, and before Prefect is there: bad input should cost nothing
-    check(settings, default_home())
-    with progress_line(as_json, verbose):
+    plan = check(settings, default_home(), timed=has_progress_line(as_json, verbose))
+    seconds = {row["stage"]: row["seconds"] for row in plan.inspection.cost["stages"] if row["seconds"] is not None}
+    with progress_line(as_json, verbose, seconds):
         from flows.migrate_adapter import migrate_adapter
 
         try:

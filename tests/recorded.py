@@ -47,8 +47,8 @@ STEPS = (
     ),
     (
         "A migration",
-        "In a terminal one line says how far it is while it runs. With `--verbose` there are logs, and more tables at "
-        "the end. A dozen rows teach little, which the verdict says.",
+        "In a terminal one line says how far it is while it runs, and how long the whole run will still take. With "
+        "`--verbose` there are logs, and more tables at the end. A dozen rows teach little, which the verdict says.",
         "lorasuite migrate --config migration.yaml --finetune-samples 12 --method lorasuite",
         None,
     ),

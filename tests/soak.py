@@ -1,7 +1,8 @@
 """What takes too long for every run of the tests: ``make soak``, with sizes by flags; prints tries and survivals.
 
-Every write of the store, of side files and of a publication fails once; a migration is killed in each of its stages;
-and many processes migrate the same adapters at once into one home.
+Every write of the store, of side files and of a publication fails once; rows, configs, headers of weights and YAML of any
+shape are read; a migration is killed in each of its stages; and many processes migrate the same adapters at once into one
+home.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import argparse
 import errno
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -194,6 +196,25 @@ def small_pairs(folder: Path, count: int) -> list[Small]:
     return made
 
 
+def fuzz(examples: int) -> Iterator[tuple[str, bool]]:
+    """Each input of any shape, and whether it was read, or refused with an error of lorasuite's own, within 12 seconds.
+
+    A kind of which one was not counts as lost from the first to the last.
+    """
+    file = ROOT / "tests" / "unit" / "test_fuzz.py"
+    kinds = re.findall(r"^def (test_\w+)_of_any", file.read_text(encoding="utf-8"), flags=re.M)
+    for kind in kinds:
+        ran = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file), "-k", kind],
+            cwd=ROOT,
+            env={**os.environ, "LORASUITE_FUZZ": str(examples)},
+            stdout=sys.stderr,
+            check=False,
+        )
+        what = f"fuzz, {kind.removeprefix('test_').replace('_', ' ')}"
+        yield from [(what, ran.returncode == 0)] * examples
+
+
 @contextmanager
 def server(folder: Path) -> Iterator[str]:
     """A Prefect server for all runs; its address."""
@@ -214,6 +235,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=8)
     parser.add_argument("--adapters", type=int, default=4, help=f"of a pair; at most {len(NAMES)}")
     parser.add_argument("--pairs", type=int, default=2)
+    parser.add_argument("--fuzz", type=int, default=3000, help="inputs of any shape, of each kind")
     given = parser.parse_args()
     tries, survived, begun = Counter[str](), Counter[str](), time.monotonic()
     with tempfile.TemporaryDirectory() as name:
@@ -228,6 +250,7 @@ def main() -> None:
             print(f"{time.monotonic() - begun:.0f} s", dict(survived), flush=True)
 
         count(faults(folder / "faults"))
+        count(fuzz(given.fuzz))
         with server(folder / "prefect") as address:
             mother = Mother(address, folder)
             try:

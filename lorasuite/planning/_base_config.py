@@ -55,9 +55,9 @@ def unusable_config(checkpoint: Checkpoint, sound: bool = True) -> list[Problem]
         return wrong
     try:
         text = CONFIG_MAPPING[kind].from_pretrained(str(checkpoint.path)).get_text_config()
+        values = text.to_dict()
     except Exception as error:  # each family's class checks in its own way
         return [Problem(where, f"is refused by transformers ({type(error).__name__}: {error})", "Mend the config.")]
-    values = text.to_dict()
     if values.get("head_dim") == 0:
         return [Problem(f"{where}: head_dim", "is 0", "Mend the config.")]
     rope = values.get("rope_parameters")

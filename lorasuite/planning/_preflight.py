@@ -62,11 +62,12 @@ class Plan:
     general: GeneralTexts = field(default_factory=GeneralTexts)
 
 
-def check(config: MigrationConfig, home: Path | None = None) -> Plan:
+def check(config: MigrationConfig, home: Path | None = None, timed: bool = False) -> Plan:
     """Find everything that can be known to be wrong with a migration before it runs; nothing is written.
 
     Args:
         home: where artifacts go, whose disk they must fit on; None does not look at any disk.
+        timed: also estimate seconds, which takes about one to measure this machine.
 
     Raises:
         PreflightError: with every problem; among them every stage that needs more memory or disk than there is.
@@ -107,7 +108,7 @@ def check(config: MigrationConfig, home: Path | None = None) -> Plan:
             Data(texts, train, held_out, result.new_tokenizer, prompts or (), general=general.texts),
             home,
             adapter=True,
-            timed=False,
+            timed=timed,
         )
         result.problems += unfit(result.cost)
     result.raise_problems()

@@ -100,6 +100,7 @@ BASE: list[tuple[str, Any]] = [
     *(("rms_norm_eps", value) for value in (NAN, INF, -1e-6)), *(("num_key_value_heads", value) for value in (0, -1)),
     *(("rope_parameters", {"rope_type": "default", "rope_theta": value}) for value in (NAN, 0, -1.0)),
     ("attention_dropout", 2.5), ("initializer_range", -0.02), ("a_new_field", [1.0, NAN]),
+    ("text_config", {}),
 ]  # fmt: skip
 
 
