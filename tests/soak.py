@@ -1,8 +1,8 @@
 """What takes too long for every run of the tests: ``make soak``, with sizes by flags; prints tries and survivals.
 
-Every write of the store, of side files and of a publication fails once; rows, configs, headers of weights and YAML of any
-shape are read; a migration is killed in each of its stages; and many processes migrate the same adapters at once into one
-home.
+Every write of the store, of side files and of a publication fails once; rows, configs, headers of weights and YAML of
+any shape are read; a migration is killed in each of its stages; and many processes migrate the same adapters at once
+into one home.
 """
 
 from __future__ import annotations
