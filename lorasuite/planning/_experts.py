@@ -6,7 +6,7 @@ from collections import Counter
 from typing import Any
 
 from lorasuite.adapters import Adapter
-from lorasuite.bases import MLP, Checkpoint
+from lorasuite.bases import MLP, Checkpoint, Module
 from lorasuite.errors import Problem, examples
 from lorasuite.transforms import WRITTEN_ROWS, AnyTransform, LayerTransform, can_move
 
@@ -22,12 +22,10 @@ def expert_rows(
     """
     counts: Counter[str] = Counter()
     names: dict[str, str] = {}
-    for experts in adapter.experts(old.architecture).values():
-        for modules in experts.values():
-            for module in modules.values():
-                for role in module.roles:
-                    counts[role] += 1
-                    names[role] = module.name
+    for module in _experts(adapter, old).values():
+        for role in module.roles:
+            counts[role] += 1
+            names[role] = module.name
     why = _unplaced(new, texts)
     if not why and chosen is not None:
         moves = isinstance(chosen, LayerTransform) and all(can_move(chosen, role) for role in MLP)
@@ -45,6 +43,13 @@ def expert_rows(
         for role in MLP
         if role in counts
     ]
+
+
+def _experts(adapter: Adapter, old: Checkpoint) -> dict[str, Module]:
+    """Its updates of experts that the old base runs with, by path."""
+    left = {module for module, _ in adapter.left_out(old)}
+    every = (of for layer in adapter.experts(old.architecture).values() for of in layer.values())
+    return {path: module for of in every for path, module in of.items() if path not in left}
 
 
 def _unplaced(new: Checkpoint, texts: bool) -> str:
@@ -65,7 +70,7 @@ def not_moved_notices(adapter: Adapter, old: Checkpoint, new: Checkpoint, texts:
         f"not moved: {len(paths)} of its modules ({examples(paths)}), {why}; {WRITTEN_ROWS}"
         for why, paths in reasons.items()
     ]
-    experts = [path for modules in adapter.experts(old.architecture).values() for of in modules.values() for path in of]
+    experts = list(_experts(adapter, old))
     if experts and (why := _unplaced(new, texts)):
         found.append(f"not moved: {len(experts)} updates of experts ({examples(experts)}), {why}; {WRITTEN_ROWS}")
     return found

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from lorasuite.adapters import Adapter, attached, check_loads, open_adapters, write_adapter, write_ready
 from lorasuite.bases import Checkpoint
 from lorasuite.correspondence import FUNCTIONAL, ORTHOGONAL, ExpertMaps, TransferMatrix, align_experts, match_experts
+from lorasuite.planning import inspect
 from lorasuite.transforms import Migrated, migrate
 from tests import models
 from tests.experts import experts_one_by_one
@@ -185,3 +186,17 @@ def test_sums_of_adapters_of_experts(base: Base, lora: Base, tmp_path: Path) -> 
     for name, second in wanted.items():
         found = Adapter.open(ready).update(f"{stem}.{name}").dense()
         torch.testing.assert_close(found, 0.5 * one.update(f"{stem}.{name}").dense() + 2 * second, rtol=1e-4, atol=1e-5)
+
+
+def test_dora_of_experts_which_the_old_base_runs_without_is_not_said_to_move(base: Base, tmp_path: Path) -> None:
+    old = base("qwen3_moe", **{**MOE, "head_dim": 8})
+    adapter = experts_one_by_one(old, tmp_path / "adapter")
+    state = load_file(adapter / "adapter_model.safetensors")
+    ups = {
+        name.replace("lora_B.weight", "lora_magnitude_vector"): len(up) for name, up in state.items() if "_B." in name
+    }
+    save_file(state | {name: torch.ones(rows) for name, rows in ups.items()}, adapter / "adapter_model.safetensors")
+    models.edit_json(adapter / "adapter_config.json", use_dora=True)
+    found = inspect(str(old), str(old), str(adapter))
+    assert found.modules == [] and any("cannot with DoRA" in notice for notice in found.notices)
+    assert "--teacher-samples" in found.problems[0].remedy and "none of its modules" in found.problems[0].what
