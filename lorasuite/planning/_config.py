@@ -142,7 +142,7 @@ class MigrationConfig(Strict):
     )
     second_step_epochs: float = Field(3, gt=0, description="of the second step: passes over the rows or their prompts")
     second_step_rate: float = Field(
-        0.3, gt=0, description="of the second step: learning rate, in units of the first one's"
+        1.0, gt=0, description="of the second step: learning rate, in units of the first one's"
     )
     starts: int = Field(
         2,
