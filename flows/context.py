@@ -39,6 +39,7 @@ from tasks.fingerprints import fingerprint_bases
 from tasks.folders import ANY_BASE, adapter_folder, folder_files
 from tasks.pair_stages import PAIR_STAGES
 from tasks.progress import tell
+from tasks.prompt_stages import prompt_drafts, prompts, resemblance
 from tasks.retries import DELAYS, retry_download
 from tasks.stage import Recorder, Ref, Stage, Where
 from tasks.teacher_stages import teacher_worth, teaching, template_fit
@@ -59,6 +60,9 @@ STAGES: dict[str, Stage] = {
         transform,
         unmoved,
         template_fit,
+        prompt_drafts,
+        prompts,
+        resemblance,
         teaching,
         teacher_worth,
         split,

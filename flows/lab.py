@@ -4,53 +4,57 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from artifacts import default_home
 from flows.arms import Source, Tuning, migrated, tuned, with_output
 from flows.context import Context
-from flows.measure import Asked, evaluated, scores_of
+from flows.lab_tasks import TaskData, miniature
+from flows.measure import evaluated, scores_of
 from flows.pair import Pair
+from flows.prompts import answered_prompts, asked_of_rows, compare_prompts
 from flows.second_step import second
 from flows.teach import said_of_tokens, teacher_rows
-from lorasuite import zoo
 from lorasuite.adapters import Adapter, OwnTokenizer, own_tokenizer, untrained
 from lorasuite.bases import Checkpoint, Role, load_tokenizer, resolve
-from lorasuite.data import HELD_OUT, Row, Template, calibration_texts, draw, read_rows, read_template, templated
+from lorasuite.data import HELD_OUT, draw, read_template
 from lorasuite.errors import AdapterError, ConfigError, NumericalError, Problem
-from lorasuite.evaluation import Arm, check_tasks
-from lorasuite.planning import Cell, Experiment, ExperimentTask, RowCounts, plan_rows, torch_device
+from lorasuite.evaluation import Arm
+from lorasuite.planning import Cell, Experiment, RowCounts, plan_rows, torch_device
 from lorasuite.reporting import Measurement
 from lorasuite.training import FinetuneSettings
 from lorasuite.transforms import ModelTransform, transform
 from tasks.distillation_stages import second_stepping, soft_labelling, token_weighting
 from tasks.evaluation_stages import evaluation, task_evaluation
 from tasks.fingerprints import fingerprint_adapter, fingerprint_bases
+from tasks.prompt_stages import prompt_drafts, resemblance
+from tasks.prompt_stages import prompts as prompt_choice
 from tasks.stage import Recorder, Ref, Stage, Where
 from tasks.teacher_stages import teaching
 from tasks.training_stages import finetune, split
 from tasks.transform_stages import model_fit
 from tasks.transform_stages import transform as transform_stage
 
-#: Calibration texts and training rows of a miniature pair; every experiment draws from the same ones.
-ZOO_TEXTS, ZOO_ROWS = 256, 10_000
-
 #: Stages by what their cost is counted as; those not named are the pair's, and evaluations are not counted.
 PARTS: dict[str, str | None] = {
     transform_stage.name: "transform",
     model_fit.name: "transform",
+    prompt_drafts.name: "transform",
+    prompt_choice.name: "transform",
     teaching.name: "transform",
     split.name: None,
     token_weighting.name: "transform",
     soft_labelling.name: "transform",
+    resemblance.name: None,
     finetune.name: "finetune",
     second_stepping.name: "finetune",
     evaluation.name: None,
     task_evaluation.name: None,
 }
+#: Real prompts that those found are compared with.
+REAL = 1000
 #: Label of the training of an adapter to migrate.
 OLD = "old, all rows"
 
@@ -143,7 +147,7 @@ class Lab:
         """The data of a task, written and read once."""
         if name not in self.tasks:
             config = self.experiment.config
-            task = _miniature(config.pair.zoo, config.tasks[name], self.data / name)
+            task = miniature(config.pair.zoo, config.tasks[name], self.data / name)
             self.tasks[name] = TaskData(task, self.new.path, self.trust, self.template)
         return self.tasks[name]
 
@@ -218,10 +222,18 @@ class Lab:
     def refreshed(self, cell: Cell) -> Ref:
         """A fresh LoRA fine-tuned on what the old base with the adapter wrote, whether or not it is worth copying."""
         settings, task = cell.settings.migration, self.task(cell.task)
-        plan = plan_rows(settings, RowCounts.of(task.train, task.train, (), settings.teacher.text_prefix))
-        written = teacher_rows(self.steps, settings, plan.teacher_rows, task.train, self.source(cell))
+        source = self.source(cell)
+        settings, plan, asking = asked_of_rows(settings, task.train, cell.settings.given.prompts, source)
+        if plan.prompt_sources:
+            chat = bool(load_tokenizer(self.new.path, self.trust).chat_template)
+            general = task.texts[: settings.pair.calibration_samples] if task.config.calibration else ()
+            asking = replace(asking, chat=chat, general=general)
+        asked = answered_prompts(self.steps, settings, plan.teacher_rows, asking, source)
+        if plan.prompt_sources and asked is not None:
+            compare_prompts(self.steps, settings, asked, draw(task.train, REAL, settings.seed), source)
+        written = teacher_rows(self.steps, settings, plan.teacher_rows, asked, source)
         rows = self.steps.run(split, {"synthetic": written}, {"seed": settings.seed})
-        source, pair = self.source(cell), self.pair(cell)
+        pair = self.pair(cell)
         taught = said_of_tokens(self.steps, settings.finetune, source, rows, pair)
         first = tuned(
             self.steps,
@@ -344,55 +356,6 @@ class Lab:
         return {**found, "cost": cost, "peak_memory_bytes": max(memory) or None, "learning_rate": rate}
 
 
-@dataclass
-class TaskData:
-    """A task's files, read when they are needed."""
-
-    config: ExperimentTask
-    new_base: Path
-    trust: bool
-    template: Template
-
-    @cached_property
-    def train(self) -> list[Row]:
-        """Rows to train on, and those whose prompts the teacher answers."""
-        return templated(read_rows(str(self.config.train_data), self.config.columns), self.template)
-
-    @cached_property
-    def held_out(self) -> list[Row]:
-        """Rows to evaluate on; none where the task is measured by lm-eval tasks."""
-        source = self.config.eval_data
-        return templated(read_rows(source, self.config.columns), self.template) if source else []
-
-    @cached_property
-    def texts(self) -> list[str]:
-        """Calibration texts, conversations rendered by the new base's template."""
-        reader = load_tokenizer(self.new_base, self.trust)
-        source = str(self.config.calibration or self.config.train_data)
-        return calibration_texts(source, reader, self.config.columns, template=self.template)
-
-    def asked(self, context: Context, cell: Cell) -> Asked:
-        """What an arm of a cell is measured on."""
-        options = cell.settings.migration.evaluation
-        folders = (self.config.eval_dir, self.config.include_path)
-        eval_dir, include_path = (None if folder is None else Path(folder) for folder in folders)
-        if not self.held_out:
-            check_tasks(self.config.eval_tasks, eval_dir, include_path, self.trust)
-        return Asked.of(context, options, self.held_out, self.config.eval_tasks, eval_dir, include_path)
-
-
 def held_out_rows(rows: int) -> int:
     """How many of so many rows a sweep holds out."""
     return max(1, round(HELD_OUT * rows))
-
-
-def _miniature(pair: str | None, task: ExperimentTask, folder: Path) -> ExperimentTask:
-    """A miniature task with its data written to files; any other task as it is."""
-    if pair is None or task.zoo is None:
-        return task
-    folder.mkdir(parents=True, exist_ok=True)
-    files = {name: folder / f"{name}.jsonl" for name in ("train_data", "eval_data", "calibration")}
-    zoo.write_rows(zoo.rows(pair, task.zoo, "train", ZOO_ROWS), files["train_data"])
-    zoo.write_rows(zoo.rows(pair, task.zoo, "test", task.eval_rows), files["eval_data"])
-    zoo.write_rows([{"text": text} for text in zoo.texts(pair, ZOO_TEXTS)], files["calibration"])
-    return task.model_copy(update={name: str(path) for name, path in files.items()})

@@ -11,7 +11,8 @@ from flows.arms import Source
 from flows.choice import Tuned
 from flows.context import Context
 from flows.pair import Pair
-from flows.teach import Rows, teacher_inputs
+from flows.prompts import teacher_inputs
+from flows.teach import Rows
 from lorasuite.planning import MigrationConfig
 from lorasuite.reporting import OWN_ROWS_START
 from lorasuite.training import SecondStepResult

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,9 +11,10 @@ from prefect.logging.loggers import get_run_logger
 from flows.arms import Source
 from flows.context import Context, fetch, migration_context
 from flows.pair import Pair, pair_name
+from flows.prompts import asked_prompts, teacher_inputs
 from lorasuite.adapters import Adapter, OwnTokenizer, sources
 from lorasuite.bases import Checkpoint
-from lorasuite.data import Row, draw, unanswered
+from lorasuite.data import draw
 from lorasuite.errors import DataError
 from lorasuite.planning import MigrationConfig, Plan, RowCounts, RowPlan, check, plan_rows
 from lorasuite.teacher import ROWS as TEMPLATE_ROWS
@@ -49,7 +50,8 @@ def gather_rows(context: Context, settings: MigrationConfig, plan: Plan, pair: P
     if not plan.rows.teacher_rows:
         return Rows(plan.rows, *_splits(context, settings, {"own": own}))
     try:
-        written = teacher_rows(context, settings, plan.rows.teacher_rows, plan.prompts, source)
+        asked = asked_prompts(context, settings, plan, source)
+        written = teacher_rows(context, settings, plan.rows.teacher_rows, asked, source)
     except DataError as error:
         if settings.teacher_samples is not None or own is None:
             raise
@@ -60,10 +62,16 @@ def gather_rows(context: Context, settings: MigrationConfig, plan: Plan, pair: P
         return Rows(unusable, *_splits(context, settings, {"own": own}), teacher=said)
     if own is None and not plan.rows.synthetic_train_rows:
         return Rows(plan.rows, *_splits(context, settings, {"selection": written}))
+    discovered = None
+    if plan.rows.prompt_sources and asked is not None:
+        discovered = context.open(asked).info
+        plan.inspection.notices.append(discovered["said"])
+        (get_run_logger().info if discovered["clear"] else get_run_logger().warning)("%s", discovered["said"])
     worth = _worth(context, source, written, own)
     teacher = {
         **context.open(written).info,
         **worth,
+        "discovered": discovered,
         "samples": plan.rows.synthetic_train_rows,
         "distilled": False,
     }
@@ -94,18 +102,15 @@ def said_of_tokens(context: Context, tuning: FinetuneSettings, source: Source, r
     return found
 
 
-def teacher_rows(
-    context: Context, settings: MigrationConfig, count: int, prompts: Sequence[Row] | None, source: Source
-) -> Ref:
+def teacher_rows(context: Context, settings: MigrationConfig, count: int, prompts: Ref | None, source: Source) -> Ref:
     """So many rows that the old base with the adapter writes: found, or written now.
 
     Args:
-        prompts: what it answers; their own answers are not kept. None: it writes from nothing.
+        prompts: what it answers. None: it writes from nothing.
     """
     inputs = teacher_inputs(context, source)
     if prompts is not None:
-        # Without their answers: those are not read, so they must not make another key.
-        inputs["prompts"] = context.keep_rows([row if row.kind == "text" else unanswered(row) for row in prompts])
+        inputs["prompts"] = prompts
     values = {
         "samples": count,
         "seed": settings.seed,
@@ -130,12 +135,6 @@ def fitting_template(context: Context, settings: MigrationConfig, plan: Plan, so
     values = {"templates": templates, "used": used}
     info = context.open(context.run(template_fit, inputs, values, paths=source.paths)).info
     return None if info["fit"] is None else TemplateFits.model_validate(info["fit"])
-
-
-def teacher_inputs(context: Context, source: Source) -> dict[str, Any]:
-    """The old base and the adapter, as the inputs of a stage."""
-    model, tokenizer = context.as_loaded("old_model"), context.reader("old", source.own_tokenizer)
-    return {"old_model": model, "old_tokenizer": tokenizer, "adapter": source.adapter}
 
 
 def _worth(context: Context, source: Source, written: Ref, own: Ref | None) -> dict[str, Any]:
@@ -175,7 +174,8 @@ def write_ahead(configs: Iterable[MigrationConfig], refreshed: frozenset[str]) -
             plan = check(config)
             context = migration_context(config, pair_name(config.old_base, config.new_base))
             source = opened_source(context, config, plan.inspection.own_tokenizer)
-            teacher_rows(context, config, plan.rows.teacher_rows, plan.prompts, source)
+            asked = asked_prompts(context, config, plan, source)
+            teacher_rows(context, config, plan.rows.teacher_rows, asked, source)
         except Exception as error:
             get_run_logger().warning("the teacher's rows of %s: %s", config.adapter, error)
 

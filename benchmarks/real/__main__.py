@@ -1,7 +1,7 @@
 """Really pretrained bases and real tasks: the cells of a grid, run where they are missing, and kept one file each.
 
     python -m benchmarks.real run --old-base OLD --new-base NEW --task NAME --train ROWS --test ROWS \\
-        --grid all-linear --work DIR [--adapter DIR] [--calibration TEXTS] [--only TABLE …]
+        --grid all-linear --work DIR [--adapter DIR] [--calibration TEXTS] [--describe TEXT] [--only TABLE …]
     python -m benchmarks.real collect …                the same arguments: cells of a run that goes on or was killed
     python -m benchmarks.real tables
     python -m benchmarks.real pair --name OLD--NEW --old-base OLD --new-base NEW --calibration TEXTS
@@ -43,7 +43,12 @@ def main(given: Sequence[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     for name in ("run", "collect"):
         one = commands.add_parser(name)
-        one.add_argument("--grid", required=True, type=_grid, help="all-linear, paper, or a file")
+        one.add_argument(
+            "--grid",
+            required=True,
+            type=_grid,
+            help="one of this directory by name (all-linear, paper, discovery), or a file",
+        )
         one.add_argument("--old-base", required=True)
         one.add_argument("--new-base", required=True)
         one.add_argument("--task", required=True, help="its name in the results")
@@ -51,6 +56,7 @@ def main(given: Sequence[str] | None = None) -> None:
         one.add_argument("--test", required=True)
         one.add_argument("--adapter", help="of the old base; one is trained if not given")
         one.add_argument("--calibration", help="texts; the training rows if not given")
+        one.add_argument("--describe", help="what the task is, in a sentence, for prompts that are made from it")
         one.add_argument("--work", type=Path, required=True)
         one.add_argument("--cells", type=Path, default=CELLS)
         one.add_argument("--only", nargs="*", default=(), help="tables of the grid")
@@ -97,6 +103,7 @@ def main(given: Sequence[str] | None = None) -> None:
             "adapter": arguments.adapter,
             "calibration": arguments.calibration,
         },
+        arguments.describe,
     )
     try:
         if arguments.command == "run":

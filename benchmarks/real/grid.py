@@ -17,6 +17,7 @@ from lorasuite.planning import Cell, ExperimentTable, read_experiment
 from lorasuite.reporting import Measurement
 from tasks.data import stored_split
 from tasks.evaluation_stages import SAMPLES
+from tasks.prompt_stages import prompts, resemblance
 from tasks.training_stages import finetune, split
 
 #: Of a sample, what comparisons read. Prompts are those of the task's rows.
@@ -24,24 +25,36 @@ KEPT = ("index", "target", "output", "exact_match", "loglikelihood", "tokens", "
 #: Arms that are fine-tuned on a few rows.
 TUNED = (Arm.SCRATCH, Arm.MIGRATED_LFT, Arm.REFRESHED)
 #: Settings of a table's cells that have a field of their own in a record.
-TOLD = ("method", "finetune_samples", "teacher_samples", "finetune.learning_rate")
+TOLD = (
+    "method", "finetune_samples", "teacher_samples", "finetune.learning_rate", "prompt_sources", "given.prompts",
+    "describe",
+)  # fmt: skip
 #: Settings that do not change what a fine-tune on a few rows is.
 ELSEWHERE = ("evaluation", "retrain")
 #: Arms that a transform makes.
 MOVED = (Arm.MIGRATED, Arm.MIGRATED_LFT)
 
 
-def experiment_file(grid: Path, work: Path, bases: tuple[str, str], task: str, data: Mapping[str, str | None]) -> Path:
+def experiment_file(
+    grid: Path,
+    work: Path,
+    bases: tuple[str, str],
+    task: str,
+    data: Mapping[str, str | None],
+    describe: str | None = None,
+) -> Path:
     """Write the experiment file of a grid on a pair and a task into ``work``, and return it.
 
     Args:
         bases: old and new; directories or Hub ids.
+        describe: what the task is, in a sentence, for cells whose prompts come from it.
         data: fields of the task; files and directories from the current directory, or Hub ids; None: unset.
     """
     old, new = map(_here, bases)
     content = yaml.safe_load(grid.read_text(encoding="utf-8"))
     given = {name: _here(source) for name, source in data.items() if source is not None}
-    content |= {"pair": {"old_base": old, "new_base": new}, "tasks": {task: given}}
+    told = {"set": {"describe": describe}} if describe else {}
+    content |= {"pair": {"old_base": old, "new_base": new}, "tasks": {task: {**given, **told}}}
     work.mkdir(parents=True, exist_ok=True)
     file = work / f"{short(old)}--{short(new)}--{task}--{grid.stem}.yaml"
     file.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
@@ -110,6 +123,7 @@ def _record(lab: Lab, cell: Cell, measured: Measurement) -> dict[str, Any]:
         "arm": cell.arm.value,
         "method": settings.method if cell.arm in MOVED else None,
         "rows": rows if tuned else None,
+        "prompts": _prompts(lab) if cell.arm == Arm.REFRESHED else None,
         "learning_rate": measured.learning_rate if tuned else None,
         "epochs": settings.finetune.epochs if tuned else None,
         "lora": {"rank": cell.settings.rank, "targets": list(cell.settings.lora.targets)},
@@ -125,6 +139,23 @@ def _record(lab: Lab, cell: Cell, measured: Measurement) -> dict[str, Any]:
     }
 
 
+def _prompts(lab: Lab) -> dict[str, Any] | None:
+    """Where the prompts of the cell just looked at came from; None: they were given, all of them."""
+    keys = {step.stage: step.key for step in lab.steps.used.values()}
+    if prompts.name not in keys:
+        return None
+    store = lab.steps.store
+    return {**store.open(keys[prompts.name]).info, "resembling": store.open(keys[resemblance.name]).info["share"]}
+
+
+def prompts_label(record: Mapping[str, Any]) -> str:
+    """The sources of a cell's prompts, and how many were given; "" where all were."""
+    found = record.get("prompts")
+    if not found:
+        return ""
+    return "-".join([*found["sources"], *([f"{found['given']}given"] if found["given"] else [])])
+
+
 def _tokens(lab: Lab, epochs: float, cutoff: int) -> int:
     """Tokens that the fine-tune of the cell just looked at reads: those of its rows, prompts too, in every epoch."""
     used = lab.steps.used.values()
@@ -137,6 +168,7 @@ def _tokens(lab: Lab, epochs: float, cutoff: int) -> int:
 def _name(record: Mapping[str, Any]) -> str:
     """A cell's file name: whatever tells it from the others of its pair."""
     parts = [record["task"], record["grid"], record["arm"].replace("+", "-"), record["method"]]
+    parts += [label] if (label := prompts_label(record)) else []
     parts += [f"{record['rows']}rows", f"{record['learning_rate']:g}"] if record["rows"] else []
     parts += [f"{name}={value}" for name, value in record.get("settings", {}).items()]
     return "--".join(str(part) for part in [*parts, f"seed{record['seed']}"] if part is not None)

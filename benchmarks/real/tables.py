@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.real.grid import prompts_label
 from lorasuite.evaluation import Arm, compare
 
 #: Cells of these lines are shown without a learning rate.
@@ -76,7 +77,8 @@ def starts(cells: list[Cell]) -> list[Start]:
 
 def differing(cell: Cell) -> str:
     """What of a cell's settings its table does not otherwise tell."""
-    return ", ".join(f"`{name}` {value}" for name, value in cell.get("settings", {}).items())
+    found = [f"`{name}` {value}" for name, value in cell.get("settings", {}).items()]
+    return ", ".join([*found, *([f"prompts: {label}"] if (label := prompts_label(cell)) else [])])
 
 
 def table(cells: list[Cell]) -> str:

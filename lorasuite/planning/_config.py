@@ -16,7 +16,7 @@ from lorasuite.errors import ConfigError, Problem, did_you_mean
 from lorasuite.evaluation import EvaluationSettings, Gate, GeneralSettings
 from lorasuite.planning._reading import Strict
 from lorasuite.planning._thresholds import DEFAULT_SYNTHETIC_ROWS, LFT_SAMPLES, SELECTION_ROWS
-from lorasuite.teacher import TeacherSettings
+from lorasuite.teacher import HANDFUL, TeacherSettings
 from lorasuite.training import Effort, FinetuneSettings, SecondStep
 from lorasuite.transforms import Unmapped
 
@@ -77,6 +77,18 @@ class MigrationConfig(Strict):
         description="rows whose prompts the teacher answers, their answers never read; if unset those of the training "
         "data, else beginnings of the calibration texts, else the teacher writes from nothing; with 0 teacher samples "
         "auto and sequential read the answers, and auto chooses by them, where training rows are few",
+    )
+    describe: str | None = Field(
+        None,
+        max_length=2000,
+        description="a sentence that says what the adapter does, such as: intent of a bank customer's message. The old "
+        "base writes prompts for it, and the adapter's effect on their answers chooses among them",
+    )
+    prompt_sources: tuple[str, ...] = Field(
+        (),
+        description="where prompts come from that are not given: examples (a few of --prompts), description, card, "
+        f"adapter; if unset the best there is something for, where at most {HANDFUL} prompts are given, a task is "
+        "described, or auto is given nothing at all",
     )
     template: str = Field(
         DEFAULT_TEMPLATE,
@@ -208,6 +220,26 @@ class MigrationConfig(Strict):
             raise ValueError(f"candidates are what --method auto tries, and the method is {self.method}")
         return self
 
+    @field_validator("describe")
+    @classmethod
+    def _says_something(cls, value: str | None) -> str | None:
+        if value is not None and not value.strip():
+            raise ValueError("says nothing: give a sentence, or leave it out")
+        return value
+
+    @field_validator("prompt_sources")
+    @classmethod
+    def _known_sources(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if value:
+            from lorasuite.teacher import source_names  # which loads torch
+
+            for name in value:
+                if name not in source_names(controls=True):
+                    raise ValueError(f"unknown source of prompts {name!r}. {did_you_mean(name, source_names())}")
+            if len(set(value)) < len(value):
+                raise ValueError("a source is named twice")
+        return value
+
     @field_validator("columns", mode="before")
     @classmethod
     def _pairs(cls, value: Any) -> Any:
@@ -260,8 +292,16 @@ class MigrationConfig(Strict):
     @property
     def prompt_data(self) -> str | None:
         """Where the teacher's prompts come from."""
-        framed = self.teacher.suffix  # then the old base writes the prompts
-        return self.prompts or self.train_data or (None if framed else self.calibration)
+        # where the old base writes the prompts, general texts are none
+        written = self.teacher.suffix or self.describe or self.prompt_sources or self.says_nothing
+        return self.prompts or self.train_data or (None if written else self.calibration)
+
+    @property
+    def says_nothing(self) -> bool:
+        """Whether ``auto`` is told nothing of the adapter's task, nor how many rows to have written."""
+        told = self.prompts or self.train_data or self.describe or self.prompt_sources
+        framed = self.teacher.imitate or self.teacher.prefix or self.teacher.suffix
+        return self.method == AUTO and self.teacher_samples is None and not (told or framed)
 
     @property
     def calibration_data(self) -> str | None:

@@ -23,6 +23,7 @@ from lorasuite.planning._experiment_file import (
     ExperimentPair,
     ExperimentTable,
     ExperimentTask,
+    Given,
     Lora,
     Training,
 )
@@ -41,6 +42,8 @@ DECIDED = (
 )  # fmt: skip
 #: Settings that decide what adapter there is to migrate, and what it is to retrain it.
 TRAINED = ("lora", "retrain")
+#: Settings beside those of a migration.
+BESIDE = (*TRAINED, "given")
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,7 @@ class CellSettings:
     migration: MigrationConfig
     lora: Lora
     retrain: Training
+    given: Given
 
     @property
     def rank(self) -> int:
@@ -203,7 +207,7 @@ def _located_task(task: ExperimentTask, pair: ExperimentPair, folder: Path) -> E
 
 def _cells(config: ExperimentConfig, where: str, problems: list[Problem]) -> Iterator[Cell]:
     """Every cell, table by table; what is wrong with their settings is added to ``problems``."""
-    base = {"settings": config.settings, "lora": config.lora, "retrain": config.retrain}
+    base = {"settings": config.settings, "lora": config.lora, "retrain": config.retrain, "given": config.given}
     if _settings(base, config, next(iter(config.tasks)), config.seeds[0], where, problems) is None:
         return  # every cell would repeat it
     for key, table in config.tables.items():
@@ -262,7 +266,7 @@ def _training_problems(settings: CellSettings, table: ExperimentTable, where: st
 def _assigned(values: Mapping[str, Any], name: str, value: Any) -> dict[str, Any]:
     """A copy of nested settings with one set by its dotted name; those of a migration need no prefix."""
     first, *rest = name.split(".")
-    path = [first, *rest] if first in TRAINED and rest else ["settings", first, *rest]
+    path = [first, *rest] if first in BESIDE and rest else ["settings", first, *rest]
 
     def put(inner: Any, keys: Sequence[str]) -> Any:
         if not keys:
@@ -296,6 +300,7 @@ def _settings(
         (MigrationConfig, {"method": "lorasuite", "finetune_samples": LFT_SAMPLES, **given, **fixed}),
         (Lora, values["lora"]),
         (Training, values["retrain"]),
+        (Given, values["given"]),
     ):
         try:
             made.append(build(model, content, where))

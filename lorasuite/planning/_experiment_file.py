@@ -87,6 +87,14 @@ class Training(Strict):
     finetune: FullFinetune = FullFinetune()
 
 
+class Given(Strict):
+    """What the teacher of a cell is given of the task."""
+
+    prompts: int | None = Field(
+        None, ge=0, description="prompts of the training rows, drawn by the seed; those of all rows if unset"
+    )
+
+
 class Paper(Strict):
     """Published numbers that stand beside a table, by arm."""
 
@@ -119,4 +127,5 @@ class ExperimentConfig(Strict):
     settings: dict[str, Any] = Field({}, description="settings of a migration (docs/configuration.md)")
     lora: dict[str, Any] = Field({}, description="kind, rank, scaling, targets")
     retrain: dict[str, Any] = Field({}, description="rows, learning_rates, finetune")
+    given: dict[str, Any] = Field({}, description="prompts: how many the teacher is given")
     tables: dict[str, ExperimentTable] = Field(min_length=1)

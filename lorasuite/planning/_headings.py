@@ -4,15 +4,15 @@ from __future__ import annotations
 
 #: Settings that everyone needs, without a heading.
 FIRST = (
-    "adapter", "old_base", "new_base", "output", "train_data", "eval_data", "calibration", "prompts", "method",
-    "device",
+    "adapter", "old_base", "new_base", "output", "train_data", "eval_data", "calibration", "prompts", "describe",
+    "method", "device",
 )  # fmt: skip
 #: Heading → the settings under it, or the name of nested ones.
 HEADINGS: dict[str, tuple[str, ...]] = {
     "The new adapter": ("rank", "energy", "output_type", "unmapped"),
     "Rows and what is measured": (
-        "columns", "skip_refused_rows", "template", "finetune_samples", "teacher_samples", "eval_tasks", "eval_dir",
-        "include_path", "controls", "seed",
+        "columns", "skip_refused_rows", "template", "finetune_samples", "teacher_samples", "prompt_sources",
+        "eval_tasks", "eval_dir", "include_path", "controls", "seed",
     ),
     "Choosing": ("candidates", "effort", "learning_rates", "starts"),
     "Reading models and adapters": ("trust_remote_code", "allow_pickle", "architectures", "loading"),

@@ -17,6 +17,7 @@ from lorasuite.planning._thresholds import (
     MIN_SWEEP_ROWS,
     SELECTION_ROWS,
 )
+from lorasuite.teacher import HANDFUL, chosen_sources
 from lorasuite.transforms import ModelTransform, transform
 
 
@@ -32,21 +33,29 @@ class RowCounts:
     running_text: bool = False
     #: Held-out rows for the evaluation.
     evaluation: int = 0
+    #: Whether the adapter's card says anything of its prompts.
+    card: bool = False
     #: Whether the teacher could write, and its rows are worth training on: known after they were written and judged.
     teacher_usable: bool = True
 
     @classmethod
     def of(
-        cls, own: Sequence[Row], prompts: Sequence[Row] | None, evaluation: Sequence[Row], text_prefix: int
+        cls,
+        own: Sequence[Row],
+        prompts: Sequence[Row] | None,
+        evaluation: Sequence[Row],
+        text_prefix: int,
+        card: bool = False,
     ) -> RowCounts:
         """Of rows that were read.
 
         Args:
             text_prefix: words of running text that are a prompt.
+            card: whether the adapter's card says anything of its prompts.
         """
         asked = [unanswered(row, text_prefix) for row in prompts or ()]
         running = any(row.kind == "text" for row in asked)
-        return cls(len(own), None if prompts is None else len(set(asked)), running, len(evaluation))
+        return cls(len(own), None if prompts is None else len(set(asked)), running, len(evaluation), card)
 
 
 @dataclass(frozen=True)
@@ -75,6 +84,8 @@ class RowPlan:
     measures_controls: bool
     #: Whether the user's rows are enough to be the only ones held out.
     own_rows_decide: bool
+    #: Sources of the prompts that are not given; none where those given are answered as they are.
+    prompt_sources: tuple[str, ...] = ()
     #: What the user is to know of these decisions.
     notices: tuple[str, ...] = ()
 
@@ -115,7 +126,8 @@ def plan_rows(settings: MigrationConfig, counts: RowCounts) -> RowPlan:
     if requested is None:
         requested = LFT_SAMPLES if settings.train_data else 0
     own = requested if counts.own is None else min(requested, counts.own)
-    has_prompt_source = bool(settings.prompts or told.imitate or told.suffix)
+    discovers = bool(settings.describe or settings.prompt_sources or settings.says_nothing)
+    has_prompt_source = bool(settings.prompts or told.imitate or told.suffix or discovers)
     few = has_prompt_source and requested < SELECTION_ROWS
 
     synthetic = settings.teacher_samples
@@ -125,10 +137,13 @@ def plan_rows(settings: MigrationConfig, counts: RowCounts) -> RowPlan:
     reads_rows = auto or isinstance(transform(settings.method), ModelTransform)
     selection = SELECTION_ROWS if not synthetic and reads_rows and (not requested or few) else 0
     wanted = synthetic or selection
-    several_answers = settings.teacher_samples or told.imitate or told.suffix or (synthetic and counts.running_text)
+    sources = _sources(settings, counts, synthetic) if synthetic else ()
+    several_answers = (
+        sources or settings.teacher_samples or told.imitate or told.suffix or (synthetic and counts.running_text)
+    )
     one_answer = (requested or synthetic) and counts.prompts is not None and not several_answers
     teacher_rows = min(wanted, counts.prompts) if one_answer and counts.prompts is not None else wanted
-    notices = tuple(_notices(settings, counts, requested, synthetic, wanted))
+    notices = tuple(_notices(settings, counts, requested, synthetic, wanted, sources))
     if not counts.teacher_usable:
         # Rows that are not worth training on can still tell candidates apart, where there are no others.
         synthetic, selection = 0, 0 if requested else wanted
@@ -148,12 +163,33 @@ def plan_rows(settings: MigrationConfig, counts: RowCounts) -> RowPlan:
         compares_starts=searches or (auto and len(settings.learning_rates) > 1),
         measures_controls=settings.controls and bool(counts.evaluation or settings.eval_tasks),
         own_rows_decide=own >= MIN_OWN_HOLDOUT_ROWS,
+        prompt_sources=sources,
         notices=notices,
     )
 
 
+def _sources(settings: MigrationConfig, counts: RowCounts, rows: int) -> tuple[str, ...]:
+    """Where prompts come from for so many rows, beside those given; none where these are answered as they are."""
+    told, prompts = settings.teacher, counts.prompts
+    if prompts is not None and prompts >= rows:
+        return ()
+    if settings.prompt_sources:
+        return settings.prompt_sources
+    if settings.describe:
+        return chosen_sources(bool(prompts), True, counts.card)
+    handful = settings.prompts is not None and prompts is not None and prompts <= HANDFUL and not counts.running_text
+    if handful and not (told.imitate or told.suffix):
+        return chosen_sources(True, False, counts.card)
+    return chosen_sources(False, False, counts.card) if settings.says_nothing else ()
+
+
 def _notices(
-    settings: MigrationConfig, counts: RowCounts, requested: int, synthetic: int, wanted: int
+    settings: MigrationConfig,
+    counts: RowCounts,
+    requested: int,
+    synthetic: int,
+    wanted: int,
+    sources: tuple[str, ...],
 ) -> Iterator[str]:
     asked = settings.teacher_samples is not None
     if counts.own and requested:
@@ -165,6 +201,9 @@ def _notices(
                 f"{own} training rows are few: with --prompts or --teacher-imitate the old base with its adapter "
                 "writes more"
             )
+    told = [name for name in ("describe", "prompt_sources") if getattr(settings, name)]
+    if told and not synthetic:
+        yield f"{' and '.join(told)} not used: no rows are to be written (--teacher-samples)"
     if not wanted:
         return
     if synthetic and not asked:
@@ -172,6 +211,12 @@ def _notices(
             f"the old base with its adapter writes up to {synthetic} rows, on which the new base is fine-tuned: "
             "--teacher-samples 0 keeps it from that"
         )
+    if sources:
+        given = f" beside the {counts.prompts} given" if counts.prompts else ""
+        yield f"the old base writes prompts{given}, from: {', '.join(sources)}"
+        return
+    if settings.describe and synthetic:
+        yield f"describe is not used: there is a prompt for each of the {wanted} rows"
     if settings.prompt_data is None:
         if not settings.teacher.suffix:
             yield "no prompts for the teacher: it writes from nothing, which suits adapters of running text"

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from lorasuite.correspondence import SMALLEST_BATCH
 from lorasuite.data import (
@@ -22,11 +20,11 @@ from lorasuite.data import (
     read_template,
     rows_to_jsonl,
     templated,
-    unanswered,
     unread_keys,
 )
-from lorasuite.errors import Problem, grouped
+from lorasuite.errors import Problem
 from lorasuite.evaluation import check_tasks
+from lorasuite.planning._asked import adapter_card, check_sources, teacher_prompts, usable_rows
 from lorasuite.planning._config import AUTO, MigrationConfig, torch_device
 from lorasuite.planning._cost import Shape
 from lorasuite.planning._estimate import Data, estimate, planned_work, shortages, unfit
@@ -36,7 +34,7 @@ from lorasuite.planning._machine import Machine, measure
 from lorasuite.planning._outlook import outlook
 from lorasuite.planning._policy import RowCounts, RowPlan, plan_rows, too_few_to_sweep, untaught
 from lorasuite.planning._thresholds import MIN_SWEEP_ROWS
-from lorasuite.teacher import prompt_frame, unusable
+from lorasuite.teacher import parsed_card
 from lorasuite.training import FinetuneSettings, start_problems
 from lorasuite.transforms import transform
 
@@ -56,6 +54,8 @@ class Plan:
     template: Template
     #: What the teacher answers; None: it writes from nothing, or there is none.
     prompts: list[Row] | None = None
+    #: The adapter's card and training settings, as text.
+    card: str = ""
     #: Answered rows that a template renders, not yet rendered: to see which template the adapter was trained with.
     rendered: list[Row] = field(default_factory=list)
     #: What adapters' costs of general ability are measured on.
@@ -80,14 +80,16 @@ def check(config: MigrationConfig, home: Path | None = None, timed: bool = False
     given, measured = _drawn(result, config, wanted), _read_held_out(result, config)
     train = _training_rows(result, config, wanted, _templated(result, given, template))
     held_out = _held_out_rows(result, config, _templated(result, measured, template))
-    prompts = _teacher(result, config, wanted, template) if wanted.teacher_rows else None
+    prompts = teacher_prompts(result, config, wanted, template) if wanted.teacher_rows else None
     if not template.default and not any(row.kind == "instruction" for row in (*given, *measured)) and not prompts:
         result.notices.append(f"template {template.name}: there are no instruction rows to train on or to measure by")
     if not template.default and config.eval_tasks:
         result.notices.append(f"template {template.name}: tasks by name have prompts of their own, and do not use it")
-    counts = RowCounts.of(train, prompts, held_out, config.teacher.text_prefix)
+    card = adapter_card(result, config)
+    counts = RowCounts.of(train, prompts, held_out, config.teacher.text_prefix, bool(parsed_card(card)))
     rows = plan_rows(config, counts)
     result.notices += rows.notices
+    check_sources(result, config, rows, counts)
     _start(result, config, rows)
     result.problems += untaught(config, rows)
     general = general_texts(result, config, template, every_text, rows.teacher_rows, [*train, *(prompts or ())])
@@ -114,7 +116,7 @@ def check(config: MigrationConfig, home: Path | None = None, timed: bool = False
     result.raise_problems()
     rendered = [row for row in given or measured if row.kind in ("instruction", "messages")]
     rendered = accepted(rendered, [result.old_reader] if result.old_reader is not None else [])[0]
-    return Plan(result, texts, train, held_out, rows, counts, template, prompts, rendered, general)
+    return Plan(result, texts, train, held_out, rows, counts, template, prompts, card, rendered, general)
 
 
 def survey(
@@ -130,6 +132,8 @@ def survey(
         pair_only: count only the stages that all adapters of the pair share.
         timed: also estimate seconds, which takes about one to measure this machine.
     """
+    if not adapter:  # the stages of any adapter are counted: none is asked for prompts
+        config = config.model_copy(update={"teacher_samples": config.teacher_samples or 0})
     result = _inspected(config, adapter)
     source, train, held_out = config.calibration_data, config.train_data, config.eval_data
     data = Data(tokenizer=result.new_tokenizer)
@@ -277,7 +281,7 @@ def _training_rows(result: Inspection, config: MigrationConfig, wanted: RowPlan,
     if not rows:
         return []
     _unread(result, "training rows", rows)
-    rows = _accepted(result, config, "training rows", rows, [result.new_tokenizer])
+    rows = usable_rows(result, config, "training rows", rows, [result.new_tokenizer])
     if len(config.learning_rates) > 1 and len(rows) + wanted.synthetic_train_rows < MIN_SWEEP_ROWS:
         result.problems.append(too_few_to_sweep(len(rows), "learning_rates"))
     tokenizer = result.new_tokenizer
@@ -302,40 +306,6 @@ def _start(result: Inspection, config: MigrationConfig, rows: RowPlan) -> None:
     )
 
 
-def _teacher(result: Inspection, config: MigrationConfig, wanted: RowPlan, template: Template) -> list[Row] | None:
-    """What the old base with the adapter is to answer; None where nobody says."""
-    if config.teacher.engine == "vllm":
-        result.problems += unusable(config.loading.quantized)
-    tokenizer = result.old_reader
-    if tokenizer is not None and tokenizer.eos_token_id is None:
-        result.problems.append(
-            Problem(
-                config.old_base, "its tokenizer has no EOS token", "The teacher's rows need one to end with: set it."
-            )
-        )
-    source = config.prompt_data
-    if source is None:
-        return None
-    rows: list[Row] = result.attempt(lambda: read_prompts(source, config.renamed_columns, template)) or []
-    if getattr(tokenizer, "chat_template", None) is not None:
-        rows = _accepted(result, config, "prompts", rows, [tokenizer, result.new_tokenizer])
-    words = config.teacher.text_prefix
-    distinct = set()
-    for number, row in enumerate(rows, start=1):
-        prompt = unanswered(row, words)
-        if prompt in distinct:
-            continue
-        distinct.add(prompt)
-        if tokenizer is not None and row.kind == "messages" and getattr(tokenizer, "chat_template", None) is None:
-            what = f"prompt {number} is a conversation, and there is no chat template of the old base or the adapter"
-            result.problems.append(Problem(source, what, "Use rows of prompt and completion."))
-            break
-    fewer = len(distinct) < wanted.teacher_rows
-    if rows and fewer and config.teacher.imitate and not config.teacher.suffix:
-        result.attempt(lambda: prompt_frame(distinct))
-    return rows or None
-
-
 def _read_held_out(result: Inspection, config: MigrationConfig) -> list[Row]:
     """The held-out rows as they are in their file."""
     source = config.eval_data
@@ -347,26 +317,7 @@ def _read_held_out(result: Inspection, config: MigrationConfig) -> list[Row]:
 def _held_out_rows(result: Inspection, config: MigrationConfig, rows: list[Row]) -> list[Row]:
     """The held-out rows as they are used, checked."""
     _unread(result, "held-out rows", rows)
-    return _accepted(result, config, "held-out rows", rows, [result.old_reader, result.new_tokenizer])
-
-
-def _accepted(
-    result: Inspection, config: MigrationConfig, subject: str, rows: list[Row], tokenizers: Sequence[Any]
-) -> list[Row]:
-    """The rows that every chat template renders; the others are problems, or said in a notice if the user allows it and
-    some are left."""
-    known_tokenizers = [tokenizer for tokenizer in tokenizers if tokenizer is not None]
-    kept, problems = result.attempt(lambda: accepted(rows, known_tokenizers)) or ([], [])
-    if not problems:
-        return rows
-    if config.skip_refused_rows and kept:
-        first = grouped(problems)[0]
-        left_out = f"{len(rows) - len(kept)} of {len(rows)} left out"
-        result.notices.append(f"{subject}: {left_out}, such as {first.where}: {first.what}")
-        return kept
-    known = set(result.problems)
-    result.problems += [problem for problem in problems if problem not in known]
-    return kept
+    return usable_rows(result, config, "held-out rows", rows, [result.old_reader, result.new_tokenizer])
 
 
 def _readable(result: Inspection, rows: list[Row]) -> None:

@@ -27,7 +27,7 @@ from lorasuite.evaluation import (
     judge,
 )
 from lorasuite.reporting._published import NEW_START, OWN_ROWS_START, Published
-from lorasuite.teacher import TemplateFits, Worth
+from lorasuite.teacher import Discovered, TemplateFits, Worth
 from lorasuite.training import NOTHING, FinetuneResult, Search, SecondStepResult
 
 #: Version of the form of ``migration.json``; 0 of records that do not name one.
@@ -161,6 +161,11 @@ class TeacherRecord(Worth):
     prompts: int = Field(description="distinct prompts there were; 0: it wrote from nothing")
     imitated: int = Field(description="prompts that the old base wrote itself")
     mean_log_prob: float | None = Field(description="of the rows' tokens, nats")
+    discovered: Discovered | None = Field(
+        None,
+        exclude_if=lambda found: found is None,
+        description="prompts that were not given: which source gave what share, and how sure it is",
+    )
     samples: int = Field(description="rows it was to write for training; 0: they were only chosen by")
     distilled: SoftLabelRecord | Literal[False] = False
 

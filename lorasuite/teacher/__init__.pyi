@@ -1,16 +1,32 @@
+from ._card import Card, card_text, parsed_card
+from ._discovery import DRAFTS, Discovered, choose_prompts, general_level, resembling
+from ._from_adapter import first_line
+from ._given import Given
 from ._on_policy import OnPolicy
+from ._probe import Probe, Pull, farthest
 from ._prompts import frame, prompt_frame
 from ._second_step import Distilling, second_step
-from ._settings import TeacherSettings
+from ._settings import HANDFUL, TeacherSettings, chosen_sources
+from ._shapes import Shape, shape_of
+from ._sources import PromptSource, prompt_source, register_source, source_names
 from ._template_fit import ROWS, TemplateFit, TemplateFits, candidates, judge_templates, rendered
 from ._vllm import VLLMTeacher, chosen, unusable
 from ._worth import TextLoss, Worth, judge_teacher, read_losses, text_losses, total, write_losses
 from ._writing import TeacherRows, write_rows
 
 __all__ = [
+    "DRAFTS",
+    "HANDFUL",
     "ROWS",
+    "Card",
+    "Discovered",
     "Distilling",
+    "Given",
     "OnPolicy",
+    "Probe",
+    "PromptSource",
+    "Pull",
+    "Shape",
     "TeacherRows",
     "TeacherSettings",
     "TemplateFit",
@@ -19,14 +35,26 @@ __all__ = [
     "VLLMTeacher",
     "Worth",
     "candidates",
+    "card_text",
+    "choose_prompts",
     "chosen",
+    "chosen_sources",
+    "farthest",
+    "first_line",
     "frame",
+    "general_level",
     "judge_teacher",
     "judge_templates",
+    "parsed_card",
     "prompt_frame",
+    "prompt_source",
     "read_losses",
+    "register_source",
     "rendered",
+    "resembling",
     "second_step",
+    "shape_of",
+    "source_names",
     "text_losses",
     "total",
     "unusable",

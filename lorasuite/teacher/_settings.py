@@ -12,6 +12,18 @@ NGRAM = 4
 SAMPLING_TEMPERATURE = 0.9
 #: Attempts for each row asked for, at most.
 ATTEMPTS_PER_ROW = 3
+#: Prompts of the user's, at most, that are examples to write more from; with more of them they are answered as given.
+HANDFUL = 10
+
+
+def chosen_sources(examples: bool, description: bool, card: bool) -> tuple[str, ...]:
+    """The sources of prompts that are used where nobody names any: the best of those that something is given for.
+
+    Examples and a description are used together. What a card says nobody has checked, so the adapter alone is asked
+    beside it.
+    """
+    given = tuple(name for name, there in (("examples", examples), ("description", description)) if there)
+    return given or (("card", "adapter") if card else ("adapter",))
 
 
 class TeacherSettings(BaseModel):

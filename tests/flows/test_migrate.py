@@ -267,8 +267,8 @@ def test_a_sweep_chooses_by_rows_that_no_transform_was_fitted_on(
 
 
 def test_auto_needs_no_data_of_the_user(home: Path, settings: Settings, pair: tuple[Path, Path]) -> None:
-    """What the old base with the adapter writes is what candidates are scored by."""
-    made = {"teacher": {"max_new_tokens": 8}}
+    """Told to train on nothing, what the old base with the adapter writes is what candidates are scored by."""
+    made = {"teacher": {"max_new_tokens": 8}, "teacher_samples": 0}
     record = migrate_adapter(settings(method="auto", **made))
     assert {"none", "sequential", "lorasuite"} <= {entry["method"] for entry in record["candidates"]}
     assert record["finetune"] is None and "teacher" in states(record)
@@ -301,11 +301,11 @@ def test_auto_tries_what_it_is_told_to_try(
         with pytest.raises(ConfigError, match=what):
             migrate_adapter(settings(**{**rows, "candidates": ["none"], **wrong}))
     with pytest.raises(PreflightError, match="no rows to train"):
-        migrate_adapter(settings(candidates=["none"], method="auto", output=str(tmp_path / "none")))
+        migrate_adapter(settings(candidates=["none"], teacher_samples=0, method="auto", output=str(tmp_path / "none")))
 
 
 def test_a_fit_of_some_modules_only(plugins: None, home: Path, settings: Settings, pair: tuple[Path, Path]) -> None:
-    made = {"teacher": {"max_new_tokens": 8}}
+    made = {"teacher": {"max_new_tokens": 8}, "teacher_samples": 0}
     record = migrate_adapter(settings(method="auto", **made))
     assert "logits" in {entry["method"] for entry in record["candidates"]}  # nothing is fine-tuned here
     last = migrate_adapter(settings(method="logits", output=f"{record['output']}-3", **made))

@@ -13,7 +13,7 @@ from flows.migrate_adapter import migrate_adapter
 from flows.migrate_fleet import migrate_fleet
 from lorasuite import zoo
 from lorasuite.bases import _cache, release_models
-from lorasuite.errors import DataError, PreflightError
+from lorasuite.errors import ConfigError, DataError, PreflightError
 from lorasuite.reporting import OWN_ROWS_START
 from lorasuite.training import write_scaled
 from tasks import teacher_stages
@@ -204,3 +204,36 @@ def test_a_fleet_shares_the_loaded_old_base(small: Small, tmp_path: Path, monkey
     migrate_fleet(str(file))
     assert len(written) == 2 and all("small-old" in before for before in written)
     assert loaded.count("small-old") == 1
+
+
+def test_a_handful_of_prompts_are_examples_to_write_more_from(mirror: dict[str, Any], tmp_path: Path) -> None:
+    """The record says which source gave what share; answers beside the examples change nothing."""
+    rows = zoo.rows("neox", "mirror", "train", 5)
+    zoo.write_rows([{"prompt": row["prompt"]} for row in rows], tmp_path / "five.jsonl")
+    zoo.write_rows([{**row, "completion": " wrong"} for row in rows], tmp_path / "answered.jsonl")
+    asked = {"prompts": str(tmp_path / "five.jsonl"), "teacher_samples": 12, "finetune": TUNE}
+    record = run(mirror, tmp_path / "out", **asked)
+    found = record["teacher"]["discovered"]
+    assert found["given"] == 5 and found["sources"]["examples"]["kept"] == 7 and found["clear"]
+    assert record["teacher"]["prompts"] == record["teacher"]["rows"] == 12 and record["teacher"]["temperature"] == 0
+    assert any("from: examples" in notice for notice in record["notices"]) and found["said"] in record["notices"]
+    assert record["verdict"]["verdict"] == "unmeasured"
+    again = run(mirror, tmp_path / "again", **{**asked, "prompts": str(tmp_path / "answered.jsonl")})
+    states = cached(again)
+    assert states["prompt_drafts"] and states["prompts"] and states["teacher"]
+
+
+def test_sources_that_nothing_is_given_for_are_said_before_anything_runs(
+    mirror: dict[str, Any], tmp_path: Path
+) -> None:
+    with pytest.raises(PreflightError) as raised:
+        run(
+            mirror, tmp_path / "out",
+            prompts=None, teacher_samples=8, prompt_sources=["card", "description", "examples"],
+        )  # fmt: skip
+    said = str(raised.value)
+    assert "needs a card" in said and "--describe" in said and "a few prompts" in said
+    with pytest.raises(ConfigError, match="unknown source of prompts 'exampels'"):
+        run(mirror, tmp_path / "out", prompt_sources=["exampels"])
+    with pytest.raises(ConfigError, match="says nothing"):
+        run(mirror, tmp_path / "out", describe="  ")

@@ -29,6 +29,8 @@ NOTHING = RowPlan(
 SWEPT = {"searches": True, "compares_starts": True}
 FEW = {"has_prompt_source": True, "few_labels": True}
 IMITATE = {"imitate": True}
+DISCOVERED = {**FEW, **SWEPT, "synthetic_train_rows": 300, "teacher_rows": 300}
+BOTH = ("examples", "description")
 FRAMED = {"prefix": "mirror :", "suffix": " ="}
 
 
@@ -39,9 +41,25 @@ def settings(**given: Any) -> MigrationConfig:
 @pytest.mark.parametrize(
     ("given", "counts", "expected"),
     [
-        # No data at all: auto tells candidates apart by what the teacher writes; another method needs nothing.
-        ({}, {}, {"selection_rows": 320, "teacher_rows": 320}),
-        ({}, {"prompts": 40}, {"selection_rows": 320, "teacher_rows": 320}),
+        # No data at all: auto looks for prompts, of which the adapter's card may tell; another method needs nothing.
+        ({}, {}, {**DISCOVERED, "prompt_sources": ("adapter",)}),
+        ({}, {"card": True}, {**DISCOVERED, "prompt_sources": ("card", "adapter")}),
+        ({"teacher_samples": 0}, {}, {"selection_rows": 320, "teacher_rows": 320}),
+        ({"prompt_sources": ("card",)}, {}, {**DISCOVERED, "prompt_sources": ("card",)}),
+        ({"describe": "d"}, {}, {**DISCOVERED, "prompt_sources": ("description",)}),
+        ({"describe": "d", "method": "procrustes"}, {}, {"has_prompt_source": True, "few_labels": True}),
+        (
+            {"describe": "d", "method": "procrustes", "teacher_samples": 9},
+            {},
+            {**FEW, "synthetic_train_rows": 9, "teacher_rows": 9, "prompt_sources": ("description",)},
+        ),
+        # A handful of prompts are examples; more are answered as they are, unless a task is described beside them.
+        ({"prompts": "p"}, {"prompts": 10}, {**DISCOVERED, "prompt_sources": ("examples",)}),
+        ({"prompts": "p"}, {"prompts": 11}, {**DISCOVERED, "teacher_rows": 11}),
+        ({"prompts": "p", "describe": "d"}, {"prompts": 11}, {**DISCOVERED, "prompt_sources": BOTH}),
+        ({"prompts": "p", "describe": "d"}, {"prompts": 300}, DISCOVERED),
+        ({"prompts": "p", "teacher": IMITATE}, {"prompts": 5}, DISCOVERED),
+        ({"prompts": "p"}, {"prompts": 5, "running_text": True}, DISCOVERED),
         ({"method": "procrustes"}, {}, {}),
         ({"method": "sequential"}, {}, {"selection_rows": 320, "teacher_rows": 320}),
         # Prompts and no rows: the teacher writes rows to train on, one answer a prompt unless it is running text.
@@ -183,7 +201,8 @@ def test_plan(given: dict[str, Any], counts: dict[str, Any], expected: dict[str,
 @pytest.mark.parametrize(
     ("given", "counts", "trains", "control", "alone", "competes"),
     [
-        ({}, {}, False, False, False, False),
+        ({}, {}, True, False, False, False),
+        ({"teacher_samples": 0}, {}, False, False, False, False),
         # A search has no control of its own; one is trained where it is measured.
         ({"train_data": "t"}, {"own": 60}, True, False, False, False),
         ({"train_data": "t"}, {"own": 60, "evaluation": 5}, True, True, False, False),
@@ -223,6 +242,10 @@ def test_fine_tunes(
         ({"prompts": "p"}, {"prompts": 40}, ["writes up to 300 rows"]),
         ({"prompts": "p", "teacher_samples": 50}, {"prompts": 40}, []),
         ({"teacher_samples": 50}, {}, ["no prompts for the teacher"]),
+        ({}, {}, ["writes up to 300 rows", "prompts, from: adapter"]),
+        ({"prompts": "p"}, {"prompts": 5}, ["writes up to 300 rows", "prompts beside the 5 given, from: examples"]),
+        ({"prompts": "p", "describe": "d", "teacher_samples": 9}, {"prompts": 9}, ["describe is not used"]),
+        ({"describe": "d", "method": "procrustes"}, {}, ["describe not used: no rows"]),
         ({"teacher_samples": 50, "teacher": FRAMED}, {}, []),
         ({"prompts": "p", "teacher_samples": 50, "teacher": {"temperature": 0}}, {"prompts": 40}, ["one answer each"]),
         ({"prompts": "p", "teacher_samples": 50, "teacher": {"temperature": 0}}, {"prompts": 50}, []),
@@ -246,7 +269,7 @@ def test_counts_of_rows() -> None:
 @pytest.mark.parametrize(
     ("given", "kind", "asked"),
     [
-        ({}, "completion", 3),  # nobody said how many: one answer a prompt
+        ({}, "completion", 300),  # so few are examples
         ({"teacher_samples": 0, "train_data": "rows"}, "completion", 3),
         ({"teacher_samples": 7}, "completion", 7),
         ({"teacher": IMITATE}, "completion", 300),  # more prompts are made

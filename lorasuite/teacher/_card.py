@@ -1,0 +1,218 @@
+"""What an adapter's card says of its prompts: read as text, from its README.md; nothing in it is run or followed."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorasuite.data import Message, Row, known_templates
+from lorasuite.teacher._shapes import templated_shape
+
+FILE = "README.md"
+#: Training settings as text that trainers save beside an adapter. Pickled ones are not read.
+SETTINGS = ("training_args.yaml", "training_args.json", "axolotl_config.yaml", "axolotl_config.yml")
+#: Bytes of a card that are read, prompts that are taken from it, and characters of one, at most.
+MOST_BYTES, MOST_PROMPTS, LONGEST = 200_000, 50, 4_000
+#: Names under which a snippet holds a prompt.
+PROMPT_NAMES = frozenset(
+    [
+        "prompt",
+        "prompts",
+        "text",
+        "texts",
+        "input",
+        "inputs",
+        "input_text",
+        "instruction",
+        "question",
+        "query",
+        "sentence",
+        "message",
+        "user_input",
+    ]
+)
+#: Calls whose first argument is a prompt, where it is a string.
+CALLS = frozenset(["pipe", "pipeline", "generator", "tokenizer", "tok", "generate", "chat", "predict", "classifier"])
+#: What stands for the body in a prompt template of a card.
+_PLACE = re.compile(
+    r"\{\{\s*[\w.]+\s*\}\}|\{[\w ]*\}|<(?:your |user )?(?:text|input|prompt|question|instruction)>", re.I
+)
+#: Words of the empty card that PEFT writes.
+_EMPTY = "[More Information Needed]"
+_FENCE = re.compile(r"^(```+|~~~+)[ \t]*([\w+-]*)[^\n]*\n(.*?)^\1[ \t]*$", re.MULTILINE | re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Card:
+    """What was found: prompts as they are used, what stands before and behind one, and what the adapter does."""
+
+    prompts: tuple[Row, ...] = ()
+    #: Before and behind the body, of every template that is shown.
+    frames: tuple[tuple[str, str], ...] = ()
+    description: str = ""
+
+    def __bool__(self) -> bool:
+        return bool(self.prompts or self.frames or self.description)
+
+
+def card_text(folder: Path) -> str:
+    """The card in an adapter's directory and the training settings beside it; "" where there are none."""
+    found = []
+    for name in (FILE, *SETTINGS):
+        if (folder / name).is_file():
+            with (folder / name).open("rb") as file:
+                found.append(file.read(MOST_BYTES).decode("utf-8", "replace"))
+    return "\n\n".join(found)
+
+
+def parsed_card(text: str) -> Card:
+    """A card's prompts: widget examples, strings of usage snippets, and templates with a place for the text.
+
+    Training settings that name a known template (``template: alpaca``, ``type: alpaca``) count as showing it.
+    """
+    head, body = _split(text.replace("\r\n", "\n"))
+    body = re.sub(r"<!--.*?-->", "", body, flags=re.DOTALL)
+    prompts = list(_widgets(head))
+    frames = []
+    for name in _named_templates(text):
+        frames += [(shape.before, shape.after) for shape in templated_shape(name, known_templates()[name])]
+    for match in _FENCE.finditer(body):
+        for found in _of_block(match.group(2).lower(), match.group(3)):
+            if isinstance(found, Row):
+                prompts.append(found)
+            else:
+                frames.append(found)
+    usable = [row for row in prompts if 0 < len(row.prompt or _said(row)) <= LONGEST]
+    return Card(
+        tuple(dict.fromkeys(usable))[:MOST_PROMPTS],
+        tuple(dict.fromkeys(frames)),
+        _description(_FENCE.sub("", body)),
+    )
+
+
+def _named_templates(text: str) -> list[str]:
+    """Known templates of instruction rows that training settings in a card name."""
+    key = r"[\"']?(?:template|type|chat_template|prompt_template)[\"']?"
+    found = re.findall(rf"(?:^|[{{,])\s*(?:-\s*)?{key}\s*:\s*[\"']?(\w+)", text, re.MULTILINE)
+    return [name for name in dict.fromkeys(found) if name in known_templates()]
+
+
+def _split(text: str) -> tuple[dict[str, Any], str]:
+    """The YAML block at the beginning, and the rest."""
+    import yaml
+
+    match = re.match(r"---\n(.*?)\n---\s*\n", text, re.DOTALL)
+    if match is None:
+        return {}, text
+    try:
+        head = yaml.safe_load(match.group(1))
+    except (yaml.YAMLError, RecursionError, ValueError):  # someone else's text, which need be no YAML
+        head = None
+    return head if isinstance(head, dict) else {}, text[match.end() :]
+
+
+def _widgets(head: dict[str, Any]) -> Iterator[Row]:
+    widgets = head.get("widget")
+    for one in widgets if isinstance(widgets, list) else []:
+        if isinstance(one, dict) and isinstance(one.get("text"), str):
+            yield Row("completion", prompt=one["text"])
+        elif isinstance(one, dict) and isinstance(one.get("messages"), list):
+            row = _conversation(one["messages"])
+            if row is not None:
+                yield row
+
+
+def _conversation(turns: list[Any]) -> Row | None:
+    """A conversation up to its last user's turn."""
+    known = [turn for turn in turns if isinstance(turn, dict)]
+    said = [(turn.get("role"), turn.get("content")) for turn in known]
+    messages = [Message(role, text) for role, text in said if isinstance(role, str) and isinstance(text, str)]
+    while messages and messages[-1].role != "user":
+        messages.pop()
+    return Row("messages", messages=tuple(messages)) if messages else None
+
+
+def _said(row: Row) -> str:
+    return row.messages[-1].content if row.messages else ""
+
+
+def _of_block(language: str, text: str) -> Iterator[Row | tuple[str, str]]:
+    """Prompts and templates in a block of code, or of text with a place for the body."""
+    if language in ("", "text", "txt", "jinja", "jinja2", "plaintext", "markdown"):
+        frame = _frame(text.strip("\n"))
+        if frame is not None:
+            yield frame
+            return
+    if language in ("", "python", "py", "python3"):
+        try:
+            tree = ast.parse(text)
+        except (SyntaxError, ValueError, RecursionError, MemoryError):
+            return
+        yield from _of_code(tree)
+
+
+def _frame(text: str) -> tuple[str, str] | None:
+    """What stands before the first place for a body and behind it, up to the answer's own place."""
+    places = list(_PLACE.finditer(text))
+    if not places or len(text) > LONGEST:
+        return None
+    first, behind = places[0], text[places[0].end() :]
+    if len(places) > 1:  # the answer's place, or a second input
+        behind = text[first.end() : places[1].start()].rstrip(" ")
+    return text[: first.start()], behind
+
+
+def _of_code(tree: ast.AST) -> Iterator[Row | tuple[str, str]]:
+    """Strings that a snippet gives to the model; the snippet is parsed and not run."""
+    for node in ast.walk(tree):
+        values: list[ast.expr] = []
+        if isinstance(node, ast.Assign):
+            named = {target.id.lower() for target in node.targets if isinstance(target, ast.Name)}
+            if named & PROMPT_NAMES:
+                values = [node.value]
+        elif isinstance(node, ast.Call) and node.args:
+            name = node.func.id if isinstance(node.func, ast.Name) else getattr(node.func, "attr", "")
+            values = [node.args[0]] if name.lower() in CALLS else []
+        elif isinstance(node, ast.List) and node.elts and all(isinstance(one, ast.Dict) for one in node.elts):
+            row = _conversation([_plain(one) for one in node.elts])
+            if row is not None:
+                yield row
+        for value in values:
+            yield from _prompts(value)
+
+
+def _prompts(value: ast.expr) -> Iterator[Row | tuple[str, str]]:
+    match value:
+        case ast.Constant(value=str(text)):
+            frame = _frame(text)
+            yield frame if frame is not None else Row("completion", prompt=text)
+        case ast.JoinedStr(values=parts):
+            text = "".join(str(p.value) if isinstance(p, ast.Constant) else "{body}" for p in parts)
+            frame = _frame(text)
+            if frame is not None:
+                yield frame
+        case ast.List(elts=items):
+            for item in items:
+                if isinstance(item, ast.Constant):
+                    yield from _prompts(item)
+
+
+def _plain(node: ast.expr) -> Any:
+    try:
+        return ast.literal_eval(node)
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+        return None
+
+
+def _description(body: str) -> str:
+    """The first sentences that say something: of prose, without headings, lists, links' addresses and HTML."""
+    for part in re.split(r"\n\s*\n", body):
+        lines = [line for line in part.splitlines() if not re.match(r"\s*(#|[-*|>]|\d+\.|<|!\[|\[!)", line)]
+        text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", " ".join(" ".join(lines).split()))
+        if len(text.split()) >= 4 and _EMPTY not in text and not text.startswith("Use the code below"):
+            return " ".join(re.split(r"(?<=[.!?])\s", text)[:2])[:300]
+    return ""

@@ -1,0 +1,177 @@
+"""Which drafts of prompts are used: those that move the adapter more than general text does, far from each other."""
+
+from __future__ import annotations
+
+import math
+import random
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+
+from lorasuite.data import Row, unanswered
+from lorasuite.errors import DataError, Problem
+from lorasuite.teacher._from_adapter import texts
+from lorasuite.teacher._probe import Probe, Pull, farthest
+
+#: Drafts made for each prompt wanted, and of those that move the adapter, how many are chosen among by distance.
+DRAFTS, POOL = 3, 1.5
+#: Words of a general text that are given as a prompt.
+GENERAL_WORDS = 12
+#: General texts that the signal is compared with.
+GENERAL = 32
+#: Share of real prompts whose distance to another real one says how near is near.
+NEAR = 0.95
+
+
+class SourceShare(BaseModel):
+    """What one source gave."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    drafts: int
+    kept: int
+    share: float = Field(description="of the prompts that are used, those given by the user among them")
+    signal: float | None = Field(None, description="mean over its kept drafts, in nats a token")
+
+
+class Discovered(BaseModel):
+    """Where prompts came from, and how sure it is that they are of the adapter's task."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    prompts: int = Field(description="that are used, given ones among them")
+    given: int = Field(description="of the user's")
+    sources: dict[str, SourceShare]
+    signal: float | None = Field(
+        None,
+        description="mean over the written prompts: the old base's loss on the answer less its loss with the adapter, "
+        "in nats a token",
+    )
+    general: float = Field(description="the same on general texts")
+    error: float | None = Field(None, description="standard error of signal − general")
+    clear: bool = Field(description="whether the difference is above two standard errors")
+    said: str = Field(description="all this in a line")
+
+
+def general_level(probe: Probe, general: Sequence[str]) -> list[float]:
+    """The signal on general texts, each of its own: on those given, or on what the bare old base writes from nothing.
+
+    Args:
+        general: beginnings of texts.
+    """
+    found = list(general[:GENERAL]) or texts(probe, "", GENERAL, adapter=False, salt="level")
+    rows = [unanswered(Row("text", text=text), GENERAL_WORDS) for text in found if text.strip()]
+    return [pull.nats for pull in probe.pulls(rows)]
+
+
+def choose_prompts(
+    probe: Probe,
+    drafts: Mapping[str, Sequence[Pull]],
+    given: Sequence[Row],
+    general: Sequence[float],
+    count: int,
+    drawn: Sequence[str] = (),
+) -> tuple[list[Row], Discovered]:
+    """The prompts that are used: given ones, and the drafts that the adapter's signal and their distances choose.
+
+    Of all sources together the drafts that move the adapter more than general text does on average are ranked by
+    :attr:`Pull.score`; of :data:`POOL` times those wanted the ones farthest from each other are kept, by the bare old
+    base's embeddings.
+
+    Args:
+        drafts: by source.
+        given: prompts of the user's, kept whatever their signal.
+        general: the signal on general texts.
+        count: how many in all.
+        drawn: sources that are controls: theirs are drawn at random.
+
+    Returns:
+        the prompts, and where they came from.
+
+    Raises:
+        DataError: if there is none, saying what was tried.
+    """
+    level = statistics.fmean(general) if general else 0.0
+    known = {probe.text(row) for row in given}
+    pool: list[tuple[str, Pull]] = []
+    for source, pulls in drafts.items():
+        for pull in pulls:
+            text = probe.text(pull.row)
+            if text not in known and (source in drawn or pull.nats > level):
+                known.add(text)
+                pool.append((source, pull))
+    wanted = max(count - len(given), 0)
+    if drawn:
+        random.Random(f"{probe.seed} drawn").shuffle(pool)
+        kept = pool[:wanted]
+    else:
+        pool.sort(key=lambda one: -one[1].score)
+        pool = pool[: max(wanted, round(POOL * wanted))]
+        far = farthest(probe.vectors([probe.text(pull.row) for _, pull in pool]), wanted) if pool and wanted else []
+        kept = [pool[n] for n in far]
+    if not kept and not given:
+        raise DataError([_none(drafts, level)])
+    shown = [pull.nats for _, pull in kept]
+    mean = statistics.fmean(shown) if shown else None
+    error = _error(shown, general)
+    clear = mean is not None and error is not None and mean - level > 2 * error
+    total = len(kept) + len(given)
+    shares = {name: _share(name, pulls, kept, total) for name, pulls in drafts.items()}
+    found = Discovered(
+        prompts=total, given=len(given), sources=shares, signal=mean, general=level, error=error, clear=clear, said=""
+    )
+    return [*given, *(pull.row for _, pull in kept)], found.model_copy(update={"said": _said(found)})
+
+
+def resembling(probe: Probe, prompts: Sequence[Row], real: Sequence[Row]) -> float:
+    """The share of prompts that are as near to a real one, by the old base's embeddings, as :data:`NEAR` of the real
+    ones are to another real one.
+
+    Args:
+        real: two or more, none of them among the prompts.
+    """
+    vectors = probe.vectors([probe.text(row) for row in (*prompts, *real)])
+    found, known = vectors[: len(prompts)], vectors[len(prompts) :]
+    between = torch.cdist(known, known)
+    between.fill_diagonal_(torch.inf)
+    near = between.min(dim=1).values.quantile(NEAR)
+    return float((torch.cdist(found, known).min(dim=1).values <= near).float().mean())
+
+
+def _share(name: str, pulls: Sequence[Pull], kept: Sequence[tuple[str, Pull]], total: int) -> SourceShare:
+    own = [pull.nats for source, pull in kept if source == name]
+    signal = statistics.fmean(own) if own else None
+    return SourceShare(drafts=len(pulls), kept=len(own), share=len(own) / max(total, 1), signal=signal)
+
+
+def _error(one: Sequence[float], other: Sequence[float]) -> float | None:
+    """Standard error of the difference of two means."""
+    if len(one) < 2 or len(other) < 2:
+        return None
+    return math.sqrt(statistics.variance(one) / len(one) + statistics.variance(other) / len(other))
+
+
+def _said(found: Discovered) -> str:
+    parts = [f"{share.kept} from {name}" for name, share in found.sources.items() if share.kept]
+    parts += [f"{found.given} given"] if found.given else []
+    text = f"{found.prompts} prompts ({', '.join(parts)})"
+    if found.signal is None:
+        return f"{text}: no other moves the adapter more than general text"
+    sure = "clearly more" if found.clear else "not clearly more: they may not be of its task"
+    level = f"{found.signal:.2f} nats a token, to general text by {found.general:.2f}"
+    return f"{text}; the adapter changes its answers to them by {level}, {sure}"
+
+
+def _none(drafts: Mapping[str, Sequence[Any]], level: float) -> Problem:
+    tried = ", ".join(f"{name} ({len(pulls)} drafts)" for name, pulls in drafts.items())
+    what = (
+        f"no usable one was found: tried {tried}, and none moves the adapter more than general text ({level:.2f} nats)"
+    )
+    remedy = (
+        "Give a few prompts of the adapter's task (--prompts), or say what it does (--describe), or go on without "
+        "written rows: --teacher-samples 0"
+    )
+    return Problem("prompts", what, remedy)

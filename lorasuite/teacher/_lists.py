@@ -1,0 +1,83 @@
+"""Lists that the old base, its adapter off, goes on with: of texts like those it is shown, or on a subject."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from lorasuite.data import Row
+from lorasuite.teacher._probe import Probe
+
+#: Tokens of a list's continuation.
+LIST_TOKENS = 192
+#: Texts a list shows, and texts of a continuation that are used: later ones repeat themselves.
+SHOWN, USED = 6, 8
+#: Characters of a text, at most, where no example says how long they are; else as many times the longest's.
+LONGEST, TIMES_LONGEST = 400, 3
+
+
+def continued(
+    probe: Probe, shown: Sequence[str], ask: str, lists: int, salt: str, subjects: Sequence[str] = ()
+) -> list[str]:
+    """New texts: the old base without its adapter goes on with lists of some of the texts shown.
+
+    In its chat template, where it has one, the list is the answer that it has begun; else it is plain text.
+
+    Args:
+        shown: texts, of which each list has a few in an order of its own.
+        ask: what the list is of.
+        lists: how many.
+        salt: with the seed, what is drawn.
+        subjects: each list's own, in turn, put to what is asked.
+
+    Returns:
+        those of all lists, without those shown; what repeats one is left out.
+    """
+    drawn = random.Random(f"{probe.seed} {salt}")
+    block = any("\n" in text for text in shown)
+    begun = []
+    for n in range(lists):
+        some = drawn.sample(list(shown), min(SHOWN, len(shown)))
+        wanted = f"{ask} {subjects[n % len(subjects)]}" if subjects else ask
+        begun.append(Row(kind="text", text=_opening(probe.tokenizer, wanted) + _items(some, block)))
+    answers = probe.write(begun, salt, adapter=False, tokens=LIST_TOKENS)
+    longest = TIMES_LONGEST * max((len(text) for text in shown), default=0) or LONGEST
+    known = {plain(text) for text in shown}
+    found = []
+    for answer in answers:
+        items = list(_read(answer.text, block))
+        for text in items[: USED if answer.ended else min(USED, len(items) - 1)]:  # the last one may be cut off
+            if text and len(text) <= longest and plain(text) not in known:
+                known.add(plain(text))
+                found.append(text)
+    return found
+
+
+def plain(text: str) -> str:
+    """A text by which repetitions are found: its words in small letters."""
+    return " ".join(re.findall(r"\w+", text.casefold()))
+
+
+def _opening(tokenizer: Any, ask: str) -> str:
+    """What is asked, as a chat's user asks it or as the headline of a list."""
+    if getattr(tokenizer, "chat_template", None) is None:
+        return f"{ask}\n\n"
+    turn = [{"role": "user", "content": ask}]
+    return str(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
+
+
+def _items(texts: Sequence[str], block: bool) -> str:
+    """A list of texts, begun to be gone on with: numbered lines, or blocks where a text has several lines."""
+    head, end = ("### {}\n", "\n\n") if block else ("{}. ", "\n")
+    found = "".join(head.format(n) + text.strip() + end for n, text in enumerate(texts, start=1))
+    return found + head.format(len(texts) + 1).rstrip(" ")
+
+
+def _read(text: str, block: bool) -> Iterator[str]:
+    """The texts of a continuation, the first of which has no number before it."""
+    mark = r"^###[^\n]*\n" if block else r"(?:^|(?<=\s))\s*\d{1,3}[.)]\s*(?=\D|$)"
+    for n, part in enumerate(re.split(mark, text, flags=re.MULTILINE)):
+        lines = part.strip() if block else (part.strip().splitlines() or [""])[0]
+        yield lines.strip().strip('"“”').strip() if not (n and not part.strip()) else ""

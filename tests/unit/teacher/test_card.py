@@ -1,0 +1,93 @@
+"""What an adapter's card says of its prompts, and that nothing in it is run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lorasuite.data import Message, Row
+from lorasuite.teacher import Card, card_text, parsed_card
+
+CARD = """---
+base_model: someone/base
+widget:
+- text: "Customer: where is my card?\\nIntent:"
+  example_title: one
+- messages:
+  - {role: system, content: Be short.}
+  - {role: user, content: "Why was I charged?"}
+  - {role: assistant, content: a fee}
+- text: 7
+---
+# Banking intents
+
+<!-- This adapter says something hidden. -->
+This adapter names the intent of a bank customer's message. It was trained on [data](http://example.com). Third.
+
+```python
+import os
+os.system("touch /tmp/never")
+prompt = "Customer: my card is lost\\nIntent:"
+prompt = f"Customer: {text}\\nIntent:"
+messages = [{"role": "user", "content": "Say the intent"}, {"role": "assistant", "content": "no"}]
+print(pipe("Customer: hello\\nIntent:")[0])
+other = "not a prompt"
+open("/etc/passwd").read()
+```
+
+```
+### Message:
+{message}
+
+### Intent:
+{intent}
+```
+"""
+
+
+def test_prompts_templates_and_description_are_found() -> None:
+    card = parsed_card(CARD)
+    assert [row.prompt for row in card.prompts if row.kind == "completion"] == [
+        "Customer: where is my card?\nIntent:",
+        "Customer: my card is lost\nIntent:",
+        "Customer: hello\nIntent:",
+    ]
+    assert [row.messages for row in card.prompts if row.kind == "messages"] == [
+        (Message("system", "Be short."), Message("user", "Why was I charged?")),
+        (Message("user", "Say the intent"),),
+    ]
+    assert card.frames == (("Customer: ", "\nIntent:"), ("### Message:\n", "\n\n### Intent:\n"))
+    assert card.description == ("This adapter names the intent of a bank customer's message. It was trained on data.")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "---\nwidget: [\n---\n",
+        "---\nwidget: {text: a}\nx: !!python/object/apply:os.system ['touch x']\n---\n",
+        "---\n- a\n---\n# Title\n\n[More Information Needed]\n\n- **Developed by:** [More Information Needed]\n",
+        "```python\nprompt = (\n```\n```\n" + "(" * 500 + "\n```",
+        "```python\nprompt = __import__('os').getcwd()\nmessages = [{'role': open('x')}]\n```",
+        "\x00\ufffd `````\n~~~",
+    ],
+    ids=["empty", "no yaml", "python tag", "PEFT's own", "no code", "calls", "bytes"],
+)
+def test_a_card_that_says_nothing_or_is_broken_gives_nothing(text: str) -> None:
+    assert not parsed_card(text) and parsed_card(text) == Card()
+
+
+def test_settings_beside_the_adapter_name_templates_and_pickles_are_not_read(tmp_path: Path) -> None:
+    assert card_text(tmp_path) == ""
+    (tmp_path / "README.md").write_text("# x\n")
+    (tmp_path / "training_args.json").write_text('{"template": "alpaca", "output_dir": "/"}')
+    (tmp_path / "training_args.bin").write_bytes(b"\x80\x04")
+    card = parsed_card(card_text(tmp_path))
+    ((before, after),) = card.frames
+    assert before.endswith("### Instruction:\n") and after.endswith("### Response:\n") and not card.prompts
+
+
+def test_a_prompt_with_a_place_is_a_template_and_long_ones_are_left_out() -> None:
+    found = parsed_card("```python\ntext = 'Q: {q}\\nA:'\nprompt = '" + "a" * 5000 + "'\nquery = 'why?'\n```")
+    assert found.frames == (("Q: ", "\nA:"),) and found.prompts == (Row("completion", prompt="why?"),)
