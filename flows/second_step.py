@@ -47,10 +47,12 @@ def distilled_further(
 
 def outcome(result: SecondStepResult) -> str:
     """What came of a second step that was compared, in a sentence."""
-    after = "it diverged" if result.after is None else f"{result.before:.3f} → {result.after:.3f} nats a label"
+    measured_by = "it diverged"
+    if result.before is not None and result.after is not None:
+        measured_by = f"{result.before:.3f} → {result.after:.3f} nats a label"
     measured = "own" if result.measured_on == "own rows" else "written"
     kept = "kept" if result.kept else "not kept"
-    return f"second step ({result.kind}): {kept}, {after} on {result.held_out} {measured} rows held out"
+    return f"second step ({result.kind}): {kept}, {measured_by} on {result.held_out} {measured} rows held out"
 
 
 def second(

@@ -37,6 +37,14 @@ from tasks.stage import WORK, Artifact, StageOutput, StageSettings, Where, stage
 from tasks.teacher_stages import BATCH, TeacherInputs
 
 
+def fitting(tuning: FinetuneSettings, where: Where) -> FinetuneSettings:
+    """Hyperparameters with the micro-batch of a retry after memory ran out; ``auto`` halves by itself."""
+    if not where.halvings or tuning.micro_batch_size == "auto":
+        return tuning
+    smaller = halved(tuning.micro_batch_size, where.halvings)
+    return tuning.model_copy(update={"micro_batch_size": smaller})
+
+
 def stored_soft_labels(artifact: Artifact | None) -> SoftLabels | None:
     """The distributions of an artifact of ``soft_labels``; None of None."""
     return None if artifact is None else SoftLabels.from_tensors(artifact.tensors())
@@ -169,8 +177,8 @@ def second_stepping(inputs: SecondStepInputs, settings: SecondStepSettings, wher
             aligner=_aligner(where, settings.finetune.cutoff),
             common=(common.old, common.new),
             kind=settings.kind,
-            settings=settings.finetune,
-            writing=settings.teacher,
+            settings=fitting(settings.finetune, where),
+            writing=settings.teacher.model_copy(update={"batch_size": halved(BATCH, where.halvings)}),
             arguments=arguments,
         )
         split = stored_split(inputs.rows)
@@ -181,7 +189,7 @@ def second_stepping(inputs: SecondStepInputs, settings: SecondStepSettings, wher
                 new.model,
                 new.tokenizer,
                 split.to_train,
-                first,
+                fitting(first, where),
                 adapter=None if start is None else adapter_folder(start),
                 lora=fresh_config(settings.fresh) if start is None and settings.fresh is not None else None,
                 output=output,

@@ -29,10 +29,9 @@ from lorasuite.training import (
 )
 from tasks.bases import running
 from tasks.data import stored_rows, stored_split
-from tasks.distillation_stages import stored_soft_labels, stored_token_weights
+from tasks.distillation_stages import fitting, stored_soft_labels, stored_token_weights
 from tasks.folders import adapter_folder, folder_files
 from tasks.progress import Progress
-from tasks.retries import halved
 from tasks.stage import WORK, Artifact, StageOutput, StageSettings, Where, stage
 
 
@@ -155,7 +154,7 @@ class SearchSettings(StageSettings):
 @stage("search")
 def searching(inputs: SearchInputs, settings: SearchSettings, where: Where) -> StageOutput:
     """The fine-tune from the start and at the rate that do best on rows held out, found by successive halving."""
-    tuning = _fitting(settings.finetune, where)
+    tuning = fitting(settings.finetune, where)
     taught: dict[str, Any] = {
         "soft_labels": stored_soft_labels(inputs.soft_labels),
         "token_weights": stored_token_weights(inputs.token_weights),
@@ -222,7 +221,7 @@ class FinetuneStageSettings(StageSettings):
 @stage("finetune", version=3)
 def finetune(inputs: FinetuneInputs, settings: FinetuneStageSettings, where: Where) -> StageOutput:
     """The light fine-tune of a migrated adapter, or of a fresh LoRA on the same rows."""
-    tuning, start = _fitting(settings.finetune, where), inputs.transform
+    tuning, start = fitting(settings.finetune, where), inputs.transform
     with (
         tempfile.TemporaryDirectory() as folder,
         running(where, "base", base_dtype(tuning, where.device)) as base,
@@ -245,11 +244,3 @@ def finetune(inputs: FinetuneInputs, settings: FinetuneStageSettings, where: Whe
         files = folder_files(Path(folder) / "adapter")
     shown = [one.model_dump(mode="json") for one in sweep]
     return StageOutput(info={**result.model_dump(), "sweep": shown}, files=files)
-
-
-def _fitting(tuning: FinetuneSettings, where: Where) -> FinetuneSettings:
-    """Hyperparameters with the micro-batch of a retry after memory ran out; ``auto`` halves by itself."""
-    if not where.halvings or tuning.micro_batch_size == "auto":
-        return tuning
-    smaller = halved(tuning.micro_batch_size, where.halvings)
-    return tuning.model_copy(update={"micro_batch_size": smaller})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Callable, Sequence
@@ -114,7 +115,7 @@ def second_step(
 
     Raises:
         DataError: no row of the teacher's, or none whose two tokenizations pair anywhere.
-        NumericalError: it diverges on all rows, and did not before.
+        NumericalError: it diverges, and nothing is compared.
     """
     before = after = None
     measured: Literal["own rows", "written rows", "nothing"] = "nothing"
@@ -129,8 +130,13 @@ def second_step(
     kept = without_held_out is None or (before is not None and after is not None and after < before)
     training = None
     if kept:
-        training = distilling.train(rows.synthetic, first, output, work_dir / "final")
-    else:
+        try:
+            training = distilling.train(rows.synthetic, first, output, work_dir / "final")
+        except NumericalError:
+            if without_held_out is None:
+                raise
+            kept = False
+    if not kept:
         shutil.copytree(first, output)
     result = SecondStepResult(
         kind=distilling.kind,
@@ -159,18 +165,17 @@ def _compared(
         found = json.loads(known.read_text())
         return found["before"], found["after"]
     begun, gone_on = work_dir / "first", work_dir / "second"
-    if not begun.exists():
-        without_held_out(begun, work_dir / "first-work")
     training = set(rows.to_train)
-    before = _held_out_loss(distilling, begun, held, own)
-    after: float | None
-    try:
+    before: float | None = None
+    after: float | None = None
+    with contextlib.suppress(NumericalError):  # what diverges has no loss
+        if not begun.exists():
+            without_held_out(begun, work_dir / "first-work")
+        before = _held_out_loss(distilling, begun, held, own)
         if not gone_on.exists():
             taught = [row for row in rows.synthetic if row in training]
             distilling.train(taught, begun, gone_on, work_dir / "second-work")
         after = _held_out_loss(distilling, gone_on, held, own)
-    except NumericalError:
-        after = None
     known.parent.mkdir(parents=True, exist_ok=True)
     part = known.with_suffix(".partial")
     part.write_text(json.dumps({"before": before, "after": after}))

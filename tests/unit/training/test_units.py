@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
-from lorasuite.data import IGNORED, Message, Row
-from lorasuite.training import RowAligner, TokenWeights, excess_weights
+from lorasuite.data import IGNORED, Message, Row, encode_rows
+from lorasuite.training import (
+    FinetuneSettings,
+    RowAligner,
+    TokenWeights,
+    excess_weights,
+    finetune,
+    label_losses,
+)
 from lorasuite.training._units import AlignedRow, units
-from tests.integration.tiny import tiny_tokenizer
+from tests.integration.tiny import digit_rows, tiny_lora, tiny_model, tiny_tokenizer
 
 
 @pytest.mark.parametrize(
@@ -66,3 +75,21 @@ def test_weights_follow_the_excess_by_units() -> None:
     assert TokenWeights.from_tensors(found.tensors()).digest() == found.digest()
     even = excess_weights(rows, bare, bare)
     assert bool((even.weights == 1).all()), "an adapter that changes nothing has nothing to weigh by"
+
+
+def test_finetuning_weighs_its_tokens(tmp_path: Path) -> None:
+    """The first step's loss is the weighted one; the held-out loss never is."""
+    model, tokenizer, rows = tiny_model(), tiny_tokenizer(), digit_rows(4)
+    examples = encode_rows(rows, tokenizer).examples
+    lengths = torch.tensor([len(example["input_ids"]) for example in examples])
+    tokens = torch.tensor([token for example in examples for token in example["input_ids"]])
+    weights = TokenWeights(tokens, lengths, torch.linspace(0.5, 1.5, len(tokens)))
+    losses = torch.cat([one.roll(-1) for one in label_losses(model, examples)])  # of the label after each token
+    labels = sum(label != IGNORED for example in examples for label in example["labels"])
+    settings = FinetuneSettings(batch_size=4, micro_batch_size=2, max_steps=1, precision="fp32")
+    result = finetune(
+        model, tokenizer, rows, settings, adapter=None, lora=tiny_lora(), output=tmp_path / "out",
+        work_dir=tmp_path / "work", validation_rows=rows, token_weights=weights,
+    )  # fmt: skip
+    assert result.losses[0]["loss"] == pytest.approx(float((losses * weights.weights).sum()) / labels, rel=1e-4)
+    assert result.validation[0]["loss"] == pytest.approx(float(losses.sum()) / labels, rel=1e-4)
