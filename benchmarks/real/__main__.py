@@ -57,6 +57,8 @@ def main(given: Sequence[str] | None = None) -> None:
         one.add_argument("--adapter", help="of the old base; one is trained if not given")
         one.add_argument("--calibration", help="texts; the training rows if not given")
         one.add_argument("--describe", help="what the task is, in a sentence, for prompts that are made from it")
+        one.add_argument("--max-new-tokens", type=int, help="of an answer; the grid's if not given")
+        one.add_argument("--seeds", nargs="*", type=int, help="the grid's if not given")
         one.add_argument("--work", type=Path, required=True)
         one.add_argument("--cells", type=Path, default=CELLS)
         one.add_argument("--only", nargs="*", default=(), help="tables of the grid")
@@ -103,7 +105,8 @@ def main(given: Sequence[str] | None = None) -> None:
             "adapter": arguments.adapter,
             "calibration": arguments.calibration,
         },
-        arguments.describe,
+        {"describe": arguments.describe, "evaluation.max_new_tokens": arguments.max_new_tokens},
+        arguments.seeds,
     )
     try:
         if arguments.command == "run":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from lorasuite.data import encode_rows
 from lorasuite.evaluation import Arm, read_samples
 from lorasuite.planning import Cell, ExperimentTable, read_experiment
 from lorasuite.reporting import Measurement
+from lorasuite.training import FinetuneSettings
 from tasks.data import stored_split
 from tasks.evaluation_stages import SAMPLES
 from tasks.prompt_stages import prompts, resemblance
@@ -31,6 +32,8 @@ TOLD = (
 )  # fmt: skip
 #: Settings that do not change what a fine-tune on a few rows is.
 ELSEWHERE = ("evaluation", "retrain")
+#: Arms that are trained on many rows, unless they came ready.
+TRAINED = (Arm.OLD_ADAPTER, Arm.RETRAINED)
 #: Arms that a transform makes.
 MOVED = (Arm.MIGRATED, Arm.MIGRATED_LFT)
 
@@ -41,20 +44,23 @@ def experiment_file(
     bases: tuple[str, str],
     task: str,
     data: Mapping[str, str | None],
-    describe: str | None = None,
+    settings: Mapping[str, Any],
+    seeds: Sequence[int] | None = None,
 ) -> Path:
     """Write the experiment file of a grid on a pair and a task into ``work``, and return it.
 
     Args:
         bases: old and new; directories or Hub ids.
-        describe: what the task is, in a sentence, for cells whose prompts come from it.
         data: fields of the task; files and directories from the current directory, or Hub ids; None: unset.
+        settings: of the task's cells, by dotted name; None: the grid's.
+        seeds: the grid's if None.
     """
     old, new = map(_here, bases)
     content = yaml.safe_load(grid.read_text(encoding="utf-8"))
     given = {name: _here(source) for name, source in data.items() if source is not None}
-    told = {"set": {"describe": describe}} if describe else {}
-    content |= {"pair": {"old_base": old, "new_base": new}, "tasks": {task: {**given, **told}}}
+    told = {name: value for name, value in settings.items() if value is not None}
+    content |= {"pair": {"old_base": old, "new_base": new}, "tasks": {task: {**given, "set": told}}}
+    content |= {"seeds": list(seeds)} if seeds else {}
     work.mkdir(parents=True, exist_ok=True)
     file = work / f"{short(old)}--{short(new)}--{task}--{grid.stem}.yaml"
     file.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
@@ -116,8 +122,12 @@ def _record(lab: Lab, cell: Cell, measured: Measurement) -> dict[str, Any]:
     evaluations = [store.open(key) for key in measured.keys]
     samples = [record for one in evaluations for record in read_samples(one.file(SAMPLES))]
     info = evaluations[0].info
-    tuned = cell.arm in TUNED
-    rows = settings.teacher_samples if cell.arm == Arm.REFRESHED else settings.finetune_samples
+    tuning, rows = settings.finetune, settings.finetune_samples
+    if cell.arm == Arm.REFRESHED:
+        rows = settings.teacher_samples
+    elif cell.arm in TRAINED:
+        tuning, rows = cell.settings.retrain.finetune, min(cell.settings.retrain.rows, len(lab.task(cell.task).train))
+    tuned = cell.arm in TUNED or (cell.arm in TRAINED and measured.learning_rate is not None)
     return {
         "task": cell.task,
         "arm": cell.arm.value,
@@ -125,7 +135,7 @@ def _record(lab: Lab, cell: Cell, measured: Measurement) -> dict[str, Any]:
         "rows": rows if tuned else None,
         "prompts": _prompts(lab) if cell.arm == Arm.REFRESHED else None,
         "learning_rate": measured.learning_rate if tuned else None,
-        "epochs": settings.finetune.epochs if tuned else None,
+        "epochs": tuning.epochs if tuned else None,
         "lora": {"rank": cell.settings.rank, "targets": list(cell.settings.lora.targets)},
         "seed": cell.seed,
         "loss": info["loss"],
@@ -134,7 +144,7 @@ def _record(lab: Lab, cell: Cell, measured: Measurement) -> dict[str, Any]:
         "n": info["n"],
         "seconds": measured.cost | {"evaluation": round(info["seconds"], 3)},
         "peak_memory_bytes": measured.peak_memory_bytes,
-        "tokens_trained_on": _tokens(lab, settings.finetune.epochs, settings.finetune.cutoff) if tuned else None,
+        "tokens_trained_on": _tokens(lab, cell, tuning) if tuned else None,
         "samples": [{name: record[name] for name in KEPT} for record in samples],
     }
 
@@ -156,13 +166,14 @@ def prompts_label(record: Mapping[str, Any]) -> str:
     return "-".join([*found["sources"], *([f"{found['given']}given"] if found["given"] else [])])
 
 
-def _tokens(lab: Lab, epochs: float, cutoff: int) -> int:
-    """Tokens that the fine-tune of the cell just looked at reads: those of its rows, prompts too, in every epoch."""
+def _tokens(lab: Lab, cell: Cell, tuning: FinetuneSettings) -> int:
+    """Tokens that the training of the cell just looked at reads: those of its rows, prompts too, in every epoch."""
     used = lab.steps.used.values()
     assert any(step.stage == finetune.name for step in used)
     rows = [stored_split(lab.steps.store.open(step.key)).trained for step in used if step.stage == split.name]
-    encoded = encode_rows(rows[-1], load_tokenizer(lab.new.path, lab.trust), cutoff)
-    return round(epochs * sum(len(example["input_ids"]) for example in encoded.examples))
+    base = lab.old if cell.arm == Arm.OLD_ADAPTER else lab.new
+    encoded = encode_rows(rows[-1], load_tokenizer(base.path, lab.trust), tuning.cutoff)
+    return round(tuning.epochs * sum(len(example["input_ids"]) for example in encoded.examples))
 
 
 def _name(record: Mapping[str, Any]) -> str:
