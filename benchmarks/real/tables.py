@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.real.grid import prompts_label
+from benchmarks.real.headline import table as headline
+from benchmarks.real.scores import EXACT, SCORED_BY, score, slot_f1
 from lorasuite.evaluation import Arm, compare
 
 #: Cells of these lines are shown without a learning rate.
@@ -26,6 +28,11 @@ LEVELS = (0.3, 1, 3, 10, 30)
 MISSING = "not run"
 PICTURE = "evidence.png"
 BEGIN, END = "<!-- cells -->", "<!-- /cells -->"
+#: Between these stands the table of every pair and task that has a retrain to compare with.
+FIRST, LAST = "<!-- headline -->", "<!-- /headline -->"
+#: Grids that a picture by learning rate shows, and panels in a row of it.
+DRAWN = ("all-linear", "paper")
+ACROSS = 3
 
 Cell = Mapping[str, Any]
 
@@ -59,20 +66,30 @@ def groups(cells: Iterable[Cell]) -> Iterator[tuple[tuple[str, str, str, str], l
 
 def starts(cells: list[Cell]) -> list[Start]:
     """The lines of a group, the control first."""
-    fresh = [cell for cell in cells if cell["arm"] == Arm.SCRATCH]
-    written = [cell for cell in cells if cell["arm"] == Arm.REFRESHED]
-    found = [Start(FRESH, None, _by_rate(fresh))] if fresh else []
-    methods = {cell["method"] for cell in cells if cell["method"]}
-    for method in sorted(methods, key=lambda name: (name not in NAMES, name)):
-        own = [cell for cell in cells if cell["method"] == method]
+    found = []
+    for differs in sorted({differing(cell) for cell in cells if cell["arm"] == Arm.SCRATCH}):
+        own = [cell for cell in cells if cell["arm"] == Arm.SCRATCH and differing(cell) == differs]
+        found.append(Start(_and(FRESH, differs), None, _by_rate(own)))
+    methods = {(cell["method"], differing(cell)) for cell in cells if cell["method"]}
+    for method, differs in sorted(methods, key=lambda one: (one[0] not in NAMES, one)):
+        own = [cell for cell in cells if (cell["method"], differing(cell)) == (method, differs)]
         moved = [cell for cell in own if cell["arm"] == Arm.MIGRATED]
         tuned = [cell for cell in own if cell["arm"] == Arm.MIGRATED_LFT]
-        found.append(Start(NAMES.get(method, f"`{method}`"), moved[0] if moved else None, _by_rate(tuned)))
+        name = _and(NAMES.get(method, f"`{method}`"), differs)
+        found.append(Start(name, moved[0] if moved else None, _by_rate(tuned)))
+    written = [cell for cell in cells if cell["arm"] == Arm.REFRESHED]
     for rows, differs in sorted({(cell["rows"], differing(cell)) for cell in written}):
         own = [cell for cell in written if (cell["rows"], differing(cell)) == (rows, differs)]
         name = f"{FRESH}, on {rows} rows that the old adapter wrote, no label"
-        found.append(Start(f"{name}; {differs}" if differs else name, None, _by_rate(own)))
+        found.append(Start(_and(name, differs), None, _by_rate(own)))
+    for rows in sorted({cell["rows"] for cell in cells if cell["arm"] == Arm.RETRAINED}):
+        own = [cell for cell in cells if cell["arm"] == Arm.RETRAINED and cell["rows"] == rows]
+        found.append(Start(f"{FRESH}, retrained on {rows:,} rows", None, _by_rate(own)))
     return found
+
+
+def _and(name: str, differs: str) -> str:
+    return f"{name}; {differs}" if differs else name
 
 
 def differing(cell: Cell) -> str:
@@ -89,7 +106,7 @@ def table(cells: list[Cell]) -> str:
     heads = ["", "no fine-tune", *(f"{rate:g}" for rate in RATES), f"best − best of {first} [95 %]"]
     rows = [heads, ["---"] * len(heads)]
     for arm, name in BARE.items():
-        bare = [cell for cell in cells if cell["arm"] == arm]
+        bare = sorted((cell for cell in cells if cell["arm"] == arm), key=lambda cell: float(cell["loss"]))
         rows += [[name, shown(bare[0]), *[""] * (len(RATES) + 1)]] if bare else []
     for line in lines:
         untrained = "" if line.name.startswith(FRESH) else shown(line.untrained)
@@ -99,10 +116,13 @@ def table(cells: list[Cell]) -> str:
 
 
 def shown(cell: Cell | None) -> str:
-    """Loss, and exact match where rows were answered."""
+    """Loss, and the task's score where rows were answered; of slots their F1 as well."""
     if cell is None:
         return MISSING
-    return f"{cell['loss']:.2f}" + ("" if cell["exact_match"] is None else f", {cell['exact_match']:.0%}")
+    scored = score(cell["task"], cell["samples"]) if cell["exact_match"] is not None else None
+    slots = slot_f1(cell["samples"]) if scored is not None else None
+    parts = [f"{cell['loss']:.2f}", *([] if scored is None else [f"{scored:.0%}"])]
+    return ", ".join(parts + ([] if slots is None else [f"F1 {slots:.2f}"]))
 
 
 def against(control: Cell | None, cell: Cell | None) -> str:
@@ -146,15 +166,25 @@ def costs(cells: list[Cell]) -> str:
 def markdown(cells: list[Cell]) -> str:
     """Everything between the marks of the page."""
     parts = []
-    for (old, new, task, grid), own in groups(cells):
+    for (old, new, task, grid), every in groups(cells):
+        own = [cell for cell in every if cell["seed"] == 0]
         lora = own[0]["lora"]
         tuned = [cell for cell in own if cell["rows"]]
         told = f"rank {lora['rank']} on {', '.join(lora['targets'])}; {own[0]['n']} test rows, seed {own[0]['seed']}"
         if tuned:
             told += f"; fine-tunes of {tuned[0]['epochs']:g} epochs on {min(cell['rows'] for cell in tuned)} rows"
-        told += ". Nats per label token, and exact match"
+        told += f". Nats per label token, and {SCORED_BY.get(task, EXACT)}"
         parts += [f"### {old} → {new}, {task}, {grid}", f"{told[0].upper()}{told[1:]}.", table(own), costs(own)]
     return "\n\n".join(part for part in parts if part)
+
+
+def headlines(cells: list[Cell]) -> str:
+    """The table of each pair and task that has a retrain."""
+    found: dict[tuple[str, str, str], list[Cell]] = {}
+    for cell in cells:
+        found.setdefault((cell["old_base"], cell["new_base"], cell["task"]), []).append(cell)
+    tables = {key: headline(own) for key, own in sorted(found.items())}
+    return "\n\n".join(f"**{old} → {new}**\n\n{one}" for (old, new, _), one in tables.items() if one)
 
 
 def write(folder: Path, page: Path) -> None:
@@ -162,7 +192,11 @@ def write(folder: Path, page: Path) -> None:
     cells = read(folder)
     text = page.read_text(encoding="utf-8") if page.exists() else f"![Loss by rate]({PICTURE})\n\n{BEGIN}\n{END}\n"
     before, after = text[: text.index(BEGIN)], text[text.index(END) :]
-    page.write_text(f"{before}{BEGIN}\n\n{markdown(cells)}\n\n{after}", encoding="utf-8")
+    text = f"{before}{BEGIN}\n\n{markdown(cells)}\n\n{after}"
+    if FIRST in text:
+        before, after = text[: text.index(FIRST)], text[text.index(LAST) :]
+        text = f"{before}{FIRST}\n\n{headlines(cells)}\n\n{after}"
+    page.write_text(text, encoding="utf-8")
     draw(cells, page.with_name(PICTURE))
 
 
@@ -170,12 +204,17 @@ def draw(cells: list[Cell], path: Path) -> None:
     """Loss by learning rate, a panel a group and a line a start; what is not trained is a level."""
     from matplotlib.figure import Figure
 
-    found = list(groups(cells))
-    figure = Figure(figsize=(4.8 * len(found), 4.4), layout="constrained", dpi=110)
-    panels = list(figure.subplots(1, len(found), squeeze=False, sharey=True)[0])
+    first = [cell for cell in cells if cell["seed"] == 0 and not cell.get("settings")]
+    found = [group for group in groups(first) if group[0][-1] in DRAWN] or list(groups(first))
+    across = min(ACROSS, len(found))
+    down = -(-len(found) // across)
+    figure = Figure(figsize=(4.8 * across, 4.0 * down + 0.6), layout="constrained", dpi=110)
+    panels = list(figure.subplots(down, across, squeeze=False, sharey=True).flat)
+    for empty in panels[len(found) :]:
+        empty.set_visible(False)
     names = list(dict.fromkeys(line.name for _, own in found for line in starts(own)))
     colours = {name: f"C{n}" for n, name in enumerate(names)}
-    for panel, ((old, new, task, grid), own) in zip(panels, found, strict=True):
+    for panel, ((old, new, task, grid), own) in zip(panels, found, strict=False):
         for line in starts(own):
             rates = sorted(line.tuned)
             losses = [line.tuned[rate]["loss"] for rate in rates]

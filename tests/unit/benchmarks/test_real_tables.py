@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from benchmarks.real.__main__ import CELLS, PAGE
+from benchmarks.real.headline import table as headline
 from benchmarks.real.tables import BEGIN, END, PICTURE, groups, markdown, read, table, write
 
 LORA = {"rank": 4, "targets": ["q", "v"]}
@@ -17,7 +18,15 @@ LORA = {"rank": 4, "targets": ["q", "v"]}
 
 def cell(arm: str, right: int, loss: float = 1.0, rate: float | None = None, **changes: Any) -> dict[str, Any]:
     samples = [
-        {"index": n, "target": "a", "exact_match": n < right, "loglikelihood": -loss, "tokens": 1, "bytes": 1}
+        {
+            "index": n,
+            "target": "a",
+            "output": "a" if n < right else "b",
+            "exact_match": n < right,
+            "loglikelihood": -loss,
+            "tokens": 1,
+            "bytes": 1,
+        }
         for n in range(10)
     ]
     return {
@@ -83,3 +92,27 @@ def test_the_page_is_in_step_with_the_cells() -> None:
     shown = text[text.index(BEGIN) + len(BEGIN) : text.index(END)].strip()
     assert shown == markdown(read(CELLS)), "run: python -m benchmarks.real tables"
     assert PAGE.with_name(PICTURE).is_file()
+
+
+def test_a_headline_of_every_way_against_the_retrain() -> None:
+    grid = {"grid": "all-linear"}
+    many = {**grid, "rows": 1000, "tokens_trained_on": 3000}
+    found = [
+        cell("new", 0, 5.0, **grid),
+        cell("old+adapter", 9, 0.5, **grid),
+        cell("retrained", 8, 1.0, 0.001, **many),
+        *(cell("scratch", 3 + seed, 3.0 - seed, 0.001, **grid, seed=seed) for seed in (0, 1)),
+        cell("scratch", 9, 4.0, 0.003, **grid),
+        cell("scratch", 9, 0.1, 0.001, **grid, settings={"finetune.epochs": "10"}),
+        cell("migrated+lft", 1, 2.0, 0.001, **grid, method="procrustes"),
+        cell("refreshed", 4, 3.0, 0.001, **grid),
+        cell("refreshed", 9, 0.1, 0.001, **grid, prompts={"sources": ["adapter"], "given": 0}),
+        cell("scratch", 9, 0.1, 0.001, grid="paper"),
+    ]
+    lines = {line.split(" | ")[0][2:]: line for line in headline(found).split("\n")}
+    assert lines["LoRA on 100 rows"].split(" | ")[1:-1] == ["2", "35.0% [30.0%, 40.0%]", "0.44", "2.50", "0.62"]
+    assert "| 9 |" not in lines["LoRA on 100 rows"] and lines["LoRA on 100 rows"].endswith("10.0% of the retrain's |")
+    assert "100.0%" not in lines["old base + adapter"] and "| 1.00 |" in lines["retrained on 1,000 rows"]
+    assert "`procrustes` + LFT on 100 rows, the best of the others" in lines
+    assert lines["100 rows that the old adapter wrote, no label"].split(" | ")[2] == "40.0%", "of given prompts"
+    assert headline(found[:2]) == ""
