@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from lorasuite.bases._checkpoint import Checkpoint
-from lorasuite.bases._files import Weights, read_json, resolve
+from lorasuite.bases._files import Weights, read_config_json, read_json, resolve
 from lorasuite.bases._quantized import FIELDS
 from lorasuite.bases._settings import LoadSettings
 from lorasuite.bases._template_limits import check_chat_template
@@ -31,6 +31,7 @@ def load_tokenizer(source: str | Path, trust_remote_code: bool = False) -> Any:
     from transformers import AutoTokenizer
 
     path = resolve(source)
+    _check_size(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
     except Exception as error:
@@ -44,6 +45,23 @@ def load_tokenizer(source: str | Path, trust_remote_code: bool = False) -> Any:
         raise CheckpointError(Problem(str(path), what, remedy)) from error
     check_chat_template(tokenizer, str(path))
     return tokenizer
+
+
+#: Special tokens of a tokenizer's settings: what adds them takes half a millisecond for each.
+MOST_TOKENS = 10_000
+
+
+def _check_size(path: Path) -> None:
+    """
+    Raises:
+        CheckpointError: if a tokenizer's settings are more than any has.
+    """
+    for file in (path / "tokenizer_config.json", path / "special_tokens_map.json"):
+        settings = read_config_json(file) if file.is_file() else {}
+        for name in ("extra_special_tokens", "additional_special_tokens"):
+            if len(found if isinstance(found := settings.get(name), list | dict) else ()) > MOST_TOKENS:
+                what = f"has more than {MOST_TOKENS:,} tokens, as no model has"
+                raise CheckpointError(Problem(f"{file}: {name}", what, "Download it again."))
 
 
 def auto_class(config: Any) -> Any:

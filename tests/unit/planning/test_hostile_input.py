@@ -150,6 +150,16 @@ def test_more_settings_than_any_model_has(
 
 
 @pytest.mark.parametrize(
+    "fields",
+    [{f"f{n}": n for n in range(10**5)}, {"extra_special_tokens": {f"t{n}": f"<{n}>" for n in range(10**5)}}],
+    ids=["settings", "tokens"],
+)  # fmt: skip
+def test_more_of_a_tokenizer_than_any_has(fields: dict[str, Any], pair: tuple[Path, Path], tmp_path: Path) -> None:
+    base = changed(pair[0], "tokenizer_config.json", tmp_path / "b", **fields)
+    assert any("as no model has" in line for line in found(base, pair[1]))
+
+
+@pytest.mark.parametrize(
     ("dtype", "words"),
     [(torch.int8, "int8"), (torch.complex64, "complex64"), (torch.float8_e4m3fn, ""), (torch.bfloat16, "")],
 )
