@@ -51,6 +51,8 @@ def start(server: SubprocessASGIServer) -> subprocess.Popen[Any]:
         MachineError: where it ends at its start, with the last thing it said.
     """
     _lock()
+    with contextlib.suppress(OSError):  # which the server will say better
+        PREFECT_HOME.value().mkdir(parents=True, exist_ok=True)  # its database's directory: Prefect makes the last part
     while True:
         process = _started(int(server.port or 0))
         said = _answering(process, server.api_url)

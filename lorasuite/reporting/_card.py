@@ -114,7 +114,8 @@ def _literal(text: str) -> str:
 def _first_line(record: MigrationRecord) -> str:
     """What was published, and of what and by what it was made."""
     old, new = code_span(record.old_base.name), code_span(record.new_base.name)
-    made = f"lorasuite {markdown(record.versions['lorasuite'])}"
+    version = record.versions.get("lorasuite")  # none where it ran from a checkout that is not installed
+    made = f"lorasuite {markdown(version)}" if version else "lorasuite"
     published = record.published
     if published.transform is not None:
         return f"LoRA adapter moved from {old} to {new} by {made}, method {code_span(published.transform)}."

@@ -68,7 +68,9 @@ class Said:
         return next(self.said, None)
 
 
-def test_a_server_that_cannot_start_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_cannot_start_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    place = tmp_path / "not" / "there"
+    monkeypatch.setattr(temporary_server, "PREFECT_HOME", type("Place", (), {"value": lambda _: place})())
     ports: list[int] = []
     monkeypatch.setattr(temporary_server, "_lock", lambda: None)
     monkeypatch.setattr(temporary_server, "_started", ports.append)
@@ -79,6 +81,7 @@ def test_a_server_that_cannot_start_says_why(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(temporary_server, "_answering", Said("ERROR: [Errno 98] address already in use\n"))
     temporary_server.start(SubprocessASGIServer(port=12))
     assert ports[:2] == [11, 12] and len(ports) == 3 and ports[2] != 12, "another port is tried"
+    assert place.is_dir(), "Prefect makes no parents of it"
 
 
 def test_an_output_that_is_whole_is_done(

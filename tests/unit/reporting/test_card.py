@@ -48,6 +48,7 @@ def test_provenance_and_no_results() -> None:
     assert "Prompts are made by the tokenizer of" in asked and "by the template `alpaca`." in asked
     bare = model_card(record(evaluation={}, tasks={}, comparisons=[]))
     assert "model-index" not in bare and "±" not in bare
+    assert "by lorasuite, " in model_card(record(versions={"torch": "2.13.0"})), "from a checkout, not installed"
 
 
 class Fake:
