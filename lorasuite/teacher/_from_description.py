@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 
 from lorasuite.teacher._given import Given, asked, fitting, grown
 from lorasuite.teacher._lists import continued
@@ -41,12 +42,17 @@ class Description:
 def described(probe: Probe, description: str, shapes: list[Shape], count: int, salt: str) -> list[Pull]:
     """Drafts of inputs for a task that is described, in the shapes among these that the adapter knows best."""
     ask, tried = asked(description), min(TRIED, count)
-    first = continued(probe, [], ask, min(LISTS, count), salt)
+    lists = min(LISTS, count)
+    said = f"Write a list of many different texts, word for word, that people give for this task: {description}"
+    first = continued(probe, [], ask, lists, salt)
+    first += continued(probe, [], said, lists, f"{salt} quoted", quoted=True)
+    first = random.Random(f"{probe.seed} {salt}").sample(first, len(first))
     if not first:
         return []
     found: list[Pull] = []
     for shape, pulls in fitting(probe, shapes, first[:tried], SHAPES):
         pulls += probe.pulls([shape.row(body) for body in first[tried:]])
-        share = math.ceil(count / min(SHAPES, len(shapes))) - len(pulls)
+        part = math.ceil(count / min(SHAPES, len(shapes)))
+        share = max(part - len(pulls), part // 2)
         found += grown(probe, shape, [], share, ask, f"{salt} {shape}", found=pulls, on_answers=True)
     return found

@@ -82,9 +82,8 @@ def grown(
         bodies = []
         subjects = _subjects(best) if on_answers else []
         if subjects:
-            bodies += continued(
-                probe, [], "Write a list of different messages about", lists, f"{salt} on {n}", subjects
-            )
+            wanted = "Write a list of different messages from people, word for word, about"
+            bodies += continued(probe, [], wanted, lists, f"{salt} on {n}", subjects, quoted=True)
             lists = math.ceil(lists / 2)
         bodies += continued(probe, shown, ask, lists, f"{salt} {n}")
         bodies += varied(probe, shape, shown, math.ceil(count / rounds * VARIED), f"{salt} varied {n}")

@@ -19,7 +19,13 @@ LONGEST, TIMES_LONGEST = 400, 3
 
 
 def continued(
-    probe: Probe, shown: Sequence[str], ask: str, lists: int, salt: str, subjects: Sequence[str] = ()
+    probe: Probe,
+    shown: Sequence[str],
+    ask: str,
+    lists: int,
+    salt: str,
+    subjects: Sequence[str] = (),
+    quoted: bool = False,
 ) -> list[str]:
     """New texts: the old base without its adapter goes on with lists of some of the texts shown.
 
@@ -31,6 +37,7 @@ def continued(
         lists: how many.
         salt: with the seed, what is drawn.
         subjects: each list's own, in turn, put to what is asked.
+        quoted: begin the list with a quotation mark, so that it is of what people say and not of what is said about it.
 
     Returns:
         those of all lists, without those shown; what repeats one is left out.
@@ -41,7 +48,9 @@ def continued(
     for n in range(lists):
         some = drawn.sample(list(shown), min(SHOWN, len(shown)))
         wanted = f"{ask} {subjects[n % len(subjects)]}" if subjects else ask
-        begun.append(Row(kind="text", text=_opening(probe.tokenizer, wanted) + _items(some, block)))
+        begun.append(
+            Row(kind="text", text=_opening(probe.tokenizer, wanted) + _items(some, block) + (' "' if quoted else ""))
+        )
     answers = probe.write(begun, salt, adapter=False, tokens=LIST_TOKENS)
     longest = TIMES_LONGEST * max((len(text) for text in shown), default=0) or LONGEST
     known = {plain(text) for text in shown}
