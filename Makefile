@@ -16,7 +16,7 @@ demo: $(STAMP)  ## the main job on a miniature pair: migrate, fine-tune, compare
 OLD ?= HuggingFaceTB/SmolLM2-135M-Instruct
 NEW ?= google/gemma-3-270m
 TASK ?= task
-ONLY ?= reference equation-3
+ONLY ?= reference claim
 demo-real: $(STAMP)  ## really pretrained bases and your rows: an adapter trained, moved, and set against a fresh LoRA (an hour)
 	@test -n "$(TRAIN)" -a -n "$(TEST)" || { echo "make demo-real TRAIN=rows.jsonl TEST=rows.jsonl [OLD=… NEW=… TASK=…]"; exit 2; }
 	$(BIN)/python -m benchmarks.real run --grid all-linear --old-base $(OLD) --new-base $(NEW) --task $(TASK) \
