@@ -24,9 +24,9 @@ demo-real: $(STAMP)  ## really pretrained bases and your rows: an adapter traine
 	$(BIN)/python -m benchmarks.real tables --cells demo-output-real/cells --page demo-output-real/results.md
 	@cat demo-output-real/results.md
 
-# A file at a time: what its tests share (servers, models) is made once. Four processes on two cores: the first half,
+# A file at a time: what its tests share (servers, models) is made once. Three processes on two cores: the first half,
 # flows, waits for servers and clocks. The longest files first.
-PYTEST := $(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder
+PYTEST := $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 test: $(STAMP) lint  ## every test
 	$(PYTEST) tests/flows tests/integration tests/unit
