@@ -1,13 +1,14 @@
 """Head mapping and transform the published way, against this project's, on one layer pair of real shapes in one run.
 
-    python benchmarks/scale_published.py qwen-1.5-1.8b qwen-2.5-3b
+    python benchmarks/scale_published.py qwen-1.5-1.8b qwen-2.5-3b [--keep]
 
 The published way (LoRASuite, arXiv 2505.13515) forms a ``d × d`` matrix for every head (``QᵀK`` and ``VᵀOᵀ``, brought
 to the new hidden size), compares them for every pair of heads, carries the adapter's update from head to head as dense
 matrices, through the pseudo-inverses of whole MLP weights, and decomposes each dense update by SVD. All of it is done
 here in float32, with every product in the cheaper order. Both ways get the same random weights and the same LoRA; what
 they give is compared, and the seconds of one layer pair are multiplied by the mapped layers of the two bases. What a
-pair of bases needs once (``pinv`` there, the stage ``mlp_factors`` here) is a step of its own.
+pair of bases needs once (``pinv`` there, the stage ``mlp_factors`` here) is a step of its own. ``--keep``: for the
+table of ``scale.py``, beside what it counts.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from benchmarks.shapes import cut, published, write_base, write_lora
 from lorasuite.adapters import Adapter, split_update
 from lorasuite.bases import ATTENTION, Checkpoint, Dimensions, Role
 from lorasuite.correspondence import TransferMatrix, map_heads, mlp_factor, pseudo_inverse
+from lorasuite.stored import replace_text
 from lorasuite.transforms import migrate
 
 #: Words of the cut vocabularies, and the adapter's rank.
@@ -219,8 +221,14 @@ def main() -> None:
     parser.add_argument("old")
     parser.add_argument("new")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--keep", action="store_true")
     given = parser.parse_args()
-    print(json.dumps(measure([published(given.old), published(given.new)], given.device), indent=1))
+    found = json.dumps(measure([published(given.old), published(given.new)], given.device), indent=1)
+    print(found)
+    if given.keep:
+        from benchmarks.scale_table import PUBLISHED
+
+        replace_text(PUBLISHED / f"{given.old}--{given.new}.json", found + "\n")
 
 
 if __name__ == "__main__":

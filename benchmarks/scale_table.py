@@ -15,6 +15,10 @@ from lorasuite.planning import Machine, Ops, Shape, Throughput, Work, estimate, 
 from lorasuite.transforms import names, transform
 
 CELLS = Path(__file__).parent / "scale"
+#: What ``scale_published.py --keep`` measured.
+PUBLISHED = CELLS / "published"
+#: Bytes of a float32.
+FLOAT = 4
 #: Stages that the cost model counts as part of another.
 PART_OF = {"search": "finetune", "screen": "finetune"}
 #: What the table is of: so many calibration texts and training rows of 64 tokens, an all-linear LoRA of rank 16.
@@ -79,24 +83,50 @@ def spent(timings: list[dict[str, Any]]) -> tuple[dict[str, float], dict[str, in
 
 
 def published_ops(old: Shape, new: Shape) -> tuple[Ops, Ops]:
-    """The published way by count: head mapping, and the transform of one adapter.
+    """The published way by count, as ``scale_published.py`` runs it, in float32: what a pair needs once, and the
+    transform of each adapter.
 
-    For every head of every layer pair the ``d × d`` products ``QᵀK`` and ``VᵀOᵀ``, those of the old base brought to the
-    new hidden size, and their inner products for every pair of heads; then ``pinv`` of every attention and MLP weight
-    in full, dense ``ΔW`` carried through them, and an SVD of each.
+    Once: for every head of every layer pair the ``d × d`` products ``QᵀK`` and ``VᵀOᵀ``, those of the old base brought
+    to the new hidden size where that is another, and their cosines for every pair of heads, which read both; ``pinv``
+    of every old MLP weight in full. For each adapter: dense ``ΔW`` carried from head to head or through those, and an
+    SVD of each.
     """
     pairs, (o, n) = min(old.dims.layers, new.dims.layers), (old.dims, new.dims)
-    heads = 2 * sum(2 * s.heads * s.head_dim * s.hidden_size**2 for s in (o, n))
-    heads += 2 * o.heads * 2 * (o.hidden_size**2 * n.hidden_size + o.hidden_size * n.hidden_size**2)
-    heads += 2 * 2 * o.heads * n.heads * n.hidden_size**2
-    inverted = dense = 0.0
+    d_o, d_n = o.hidden_size, n.hidden_size
+    carried = 0 if d_o == d_n else 2 * (d_o**2 * d_n + d_o * d_n**2)
+    heads = sum(4 * s.heads * s.head_dim * s.hidden_size**2 for s in (o, n)) + 2 * o.heads * carried
+    compared = o.heads * n.heads * 2 * FLOAT * 2 * d_n**2
+    inverted = rebuilt = decomposed = dense = 0.0
     for role in (role for role in old.roles if role in new.roles):
-        a, b = old.dims.rows(role), old.dims.columns(role)
-        inverted += min(a, b) ** 2 * max(a, b)
-        c, e = new.dims.rows(role), new.dims.columns(role)
-        inverted += min(c, e) ** 2 * max(c, e)
-        dense += 2 * (a * b * e + a * c * e) * (1 if role in ATTENTION else 2)
-    return Ops(double=pairs * heads), Ops(double=pairs * dense, svd=pairs * inverted)
+        a, b, c, e = o.rows(role), o.columns(role), n.rows(role), n.columns(role)
+        decomposed += min(c, e) ** 2 * max(c, e)
+        if role in ATTENTION:
+            dense += min(o.heads, n.heads) * (2 * o.head_dim * d_o**2 + carried + 2 * n.head_dim * d_n**2)
+        else:
+            inverted += min(a, b) ** 2 * max(a, b)
+            rebuilt += 2 * a * b * min(a, b)
+            dense += 2 * a * b * d_o + carried + 2 * c * e * d_n
+    once = Ops(single=heads + rebuilt, streamed=compared, svd=inverted)
+    return once * pairs, Ops(single=dense, svd=decomposed) * pairs
+
+
+def ways(old: Shape, new: Shape, full: Work, speed: Throughput, by: dict[str, float]) -> tuple[float, float]:
+    """How many times as long the published way takes by count as equation 3 here, for a pair's first adapter (head
+    mapping, MLP factors and transform) and for each one after (the transform alone)."""
+    stages = estimate(old, new, replace(full, methods=("lorasuite",)), ENDLESS, speed)["stages"]
+    took = {row["stage"]: row["seconds"] * by.get(row["stage"], 1.0) for row in stages}
+    once, each = (speed.seconds(ops) for ops in published_ops(old, new))
+    first = took["head_mapping"] + took["mlp_factors"] + took["transform"]
+    return (once + each) / first, each / took["transform"]
+
+
+def ratio_measured(old: str, new: str) -> str:
+    """The same two ratios where ``scale_published.py`` has measured both ways; a dash where not."""
+    file = PUBLISHED / f"{old}--{new}.json"
+    if not file.is_file():
+        return "–"
+    ratio = json.loads(file.read_text())["ratio"]
+    return f"{ratio['first adapter']:,.0f} ×, {ratio['each after']:,.0f} ×"
 
 
 def floor(old: Shape, new: Shape, full: Work, speed: Throughput, by: dict[str, float]) -> float:
@@ -114,7 +144,6 @@ def full_pair(old: str, new: str, cell: dict[str, Any]) -> dict[str, Any]:
     found = estimate(first, second, full, ENDLESS, speed)
     gpu = estimate(first, second, replace(full, gpu=True, item=2, run_item=2, training_item=2), ENDLESS, speed)
     seconds = {row["stage"]: row["seconds"] * by.get(row["stage"], 1.0) for row in found["stages"]}
-    mapping, moving = (speed.seconds(ops) for ops in published_ops(first, second))
     return {
         "seconds": seconds,
         "ram": {row["stage"]: row["ram_bytes"] for row in found["stages"]},
@@ -122,8 +151,7 @@ def full_pair(old: str, new: str, cell: dict[str, Any]) -> dict[str, Any]:
         "disk": {row["stage"]: row["disk_bytes"] for row in found["stages"]},
         "pair": sum(value for stage, value in seconds.items() if stage in PAIR_STAGES),
         "floor": floor(first, second, full, speed, by),
-        "published": mapping + moving,
-        "ours": seconds["head_mapping"] + seconds["transform"] / max(len(full.methods) - 1, 1),
+        "ways": ways(first, second, full, speed, by),
         "files": second.files,
     }
 
@@ -145,17 +173,19 @@ def write_table() -> None:
         rows.append(
             f"| {title} | {found['pair']:,.0f} | {found['floor']:,.0f} | {found['pair'] / found['floor']:.1f} "
             f"| {own['transform']:.1f} | {own['finetune']:,.0f} "
-            f"| {found['published'] / found['ours']:,.0f} × "
+            f"| {found['ways'][0]:,.0f} ×, {found['ways'][1]:,.0f} × | {ratio_measured(old, new)} "
             f"| {gib(found['ram'], PAIR_STAGES)} | {gib(found['ram'])} | {gib(found['gpu'])} "
             f"| {pair_disk / 2**30:.2f} | {found['files'] / 2**30:.2f} |"
         )
     head = (
-        "| pair | pair stages, s | floor, s | ratio | all transforms, s | a fine-tune, s | published ÷ ours "
-        "| RAM of the pair | RAM | GPU | artifacts | new base |\n|---|" + "---|" * 11
+        "| pair | pair stages, s | floor, s | ratio | all transforms, s | a fine-tune, s | published ÷ ours, counted "
+        "| published ÷ ours, measured | RAM of the pair | RAM | GPU | artifacts | new base |\n|---|" + "---|" * 12
     )
     lines = [
         "Written by `python benchmarks/scale.py table`. Sizes in GiB; * counted with the factors of "
-        f"`{widest}`, its own layer not measured.\n",
+        f"`{widest}`, its own layer not measured. Seconds are counted, times how much longer the measured layer took "
+        "than counted; published ÷ ours is of a pair's first adapter (head mapping, MLP factors, transform by equation "
+        "3) and of each after (the transform), by count, and as measured where `scale_published.py` ran.\n",
         head,
         *rows,
         "\nSeconds by stage:\n",
@@ -195,6 +225,7 @@ def draw(speed: Throughput, by: dict[str, float]) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import NullLocator
 
     def seconds(hidden: int = 4096, inner: int = 14336, layers: int = 32, texts: int = 256, adapters: int = 1) -> Any:
         config = {
@@ -206,7 +237,8 @@ def draw(speed: Throughput, by: dict[str, float]) -> None:
         stages = estimate(one, one, full, ENDLESS, speed)["stages"]
         took = {row["stage"]: row["seconds"] * by.get(row["stage"], 1.0) for row in stages}
         pair = sum(value for stage, value in took.items() if stage in PAIR_STAGES)
-        old_way = speed.seconds(published_ops(one, one)[0]) + adapters * speed.seconds(published_ops(one, one)[1])
+        once, each = (speed.seconds(ops) for ops in published_ops(one, one))
+        old_way = once + adapters * each
         return pair + adapters * took["transform"], old_way
 
     panels: dict[str, tuple[str, list[int]]] = {
@@ -216,14 +248,15 @@ def draw(speed: Throughput, by: dict[str, float]) -> None:
         "adapters": ("adapters", [1, 4, 16, 64, 256]),
         "texts": ("calibration texts of 64 tokens", [32, 64, 128, 256, 512]),
     }
-    figure, axes = plt.subplots(1, len(panels), figsize=(17, 3.4), sharey=True)
+    figure, axes = plt.subplots(1, len(panels), figsize=(17, 3.4), sharey=True, layout="constrained")
     for axis, (key, (label, values)) in zip(axes, panels.items(), strict=True):
         found = [seconds(**{key: value}) for value in values]
         axis.loglog(values, [ours for ours, _ in found], marker="o", label="pair stages and transforms")
         axis.loglog(values, [old for _, old in found], marker="s", label="the published way: heads and transforms")
         axis.set_xlabel(label)
+        axis.set_xticks(values, [f"{value:,}" for value in values])
+        axis.xaxis.set_minor_locator(NullLocator())
         axis.grid(True, which="both", alpha=0.3)
-    axes[0].set_ylabel("seconds, two CPU cores")
+    axes[0].set_ylabel("seconds, two CPU cores, counted")
     axes[0].legend(fontsize=7)
-    figure.tight_layout()
     figure.savefig(CELLS / "growth.png", dpi=110)

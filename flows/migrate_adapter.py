@@ -30,11 +30,10 @@ from lorasuite.adapters import Adapter, sources, sources_name
 from lorasuite.bases import resolve
 from lorasuite.evaluation import BOTH, Arm, General, Served, as_served
 from lorasuite.evaluation import check as check_serving
-from lorasuite.planning import AUTO, MigrationConfig, Plan, RowPlan, build, check
+from lorasuite.planning import AUTO, MigrationConfig, Plan, RowPlan, build, check, usable
 from lorasuite.reporting import ArmResults, MigrationRecord, publish
 from lorasuite.teacher import TemplateFits
 from lorasuite.training import NOTHING
-from lorasuite.transforms import ModelTransform, can_move, transform
 from tasks.evaluation_stages import serving
 from tasks.fingerprints import fingerprint_migration
 from tasks.folders import adapter_folder, weights_digest
@@ -128,24 +127,10 @@ def candidates(settings: MigrationConfig, plan: Plan, rows: RowPlan, pair: Pair,
     """The transform that is named, or of those that ``auto`` tries each that can move this adapter."""
     if settings.method != AUTO:
         return [settings.method]
-    moved = tuple(role for role in source.roles if role in pair.new.every_role)
     if plan.inspection.nothing_moves:
         return []
-    found = []
-    for name in settings.tried(rows.fine_tunes):
-        one = transform(name)
-        usable = not one.problems(pair.old.sizes, pair.new.sizes, moved) and (
-            any(can_move(one, role) for role in moved) or not moved
-        )
-        if one.reads_texts and pair.texts is None:
-            usable = False
-        if isinstance(one, ModelTransform) and not (source.plain and moved):
-            usable = False  # it moves updates of blocks, and nothing that lies beside them
-        if rows.fine_tunes and not one.starts_finetune:
-            usable = False
-        if usable:
-            found.append(name)
-    return found
+    names, trains, texts = settings.tried(rows.fine_tunes), rows.fine_tunes, pair.texts is not None
+    return usable(names, pair.old, pair.new, source.roles, plain=source.plain, texts=texts, trains=trains)
 
 
 def _measured(

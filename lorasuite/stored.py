@@ -1,11 +1,16 @@
-"""What the library asks of a stored artifact: it reads its own things from one, and knows no store."""
+"""What the library asks of a stored artifact, of which it reads its own things and knows no store; and how it writes a
+file that others read."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+import contextlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @runtime_checkable
@@ -21,3 +26,31 @@ class Stored(Protocol):
 
     def tensor(self, name: str) -> Tensor:
         """One tensor, on the CPU."""
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A place beside ``path`` to write a file at, which takes that of ``path`` in one step once it is on disk.
+
+    Whoever reads ``path`` finds the old file or the new one, whole, whatever ends the writer. Where writing fails
+    nothing is left. For one writer at a time: two would share the place.
+
+    Raises:
+        OSError: where it cannot be written; ``path`` is as it was.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.partial")
+    try:
+        yield scratch
+        with scratch.open("rb") as written:
+            os.fsync(written.fileno())
+        scratch.replace(path)
+    finally:
+        with contextlib.suppress(OSError):
+            scratch.unlink(missing_ok=True)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a text file by :func:`replacing`, in UTF-8."""
+    with replacing(path) as scratch:
+        scratch.write_text(text, encoding="utf-8")

@@ -6,6 +6,8 @@ Paths: ``base`` (the model that is trained), ``work`` (checkpoints of a run in p
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -151,14 +153,28 @@ class SearchSettings(StageSettings):
     effort: Effort
 
 
-@stage("search")
-def searching(inputs: SearchInputs, settings: SearchSettings, where: Where) -> StageOutput:
-    """The fine-tune from the start and at the rate that do best on rows held out, found by successive halving."""
-    tuning = fitting(settings.finetune, where)
-    taught: dict[str, Any] = {
+@contextmanager
+def _training(where: Where, tuning: FinetuneSettings) -> Iterator[tuple[Any, Path]]:
+    """The base as it is trained, and where the adapter is written, which is gone afterwards."""
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        running(where, "base", base_dtype(tuning, where.device)) as base,
+    ):
+        yield base, Path(folder) / "adapter"
+
+
+def _taught(inputs: SearchInputs | FinetuneInputs) -> dict[str, Any]:
+    """What the teacher says of the tokens, as a fine-tune takes it."""
+    return {
         "soft_labels": stored_soft_labels(inputs.soft_labels),
         "token_weights": stored_token_weights(inputs.token_weights),
     }
+
+
+@stage("search")
+def searching(inputs: SearchInputs, settings: SearchSettings, where: Where) -> StageOutput:
+    """The fine-tune from the start and at the rate that do best on rows held out, found by successive halving."""
+    tuning, taught = fitting(settings.finetune, where), _taught(inputs)
     rows, chosen = stored_split(inputs.rows), inputs.chosen.info
     untrained = {(one["method"], one["scale"]): one["loss"] for one in chosen["candidates"]}
     bare, lora = untrained[NOTHING, 0.0], fresh_config(settings.fresh)
@@ -171,10 +187,7 @@ def searching(inputs: SearchInputs, settings: SearchSettings, where: Where) -> S
         starts["{} x{:g}".format(*scaled)] = Start(rows, untrained[scaled], adapter=made, **taught)
     if inputs.own is not None:
         starts[OWN_ROWS_START] = Start(stored_split(inputs.own), bare, lora=lora)
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        running(where, "base", base_dtype(tuning, where.device)) as base,
-    ):
+    with _training(where, tuning) as (base, output):
         result, found = search(
             base.model,
             base.tokenizer,
@@ -182,12 +195,12 @@ def searching(inputs: SearchInputs, settings: SearchSettings, where: Where) -> S
             tuning,
             EXTENTS[settings.effort],
             bare=bare,
-            output=Path(folder) / "adapter",
+            output=output,
             work_dir=where.path(WORK),
             progress=Progress("fine-tuning (search)").training,
             device=where.device,
         )
-        files = folder_files(Path(folder) / "adapter")
+        files = folder_files(output)
     sweep = [
         TriedRate(learning_rate=arm.learning_rate, validation_loss=arm.best, epochs=None, start_loss=arm.losses.get(0))
         for arm in sorted(found.arms, key=lambda arm: arm.learning_rate)
@@ -222,10 +235,7 @@ class FinetuneStageSettings(StageSettings):
 def finetune(inputs: FinetuneInputs, settings: FinetuneStageSettings, where: Where) -> StageOutput:
     """The light fine-tune of a migrated adapter, or of a fresh LoRA on the same rows."""
     tuning, start = fitting(settings.finetune, where), inputs.transform
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        running(where, "base", base_dtype(tuning, where.device)) as base,
-    ):
+    with _training(where, tuning) as (base, output):
         result, sweep = finetune_swept(
             base.model,
             base.tokenizer,
@@ -234,13 +244,12 @@ def finetune(inputs: FinetuneInputs, settings: FinetuneStageSettings, where: Whe
             settings.learning_rates,
             adapter=None if start is None else adapter_folder(start),
             lora=None if settings.fresh is None else fresh_config(settings.fresh),
-            output=Path(folder) / "adapter",
+            output=output,
             work_dir=where.path(WORK),
             progress=Progress(f"fine-tuning ({'scratch' if start is None else 'migrated'})").training,
             device=where.device,
-            soft_labels=stored_soft_labels(inputs.soft_labels),
-            token_weights=stored_token_weights(inputs.token_weights),
+            **_taught(inputs),
         )
-        files = folder_files(Path(folder) / "adapter")
+        files = folder_files(output)
     shown = [one.model_dump(mode="json") for one in sweep]
     return StageOutput(info={**result.model_dump(), "sweep": shown}, files=files)

@@ -32,7 +32,6 @@ from lorasuite.bases import (
     linear_modules,
     put_weights,
     text_batches,
-    unpaired,
 )
 from lorasuite.correspondence import RIDGE, RegressionSums, StateMap, ridge_factor
 from lorasuite.progress import Progress
@@ -102,9 +101,7 @@ class Logits(ModelTransform):
         Raises:
             DataError: if no two positions of the two tokenizations pair.
         """
-        batches = text_batches(texts, old, new, cutoff)
-        if not batches:
-            raise unpaired("texts")
+        batches = text_batches(texts, old, new, cutoff, subject="texts")
         wanted, before = _targets(old, new, adapted, batches)
         layer = new.dims.layers - 1
         modules = linear_modules(new, layer)

@@ -71,6 +71,7 @@ from lorasuite.adapters import attach_adapter, attached, fresh_config, fresh_lor
 from lorasuite.bases import Checkpoint, load_model, load_tokenizer
 from lorasuite.data import Row as DataRow
 from lorasuite.errors import LoRASuiteError
+from lorasuite.stored import replace_text
 from lorasuite.teacher import TeacherSettings, write_rows
 
 
@@ -211,9 +212,7 @@ def run_task(
     def cell(key: str, compute: Any) -> None:
         if key not in cells:
             cells[key] = compute()
-            part = file.with_suffix(".partial")
-            part.write_text(json.dumps(cells, indent=1, sort_keys=True))
-            part.rename(file)
+            replace_text(file, json.dumps(cells, indent=1, sort_keys=True))
             print(f"{name}/{task}/{key}", cells[key], file=sys.stderr, flush=True)
 
     def measure(adapter: Path | None, base: Path = new) -> dict[str, float]:

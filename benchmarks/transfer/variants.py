@@ -31,6 +31,7 @@ from benchmarks.transfer.targets import proxy_itself, targets
 from benchmarks.transfer.whole_models import sequentials, there_and_back
 from benchmarks.zoo import train as trained
 from lorasuite import zoo
+from lorasuite.stored import replace_text
 
 PARTS = ("maps", "layers", "scales", "targets", "round", "sequential")
 
@@ -142,9 +143,7 @@ def main() -> None:
                     wanted = not arguments.only or any(part in variant for part in arguments.only)
                     if wanted and key not in cells:
                         cells[key] = {"parent": parent, **compute()}
-                        part = output / "cells.json.partial"
-                        part.write_text(json.dumps(cells, indent=1))
-                        part.rename(kept)
+                        replace_text(kept, json.dumps(cells, indent=1))
                         print(key, cells[key], file=sys.stderr, flush=True)
 
                 deep = f"{name}/{task}" in arguments.deep

@@ -7,7 +7,7 @@ from ._files import Weights, read_config_json, read_json, resolve
 from ._loading import auto_class, empty_model, load_model, load_tokenizer, module_order, placed
 from ._meter import METER
 from ._modules import ATTENTION, DOWN, GATE_UP, MLP, ROLES, Dimensions, Module, Role, StandardRole
-from ._pairing import Batch, TextBatch, length_batches, paired_positions, text_batches, unpaired
+from ._pairing import Batch, TextBatch, length_batches, paired_positions, text_batches
 from ._paths import is_directory, is_file
 from ._proposal import propose
 from ._settings import LoadSettings
@@ -84,5 +84,4 @@ __all__ = [
     "streamed_base",
     "surface",
     "text_batches",
-    "unpaired",
 ]

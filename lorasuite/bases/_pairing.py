@@ -46,11 +46,22 @@ class Batch:
     new_rows: tuple[Tensor, Tensor]
 
 
-def text_batches(texts: Sequence[str], old: LoadedBase, new: LoadedBase, cutoff: int, size: int = BATCH) -> list[Batch]:
+def text_batches(
+    texts: Sequence[str],
+    old: LoadedBase,
+    new: LoadedBase,
+    cutoff: int,
+    size: int = BATCH,
+    subject: str = "calibration",
+) -> list[Batch]:
     """Texts in both tokenizations, ``size`` a batch, by length; those without a pair are left out.
 
     Args:
         cutoff: tokens of a text read at most, in each tokenization.
+        subject: what the user calls the texts.
+
+    Raises:
+        DataError: if no two positions pair.
     """
     encoded = []
     for text in texts:
@@ -60,6 +71,8 @@ def text_batches(texts: Sequence[str], old: LoadedBase, new: LoadedBase, cutoff:
         pairs = paired_positions(*(e["offset_mapping"] for e in both))
         if pairs:
             encoded.append((both[0]["input_ids"], both[1]["input_ids"], pairs))
+    if not encoded:
+        raise DataError(Problem(subject, "no position of the two tokenizations pairs", "Give texts of several words."))
     encoded.sort(key=lambda item: len(item[1]))
     found = []
     for start in range(0, len(encoded), size):
@@ -103,8 +116,3 @@ def length_batches(texts: Sequence[str], tokenizer: Any, cutoff: int, size: int 
         ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(encoded[number]) for number in part], True)
         found.append(TextBatch(ids, torch.tensor([len(encoded[number]) for number in part]), torch.tensor(part)))
     return found
-
-
-def unpaired(subject: str) -> DataError:
-    """The error of texts none of whose positions pair; ``subject``: what the user calls them."""
-    return DataError(Problem(subject, "no position of the two tokenizations pairs", "Give texts of several words."))

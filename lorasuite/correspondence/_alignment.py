@@ -26,7 +26,7 @@ import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
-from lorasuite.bases import ActivationRecorder, Batch, LayerStream, LoadedBase, Role, text_batches, unpaired
+from lorasuite.bases import ActivationRecorder, Batch, LayerStream, LoadedBase, Role, text_batches
 from lorasuite.correspondence._moments import ORTHOGONAL, MapKind, Moments
 from lorasuite.correspondence._options import POSITIONS, End
 from lorasuite.errors import ConfigError, Problem
@@ -168,8 +168,6 @@ def align(
         DataError: if no two positions pair.
     """
     batches = text_batches(texts, old, new, cutoff)
-    if not batches:
-        raise unpaired("calibration")
     info: dict[str, Any] = {"roles": list(roles), "rows": sum(len(batch.old_rows[0]) for batch in batches)}
     info["residual"] = {}
     return _pairs((old, new), layers, roles, batches, kinds, min(positions, info["rows"]), info, progress), info

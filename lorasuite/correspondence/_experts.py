@@ -26,7 +26,7 @@ import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
-from lorasuite.bases import Batch, LayerStream, LoadedBase, Role, text_batches, unpaired
+from lorasuite.bases import Batch, LayerStream, LoadedBase, Role, text_batches
 from lorasuite.correspondence._alignment import Space, SpaceMap, mapped_pairs, read_map
 from lorasuite.correspondence._moments import MapKind
 from lorasuite.correspondence._options import POSITIONS, End
@@ -88,8 +88,6 @@ def align_experts(
         DataError: if no two positions pair.
     """
     batches = text_batches(texts, old, new, cutoff)
-    if not batches:
-        raise unpaired("calibration")
     info: dict[str, Any] = {"experts": {}, "kinds": sorted({kind.name for of in kinds.values() for kind in of})}
     return _pairs((old, new), layers, batches, kinds, positions, info, progress), info
 

@@ -37,7 +37,6 @@ from lorasuite.bases import (
     Role,
     linear_modules,
     text_batches,
-    unpaired,
 )
 from lorasuite.correspondence._options import DIRECTIONS, FEATURES
 from lorasuite.correspondence._regression import TargetSums
@@ -287,8 +286,6 @@ def learn_state_map(
         DataError: if no two positions of the two tokenizations pair.
     """
     batches = text_batches(texts, old, new, cutoff)
-    if not batches:
-        raise unpaired("calibration")
     features = kind(old, seed)
     raw = features.of(batches)
     features.learn(raw)

@@ -1,7 +1,7 @@
 from ._columns import parse_columns
 from ._containers import source_digest
 from ._drawing import HELD_OUT, MIN_OWN_HOLDOUT_ROWS, SPLIT, RowSplit, draw, split_rows
-from ._encoding import IGNORED, encode, encode_pair, encode_rows, end_tokens, prompt_ids
+from ._encoding import IGNORED, Encoded, RowEncoder, encode, encode_pair, encode_rows, end_tokens, prompt_ids
 from ._reading import calibration_texts, read_prompts, read_rows, rows_to_jsonl
 from ._refused import accepted
 from ._rows import (
@@ -29,9 +29,11 @@ __all__ = [
     "MIN_OWN_HOLDOUT_ROWS",
     "SPLIT",
     "UNFINISHED",
+    "Encoded",
     "Kind",
     "Message",
     "Row",
+    "RowEncoder",
     "RowSplit",
     "Template",
     "accepted",

@@ -71,21 +71,54 @@ class Encoded:
     cut_off: list[int]
 
 
-def encode_rows(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, cutoff: int = 256) -> Encoded:
-    """Encode rows for training; see :func:`encode`. Also says which rows had to be left out.
+class RowEncoder:
+    """Rows as training examples, each row tokenized once however often it is asked for.
+
+    Args:
+        tokenizer: of the model that is trained.
+        cutoff: tokens kept of a row.
 
     Raises:
-        DataError: ``rows`` is empty, ``cutoff`` is below 2 tokens, no row keeps any of its completion, or (for
-            ``messages``) as :meth:`Row.prompt_and_completion`.
+        DataError: ``cutoff`` is below 2 tokens.
     """
-    if not rows:
-        raise DataError([Problem("training rows", "there are none", "Give at least one row")])
-    if cutoff < 2:
-        raise DataError([Problem("cutoff", f"is {cutoff} tokens", "Use at least 2")])
-    eos = tokenizer.eos_token_id
-    examples: list[dict[str, list[int]]] = []
-    cut_off: list[int] = []
-    for index, row in enumerate(rows):
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, cutoff: int = 256) -> None:
+        if cutoff < 2:
+            raise DataError([Problem("cutoff", f"is {cutoff} tokens", "Use at least 2")])
+        self._tokenizer, self._cutoff = tokenizer, cutoff
+        self._known: dict[Row, dict[str, list[int]] | None] = {}
+
+    def __call__(self, rows: Sequence[Row]) -> Encoded:
+        """As :func:`encode_rows`, of these rows."""
+        if not rows:
+            raise DataError([Problem("training rows", "there are none", "Give at least one row")])
+        examples: list[dict[str, list[int]]] = []
+        cut_off: list[int] = []
+        for index, row in enumerate(rows):
+            if row not in self._known:
+                self._known[row] = self._example(row)
+            example = self._known[row]
+            if example is None:
+                cut_off.append(index)
+            else:
+                examples.append(example)
+        if not examples:
+            what = f"no row of {len(rows)} keeps any of its completion within {self._cutoff} tokens"
+            raise DataError([Problem("training rows", what, "Raise cutoff, or shorten the prompts")])
+        if cut_off:
+            logger.warning(
+                "%d of %d rows keep no completion within %d tokens and are left out (first: row %d)",
+                len(cut_off),
+                len(rows),
+                self._cutoff,
+                cut_off[0] + 1,
+            )
+        return Encoded(examples=examples, cut_off=cut_off)
+
+    def _example(self, row: Row) -> dict[str, list[int]] | None:
+        """One row; None where the cut-off takes its whole completion."""
+        tokenizer = self._tokenizer
+        eos = tokenizer.eos_token_id
         prompt, scored, suffix = row.target(tokenizer)
         # Chat templates spell out their own special tokens, so the tokenizer must not add a second BOS.
         special = row.kind != "messages"
@@ -96,35 +129,28 @@ def encode_rows(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, cutoff:
         ends = not suffix.strip() and not row.extra.get(UNFINISHED)
         if eos is not None and ends and (not tail or tail[-1] != eos):
             tail = [*tail, eos]
-        ids = (head + tail)[:cutoff]
+        ids = (head + tail)[: self._cutoff]
         labels = list(ids)
         if row.kind in ("completion", "messages"):
             labels[: len(head)] = [IGNORED] * min(len(head), len(ids))
         # The first token is never predicted; masked, so that counting labels counts predictions.
         labels[0] = IGNORED
         if len(head) >= len(ids) or all(label == IGNORED for label in labels):
-            cut_off.append(index)
-            continue
-        examples.append({"input_ids": ids, "labels": labels, "attention_mask": [1] * len(ids)})
-    if not examples:
-        raise DataError(
-            [
-                Problem(
-                    "training rows",
-                    f"no row of {len(rows)} keeps any of its completion within {cutoff} tokens",
-                    "Raise cutoff, or shorten the prompts",
-                )
-            ]
-        )
-    if cut_off:
-        logger.warning(
-            "%d of %d rows keep no completion within %d tokens and are left out (first: row %d)",
-            len(cut_off),
-            len(rows),
-            cutoff,
-            cut_off[0] + 1,
-        )
-    return Encoded(examples=examples, cut_off=cut_off)
+            return None
+        return {"input_ids": ids, "labels": labels, "attention_mask": [1] * len(ids)}
+
+
+def encode_rows(rows: Sequence[Row] | Encoded, tokenizer: PreTrainedTokenizerBase, cutoff: int = 256) -> Encoded:
+    """Encode rows for training; see :func:`encode`. Also says which rows had to be left out.
+
+    Args:
+        rows: those that are encoded already are given back.
+
+    Raises:
+        DataError: ``rows`` is empty, ``cutoff`` is below 2 tokens, no row keeps any of its completion, or (for
+            ``messages``) as :meth:`Row.prompt_and_completion`.
+    """
+    return rows if isinstance(rows, Encoded) else RowEncoder(tokenizer, cutoff)(rows)
 
 
 def encode(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, cutoff: int = 256) -> list[dict[str, list[int]]]:

@@ -1,3 +1,4 @@
+from ._candidates import usable
 from ._config import AUTO, MigrationConfig, PairSettings, torch_device
 from ._cost import Cost, Ops, Shape, Work, active
 from ._cost_adapter import adapter_costs
@@ -63,4 +64,5 @@ __all__ = [
     "survey",
     "torch_device",
     "unfit",
+    "usable",
 ]

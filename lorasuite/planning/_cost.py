@@ -18,6 +18,8 @@ from lorasuite.correspondence import POSITIONS
 
 #: Bytes of a float32, of a float64, and of a weight in half precision.
 FLOAT, DOUBLE, HALF = 4, 8, 2
+#: Logits computed at once.
+LOGITS = 2**26
 #: Resident bytes of a process that has imported torch, transformers, PEFT and Prefect, before it reads a weight.
 PROCESS = 800 * 2**20
 
@@ -180,12 +182,22 @@ class Work:
     checkpointing: bool = False
     #: Whole fine-tunes that all runs of the search come to, the control's among them.
     fine_tunes: float = 1.0
+    #: Rows that the bare new base and the candidates are scored by; 0 where nothing is chosen.
     chosen_by: int = 0
     #: Rows, once for each template that is tried, by which it is asked whether the adapter knows them.
     fitted_rows: int = 0
     teacher_rows: int = 0
     teacher_tokens: float = 256
     teacher_batch: int = 32
+    #: Of the teacher's rows those that are trained on, and the sources that its prompts come from where none are given.
+    synthetic_rows: int = 0
+    prompt_sources: int = 0
+    #: What the teacher is asked of the tokens of training rows: its distributions, and how much each counts.
+    soft_labels: bool = False
+    token_weights: bool = False
+    #: The second step after the fine-tune, and its passes over the teacher's rows.
+    second_step: str = "none"
+    second_step_epochs: float = 3
     evaluation_rows: int = 0
     evaluation_new_tokens: float = 64
     evaluation_batch: int = 16
@@ -200,6 +212,11 @@ class Work:
     def positions(self) -> float:
         """Tokens of all calibration texts, in one base."""
         return self.texts * self.text_tokens
+
+    @property
+    def prompt_tokens(self) -> float:
+        """Tokens of a row that are no labels."""
+        return max(self.row_tokens - self.label_tokens, 1.0)
 
     def held(self, on_device: float, on_host: float = 0.0) -> dict[str, float]:
         """Bytes by place, as :class:`Cost` names them: what models hold lies on the GPU, where there is one."""
@@ -246,6 +263,39 @@ def activation_bytes(shape: Shape, tokens: float, length: float, item: float, ke
     written = sum(dims.rows(role) for role in shape.roles)
     block = max(item, HALF) * tokens * (8 * dims.hidden_size + 2 * written + dims.heads * length)
     return block * (dims.layers if kept else 1)
+
+
+def lora_weights(shape: Shape, work: Work) -> float:
+    """Weights of a LoRA of the rank on every module of the roles."""
+    roles = [role for role in work.roles if role in shape.roles]
+    return work.rank * shape.dims.layers * sum(shape.dims.rows(r) + shape.dims.columns(r) for r in roles)
+
+
+def scoring(shape: Shape, work: Work, rows: float, item: float) -> tuple[Ops, float]:
+    """Losses of so many rows, a batch at once with the head at the label tokens: work, and bytes on the device."""
+    tokens = min(work.evaluation_batch, rows) * work.row_tokens
+    logits = 3 * FLOAT * min(min(work.evaluation_batch, rows) * work.label_tokens * shape.dims.vocab_size, LOGITS)
+    held = weight_bytes(shape, item) + logits + activation_bytes(shape, tokens, work.row_tokens, item, kept=False)
+    return pass_ops(shape, rows * work.row_tokens, work.row_tokens, rows * work.label_tokens), held
+
+
+def writing(
+    shape: Shape, work: Work, rows: float, read: float, written: float, batch: int | None = None
+) -> tuple[Ops, float]:
+    """So many answers: every step of a batch reads the model's weights from memory once. Work, and bytes on the device.
+
+    Args:
+        read: tokens of a prompt.
+        written: tokens of an answer.
+        batch: answers written at once; the teacher's if None.
+    """
+    tokens, batch = read + written, work.teacher_batch if batch is None else batch
+    ops = pass_ops(shape, rows * tokens, tokens, rows * written)
+    ops += Ops(streamed=math.ceil(rows / batch) * written * work.run_item * (shape.active + shape.head))
+    together, dims = min(batch, rows), shape.dims
+    cache = 2 * max(work.run_item, HALF) * together * tokens * dims.layers * dims.kv_heads * dims.head_dim
+    states = activation_bytes(shape, together * read, read, work.run_item, kept=False)
+    return ops, weight_bytes(shape, work.run_item) + cache + 3 * FLOAT * together * dims.vocab_size + states
 
 
 def heads_product(old: Shape, new: Shape) -> float:

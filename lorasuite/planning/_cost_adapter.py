@@ -1,4 +1,4 @@
-"""What the stages need that run for each adapter: transforms, the teacher, the fine-tunes and the evaluation."""
+"""What the stages need that run for each adapter: transforms, the fine-tunes and the evaluation."""
 
 from __future__ import annotations
 
@@ -10,23 +10,26 @@ from lorasuite.planning._cost import (
     DOUBLE,
     FLOAT,
     HALF,
+    LOGITS,
     Cost,
     Ops,
     Shape,
     Work,
     activation_bytes,
     depth,
+    lora_weights,
     pass_ops,
+    scoring,
     shared_roles,
     weight_bytes,
+    writing,
 )
 from lorasuite.planning._cost_pair import spaces
+from lorasuite.planning._cost_teacher import teacher_costs, template_fit
 from lorasuite.transforms import Input, ModelTransform, can_move, transform
 
-#: Scales that ``auto`` tries on the best transform, and the bare base.
-OTHER_SCALES = 6
-#: Logits computed at once.
-LOGITS = 2**26
+#: Scales that ``auto`` tries on the best transform, beside 1.
+OTHER_SCALES = 5
 #: Bytes a trained weight takes beside itself: gradient and AdamW's two means, in float32, and its master copy.
 TRAINED = 4 * FLOAT
 
@@ -37,13 +40,16 @@ def adapter_costs(old: Shape, new: Shape, work: Work) -> list[Cost]:
     found += [transforming(old, new, work, method) for method in work.methods if not _fits_models(method)]
     if work.fitted_rows:
         found.append(template_fit(old, work))
-    if work.teacher_rows:
-        found += [teacher(old, new, work), teacher_worth(old, new, work)]
+    found += teacher_costs(old, new, work)
     found += [transforming(old, new, work, method) for method in work.methods if _fits_models(method)]
-    if len(work.methods) > 1 and work.chosen_by:
+    if work.rows and not work.methods:
+        found.append(unmoved(new, work))
+    if work.chosen_by:
         found.append(select(new, work))
     if work.rows:
-        found.append(finetune(old, new, work))
+        found.append(finetune(new, work))
+    if work.second_step != "none" and work.synthetic_rows:
+        found.append(second_step(old, new, work))
     if work.evaluation_rows:
         found.append(evaluate(old, new, work))
     if work.general_texts:
@@ -61,12 +67,6 @@ def read_adapter(shapes: Sequence[tuple[int, int]]) -> Cost:
     ops = Ops(svd=sum(min(shape) ** 2 * max(shape) for shape in shapes))
     # the dense ΔW and its base weight, both in float32, and an SVD of it in float64
     return Cost("read_adapter", ops, **Work().held(0, 10 * FLOAT * max(a * b for a, b in shapes)))
-
-
-def lora_weights(shape: Shape, work: Work) -> float:
-    """Weights of a LoRA of the rank on every module of the roles."""
-    roles = [role for role in work.roles if role in shape.roles]
-    return work.rank * shape.dims.layers * sum(shape.dims.rows(r) + shape.dims.columns(r) for r in roles)
 
 
 def transforming(old: Shape, new: Shape, work: Work, method: str) -> Cost:
@@ -129,44 +129,18 @@ def _fitting(old: Shape, new: Shape, work: Work, disk: float) -> Cost:
     )
 
 
-def teacher(old: Shape, new: Shape, work: Work) -> Cost:
-    """Rows the old base writes with its adapter: every step of a batch reads the model's weights from memory once."""
-    tokens = work.row_tokens + work.teacher_tokens
-    batches = -(-work.teacher_rows // work.teacher_batch)
-    ops = pass_ops(old, work.teacher_rows * tokens, tokens, work.teacher_rows * work.teacher_tokens)
-    ops += Ops(streamed=batches * work.teacher_tokens * work.run_item * (old.active + old.head))
-    batch = min(work.teacher_batch, work.teacher_rows)
-    kv = 2 * max(work.run_item, HALF) * batch * tokens * old.dims.layers * old.dims.kv_heads * old.dims.head_dim
-    logits = 3 * FLOAT * batch * old.dims.vocab_size
-    batch_bytes = activation_bytes(old, batch * work.row_tokens, work.row_tokens, work.run_item, kept=False)
-    return Cost("teacher", ops, **work.held(weight_bytes(old, work.run_item) + kv + logits + batch_bytes))
-
-
-def _scoring(shape: Shape, work: Work, rows: float, item: float) -> tuple[Ops, float]:
-    """Losses of so many rows, a batch at once with the head at the label tokens: work, and bytes on the device."""
-    tokens = min(work.evaluation_batch, rows) * work.row_tokens
-    logits = 3 * FLOAT * min(min(work.evaluation_batch, rows) * work.label_tokens * shape.dims.vocab_size, LOGITS)
-    held = weight_bytes(shape, item) + logits + activation_bytes(shape, tokens, work.row_tokens, item, kept=False)
-    return pass_ops(shape, rows * work.row_tokens, work.row_tokens, rows * work.label_tokens), held
-
-
-def teacher_worth(old: Shape, new: Shape, work: Work) -> Cost:
-    """The loss of the new base on the rows that were written, those of the old base with and without its adapter."""
-    first, held = _scoring(old, work, work.teacher_rows, work.run_item)
-    second, other = _scoring(new, work, work.teacher_rows, work.run_item)
-    return Cost("teacher_worth", first * 2 + second, **work.held(max(held, other)))
-
-
-def template_fit(old: Shape, work: Work) -> Cost:
-    """The losses of the old base, with and without its adapter, on a few rows under every template that is tried."""
-    ops, held = _scoring(old, work, work.fitted_rows, work.run_item)
-    return Cost("template_fit", ops * 2, **work.held(held))
-
-
 def select(new: Shape, work: Work) -> Cost:
-    """The held-out loss of the bare base, of every candidate, and of the best one at other scales."""
-    ops, held = _scoring(new, work, work.chosen_by, work.run_item)
-    return Cost("select", ops * (len(work.methods) + OTHER_SCALES), **work.held(held))
+    """The held-out loss of the bare base, and where there are candidates that of each, and of the best at other scales;
+    kept is the best one."""
+    ops, held = scoring(new, work, work.chosen_by, work.run_item)
+    passes = 1 + (len(work.methods) + OTHER_SCALES if work.methods else 0)
+    return Cost("select", ops * passes, **work.held(held), disk=FLOAT * lora_weights(new, work))
+
+
+def unmoved(new: Shape, work: Work) -> Cost:
+    """A fresh LoRA, drawn and written, where no transform is tried."""
+    size = FLOAT * lora_weights(new, work)
+    return Cost("unmoved", Ops(written=size), **Work().held(0, 2 * size), disk=size)
 
 
 def step_ops(shape: Shape, work: Work, rows: float) -> Ops:
@@ -178,9 +152,16 @@ def step_ops(shape: Shape, work: Work, rows: float) -> Ops:
     return plain + again + Ops(forward=6 * tokens * lora_weights(shape, work))
 
 
-def finetune(old: Shape, new: Shape, work: Work) -> Cost:
+def finetune(new: Shape, work: Work) -> Cost:
     """All runs of the search together, as whole fine-tunes; the bytes are those of one, which run one after another."""
     ops = step_ops(new, work, work.rows * work.epochs) * work.fine_tunes
+    held, spare = _training_bytes(new, work)
+    disk = work.fine_tunes * 3 * FLOAT * lora_weights(new, work)
+    return Cost("finetune", ops, **work.held(held), disk=disk, spare=spare)
+
+
+def _training_bytes(new: Shape, work: Work) -> tuple[float, float]:
+    """Bytes of one run on the device, and those of them that a run with fewer rows a pass does without."""
     trained, rows = lora_weights(new, work), min(work.micro_batch or work.batch, work.rows)
     always = weight_bytes(new, work.training_item) + (FLOAT + TRAINED) * trained
 
@@ -190,23 +171,41 @@ def finetune(old: Shape, new: Shape, work: Work) -> Cost:
         return logits + activation_bytes(new, rows * work.row_tokens, work.row_tokens, work.training_item, kept=kept)
 
     held = passing(rows, not work.checkpointing)
-    spare = held - passing(1, False) if work.micro_batch is None else 0.0
-    disk = work.fine_tunes * 3 * FLOAT * trained
-    return Cost("finetune", ops, **work.held(always + held), disk=disk, spare=spare)
+    return always + held, held - passing(1, False) if work.micro_batch is None else 0.0
+
+
+def second_step(old: Shape, new: Shape, work: Work) -> Cost:
+    """The first step again without the rows held out, the second step without them and with them, and the losses of the
+    rows held out after each of the first two. Both bases are loaded.
+
+    On-policy, the student answers every prompt of every step, and the teacher reads the answer; cached, the teacher
+    reads its own rows, once for each of the two runs.
+    """
+    taught = work.synthetic_rows * work.second_step_epochs
+    further = step_ops(new, work, taught)
+    if work.second_step == "on-policy":
+        written, _ = writing(new, work, taught, work.prompt_tokens, work.teacher_tokens, work.batch)
+        further += written + scoring(old, work, taught, work.run_item)[0]
+    else:
+        further += scoring(old, work, work.synthetic_rows, work.run_item)[0]
+    held_out = max(work.chosen_by, work.rows // 5)
+    judged = sum((scoring(one, work, held_out, work.run_item)[0] for one in (old, new)), Ops())
+    ops = step_ops(new, work, work.rows * work.epochs) + further * 2 + judged * 2
+    held, spare = _training_bytes(new, work)
+    _, reading = scoring(old, work, work.batch, work.run_item)
+    disk = 3 * FLOAT * lora_weights(new, work)
+    return Cost("second_step", ops, **work.held(held + reading), disk=disk, spare=spare)
 
 
 def evaluate(old: Shape, new: Shape, work: Work) -> Cost:
     """Every arm on the held-out rows: the loss of each answer, and an answer written to compare with it."""
     ops, held = Ops(), 0.0
     for shape, arms in ((old, work.old_arms), (new, work.new_arms)):
-        scored, needs = _scoring(shape, work, work.evaluation_rows, work.run_item)
+        scored, needs = scoring(shape, work, work.evaluation_rows, work.run_item)
         held = max(held, needs)
-        written = work.evaluation_new_tokens
-        tokens = work.row_tokens + written
-        batches = -(-work.evaluation_rows // work.evaluation_batch)
-        writing = pass_ops(shape, work.evaluation_rows * tokens, tokens, work.evaluation_rows * written)
-        writing += Ops(streamed=batches * written * work.run_item * (shape.active + shape.head))
-        ops += (scored + writing) * arms
+        new_tokens = work.evaluation_new_tokens
+        written, _ = writing(shape, work, work.evaluation_rows, work.row_tokens, new_tokens, work.evaluation_batch)
+        ops += (scored + written) * arms
     return Cost("evaluate", ops, **work.held(held))
 
 

@@ -17,6 +17,7 @@ from lorasuite.adapters import Adapter, weight_shape
 from lorasuite.bases import ROLES, Checkpoint, Role
 from lorasuite.data import DEFAULT_TEMPLATE, IGNORED, Row, encode_rows, known_templates
 from lorasuite.errors import LoRASuiteError, Problem
+from lorasuite.planning._candidates import usable
 from lorasuite.planning._config import AUTO, MigrationConfig
 from lorasuite.planning._cost import FLOAT, HALF, Cost, Shape, Work
 from lorasuite.planning._cost_adapter import adapter_costs
@@ -26,7 +27,6 @@ from lorasuite.planning._policy import RowPlan
 from lorasuite.planning._thresholds import LFT_SAMPLES
 from lorasuite.teacher import ROWS as TEMPLATE_ROWS
 from lorasuite.training import EXTENTS, base_dtype
-from lorasuite.transforms import transform
 
 #: Texts or rows that are tokenized to learn how long they are.
 SAMPLED = 64
@@ -62,21 +62,30 @@ def planned_work(
     device: str,
     rows: RowPlan,
     data: Data,
+    nothing_moves: bool = False,
 ) -> Work:
     """What the settings would run, as counts; what is not known is assumed at its default, and said in
-    ``data.assumed``."""
+    ``data.assumed``.
+
+    Args:
+        nothing_moves: whether nothing of the adapter has a counterpart in the new base: no transform is tried.
+    """
     roles: tuple[Role, ...] = ROLES if adapter is None else tuple(adapter.roles(old.architecture))
     if adapter is None:
         data.assumed.append("an adapter of every linear module, rank 16")
     gpu = device != "cpu"
     item, run_item, training_item = weight_items(config, device)
-    methods = [config.method] if config.method != AUTO else list(_tried(config, old, new, roles, rows))
     text_tokens, texts = float(config.pair.calibration_cutoff), len(data.texts)
     if data.texts and data.tokenizer is not None:
         text_tokens = _mean_tokens(data.tokenizer, data.texts, config.pair.calibration_cutoff)
     elif not data.texts and config.calibration_data is None:
         texts = config.pair.calibration_samples
         data.assumed.append(f"{texts} calibration texts of {config.pair.calibration_cutoff} tokens")
+    methods = [config.method]
+    if config.method == AUTO:
+        plain, trains = adapter is None or adapter.plain(old.architecture), rows.fine_tunes
+        wanted = [] if nothing_moves else config.tried(trains)
+        methods = usable(wanted, old, new, roles, plain=plain, texts=texts > 0, trains=trains)
     row_tokens, label_tokens = _row_tokens(config, data)
     trained = rows.own_rows + rows.synthetic_train_rows
     if not trained and config.train_data is None and config.finetune_samples is None:
@@ -89,9 +98,6 @@ def planned_work(
     else:
         starts = 1 + rows.trains_control + (config.starts - 1 if rows.compares_starts else 0)
         fine_tunes = starts * max(len(rows.rates), 1)
-    if config.second_step != "none" and rows.synthetic_train_rows:
-        # the first step again without the rows held out, and the second without them and with them
-        fine_tunes += 1 + 2 * config.second_step_epochs / epochs
     return Work(
         roles=roles,
         methods=tuple(methods),
@@ -114,11 +120,17 @@ def planned_work(
         micro_batch=tuning.micro_batch_size if isinstance(tuning.micro_batch_size, int) else None,
         checkpointing=tuning.gradient_checkpointing is True,
         fine_tunes=fine_tunes,
-        chosen_by=max(rows.selection_rows, trained // 5),
+        chosen_by=max(rows.selection_rows, trained // 5) if config.method == AUTO else 0,
         fitted_rows=_fitted(config, data),
         teacher_rows=rows.teacher_rows,
         teacher_tokens=min(label_tokens, config.teacher.max_new_tokens),
         teacher_batch=config.teacher.batch_size,
+        synthetic_rows=rows.synthetic_train_rows,
+        prompt_sources=len(rows.prompt_sources),
+        soft_labels=tuning.distillation > 0,
+        token_weights=tuning.token_weights != "none",
+        second_step=config.second_step,
+        second_step_epochs=config.second_step_epochs,
         evaluation_rows=min(len(data.evaluation), config.evaluation.limit or len(data.evaluation)),
         evaluation_new_tokens=config.evaluation.max_new_tokens if config.evaluation.generate else 0,
         evaluation_batch=config.evaluation.batch_size,
@@ -140,17 +152,6 @@ def weight_items(config: MigrationConfig, device: str) -> tuple[float, float, fl
     if named is not None:
         return item, named, named
     return item, item, base_dtype(config.finetune, device).itemsize
-
-
-def _tried(
-    config: MigrationConfig, old: Checkpoint, new: Checkpoint, roles: Sequence[Role], rows: RowPlan
-) -> Iterator[str]:
-    """The transforms that ``auto`` tries between these bases."""
-    moved = tuple(role for role in roles if role in new.every_role)
-    for name in config.tried(rows.fine_tunes):
-        one = transform(name)
-        if not one.problems(old.sizes, new.sizes, moved) and (one.starts_finetune or not rows.fine_tunes):
-            yield name
 
 
 def _dense(old: Checkpoint, adapter: Adapter) -> Iterator[tuple[int, int]]:
@@ -243,6 +244,11 @@ SMALLER = {
     "finetune": "--finetune-micro-batch-size 1, --finetune-gradient-checkpointing",
     "teacher": "--teacher-batch-size 1, --teacher-samples 0",
     "teacher_worth": "--teacher-samples 0",
+    "prompt_drafts": "--teacher-batch-size 1, --teacher-samples 0",
+    "prompts": "--teacher-batch-size 1, --teacher-samples 0",
+    "soft_labels": "--finetune-distillation 0",
+    "token_weights": "--finetune-token-weights none",
+    "second_step": "--second-step none, --finetune-micro-batch-size 1, --finetune-gradient-checkpointing",
     "evaluate": "--evaluation-batch-size 1",
     "general_text": "--evaluation-batch-size 1",
     "select": "--method procrustes",
@@ -259,6 +265,11 @@ LOADED = (
     "template_fit",
     "teacher",
     "teacher_worth",
+    "prompt_drafts",
+    "prompts",
+    "soft_labels",
+    "token_weights",
+    "second_step",
     "evaluate",
     "general_text",
     "select",

@@ -22,9 +22,10 @@ from lorasuite.adapters import (
 from lorasuite.bases import Checkpoint, Role, Weights, add_architectures, common_tokens, load_tokenizer, propose
 from lorasuite.errors import LoRASuiteError, PreflightError, Problem, examples
 from lorasuite.planning._base_config import unusable_config
+from lorasuite.planning._candidates import usable
 from lorasuite.planning._config import AUTO
 from lorasuite.planning._experts import expert_rows, not_moved_notices, nothing_moves
-from lorasuite.transforms import ModelTransform, can_move, transform
+from lorasuite.transforms import AnyTransform, LayerTransform, ModelTransform, can_move, names, transform
 
 
 @dataclass
@@ -98,12 +99,14 @@ def inspect(
     architectures: str | None = None,
     trains: bool = False,
     texts: bool = True,
+    candidates: Sequence[str] | None = None,
 ) -> Inspection:
     """Compare two bases, and say what of an adapter would move. Headers and configs only: no weight is read.
 
     Args:
         trains: whether there are rows that a fresh LoRA could be trained on, where nothing of the adapter moves.
         texts: whether there are calibration texts, by which experts are matched.
+        candidates: the transforms that ``auto`` tries where they fit, by name; None: all.
         architectures: a directory of architecture files, known from here on as by
             :func:`lorasuite.bases.add_architectures`.
     """
@@ -149,7 +152,11 @@ def inspect(
         _own_tokenizer(result, old, str(adapter), trust_remote_code)
         if new is not None and not result.problems:
             _modules(result, opened, method, trains, texts)
-            _outside_factors(result, old, opened)
+            wanted = names() if candidates is None else candidates
+            tried = [] if result.nothing_moves else _tried(old, new, opened, method, wanted, trains, texts)
+            if any(isinstance(one, LayerTransform) for one in tried):
+                _layers_apart(result, old, new, opened.roles(old.architecture))
+            _outside_factors(result, old, opened, tried)
     return result
 
 
@@ -288,7 +295,6 @@ def _modules(result: Inspection, adapter: Adapter, method: str, trains: bool, te
                 "why": why,
             }
         )
-    _some_layers(result, old, new, adapter.roles(old.architecture))
     result.modules += expert_rows(adapter, old, new, chosen, texts)
     result.notices += not_moved_notices(adapter, old, new, texts)
     if not any(row["moves"] for row in result.modules):
@@ -298,10 +304,6 @@ def _modules(result: Inspection, adapter: Adapter, method: str, trains: bool, te
             result.problems.append(found)
         else:
             result.notices.append(found)
-    if old.dims.layers > new.dims.layers:
-        result.notices.append(
-            f"{old.dims.layers - new.dims.layers} of {old.dims.layers} old layers have no partner and are dropped"
-        )
     if chosen is None:
         return
     if isinstance(chosen, ModelTransform) and not adapter.plain(old.architecture):
@@ -311,8 +313,28 @@ def _modules(result: Inspection, adapter: Adapter, method: str, trains: bool, te
     result.problems += chosen.problems(old.sizes, new.sizes, shared)
 
 
-def _some_layers(result: Inspection, old: Checkpoint, new: Checkpoint, roles: Sequence[Role]) -> None:
-    """A notice where a base has some of the adapter's roles in some of its layers only."""
+def _tried(
+    old: Checkpoint,
+    new: Checkpoint,
+    adapter: Adapter,
+    method: str,
+    candidates: Sequence[str],
+    trains: bool,
+    texts: bool,
+) -> list[AnyTransform]:
+    """The transforms that would be run."""
+    if method != AUTO:
+        return [transform(method)]
+    roles, plain = adapter.roles(old.architecture), adapter.plain(old.architecture)
+    return [transform(one) for one in usable(candidates, old, new, roles, plain=plain, texts=texts, trains=trains)]
+
+
+def _layers_apart(result: Inspection, old: Checkpoint, new: Checkpoint, roles: Sequence[Role]) -> None:
+    """Notices of what has no partner where updates go from layer to layer: old layers, and roles of some layers."""
+    if old.dims.layers > new.dims.layers:
+        result.notices.append(
+            f"{old.dims.layers - new.dims.layers} of {old.dims.layers} old layers have no partner and are dropped"
+        )
     for name, base in (("old", old), ("new", new)):
         counted: dict[int, list[Role]] = {}
         for role in roles:
@@ -326,9 +348,14 @@ def _some_layers(result: Inspection, old: Checkpoint, new: Checkpoint, roles: Se
             )
 
 
-def _outside_factors(result: Inspection, old: Checkpoint, adapter: Adapter) -> None:
-    """What of an adapter is not stored as factors of block weights: what that costs, and what becomes of it."""
-    if not adapter.stored:
+def _outside_factors(result: Inspection, old: Checkpoint, adapter: Adapter, tried: Sequence[AnyTransform]) -> None:
+    """What of an adapter is not stored as factors of block weights: what that costs, and what becomes of it.
+
+    Args:
+        tried: the transforms that are run; of those, ones that go layer by layer carry over embeddings and biases.
+    """
+    by_layer = any(isinstance(one, LayerTransform) for one in tried)
+    if tried and not adapter.stored:
         result.notices.append(
             f"{adapter.kind}: ΔW is computed and decomposed for each of {len(adapter.modules)} modules, one at a time"
         )
@@ -337,9 +364,9 @@ def _outside_factors(result: Inspection, old: Checkpoint, adapter: Adapter) -> N
     if embeddings and not common:
         what = f"changes embeddings ({', '.join(embeddings)}), and the two tokenizers share no token"
         result.problems.append(Problem(str(adapter.path), what, "Train without the embeddings."))
-    elif embeddings:
+    elif embeddings and by_layer:
         result.notices.append(
             f"{', '.join(embeddings)}: changes are carried over for {common} of {old.dims.vocab_size} tokens"
         )
-    if any(old.find(f"{path}.bias") for path in adapter.contents.biases):
+    if by_layer and any(old.find(f"{path}.bias") for path in adapter.contents.biases):
         result.notices.append("biases: changes are carried over where the new base has a bias of the same size")

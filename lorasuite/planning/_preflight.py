@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from lorasuite.correspondence import SMALLEST_BATCH
@@ -137,11 +137,12 @@ def survey(
     result = _inspected(config, adapter)
     source, train, held_out = config.calibration_data, config.train_data, config.eval_data
     data = Data(tokenizer=result.new_tokenizer)
+    every_text: list[str] = []
     template: Template = result.attempt(lambda: read_template(config.template)) or read_template(DEFAULT_TEMPLATE)
     if source is not None:
         reading = (source, result.new_tokenizer, config.renamed_columns)
-        texts = result.attempt(lambda: calibration_texts(*reading, template=template)) or []
-        data.texts = texts[: config.pair.calibration_samples]
+        every_text = result.attempt(lambda: calibration_texts(*reading, template=template)) or []
+        data.texts = every_text[: config.pair.calibration_samples]
         result.outlook = outlook()
     wanted = plan_rows(config, RowCounts())
     if train is not None:
@@ -151,12 +152,13 @@ def survey(
         data.prompts = result.attempt(lambda: read_prompts(prompts, config.renamed_columns, template)) or []
     if held_out is not None:
         data.evaluation = _templated(result, _read_held_out(result, config), template)
-    if config.general_texts is not None:
+    if not pair_only and (config.general_texts is not None or len(every_text) > len(data.texts)):
         read = [*data.train, *data.prompts]
-        data.general = general_texts(result, config, template, data.texts, wanted.teacher_rows, read).texts
+        data.general = general_texts(result, config, template, every_text, wanted.teacher_rows, read).texts
     if not result.problems:
-        counts = RowCounts.of(data.train, None, data.evaluation, config.teacher.text_prefix)
-        rows = plan_rows(config, counts if train is not None else RowCounts(evaluation=len(data.evaluation)))
+        card = bool(parsed_card(adapter_card(result, config)))
+        counts = RowCounts.of(data.train, data.prompts or None, data.evaluation, config.teacher.text_prefix, card)
+        rows = plan_rows(config, counts if train is not None else replace(counts, own=None))
         _count(result, config, rows, data, home, not pair_only, timed)
     return result
 
@@ -174,6 +176,7 @@ def fits(config: MigrationConfig, home: Path) -> None:
 
 
 def _inspected(config: MigrationConfig, adapter: bool = True) -> Inspection:
+    trains = plan_rows(config, RowCounts()).fine_tunes
     result = inspect(
         config.old_base,
         config.new_base,
@@ -183,8 +186,9 @@ def _inspected(config: MigrationConfig, adapter: bool = True) -> Inspection:
         config.allow_pickle,
         config.output_type,
         architectures=config.architectures,
-        trains=plan_rows(config, RowCounts()).fine_tunes,
+        trains=trains,
         texts=config.calibration_data is not None,
+        candidates=config.tried(trains),
     )
     result.attempt(lambda: config.loading.check(torch_device(config.device)))
     return result
@@ -203,7 +207,7 @@ def _count(
     old, new = result.old, result.new
     assert old is not None and new is not None
     device = torch_device(config.device)
-    work = planned_work(config, old, new, result.opened, device, rows, data)
+    work = planned_work(config, old, new, result.opened, device, rows, data, result.nothing_moves)
     machine = Machine.here(device, home)
     speed = measure(old.dims, old.weight_files[0], device, work.item) if timed else None
     found = estimate(Shape.of(old), Shape.of(new), work, machine, speed, adapter)

@@ -11,6 +11,7 @@ from typing import Any
 from lorasuite.bases import read_json
 from lorasuite.reporting._files import FLEET_RECORD
 from lorasuite.reporting._report import write_report
+from lorasuite.stored import replace_text
 
 
 def write_fleet(folder: Path, result: Mapping[str, Any], fleet: str | None = None) -> Path:
@@ -19,15 +20,12 @@ def write_fleet(folder: Path, result: Mapping[str, Any], fleet: str | None = Non
     Returns:
         the report.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / FLEET_RECORD
     before = read_json(path)["adapters"] if path.is_file() else []
     rows = {(row["name"], row["pair"]): row for row in before}
     rows |= {(row["name"], row["pair"]): row for row in fleet_rows(result["adapters"], folder)}
     record = {"fleet": fleet, "adapters": list(rows.values())}
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(path)
+    replace_text(path, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
     return write_report(folder)
 
 

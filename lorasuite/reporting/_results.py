@@ -11,6 +11,7 @@ from lorasuite.bases import digest_json, read_json
 from lorasuite.planning import Experiment
 from lorasuite.reporting._results_figures import draw
 from lorasuite.reporting._results_tables import Measurement, markdown, tabulate, to_csv
+from lorasuite.stored import replace_text
 
 RESULTS = "results.json"
 TABLES = "results.md"
@@ -44,10 +45,10 @@ def write_results(
             "cells": [m.model_dump(mode="json") for m in found[key]],
         }
     heading = f"# {experiment.config.name}\n\n{experiment.pair_name}\n\n"
-    _write(folder / TABLES, heading + "\n".join(table["markdown"] for table in tables.values()))
-    _write(folder / CELLS, to_csv([m for key in tables for m in found[key]]))
+    replace_text(folder / TABLES, heading + "\n".join(table["markdown"] for table in tables.values()))
+    replace_text(folder / CELLS, to_csv([m for key in tables for m in found[key]]))
     record = {"experiment": experiment.config.name, "pair": experiment.pair_name, "tables": tables}
-    _write(folder / RESULTS, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+    replace_text(folder / RESULTS, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
     return {name: {k: v for k, v in table.items() if k not in ("digest", "cells")} for name, table in tables.items()}
 
 
@@ -73,11 +74,3 @@ def kept(experiment: Experiment, before: Mapping[str, tuple[str, list[Measuremen
 def _digest(experiment: Experiment, table: str) -> str:
     everything = experiment.config.model_dump(mode="json", exclude={"tables"})
     return digest_json([everything, experiment.config.tables[table].model_dump(mode="json")])
-
-
-def _write(path: Path, text: str) -> None:
-    """Replace a file in one step: a killed run leaves no half of one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_suffix(path.suffix + ".partial")
-    scratch.write_text(text, encoding="utf-8")
-    scratch.replace(path)

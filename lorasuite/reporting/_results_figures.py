@@ -19,6 +19,7 @@ from lorasuite.reporting._results_tables import (
     peak_memory,
     seconds_per_adapter,
 )
+from lorasuite.stored import replacing
 
 
 def draw(spec: ExperimentTable, found: Cells, path: Path) -> Path | None:
@@ -44,10 +45,8 @@ def draw(spec: ExperimentTable, found: Cells, path: Path) -> Path | None:
         panel.spines[["top", "right"]].set_visible(False)
     if spec.kind == "scores" and spec.factors:
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}")
-    figure.savefig(scratch, format="png")
-    scratch.replace(path)
+    with replacing(path) as scratch:
+        figure.savefig(scratch, format="png")
     return path
 
 

@@ -1,5 +1,5 @@
 from ._card import Card, card_text, parsed_card
-from ._discovery import DRAFTS, Discovered, choose_prompts, general_level, resembling
+from ._discovery import DRAFTS, Asked, Discovered, asked_for, choose_prompts, general_level, resembling
 from ._from_adapter import first_line
 from ._given import Given
 from ._on_policy import OnPolicy
@@ -18,6 +18,7 @@ __all__ = [
     "DRAFTS",
     "HANDFUL",
     "ROWS",
+    "Asked",
     "Card",
     "Discovered",
     "Distilling",
@@ -34,6 +35,7 @@ __all__ = [
     "TextLoss",
     "VLLMTeacher",
     "Worth",
+    "asked_for",
     "candidates",
     "card_text",
     "choose_prompts",

@@ -6,7 +6,7 @@ import math
 import random
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -14,7 +14,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from lorasuite.data import Row, unanswered
 from lorasuite.errors import DataError, Problem
 from lorasuite.teacher._from_adapter import texts
-from lorasuite.teacher._probe import Probe, Pull, farthest
+from lorasuite.teacher._given import VARIED, VARIED_TOKENS
+from lorasuite.teacher._lists import LIST_TOKENS, SHOWN, USED
+from lorasuite.teacher._probe import PROBE_TOKENS, Probe, Pull, farthest
 
 #: Drafts made for each prompt wanted, and of those that move the adapter, how many are chosen among by distance.
 DRAFTS, POOL = 3, 1.5
@@ -24,6 +26,31 @@ GENERAL_WORDS = 12
 GENERAL = 32
 #: Share of real prompts whose distance to another real one says how near is near.
 NEAR = 0.95
+
+
+class Asked(NamedTuple):
+    """What a search for prompts asks of the old base, as counts: each source's drafts, and the choice among them."""
+
+    #: Lists that are gone on with, texts that each shows, and tokens that are written of it.
+    lists: float
+    shown: int
+    list_tokens: int
+    #: Prompts that are begun like others, and tokens that are written of each.
+    varied: float
+    varied_tokens: int
+    #: Prompts whose signal is taken, and tokens of the answer, at most.
+    probed: float
+    answer_tokens: int
+    #: In the choice: general texts whose signal is taken, and prompts that are compared.
+    general: int
+    pool: float
+
+
+def asked_for(count: int) -> Asked:
+    """What it takes to find so many prompts, of which a search in lists gives as many drafts as it may."""
+    drafts, pool = DRAFTS * count, POOL * count
+    varied = VARIED * drafts
+    return Asked(drafts / USED, SHOWN, LIST_TOKENS, varied, VARIED_TOKENS, drafts + varied, PROBE_TOKENS, GENERAL, pool)
 
 
 class SourceShare(BaseModel):

@@ -15,6 +15,7 @@ from torch import Tensor
 from lorasuite.adapters import attached
 from lorasuite.data import Row, RowSplit, encode_rows, unanswered
 from lorasuite.errors import NumericalError
+from lorasuite.stored import replace_text
 from lorasuite.teacher._on_policy import OnPolicy
 from lorasuite.teacher._settings import TeacherSettings
 from lorasuite.training import (
@@ -176,10 +177,7 @@ def _compared(
             taught = [row for row in rows.synthetic if row in training]
             distilling.train(taught, begun, gone_on, work_dir / "second-work")
         after = _held_out_loss(distilling, gone_on, held, own)
-    known.parent.mkdir(parents=True, exist_ok=True)
-    part = known.with_suffix(".partial")
-    part.write_text(json.dumps({"before": before, "after": after}))
-    part.replace(known)
+    replace_text(known, json.dumps({"before": before, "after": after}))
     return before, after
 
 

@@ -1,5 +1,5 @@
 from ._device import base_dtype
-from ._distillation import SoftLabels, held_out_divergence, soft_labels
+from ._distillation import OUTCOMES_KEPT, SoftLabels, held_out_divergence, soft_labels
 from ._effort import EXTENTS, Effort, Extent, Search, SearchedArm
 from ._finetune import finetune
 from ._head import LabelHead, label_rows
@@ -16,6 +16,7 @@ from ._weights import TokenWeights, excess_weights, label_losses
 __all__ = [
     "EXTENTS",
     "NOTHING",
+    "OUTCOMES_KEPT",
     "Candidate",
     "Effort",
     "Extent",

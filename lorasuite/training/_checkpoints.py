@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from lorasuite.stored import replace_text
 from lorasuite.training._settings import FinetuneSettings
 
 if TYPE_CHECKING:
@@ -116,12 +117,7 @@ def mark_complete(checkpoint: Path) -> None:
         with file.open("rb") as handle:
             os.fsync(handle.fileno())
         sizes[str(file.relative_to(checkpoint))] = file.stat().st_size
-    partial = checkpoint / f"{_COMPLETE}.partial"
-    with partial.open("w", encoding="utf-8") as handle:
-        json.dump(sizes, handle)
-        handle.flush()
-        os.fsync(handle.fileno())
-    partial.rename(checkpoint / _COMPLETE)
+    replace_text(checkpoint / _COMPLETE, json.dumps(sizes))
 
 
 def _is_complete(checkpoint: Path) -> bool:

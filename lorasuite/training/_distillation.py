@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 #: Outcomes kept of each distribution.
-TOP = 32
+OUTCOMES_KEPT = 32
 #: Least probability of what is left: of a float32 sum, less is rounding.
 LEAST = 1e-7
 
@@ -143,7 +143,7 @@ def soft_labels(
     rows: Sequence[Row],
     common: tuple[Tensor, Tensor],
     *,
-    top: int = TOP,
+    top: int = OUTCOMES_KEPT,
     temperature: float = 1.0,
     batch_size: int = 16,
 ) -> SoftLabels:

@@ -17,13 +17,14 @@ import torch
 
 from lorasuite.adapters import attach_adapter, restored, save_adapter
 from lorasuite.bases import loaded_model, placed
-from lorasuite.data import Row, encode_rows
+from lorasuite.data import Encoded, Row, encode_rows
 from lorasuite.errors import AdapterError, ConfigError, NumericalError, OutputError, Problem
 from lorasuite.progress import TrainingProgress
 from lorasuite.training._checkpoints import claim_work_dir, clear_work_dir
 from lorasuite.training._device import base_dtype, peak_memory, plan_device
 from lorasuite.training._loss import validation_loss
 from lorasuite.training._on_policy import PLACE, StepRows
+from lorasuite.training._passes import Fitting
 from lorasuite.training._settings import FinetuneResult, FinetuneSettings, Loss, Validation
 from lorasuite.training._starts import starting, wrap_fresh
 
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 def finetune(
     base: str | PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[Row],
+    rows: Sequence[Row] | Encoded,
     settings: FinetuneSettings,
     *,
     adapter: Path | None,
@@ -46,7 +47,7 @@ def finetune(
     output: Path,
     work_dir: Path,
     device: str | torch.device = "cpu",
-    validation_rows: Sequence[Row] | None = None,
+    validation_rows: Sequence[Row] | Encoded | None = None,
     progress: TrainingProgress | None = None,
     trust_remote_code: bool = False,
     soft_labels: SoftLabels | None = None,
@@ -55,6 +56,7 @@ def finetune(
     start_loss: float | None = None,
     token_weights: TokenWeights | None = None,
     on_policy: StepRows | None = None,
+    fitting: Fitting | None = None,
 ) -> FinetuneResult:
     """Fine-tune an existing adapter (``adapter``) or a freshly initialised one (``lora``).
 
@@ -75,7 +77,7 @@ def finetune(
         base: a model, which is moved to ``device`` and otherwise given back as it came, or a directory, loaded through
             the cache of models of this process.
         tokenizer: the base's.
-        rows: to train on.
+        rows: to train on, as they are or encoded with the settings' cut-off; ``validation_rows`` alike.
         settings: of the run.
         adapter: PEFT directory to start from.
         lora: of a new adapter; give one of the two.
@@ -95,6 +97,7 @@ def finetune(
         token_weights: how much each label counts, where they do not count alike; not in ``validation_loss``.
         on_policy: writes and judges each step's rows anew, in place of ``rows``, of which only the prompts count then;
             the loss is :func:`distilled_losses` of what the student wrote, with weight 1 and reversed.
+        fitting: what is known to fit into the memory, so that it is not measured again, and what this run finds.
 
     Raises:
         ConfigError: not exactly one of ``adapter`` and ``lora``, or a device or precision that is not there.
@@ -117,13 +120,14 @@ def finetune(
     if output.exists():
         raise OutputError([Problem(str(output), "exists already", "Choose another directory, or remove it")])
     encoded = encode_rows(rows, tokenizer, settings.cutoff)
+    validated = encode_rows(validation_rows, tokenizer, settings.cutoff) if validation_rows else None
     if not settings.distillation:
         soft_labels = None
     examples = encoded.examples
     if on_policy is not None:
         settings = settings.model_copy(update={"distillation": 1.0})
         away = set(encoded.cut_off)
-        places = (n for n in range(len(rows)) if n not in away)
+        places = (n for n in range(len(examples) + len(away)) if n not in away)
         examples = [{**example, PLACE: [n]} for n, example in zip(places, examples, strict=True)]
     taught = {"soft_labels": soft_labels, "token_weights": token_weights, "on_policy": on_policy}
 
@@ -159,9 +163,9 @@ def finetune(
         validation_batch = settings.batch_size if micro == "auto" else micro
 
         def held_out() -> float | None:
-            if not validation_rows:
+            if validated is None:
                 return None
-            return validation_loss(wrapped, tokenizer, validation_rows, settings.cutoff, validation_batch)
+            return validation_loss(wrapped, tokenizer, validated, settings.cutoff, validation_batch)
 
         def validate(epoch: int) -> None:
             loss = held_out() if epoch or start_loss is None else start_loss
@@ -177,7 +181,7 @@ def finetune(
 
         trainer = build_trainer(
             wrapped, examples, settings, plan, work_dir, progress, soft_labels, after_epoch, pause_at, token_weights,
-            on_policy,
+            on_policy, fitting,
         )  # fmt: skip
         done = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
         paused = pause_at is not None
@@ -213,7 +217,7 @@ def finetune(
             distilled=sum(e["input_ids"] in soft_labels for e in encoded.examples) if soft_labels else 0,
             trainable_parameters=trainable,
             precision="bf16" if plan.bf16 else "fp32",
-            micro_batch_size=trainer.rows_per_pass,
+            micro_batch_size=trainer.fitting.rows,
             resumed_from=done if checkpoint else None,
         )
         if paused:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from lorasuite.data import IGNORED, Row, encode_rows
+from lorasuite.data import IGNORED, Encoded, Row, encode_rows
 from lorasuite.errors import NumericalError, Problem
 from lorasuite.training._head import LabelHead, cross_entropies, label_rows
 
@@ -34,7 +34,7 @@ class LabelLogits(NamedTuple):
 def validation_loss(
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[Row],
+    rows: Sequence[Row] | Encoded,
     cutoff: int,
     batch_size: int,
 ) -> float:
@@ -46,7 +46,7 @@ def validation_loss(
     Args:
         model: on its device; its mode is restored.
         tokenizer: the model's.
-        rows: with their answers.
+        rows: with their answers, as they are or encoded.
         cutoff: tokens kept of a row.
         batch_size: rows read at once.
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -41,6 +42,18 @@ _CGROUPS = (
         "/sys/fs/cgroup/memory/memory.stat",
     ),
 )
+
+
+@dataclass
+class Fitting:
+    """What was found to fit into the memory. Runs on the same rows from the same start share it: it is measured once.
+
+    ``rows``: most rows of a forward pass; None before that is known. ``checkpointing``: whether activations are
+    recomputed in the backward pass.
+    """
+
+    rows: int | None = None
+    checkpointing: bool = False
 
 
 def passes(lengths: Sequence[int], most: int, overhead: int) -> list[list[int]]:

@@ -18,10 +18,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorasuite.data import Row, RowSplit, encode_rows
+from lorasuite.data import Encoded, Row, RowEncoder, RowSplit
 from lorasuite.errors import NumericalError, Problem
+from lorasuite.stored import replace_text
 from lorasuite.training._effort import Extent, Search, SearchedArm
 from lorasuite.training._finetune import finetune
+from lorasuite.training._passes import Fitting
 from lorasuite.training._settings import FinetuneResult, FinetuneSettings
 
 if TYPE_CHECKING:
@@ -195,7 +197,7 @@ def search(
     result = finetune(
         base,
         tokenizer,
-        start.rows.trained,
+        runs.encoder(start.rows.trained),
         settings.model_copy(update={"learning_rate": rate}),
         adapter=start.adapter,
         lora=start.lora,
@@ -204,6 +206,7 @@ def search(
         output=output,
         work_dir=work_dir / "final",
         stop_after=epochs,
+        fitting=runs.fitting[name],
         **arguments,
     )
     # by the step reached, then by the loss there: who went further did better
@@ -224,7 +227,10 @@ def search(
 
 @dataclass
 class _Runs:
-    """The runs that are compared: trained as far as is asked, their losses kept on disk."""
+    """The runs that are compared: trained as far as is asked, their losses kept on disk.
+
+    Rows are tokenized, what fits into the memory is measured, and what a start loses is computed once for all of them.
+    """
 
     base: Any
     tokenizer: Any
@@ -240,9 +246,13 @@ class _Runs:
     found: dict[str, dict[str, float | None]] = field(init=False)
 
     def __post_init__(self) -> None:
+        self.encoder = RowEncoder(self.tokenizer, self.settings.cutoff)
+        self.fitting = {name: Fitting() for name in self.starts}
         self.parts = {name: [start.rows.fold(n) for n in range(self.folds)] for name, start in self.starts.items()}
-        self.schedule = {name: self._steps(parts[0].to_train) for name, parts in self.parts.items()}
-        self.whole = {name: self._steps(start.rows.trained) for name, start in self.starts.items()}
+        #: By start and fold what is lost before the first step, as far as it was measured.
+        self.begun: dict[tuple[str, int], float] = {}
+        self.schedule = {name: self._steps(self.encoder(parts[0].to_train)) for name, parts in self.parts.items()}
+        self.whole = {name: self._steps(self.encoder(start.rows.trained)) for name, start in self.starts.items()}
         self.held_out = sum(len(_held_out(part)) for part in next(iter(self.parts.values())))
         self._ledger = self.work_dir / "losses.json"
         self.found = json.loads(self._ledger.read_text()) if self._ledger.is_file() else {}
@@ -297,7 +307,7 @@ class _Runs:
 
     def best_epochs(self, arm: tuple[str, float]) -> tuple[int | None, float]:
         """After how many epochs the loss was least, None for the last that is known; and that loss."""
-        each = math.ceil(len(self.parts[arm[0]][0].to_train) / self.settings.batch_size)
+        each = self._epoch(self.encoder(self.parts[arm[0]][0].to_train))
         losses = {step: _order(loss) for step, loss in self.losses(arm).items()}
         last = max(losses)
         best = min((step for step in losses if step % each == 0 or step == last), key=lambda step: losses[step])
@@ -311,9 +321,11 @@ class _Runs:
     def _run(self, arm: tuple[str, float], fold: int, step: int) -> dict[str, float | None]:
         name, rate = arm
         part = self.parts[name][fold]
-        rows, held_out = part.to_train, _held_out(part)
-        known = self.folds == 1 and len(held_out) == len(part.to_choose_by)
-        each = math.ceil(len(rows) / self.settings.batch_size)
+        rows, held_out = self.encoder(part.to_train), _held_out(part)
+        start_loss = self.begun.get((name, fold))
+        if self.folds == 1 and len(held_out) == len(part.to_choose_by):
+            start_loss = self.starts[name].loss
+        each = self._epoch(rows)
         try:
             result = finetune(
                 self.base,
@@ -326,28 +338,29 @@ class _Runs:
                 token_weights=self.starts[name].token_weights,
                 output=self.work_dir / _key(arm, fold) / "none",
                 work_dir=self.work_dir / _key(arm, fold),
-                validation_rows=held_out,
+                validation_rows=self.encoder(held_out),
                 pause_at=step,
-                start_loss=self.starts[name].loss if known else None,
+                start_loss=start_loss,
+                fitting=self.fitting[name],
                 **self.arguments,
             )
         except NumericalError as error:
             logger.info("%s at %g: %s", name, rate, error)
             return {str(step): None}
         at = {str(point["epoch"] * each): point["loss"] for point in result.validation}
+        if "0" in at:
+            self.begun[name, fold] = at["0"]
         return {**at, str(step): result.validation_loss}
 
     def _keep(self) -> None:
-        self.work_dir.mkdir(parents=True, exist_ok=True)
-        part = self._ledger.with_suffix(".partial")
-        part.write_text(json.dumps(self.found))
-        part.replace(self._ledger)
+        replace_text(self._ledger, json.dumps(self.found))
 
-    def _steps(self, rows: Sequence[Row]) -> int:
-        if self.settings.max_steps is not None:
-            return self.settings.max_steps
-        examples = len(encode_rows(rows, self.tokenizer, self.settings.cutoff).examples)
-        return math.ceil(math.ceil(examples / self.settings.batch_size) * self.settings.epochs)
+    def _epoch(self, rows: Encoded) -> int:
+        """Optimizer steps of a pass over the rows."""
+        return math.ceil(len(rows.examples) / self.settings.batch_size)
+
+    def _steps(self, rows: Encoded) -> int:
+        return self.settings.max_steps or math.ceil(self._epoch(rows) * self.settings.epochs)
 
 
 def _held_out(rows: RowSplit) -> list[Row]:

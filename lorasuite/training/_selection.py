@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from safetensors.torch import load_file, save_file
 
 from lorasuite.adapters import WEIGHTS, attached
-from lorasuite.data import Row
+from lorasuite.data import Row, encode_rows
 from lorasuite.errors import ConfigError, NumericalError, Problem
 from lorasuite.training._loss import validation_loss
 from lorasuite.training._sweep import loss_order
@@ -66,9 +66,11 @@ def choose(
     if not rows:
         raise ConfigError(Problem("method", "auto has nothing to choose from or by", "Give training rows."))
 
+    encoded = encode_rows(rows, tokenizer, cutoff)
+
     def measure(method: str, scale: float, wrapped: Any) -> Candidate:
         try:
-            loss: float | None = validation_loss(wrapped, tokenizer, rows, cutoff, batch_size)
+            loss: float | None = validation_loss(wrapped, tokenizer, encoded, cutoff, batch_size)
         except NumericalError:
             loss = None
         return Candidate(method=method, scale=scale, loss=loss)

@@ -32,7 +32,7 @@ from lorasuite.training._distillation import (
 from lorasuite.training._head import LabelHead, cross_entropies, label_rows
 from lorasuite.training._loss import collate
 from lorasuite.training._on_policy import PLACE, StepRows
-from lorasuite.training._passes import PASS_TOKENS, activation_bytes, free_memory, passes, rows_that_fit
+from lorasuite.training._passes import PASS_TOKENS, Fitting, activation_bytes, free_memory, passes, rows_that_fit
 from lorasuite.training._settings import FinetuneSettings
 from lorasuite.training._weights import WEIGHTS, TokenWeights
 
@@ -57,6 +57,7 @@ def build_trainer(
     pause_at: int | None = None,
     token_weights: TokenWeights | None = None,
     on_policy: StepRows | None = None,
+    fitting: Fitting | None = None,
 ) -> AdapterTrainer:
     """A trainer of an adapter that prints nothing.
 
@@ -72,6 +73,7 @@ def build_trainer(
         pause_at: optimizer step after which a checkpoint is written and the run left.
         token_weights: how much each label counts, where they do not count alike.
         on_policy: what writes and judges the rows of each step, in place of the examples.
+        fitting: what is known to fit into the memory; what this run finds is written into it.
     """
     from peft import PeftType
 
@@ -89,6 +91,7 @@ def build_trainer(
         soft_labels=soft_labels,
         token_weights=token_weights,
         on_policy=on_policy,
+        fitting=Fitting() if fitting is None else fitting,
     )
     trainer.remove_callback(PrinterCallback)  # prints each log to standard output
     return trainer
@@ -100,7 +103,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
     Checkpoints hold the adapter alone.
 
     Attributes:
-        rows_per_pass: most rows of a forward pass; None before the first step.
+        fitting: what was found to fit into the memory.
     """
 
     #: A step's passes are normalised by the step's label tokens.
@@ -113,14 +116,14 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         soft_labels: SoftLabels | None,
         token_weights: TokenWeights | None,
         on_policy: StepRows | None,
+        fitting: Fitting,
         **arguments: Any,
     ) -> None:
         self._settings, self._soft_labels = settings, soft_labels
         self._token_weights, self._on_policy = token_weights, on_policy
-        self.rows_per_pass: int | None = None
+        self.fitting = fitting
         super().__init__(**arguments)
-        self._checkpointing = False
-        if settings.gradient_checkpointing is True:
+        if fitting.checkpointing or settings.gradient_checkpointing is True:
             self._checkpoint_activations()
         config = self.model.active_peft_config
         # What such a model adds to its own loss (AdaLoRA keeps its directions orthogonal, routers are balanced) is not
@@ -205,11 +208,11 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
 
     def _rows_that_fit(self) -> int:
         """Most rows of a forward pass, before the first step by what the longest row takes of the free memory."""
-        if self.rows_per_pass is not None:
-            return self.rows_per_pass
+        if self.fitting.rows is not None:
+            return self.fitting.rows
         wanted, device = self._settings.micro_batch_size, self.args.device
         if wanted != "auto" and self._settings.gradient_checkpointing != "auto":
-            self.rows_per_pass = wanted
+            self.fitting.rows = wanted
             return wanted
         longest = max(self.train_dataset, key=lambda row: len(row["input_ids"]))
         batch = self._prepare_inputs(collate([longest]))
@@ -218,7 +221,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         fitting = 0
         for _ in range(2):
             fitting = rows_that_fit(activation_bytes(self._head, batch), free_memory(device))
-            if fitting or self._checkpointing or self._settings.gradient_checkpointing is False:
+            if fitting or self.fitting.checkpointing or self._settings.gradient_checkpointing is False:
                 break
             logger.info(
                 "a row's activations do not fit into the free memory: they are recomputed in each backward pass"
@@ -227,16 +230,17 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         most = self._settings.batch_size if wanted == "auto" else wanted
         while wanted == "auto" and most > max(fitting, 1):
             most = math.ceil(most / 2)
-        self.rows_per_pass = most
+        self.fitting.rows = most
         return most
 
     def _take_less(self) -> bool:
         """Halve the rows of a pass after memory ran out, and of one row recompute the activations; False: no less."""
-        if self.rows_per_pass is not None and self.rows_per_pass > 1 and self._settings.micro_batch_size == "auto":
-            self.rows_per_pass = math.ceil(self.rows_per_pass / 2)
-            logger.info("out of memory: at most %d rows in a forward pass", self.rows_per_pass)
+        rows = self.fitting.rows
+        if rows is not None and rows > 1 and self._settings.micro_batch_size == "auto":
+            self.fitting.rows = math.ceil(rows / 2)
+            logger.info("out of memory: at most %d rows in a forward pass", self.fitting.rows)
             return True
-        if self._settings.gradient_checkpointing == "auto" and not self._checkpointing:
+        if self._settings.gradient_checkpointing == "auto" and not self.fitting.checkpointing:
             self._checkpoint_activations()
             logger.info("out of memory: activations are recomputed in each backward pass")
             return True
@@ -247,7 +251,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         base = self.model.get_base_model()
         # Re-entrant checkpointing needs inputs that require gradients; a frozen base's embeddings do not.
         getattr(base, "activation_checkpointing_enable", base.gradient_checkpointing_enable)({"use_reentrant": False})
-        self._checkpointing = True
+        self.fitting.checkpointing = True
 
     def create_optimizer(self, model: Any = None) -> Any:
         """AdamW; with ``loraplus_lr_ratio`` LoRA+'s, whose learning rate of B is a multiple of that of A."""

@@ -36,7 +36,6 @@ from lorasuite.bases import (
     linear_modules,
     put_weights,
     text_batches,
-    unpaired,
 )
 from lorasuite.correspondence import (
     LayerMaps,
@@ -93,9 +92,7 @@ class Sequential(ModelTransform):
         """
         if states is None:
             raise ConfigError(Problem("method", "it needs a state map of the two bases", "Give --calibration texts."))
-        batches = text_batches(texts, old, new, cutoff)
-        if not batches:
-            raise unpaired("texts")
+        batches = text_batches(texts, old, new, cutoff, subject="texts")
         with adapted():
             wanted = states.features.states(batches)
         task = Reading(batches, LayerStream(new, [batch.new for batch in batches]))
