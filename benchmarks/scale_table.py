@@ -96,18 +96,23 @@ def published_ops(old: Shape, new: Shape) -> tuple[Ops, Ops]:
     carried = 0 if d_o == d_n else 2 * (d_o**2 * d_n + d_o * d_n**2)
     heads = sum(4 * s.heads * s.head_dim * s.hidden_size**2 for s in (o, n)) + 2 * o.heads * carried
     compared = o.heads * n.heads * 2 * FLOAT * 2 * d_n**2
-    inverted = rebuilt = decomposed = dense = 0.0
+    once, each = Ops(single=heads, streamed=compared), Ops()
     for role in (role for role in old.roles if role in new.roles):
         a, b, c, e = o.rows(role), o.columns(role), n.rows(role), n.columns(role)
-        decomposed += min(c, e) ** 2 * max(c, e)
+        each += decomposed(c, e)
         if role in ATTENTION:
-            dense += min(o.heads, n.heads) * (2 * o.head_dim * d_o**2 + carried + 2 * n.head_dim * d_n**2)
+            moved = min(o.heads, n.heads) * (2 * o.head_dim * d_o**2 + carried + 2 * n.head_dim * d_n**2)
         else:
-            inverted += min(a, b) ** 2 * max(a, b)
-            rebuilt += 2 * a * b * min(a, b)
-            dense += 2 * a * b * d_o + carried + 2 * c * e * d_n
-    once = Ops(single=heads + rebuilt, streamed=compared, svd=inverted)
-    return once * pairs, Ops(single=dense, svd=decomposed) * pairs
+            once += decomposed(a, b) + Ops(single=2 * a * b * min(a, b))
+            moved = 2 * a * b * d_o + carried + 2 * c * e * d_n
+        each += Ops(single=moved)
+    return once * pairs, each * pairs
+
+
+def decomposed(rows: int, columns: int) -> Ops:
+    """The SVD of a dense matrix: LAPACK brings a tall one to its triangle first, and decomposes that."""
+    small, large = sorted((rows, columns))
+    return Ops(svd=small**3, single=6 * large * small**2 if large > small else 0)
 
 
 def ways(old: Shape, new: Shape, full: Work, speed: Throughput, by: dict[str, float]) -> tuple[float, float]:
@@ -248,7 +253,8 @@ def draw(speed: Throughput, by: dict[str, float]) -> None:
         "adapters": ("adapters", [1, 4, 16, 64, 256]),
         "texts": ("calibration texts of 64 tokens", [32, 64, 128, 256, 512]),
     }
-    figure, axes = plt.subplots(1, len(panels), figsize=(17, 3.4), sharey=True, layout="constrained")
+    figure, axes = plt.subplots(1, len(panels), figsize=(18, 3.4), sharey=True, layout="constrained")
+    figure.get_layout_engine().set(wspace=0.04)
     for axis, (key, (label, values)) in zip(axes, panels.items(), strict=True):
         found = [seconds(**{key: value}) for value in values]
         axis.loglog(values, [ours for ours, _ in found], marker="o", label="pair stages and transforms")

@@ -9,8 +9,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lorasuite.data import split_rows
-from lorasuite.training import EXTENTS, FinetuneResult, FinetuneSettings, Search, Start, search, validation_loss
+from lorasuite.data import _encoding, split_rows
+from lorasuite.training import (
+    EXTENTS,
+    FinetuneResult,
+    FinetuneSettings,
+    Search,
+    Start,
+    _trainer,
+    search,
+    validation_loss,
+)
 from lorasuite.training import _search as module
 from tests.integration.tiny import digit_rows, tiny_lora, tiny_model, tiny_tokenizer
 
@@ -32,9 +41,31 @@ def tensors(path: Path) -> dict[str, torch.Tensor]:
     return load_file(path / "adapter_model.safetensors")
 
 
+def counting(monkeypatch: pytest.MonkeyPatch, where: Any, name: str) -> list[dict[str, Any]]:
+    """The named arguments of every call of a function from here on."""
+    calls: list[dict[str, Any]] = []
+    true = getattr(where, name)
+
+    def counted(*arguments: Any, **named: Any) -> Any:
+        calls.append(named)
+        return true(*arguments, **named)
+
+    monkeypatch.setattr(where, name, counted)
+    return calls
+
+
 @pytest.mark.parametrize("effort", ["normal", "thorough"])
-def test_a_search_costs_what_its_effort_says(tmp_path: Path, effort: str) -> None:
+def test_a_search_costs_what_its_effort_says(tmp_path: Path, effort: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenized = counting(monkeypatch, _encoding, "encode_pair")
+    measured = counting(monkeypatch, _trainer, "activation_bytes")
+    tuned = counting(monkeypatch, module, "finetune")
     result, found = run(tmp_path, "out", effort)
+    # nothing is computed twice: each row is tokenized once (those held out once more, for the bare base's loss), what
+    # fits into the memory is measured once a start, and what a start loses, where nobody says it, once a start and fold
+    tried = {arm.start for arm in found.arms}
+    assert len(tokenized) == len({*ROWS.trained}) + len({*ROWS.to_choose_by}) and len(measured) == len(tried) == 2
+    unknown = [named for named in tuned[:-1] if named["start_loss"] is None]
+    assert len(unknown) == (0 if effort == "normal" else 2 * 3) < len(tuned) - 1
     assert result.samples == 20, "the winner is trained on all rows"
     assert found.cost == (found.steps + result.steps) / 10 <= EXTENTS[effort].budget  # type: ignore[index]
     assert found.held_out == (4 if effort == "normal" else 12)

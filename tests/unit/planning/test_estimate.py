@@ -225,3 +225,71 @@ def test_a_machine_is_measured(base: Callable[..., Path], tmp_path: Path) -> Non
     here = Machine.here("cpu", tmp_path / "not" / "there")
     assert 0 < here.ram_free <= here.ram and here.disk_free and here.gpu is None
     assert speed.seconds(Ops(forward=3.0)) == pytest.approx(3 / speed.forward)
+
+
+def test_where_no_transform_is_tried_a_fresh_lora_is_drawn_and_the_bare_base_scored(base: Callable[..., Path]) -> None:
+    old, new = shapes(base)
+    none = adapter_costs(old, new, replace(BUSY, methods=()))
+    one, five = (adapter_costs(old, new, replace(BUSY, methods=ALL[:n])) for n in (1, 5))
+    passes = [ops(costs, "select").forward / ops(none, "select").forward for costs in (none, one, five)]
+    assert passes == pytest.approx([1, 7, 11])  # bare; and each candidate, and five more scales of the best
+    drawn = next(cost for cost in none if cost.stage == "unmoved")
+    assert drawn.disk > 0 and "unmoved" not in {cost.stage for cost in one}
+    named = adapter_costs(old, new, replace(BUSY, methods=("lorasuite",), chosen_by=0))
+    assert not {"select", "unmoved"} & {cost.stage for cost in named}
+
+
+def test_what_the_teacher_is_asked_beside_rows_is_counted(base: Callable[..., Path]) -> None:
+    old, new = shapes(base)
+    work = replace(BUSY, prompt_sources=1, synthetic_rows=300, soft_labels=True, token_weights=True)
+    found = stages(estimate(old, new, work, ROOMY, SPEED))
+    asked = {"prompt_drafts", "prompts", "soft_labels", "token_weights"}
+    assert asked <= set(found) and not asked & set(stages(estimate(old, new, BUSY, ROOMY, SPEED)))
+    assert all(found[name]["seconds"] > 0 and found[name]["ram_bytes"] > 0 for name in asked)
+    # three drafts for each prompt wanted are written and probed: more than the teacher's one answer
+    assert found["prompt_drafts"]["seconds"] > 3 * max(found[name]["seconds"] for name in ("teacher", "prompts"))
+    two = stages(estimate(old, new, replace(work, prompt_sources=2), ROOMY, SPEED))
+    assert two["prompt_drafts"]["seconds"] == pytest.approx(2 * found["prompt_drafts"]["seconds"])
+    # 32 outcomes of eight bytes a token, and what they are of
+    assert found["soft_labels"]["disk_bytes"] == 100 * 40 * (32 * 8 + 16)
+    assert ops(adapter_costs(old, new, work), "soft_labels").forward * 6 == pytest.approx(
+        ops(adapter_costs(old, new, work), "token_weights").forward
+    )  # one pass over 100 rows, two over 300
+    # where nothing is trained on what it wrote, it is asked no more
+    unused = stages(estimate(old, new, replace(work, synthetic_rows=0, second_step="cached"), ROOMY))
+    assert not {"soft_labels", "token_weights", "second_step"} & set(unused)
+
+
+def test_the_second_step_is_a_stage_of_its_own(base: Callable[..., Path]) -> None:
+    old, new = shapes(base)
+    work = replace(BUSY, rows=300, synthetic_rows=300, second_step_epochs=3, epochs=3, chosen_by=60)
+    costs = {kind: adapter_costs(old, new, replace(work, second_step=kind)) for kind in ("none", "cached", "on-policy")}
+    assert ops(costs["none"], "second_step") == Ops()
+    whole = ops(costs["none"], "finetune").forward
+    cached, live = (ops(costs[kind], "second_step").forward for kind in ("cached", "on-policy"))
+    assert 3 * whole < cached < live  # the first step again, and the second twice; on-policy the student writes
+    assert {ops(found, "finetune") for found in costs.values()} == {ops(costs["none"], "finetune")}
+    first, second = (next(c for c in costs["cached"] if c.stage == name) for name in ("finetune", "second_step"))
+    assert second.ram - first.ram > 4 * old.total  # both bases are loaded
+    small = estimate(old, new, replace(work, second_step="cached", micro_batch=16), replace(ROOMY, ram=1, ram_free=1))
+    assert any("--second-step none" in problem.remedy for problem in unfit(small) if problem.where == "second_step")
+
+
+def test_survey_counts_what_the_settings_ask_the_teacher(
+    base: Callable[..., Path], lora: Callable[..., Path], tmp_path: Path
+) -> None:
+    old, new = base("llama"), base("llama", hidden=48, seed=1)
+    rows, texts = tmp_path / "rows.jsonl", tmp_path / "texts.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": f"w{n}", "completion": " w1"}) + "\n" for n in range(8)))
+    texts.write_text("".join(json.dumps({"text": f"w{n} w{n + 1} w3"}) + "\n" for n in range(60)))
+    given = config(
+        old, new, lora(old), tmp_path / "out", prompts=str(rows), calibration=str(texts), second_step="cached",
+        finetune={"distillation": 0.5}, pair={"calibration_samples": 16},
+    )  # fmt: skip
+    found = stages(survey(given, tmp_path, timed=False).cost)
+    # eight prompts are examples to find more by; no transform fits; of 60 texts 44 are spare
+    assert {"prompt_drafts", "prompts", "soft_labels", "second_step", "unmoved", "select", "general_text"} <= set(found)
+    assert not {"transform", "model_fit", "alignment", "state_map"} & set(found)
+    plain = {"prompts": str(rows), "calibration": str(texts), "teacher_samples": 0, "method": "procrustes"}
+    found = stages(survey(config(old, new, lora(old), tmp_path / "out", **plain), tmp_path, timed=False).cost)
+    assert not {"prompt_drafts", "unmoved", "select", "general_text", "second_step"} & set(found)

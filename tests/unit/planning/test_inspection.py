@@ -6,11 +6,13 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from lorasuite.errors import DataError, Problem, grouped
-from lorasuite.planning import inspect
+from lorasuite.planning import MigrationConfig, inspect, survey
+from tests import kinds
 
 
 def test_an_adapter_of_another_base_is_named(
@@ -51,3 +53,38 @@ def test_problems_of_one_kind_are_one_with_a_count() -> None:
     assert third == other
     message = str(DataError([*refused, *lines, other]))
     assert message.startswith("147 problems found:") and len(message.splitlines()) == 4
+
+
+def test_what_has_no_partner_is_said_only_where_updates_go_from_layer_to_layer(
+    base: Callable[..., Path], lora: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Layers, roles of some layers, biases and factors that are not stored concern no fresh LoRA and no whole fit."""
+    old, equal = Path(base("llama")), base("llama", layers=2, seed=1)
+    hybrid, other = base("lfm2", seed=1), base("llama", layers=2, hidden=48, seed=1)
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("".join(json.dumps({"prompt": f"w{n}", "completion": " w1"}) + "\n" for n in range(12)))
+
+    def notices(new: Path, adapter: Path, **given: Any) -> list[str]:
+        settings = MigrationConfig(
+            old_base=str(old), new_base=str(new), adapter=str(adapter), output=str(tmp_path / "out"),
+            calibration=str(texts), **given,
+        )  # fmt: skip
+        return survey(settings, tmp_path, timed=False).notices
+
+    dropped, some = "1 of 3 old layers have no partner and are dropped", "layers of the new base"
+    adapter, rows = lora(old), {"train_data": str(texts)}
+    assert dropped in notices(equal, adapter, **rows)  # copy is tried where shapes agree
+    assert dropped not in notices(equal, adapter, **rows, candidates=("none",))
+    assert dropped not in notices(other, adapter, **rows)  # where it does not fit, nothing is
+    assert dropped in notices(other, adapter, teacher_samples=0)  # without rows to train on all are
+    assert dropped in notices(other, adapter, **rows, candidates=("procrustes",))
+    assert dropped in notices(other, adapter, method="lorasuite")
+    assert dropped not in notices(other, adapter, method="sequential", **rows)  # fits every layer of the new base
+    assert dropped in [*inspect(str(old), str(other), str(adapter)).notices]
+    attention = lora(old, targets=["q_proj", "k_proj", "v_proj", "o_proj"])
+    assert any(some in notice for notice in notices(hybrid, attention, method="lorasuite"))
+    assert not any(some in notice for notice in notices(hybrid, attention, **rows, candidates=("none",)))
+    decomposed = kinds.build(kinds.MIGRATED["LoHa"], tmp_path / "loha", old)
+    for candidates, said in ((("copy",), True), (("none",), False)):
+        found = notices(equal, decomposed, **rows, candidates=candidates)
+        assert any("ΔW is computed" in notice for notice in found) == said
