@@ -27,7 +27,7 @@ from lorasuite.correspondence import (
     ridge,
     space_name,
 )
-from lorasuite.errors import ConfigError
+from lorasuite.errors import ConfigError, DataError
 from lorasuite.transforms import AlignedTransform, Input, Migrated, migrate, transform
 from tests import models
 
@@ -213,6 +213,15 @@ def test_other_architectures_and_shapes(method: str, family: str, old: Path, tmp
         assert update.norm() > 0 and update.rank == 3
         assert update.shape[1] in (dims.hidden_size, dims.intermediate_size)
     assert {d["why"] for d in moved.dropped} <= {"the new base has no gate projection"}
+
+
+def test_texts_of_which_nothing_pairs_are_an_error_that_names_them(old: Path) -> None:
+    base = loaded(old)
+    assert len(text_batches([*texts(2), ""], base, base, 256)) == 1  # one of them is left out
+    for read, subject in ((["", ""], "calibration"), ([], "texts")):
+        with pytest.raises(DataError, match=f"{subject}.*pairs") as refused:
+            text_batches(read, base, base, 256, subject=subject)
+        assert refused.value.problems[0].where == subject
 
 
 def reference(method: str, adapter: Path, old: Path, new: Path, layers: dict[int, int], read: Sequence[str]) -> Any:
