@@ -17,7 +17,7 @@ import torch
 
 from lorasuite.adapters import attach_adapter, restored, save_adapter
 from lorasuite.bases import loaded_model, placed
-from lorasuite.data import Encoded, Row, encode_rows
+from lorasuite.data import Row, RowEncoder
 from lorasuite.errors import AdapterError, ConfigError, NumericalError, OutputError, Problem
 from lorasuite.progress import TrainingProgress
 from lorasuite.training._checkpoints import claim_work_dir, clear_work_dir
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 def finetune(
     base: str | PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[Row] | Encoded,
+    rows: Sequence[Row],
     settings: FinetuneSettings,
     *,
     adapter: Path | None,
@@ -47,7 +47,7 @@ def finetune(
     output: Path,
     work_dir: Path,
     device: str | torch.device = "cpu",
-    validation_rows: Sequence[Row] | Encoded | None = None,
+    validation_rows: Sequence[Row] | None = None,
     progress: TrainingProgress | None = None,
     trust_remote_code: bool = False,
     soft_labels: SoftLabels | None = None,
@@ -57,6 +57,7 @@ def finetune(
     token_weights: TokenWeights | None = None,
     on_policy: StepRows | None = None,
     fitting: Fitting | None = None,
+    encoder: RowEncoder | None = None,
 ) -> FinetuneResult:
     """Fine-tune an existing adapter (``adapter``) or a freshly initialised one (``lora``).
 
@@ -77,7 +78,7 @@ def finetune(
         base: a model, which is moved to ``device`` and otherwise given back as it came, or a directory, loaded through
             the cache of models of this process.
         tokenizer: the base's.
-        rows: to train on, as they are or encoded with the settings' cut-off; ``validation_rows`` alike.
+        rows: to train on.
         settings: of the run.
         adapter: PEFT directory to start from.
         lora: of a new adapter; give one of the two.
@@ -98,6 +99,7 @@ def finetune(
         on_policy: writes and judges each step's rows anew, in place of ``rows``, of which only the prompts count then;
             the loss is :func:`distilled_losses` of what the student wrote, with weight 1 and reversed.
         fitting: what is known to fit into the memory, so that it is not measured again, and what this run finds.
+        encoder: of the tokenizer and the settings' cut-off, which knows rows of other runs already.
 
     Raises:
         ConfigError: not exactly one of ``adapter`` and ``lora``, or a device or precision that is not there.
@@ -119,15 +121,15 @@ def finetune(
     output, work_dir = Path(output), Path(work_dir)
     if output.exists():
         raise OutputError([Problem(str(output), "exists already", "Choose another directory, or remove it")])
-    encoded = encode_rows(rows, tokenizer, settings.cutoff)
-    validated = encode_rows(validation_rows, tokenizer, settings.cutoff) if validation_rows else None
+    encode = RowEncoder(tokenizer, settings.cutoff) if encoder is None else encoder
+    encoded, validated = encode(rows), encode(validation_rows) if validation_rows else None
     if not settings.distillation:
         soft_labels = None
     examples = encoded.examples
     if on_policy is not None:
         settings = settings.model_copy(update={"distillation": 1.0})
         away = set(encoded.cut_off)
-        places = (n for n in range(len(examples) + len(away)) if n not in away)
+        places = (n for n in range(len(rows)) if n not in away)
         examples = [{**example, PLACE: [n]} for n, example in zip(places, examples, strict=True)]
     taught = {"soft_labels": soft_labels, "token_weights": token_weights, "on_policy": on_policy}
 

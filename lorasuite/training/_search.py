@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorasuite.data import Encoded, Row, RowEncoder, RowSplit
+from lorasuite.data import Row, RowEncoder, RowSplit
 from lorasuite.errors import NumericalError, Problem
 from lorasuite.stored import replace_text
 from lorasuite.training._effort import Extent, Search, SearchedArm
@@ -197,7 +197,7 @@ def search(
     result = finetune(
         base,
         tokenizer,
-        runs.encoder(start.rows.trained),
+        start.rows.trained,
         settings.model_copy(update={"learning_rate": rate}),
         adapter=start.adapter,
         lora=start.lora,
@@ -207,6 +207,7 @@ def search(
         work_dir=work_dir / "final",
         stop_after=epochs,
         fitting=runs.fitting[name],
+        encoder=runs.encoder,
         **arguments,
     )
     # by the step reached, then by the loss there: who went further did better
@@ -251,8 +252,8 @@ class _Runs:
         self.parts = {name: [start.rows.fold(n) for n in range(self.folds)] for name, start in self.starts.items()}
         #: By start and fold what is lost before the first step, as far as it was measured.
         self.begun: dict[tuple[str, int], float] = {}
-        self.schedule = {name: self._steps(self.encoder(parts[0].to_train)) for name, parts in self.parts.items()}
-        self.whole = {name: self._steps(self.encoder(start.rows.trained)) for name, start in self.starts.items()}
+        self.schedule = {name: self._steps(parts[0].to_train) for name, parts in self.parts.items()}
+        self.whole = {name: self._steps(start.rows.trained) for name, start in self.starts.items()}
         self.held_out = sum(len(_held_out(part)) for part in next(iter(self.parts.values())))
         self._ledger = self.work_dir / "losses.json"
         self.found = json.loads(self._ledger.read_text()) if self._ledger.is_file() else {}
@@ -307,7 +308,7 @@ class _Runs:
 
     def best_epochs(self, arm: tuple[str, float]) -> tuple[int | None, float]:
         """After how many epochs the loss was least, None for the last that is known; and that loss."""
-        each = self._epoch(self.encoder(self.parts[arm[0]][0].to_train))
+        each = self._epoch(self.parts[arm[0]][0].to_train)
         losses = {step: _order(loss) for step, loss in self.losses(arm).items()}
         last = max(losses)
         best = min((step for step in losses if step % each == 0 or step == last), key=lambda step: losses[step])
@@ -321,7 +322,7 @@ class _Runs:
     def _run(self, arm: tuple[str, float], fold: int, step: int) -> dict[str, float | None]:
         name, rate = arm
         part = self.parts[name][fold]
-        rows, held_out = self.encoder(part.to_train), _held_out(part)
+        rows, held_out = part.to_train, _held_out(part)
         start_loss = self.begun.get((name, fold))
         if self.folds == 1 and len(held_out) == len(part.to_choose_by):
             start_loss = self.starts[name].loss
@@ -338,10 +339,11 @@ class _Runs:
                 token_weights=self.starts[name].token_weights,
                 output=self.work_dir / _key(arm, fold) / "none",
                 work_dir=self.work_dir / _key(arm, fold),
-                validation_rows=self.encoder(held_out),
+                validation_rows=held_out,
                 pause_at=step,
                 start_loss=start_loss,
                 fitting=self.fitting[name],
+                encoder=self.encoder,
                 **self.arguments,
             )
         except NumericalError as error:
@@ -355,11 +357,11 @@ class _Runs:
     def _keep(self) -> None:
         replace_text(self._ledger, json.dumps(self.found))
 
-    def _epoch(self, rows: Encoded) -> int:
+    def _epoch(self, rows: Sequence[Row]) -> int:
         """Optimizer steps of a pass over the rows."""
-        return math.ceil(len(rows.examples) / self.settings.batch_size)
+        return math.ceil(len(self.encoder(rows).examples) / self.settings.batch_size)
 
-    def _steps(self, rows: Encoded) -> int:
+    def _steps(self, rows: Sequence[Row]) -> int:
         return self.settings.max_steps or math.ceil(self._epoch(rows) * self.settings.epochs)
 
 

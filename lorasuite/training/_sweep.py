@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from lorasuite.data import Encoded, RowEncoder, RowSplit
+from lorasuite.data import RowEncoder, RowSplit
 from lorasuite.errors import NumericalError, Problem
 from lorasuite.training._finetune import finetune
 from lorasuite.training._passes import Fitting
@@ -60,10 +60,9 @@ def screen(
         starts: PEFT directories by name.
         arguments: the other arguments of :func:`finetune`.
     """
-    encoder = RowEncoder(tokenizer, settings.cutoff)
-    parts = encoder(rows.to_train), encoder(rows.to_choose_by)
+    arguments["encoder"] = RowEncoder(tokenizer, settings.cutoff)
     return {
-        name: _short_loss(base, tokenizer, parts, settings, rate, adapter=adapter, lora=None, **arguments)
+        name: _short_loss(base, tokenizer, rows, settings, rate, adapter=adapter, lora=None, **arguments)
         for name, adapter in starts.items()
     }
 
@@ -103,15 +102,13 @@ def finetune_swept(
         NumericalError: if every rate diverges; otherwise as :func:`finetune`.
     """
     rates = list(dict.fromkeys(learning_rates)) or [settings.learning_rate]
+    arguments |= {"encoder": RowEncoder(tokenizer, settings.cutoff), "fitting": Fitting()}  # of all the runs
     tried: list[TriedRate] = []
     rate, stop = rates[0], None
-    encoder = RowEncoder(tokenizer, settings.cutoff)
-    arguments["fitting"] = Fitting()
     if len(rates) > 1:
-        parts = encoder(rows.to_train), encoder(rows.to_choose_by)
         known: float | None = None  # of the start, which is the same at every rate
         for rate in rates:
-            one = _try_rate(base, tokenizer, parts, settings, rate, work_dir, start_loss=known, **arguments)
+            one = _try_rate(base, tokenizer, rows, settings, rate, work_dir, start_loss=known, **arguments)
             known = one.start_loss if known is None else known
             tried.append(one)
         tried.sort(key=lambda entry: entry.learning_rate)
@@ -122,7 +119,7 @@ def finetune_swept(
     result = finetune(
         base,
         tokenizer,
-        encoder(rows.trained),
+        rows.trained,
         settings.model_copy(update={"learning_rate": rate}),
         output=output,
         work_dir=work_dir / "final",
@@ -133,25 +130,19 @@ def finetune_swept(
 
 
 def _try_rate(
-    base: Any,
-    tokenizer: Any,
-    parts: tuple[Encoded, Encoded],
-    settings: FinetuneSettings,
-    rate: float,
-    work_dir: Path,
-    **arguments: Any,
+    base: Any, tokenizer: Any, rows: RowSplit, settings: FinetuneSettings, rate: float, work_dir: Path, **arguments: Any
 ) -> TriedRate:
-    """A whole fine-tune at one rate, on the first of two parts of the rows, chosen by the second."""
+    """A whole fine-tune at one rate, on the rows that are not held out."""
     with tempfile.TemporaryDirectory() as scratch:
         try:
             curve = finetune(
                 base,
                 tokenizer,
-                parts[0],
+                rows.to_train,
                 settings.model_copy(update={"learning_rate": rate}),
                 output=Path(scratch) / "adapter",
                 work_dir=work_dir / f"rate-{rate:g}",
-                validation_rows=parts[1],
+                validation_rows=rows.to_choose_by,
                 **arguments,
             ).validation
         except NumericalError:
@@ -166,21 +157,16 @@ def _try_rate(
 
 
 def _short_loss(
-    base: Any,
-    tokenizer: Any,
-    parts: tuple[Encoded, Encoded],
-    settings: FinetuneSettings,
-    rate: float,
-    **arguments: Any,
+    base: Any, tokenizer: Any, rows: RowSplit, settings: FinetuneSettings, rate: float, **arguments: Any
 ) -> float | None:
     """Least held-out loss of a quarter of a fine-tune at one rate; None where it diverged."""
-    train, held_out = parts
+    train = rows.to_train
     if settings.max_steps is not None:
         length: dict[str, float] = {
             "max_steps": min(settings.max_steps, max(math.ceil(settings.max_steps / 4), MIN_SHORT_STEPS))
         }
     else:
-        fewest = math.ceil(MIN_SHORT_STEPS / math.ceil(len(train.examples) / settings.batch_size))
+        fewest = math.ceil(MIN_SHORT_STEPS / math.ceil(len(train) / settings.batch_size))
         length = {"epochs": min(settings.epochs, max(math.ceil(settings.epochs / 4), fewest))}
     short = settings.model_copy(update={"learning_rate": rate, **length})
     with tempfile.TemporaryDirectory() as folder:
@@ -192,7 +178,7 @@ def _short_loss(
                 short,
                 output=Path(folder) / "adapter",
                 work_dir=Path(folder) / "work",
-                validation_rows=held_out,
+                validation_rows=rows.to_choose_by,
                 **arguments,
             ).validation
         except NumericalError:
