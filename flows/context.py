@@ -34,7 +34,7 @@ from lorasuite.errors import ConfigError, InputChanged, LoRASuiteError, Problem,
 from lorasuite.planning import MigrationConfig, torch_device
 from tasks.data import rows_files, texts_files
 from tasks.distillation_stages import second_stepping, soft_labelling, token_weighting
-from tasks.evaluation_stages import evaluation, general_text, serving, task_evaluation
+from tasks.evaluation_stages import evaluation, general_text, llama_cpp, serving, task_evaluation
 from tasks.fingerprints import fingerprint_bases
 from tasks.folders import ANY_BASE, adapter_folder, folder_files
 from tasks.pair_stages import PAIR_STAGES
@@ -78,6 +78,7 @@ STAGES: dict[str, Stage] = {
         task_evaluation,
         general_text,
         serving,
+        llama_cpp,
     )
 }
 

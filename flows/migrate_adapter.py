@@ -21,6 +21,7 @@ from flows.context import Context, base_record, check_stages, fetch, migration_c
 from flows.dashboard import show_migration, show_pair
 from flows.finished import finished
 from flows.general import general_ability
+from flows.loaders import served
 from flows.measure import Asked, Measured
 from flows.pair import Pair, pair_name
 from flows.second_step import distilled_further
@@ -29,12 +30,10 @@ from lorasuite import ALGORITHM_VERSION
 from lorasuite.adapters import Adapter, sources, sources_name
 from lorasuite.bases import resolve
 from lorasuite.evaluation import BOTH, Arm, General, Served, as_served
-from lorasuite.evaluation import check as check_serving
 from lorasuite.planning import AUTO, MigrationConfig, Plan, RowPlan, build, check, usable
 from lorasuite.reporting import ArmResults, MigrationRecord, publish
 from lorasuite.teacher import TemplateFits
 from lorasuite.training import NOTHING
-from tasks.evaluation_stages import serving
 from tasks.fingerprints import fingerprint_migration
 from tasks.folders import adapter_folder, weights_digest
 from tasks.stage import Recorder, Ref
@@ -97,11 +96,9 @@ def migrate_adapter(config: dict[str, Any], refresh: tuple[str, ...] = ()) -> di
         published = Arm.MIGRATED if tuned is None else Arm.MIGRATED_LFT
         adapters = {Arm.OLD_ADAPTER: source.adapter, published: final}
         general = general_ability(context, settings, plan.general, adapters, source.own_tokenizer)
-        shown = {"rows": measured.asked.rows} if measured.asked.rows is not None else {}
-        inputs = {**context.base("new"), **shown, "adapter": final}
-        served = context.run(serving, inputs, {}, paths=context.base_path("new"))
+        loaders = served(context, settings, final, measured.asked.rows)
     record = _record(
-        context, settings, plan, pair, source, fit, rows, chosen, tuned, measured, general, served, recorder
+        context, settings, plan, pair, source, fit, rows, chosen, tuned, measured, general, loaders, recorder
     )
     output = Path(settings.output)
     context.where.check_unchanged()
@@ -189,7 +186,7 @@ def _record(
     tuned: Tuned | None,
     measured: Measured,
     general: General,
-    served: Ref,
+    loaders: Mapping[str, Served],
     recorder: Recorder,
 ) -> MigrationRecord:
     """What ``migration.json`` says of a migration."""
@@ -207,10 +204,6 @@ def _record(
             "general": general,
         }
     )
-    loaders = {
-        **{loader: Served.model_validate(found) for loader, found in context.open(served).info.items()},
-        **check_serving(adapter_folder(context.open(final)), context.where.path("new_base")),
-    }
     spent = timings(recorder)
     finetune = None
     if tuned is not None:

@@ -1,7 +1,7 @@
 """Bases, bare or with an adapter, measured; and the published adapter looked at as a server would load it.
 
 Paths: ``base``, the model that is measured; ``adapter`` where it is given by its fingerprint; ``own_tokenizer`` where
-the adapter's own is used; ``eval_dir`` and ``include_path`` of tasks by name.
+the adapter's own is used; ``eval_dir`` and ``include_path`` of tasks by name; ``gguf``, the base as llama.cpp loads it.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 from lorasuite.evaluation import (
     EvaluationResult,
     EvaluationSettings,
+    compare_gguf,
     compare_merged,
     evaluate,
     evaluate_tasks,
@@ -153,6 +154,37 @@ def serving(inputs: ServingInputs, settings: StageSettings, where: Where) -> Sta
         where.path("base"), folder, rows, device=where.device, trust_remote_code=trusted(where), loading=plain
     )
     return StageOutput(info={loader: served.model_dump(mode="json") for loader, served in found.items()})
+
+
+@dataclass(frozen=True, kw_only=True)
+class LlamaCppInputs(ServingInputs):
+    """The same, and the fingerprint of the base's GGUF file."""
+
+    gguf: str
+
+
+class LlamaCppSettings(StageSettings):
+    """The version of llama.cpp's binding, and a digest of its converter."""
+
+    binding: str
+    converter: str
+
+
+@stage("llama_cpp")
+def llama_cpp(inputs: LlamaCppInputs, settings: LlamaCppSettings, where: Where) -> StageOutput:
+    """The published adapter in llama.cpp: the same answers to some of the rows as in PEFT."""
+    rows = [] if inputs.rows is None else stored_rows(inputs.rows)
+    with running(where, "base") as base:
+        found = compare_gguf(
+            base.model,
+            base.tokenizer,
+            adapter_folder(inputs.adapter),
+            where.path("gguf"),
+            rows,
+            base=where.path("base"),
+            device=where.device,
+        )
+    return StageOutput(info={"llama.cpp": found.model_dump(mode="json")})
 
 
 def _folder(inputs: ArmInputs, where: Where) -> Path | None:

@@ -24,7 +24,9 @@ from tasks.unchanged import folder_files
 MEMORY = "fingerprints.json"
 
 #: Settings of a migration that name data.
-DATA_FILES = ("calibration", "train_data", "prompts", "eval_data", "general_texts", "include_path")
+DATA_FILES = (
+    "calibration", "train_data", "prompts", "eval_data", "general_texts", "include_path", "serving_gguf",
+)  # fmt: skip
 #: What a PEFT adapter consists of.
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 

@@ -107,8 +107,8 @@ def content(**changes: Any) -> dict[str, Any]:
         "teacher": None,
         "verdict": results.model_copy(update={"tasks": {}}).judge(gate).model_dump(mode="json"),
         "serving": {
-            "peft": {"ok": True, "problems": [], "notes": ["it changes logits"], "ran": True},
-            "vllm": {"ok": False, "problems": ["DoRA is not supported"], "notes": [], "ran": False},
+            "peft": {"ok": True, "problems": [], "notes": ["it changes logits"], "ran": True, "not_run": None},
+            "vllm": {"ok": False, "problems": ["DoRA is not supported"], "notes": [], "ran": False, "not_run": None},
         },
         "timings": [
             {

@@ -11,6 +11,7 @@ from ._general import (
     held_out_texts,
 )
 from ._held_out import evaluate
+from ._llama_cpp import check_gguf, compare_gguf, convert, find_converter, llama_cpp_missing, llama_cpp_versions
 from ._measures import BOTH, TASK_METRICS
 from ._results import EvaluationResult, EvaluationSettings, EvaluationSummary
 from ._served import Served
@@ -39,10 +40,13 @@ __all__ = [
     "TaskSummary",
     "as_served",
     "check",
+    "check_gguf",
     "check_tasks",
     "compare",
     "compare_arms",
+    "compare_gguf",
     "compare_merged",
+    "convert",
     "evaluate",
     "evaluate_tasks",
     "evaluate_text",
@@ -51,10 +55,13 @@ __all__ = [
     "extract_letter",
     "extract_number",
     "fails",
+    "find_converter",
     "general_cost",
     "group_score",
     "held_out_texts",
     "judge",
+    "llama_cpp_missing",
+    "llama_cpp_versions",
     "matches",
     "mcnemar",
     "metrics",

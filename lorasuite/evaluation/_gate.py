@@ -222,15 +222,22 @@ def as_served(judgement: Judgement, serving: Mapping[str, Served]) -> Judgement:
     """The same verdict, if what a server computes with the adapter is what was measured.
 
     An adapter that ships by its figures counts as unmeasured where a loader that was run answers otherwise: the
-    figures are not those of what would be served. Loaders of which only the rules were read decide nothing.
+    figures are not those of what would be served. Loaders of which only the rules were read decide nothing; that
+    one was asked for and could not be run is said.
 
     Args:
         serving: by loader.
     """
-    wrong = [f"{loader}: {found.problems[0]}" for loader, found in serving.items() if found.ran and not found.ok]
-    if not wrong or judgement.verdict != "ship":
+    if judgement.verdict != "ship":
         return judgement
-    why = f"{judgement.reason}; a server would answer otherwise ({'; '.join(wrong)})"
+    why = judgement.reason
+    lacking = [f"{loader}: {found.not_run}" for loader, found in serving.items() if found.not_run is not None]
+    if lacking:
+        why += f"; not run as asked for ({'; '.join(lacking)})"
+    wrong = [f"{loader}: {found.problems[0]}" for loader, found in serving.items() if found.ran and not found.ok]
+    if not wrong:
+        return judgement.model_copy(update={"reason": why})
+    why += f"; a server would answer otherwise ({'; '.join(wrong)})"
     return judgement.model_copy(update={"verdict": "unmeasured", "reason": why})
 
 

@@ -1,9 +1,9 @@
 """Whether the programs that serve models take an adapter, and compute the same with it.
 
-PEFT and plain transformers are run themselves, on rows of the evaluation (:func:`compare_merged`). vLLM's and
-llama.cpp's rules are written down here (:func:`check`), for neither needs to be installed to read them;
-``docs/serving.md`` names the file and revision each rule was read from. A rule that makes a loader refuse the adapter,
-or compute something else with it, is a *problem*; what an operator has to set is a *note*.
+PEFT and plain transformers are run themselves, on rows of the evaluation (:func:`compare_merged`); ``_llama_cpp.py``
+runs llama.cpp. vLLM's and llama.cpp's rules are written down here (:func:`check`), for neither needs to be installed to
+read them; ``docs/serving.md`` names the file and revision each rule was read from. A rule that makes a loader refuse
+the adapter, or compute something else with it, is a *problem*; what an operator has to set is a *note*.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from lorasuite.adapters import CONFIG, PREFIX, WEIGHTS, Tensors
 from lorasuite.bases import LoadSettings, load_tokenizer, loaded_model, read_json
 from lorasuite.data import IGNORED, Row, encode
 from lorasuite.errors import AdapterError
-from lorasuite.evaluation._served import Served
+from lorasuite.evaluation._served import SAME, Served
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -250,10 +250,10 @@ def compare_merged(
     # not kept: merging changes the weights
     asked = loading or LoadSettings()
     with loaded_model(base, device, trust_remote_code=trust_remote_code, keep=False, loading=asked) as model:
-        return _compared(model, _texts(rows, tokenizer, model), adapter, device)
+        return _compared(model, compared_texts(rows, tokenizer, model), adapter, device)
 
 
-def _texts(rows: Sequence[Row], tokenizer: Any, model: Any) -> list[tuple[list[int], int]]:
+def compared_texts(rows: Sequence[Row], tokenizer: Any, model: Any) -> list[tuple[list[int], int]]:
     """Token ids of each text that is compared, and from how many positions at its end logits are read."""
     if not rows:
         tokens = tokenizer(TEXT)["input_ids"][:ANSWER_TOKENS]
@@ -297,7 +297,7 @@ def _compared(model: Any, texts: list[tuple[list[int], int]], adapter: Path, dev
         return dict.fromkeys(("peft", "transformers"), _refused("its logits are not finite", ran=True))
     scale = max(float(one.abs().max()) for one in adapted)
     effect = _farthest(bare, adapted) / scale
-    in_peft = _told([] if effect > NO_EFFECT else [_SAME], f"it changes logits by up to {_share(effect)}")
+    in_peft = _told([] if effect > NO_EFFECT else [SAME], f"it changes logits by up to {_share(effect)}")
     try:
         merged = wrapped.merge_and_unload()
     except (RuntimeError, ValueError, NotImplementedError, AttributeError) as error:
@@ -311,14 +311,11 @@ def _compared(model: Any, texts: list[tuple[list[int], int]], adapter: Path, dev
     if not difference <= limit:
         problems.append(f"merged logits differ by more than {_share(limit)}")
     if not _farthest(bare, again) / scale > NO_EFFECT:
-        problems.append(_SAME)
+        problems.append(SAME)
     pairs = [(one.argmax(-1), other.argmax(-1)) for one, other in zip(again, adapted, strict=True)]
     same = sum(int((one == other).sum()) for one, other in pairs) / sum(len(one) for one, _ in pairs)
     note = f"merged logits differ by up to {_share(difference)}, {100 * same:.0f} % of the most likely tokens are equal"
     return {"peft": in_peft, "transformers": _told(problems, note)}
-
-
-_SAME = "it loads, and answers as the base does"
 
 
 def _farthest(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:

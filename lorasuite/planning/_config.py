@@ -119,6 +119,11 @@ class MigrationConfig(Strict):
     general_task: str | None = Field(
         None, description="an lm-eval task, by name, on which the same is measured; not measured if unset"
     )
+    serving_gguf: str | None = Field(
+        None,
+        description="GGUF file of the new base, as llama.cpp serves it: the new adapter is converted and answers rows "
+        "in it, too, where llama.cpp's binding (lorasuite[llamacpp]) and converter (LLAMA_CPP in the environment) are",
+    )
     method: str = Field(
         AUTO,
         description="transform to use, or auto: whatever does best of a fresh LoRA and candidates, by held-out rows",

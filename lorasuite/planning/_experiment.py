@@ -38,7 +38,7 @@ SEEDED = (Arm.SCRATCH, Arm.MIGRATED_LFT, Arm.REFRESHED)
 DECIDED = (
     "adapter", "old_base", "new_base", "output", "calibration", "train_data", "eval_data", "eval_tasks", "eval_dir",
     "include_path", "seed", "gate", "controls", "energy", "prompts", "columns", "general_texts",
-    "general_task", "general",
+    "general_task", "general", "serving_gguf",
 )  # fmt: skip
 #: Settings that decide what adapter there is to migrate, and what it is to retrain it.
 TRAINED = ("lora", "retrain")

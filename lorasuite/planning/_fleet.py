@@ -24,6 +24,7 @@ DATA = (
     "prompts",
     "eval_data",
     "general_texts",
+    "serving_gguf",
     "eval_dir",
     "include_path",
     "architectures",

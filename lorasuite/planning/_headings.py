@@ -21,7 +21,7 @@ HEADINGS: dict[str, tuple[str, ...]] = {
     "Teacher: rows that the old base with the adapter writes": ("teacher",),
     "Evaluation": ("evaluation",),
     "General ability": ("general_texts", "general_task", "general"),
-    "Verdict": ("gate",),
+    "Verdict": ("serving_gguf", "gate"),
 }  # fmt: skip
 
 

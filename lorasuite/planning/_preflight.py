@@ -23,7 +23,7 @@ from lorasuite.data import (
     unread_keys,
 )
 from lorasuite.errors import Problem
-from lorasuite.evaluation import check_tasks
+from lorasuite.evaluation import check_gguf, check_tasks, llama_cpp_missing
 from lorasuite.planning._asked import adapter_card, check_sources, teacher_prompts, usable_rows
 from lorasuite.planning._config import AUTO, MigrationConfig, torch_device
 from lorasuite.planning._cost import Shape
@@ -100,6 +100,7 @@ def check(config: MigrationConfig, home: Path | None = None, timed: bool = False
         result.problems.append(Problem(config.include_path, "is not a directory", "Give one with lm-eval task files."))
     elif config.every_task:
         result.attempt(lambda: check_tasks(config.every_task, *config.task_folders, config.trust_remote_code))
+    _served(result, config.serving_gguf)
     _readable(result, [*train, *held_out, *(prompts or ())])
     _output(result, Path(config.output))
     if not result.problems:
@@ -308,6 +309,16 @@ def _start(result: Inspection, config: MigrationConfig, rows: RowPlan) -> None:
         quantized=bool(config.loading.quantized),
         transposed=result.new is not None and any(m.transposed for m in result.new.architecture.modules),
     )
+
+
+def _served(result: Inspection, gguf: str | None) -> None:
+    """Whether the published adapter can be run in llama.cpp, where that is asked for."""
+    if gguf is None:
+        return
+    result.attempt(lambda: check_gguf(Path(gguf)))
+    why = llama_cpp_missing()
+    if why is not None:
+        result.notices.append(f"serving_gguf: the adapter is not run in llama.cpp, whose rules are read: {why}")
 
 
 def _read_held_out(result: Inspection, config: MigrationConfig) -> list[Row]:

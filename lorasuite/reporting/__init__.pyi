@@ -15,7 +15,7 @@ from ._console import (
 from ._figures import heat_map_png
 from ._files import FLEET_RECORD, RECORD, REPORT
 from ._fleet_report import fleet_rows, write_fleet
-from ._gguf import export_gguf, find_converter
+from ._gguf import export_gguf
 from ._hub import check_target, push
 from ._names import code_span, markdown, wilson
 from ._publication import copy_samples, publish
@@ -48,7 +48,6 @@ __all__ = [
     "comparison",
     "copy_samples",
     "export_gguf",
-    "find_converter",
     "fleet_rows",
     "heat_map_png",
     "kept",

@@ -215,3 +215,7 @@ def test_what_is_served_has_to_be_what_was_measured() -> None:
     assert fails(found.verdict, "retrain")
     bad = judge(arms("exact_match", old=0.7, new=0.2, moved=0.2), {})
     assert as_served(bad, served) == bad
+    # what was asked for and is not there changes no verdict, and is said
+    lacking = as_served(good, {"llama.cpp": Served(ok=True, not_run="its converter is not found")})
+    assert lacking.verdict == "ship"
+    assert lacking.reason == f"{good.reason}; not run as asked for (llama.cpp: its converter is not found)"

@@ -13,28 +13,9 @@ from typer.testing import CliRunner
 
 from flows.command_line import app
 from lorasuite.errors import AdapterError, ConfigError, OutputError
-from lorasuite.reporting import export_gguf, find_converter
-
-#: Reads the same arguments, and writes the factors as they are.
-STAND_IN = """
-import argparse, json, pathlib
-import gguf
-from safetensors.numpy import load_file
-parser = argparse.ArgumentParser()
-parser.add_argument("--base", type=pathlib.Path, required=True)
-parser.add_argument("--outfile", type=pathlib.Path, required=True)
-parser.add_argument("--outtype", choices=["f32", "f16", "bf16", "q8_0", "auto"], default="f32")
-parser.add_argument("lora_path", type=pathlib.Path)
-given = parser.parse_args()
-assert (given.base / "config.json").is_file()
-writer = gguf.GGUFWriter(given.outfile, "llama")
-writer.add_string(gguf.Keys.General.TYPE, gguf.GGUFType.ADAPTER)
-config = json.loads((given.lora_path / "adapter_config.json").read_text())
-writer.add_float32("adapter.lora.alpha", config["lora_alpha"])
-for name, tensor in load_file(given.lora_path / "adapter_model.safetensors").items():
-    writer.add_tensor(name[-60:], tensor)
-writer.write_header_to_file(); writer.write_kv_data_to_file(); writer.write_tensors_to_file(); writer.close()
-"""
+from lorasuite.evaluation import find_converter
+from lorasuite.reporting import export_gguf
+from tests.gguf_files import write_converter
 
 
 @pytest.fixture
@@ -50,10 +31,7 @@ def adapter(base: Callable[..., Path], lora: Callable[..., Path], tmp_path: Path
 
 @pytest.fixture
 def llama_cpp(tmp_path: Path) -> Path:
-    folder = tmp_path / "llama.cpp"
-    folder.mkdir()
-    (folder / "convert_lora_to_gguf.py").write_text(STAND_IN)
-    return folder
+    return write_converter(tmp_path / "llama.cpp")
 
 
 def test_an_adapter_is_converted(adapter: Path, llama_cpp: Path, tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ def test_the_report_of_an_earlier_record_still_builds(tmp_path: Path) -> None:
         "general": None,
         "weights_sha256": None,
         "verdict": before["verdict"] | {"rows": None, "detectable": None},
-        "serving": {loader: {**served, "ran": False} for loader, served in before["serving"].items()},
+        "serving": {loader: {**served, "ran": False, "not_run": None} for loader, served in before["serving"].items()},
     }
     assert found.to_json() == {"schema_version": 1, **before}
     assert "# mirror for new" in model_card(found)
