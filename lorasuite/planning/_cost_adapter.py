@@ -189,8 +189,8 @@ def second_step(old: Shape, new: Shape, work: Work) -> Cost:
     else:
         further += scoring(old, work, work.synthetic_rows, work.run_item)[0]
     held_out = max(work.chosen_by, work.rows // 5)
-    judged = sum((scoring(one, work, held_out, work.run_item)[0] for one in (old, new)), Ops())
-    ops = step_ops(new, work, work.rows * work.epochs) + further * 2 + judged * 2
+    judged = scoring(old, work, held_out, work.run_item)[0] + scoring(new, work, held_out, work.run_item)[0] * 2
+    ops = step_ops(new, work, work.rows * work.epochs) + further * 2 + judged
     held, spare = _training_bytes(new, work)
     _, reading = scoring(old, work, work.batch, work.run_item)
     disk = 3 * FLOAT * lora_weights(new, work)

@@ -169,24 +169,24 @@ def _compared(
     training = set(rows.to_train)
     before: float | None = None
     after: float | None = None
+    judged = None if own else distilling.labels(held)
     with contextlib.suppress(NumericalError):  # what diverges has no loss
         if not begun.exists():
             without_held_out(begun, work_dir / "first-work")
-        before = _held_out_loss(distilling, begun, held, own)
+        before = _held_out_loss(distilling, begun, held, judged)
         if not gone_on.exists():
             taught = [row for row in rows.synthetic if row in training]
             distilling.train(taught, begun, gone_on, work_dir / "second-work")
-        after = _held_out_loss(distilling, gone_on, held, own)
+        after = _held_out_loss(distilling, gone_on, held, judged)
     replace_text(known, json.dumps({"before": before, "after": after}))
     return before, after
 
 
-def _held_out_loss(distilling: Distilling, adapter: Path, held: Sequence[Row], own: bool) -> float:
-    """Cross-entropy on the user's rows, or the divergence from the teacher on what it wrote."""
+def _held_out_loss(distilling: Distilling, adapter: Path, held: Sequence[Row], judged: SoftLabels | None) -> float:
+    """Cross-entropy on the user's rows, or the divergence from what the teacher says of those that it wrote."""
     tokenizer, cutoff = distilling.aligner.new, distilling.aligner.cutoff
     with attached(distilling.base, adapter, distilling.arguments.get("device", "cpu")) as student:
-        if own:
+        if judged is None:
             return validation_loss(student, tokenizer, held, cutoff, distilling.settings.batch_size)
-        soft = distilling.labels(held)
-        examples = [e for e in encode_rows(held, tokenizer, cutoff).examples if e["input_ids"] in soft]
-        return held_out_divergence(student, soft, examples)
+        examples = [e for e in encode_rows(held, tokenizer, cutoff).examples if e["input_ids"] in judged]
+        return held_out_divergence(student, judged, examples)

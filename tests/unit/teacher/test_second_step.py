@@ -109,10 +109,20 @@ def test_a_second_step_is_kept_where_held_out_rows_say_so(
     if not own and not better:
         further = iter([0.5, 0.6])
         monkeypatch.setattr(_second_step, "held_out_divergence", lambda *given: next(further))
+    asked: list[int] = []
+    true = _second_step.soft_labels
+
+    def counted(teacher: Any, aligner: Any, read: Any, *rest: Any) -> Any:
+        asked.append(len(read))
+        return true(teacher, aligner, read, *rest)
+
+    monkeypatch.setattr(_second_step, "soft_labels", counted)
     result = second_step(
         used, split, first, output=tmp_path / "out", work_dir=tmp_path / "work",
         without_held_out=lambda output, work: made(distilling, split.to_train, output, work),
     )  # fmt: skip
+    # of the rows held out once for both losses, of those that each run is taught by once
+    assert asked == [*([] if own else [2, 8]), *([10] if own or better else [])]
     assert result.kept == better == (result.training is not None)
     assert result.measured_on == ("own rows" if own else "written rows") and result.held_out == len(held)
     assert result.before is not None and (result.after is None or (result.after < result.before) == better)
