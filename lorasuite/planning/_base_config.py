@@ -19,15 +19,18 @@ _FORMS: dict[str, tuple[tuple[type, ...], str]] = {
 }
 #: Numbers that models divide by, take a root of or make masks of: they must be above zero.
 _POSITIVE = re.compile(
-    r"num_key_value_heads|moe_intermediate_size|factor|sliding_window|query_pre_attn_scalar|logits_scaling|attention_multiplier|rope_theta|n_group"
-    r"|partial_rotary_factor|rotary_pct|decoder_sparse_step|.*(chunk_size|n_groups|soft_?cap(ping)?)"
+    r"num_key_value_heads|moe_intermediate_size|factor|sliding_window|query_pre_attn_scalar|logits_scaling"
+    r"|attention_multiplier|rope_theta|n_group|partial_rotary_factor|rotary_pct|decoder_sparse_step"
+    r"|.*(chunk_size|n_groups|soft_?cap(ping)?)"
 )
 #: Numbers that must not be below zero.
 _NOT_NEGATIVE = re.compile(r"num_experts_per_tok|topk_group|.*(eps|epsilon|initializer_range|dropout|pdrop)")
 #: Shares of a whole.
 _AT_MOST_ONE = re.compile(r"partial_rotary_factor|rotary_pct|.*(dropout|pdrop)")
+#: What activations are multiplied by, and how much at most for float32 to hold them.
+_SCALE, _LARGEST = re.compile(r".*multipliers?"), 1e6
 _OTHER = "The config does not belong to these weights."
-#: What families have that is infinite.
+#: Ranges whose upper end families have infinite.
 _ENDLESS = ("time_step_limit",)
 
 
@@ -103,7 +106,8 @@ def _numbers(settings: Mapping[str, Any], where: str) -> list[Problem]:
             wrong += _numbers(value, f"{where}: {name}")
             continue
         numbers = [it for it in (value if isinstance(value, list) else [value]) if isinstance(it, int | float)]
-        if any(math.isnan(it) or (math.isinf(it) and name not in _ENDLESS) for it in numbers):
+        finite = numbers[:1] if name in _ENDLESS else numbers
+        if any(math.isnan(it) for it in numbers) or any(math.isinf(it) for it in finite):
             must = "a finite number"
         elif _POSITIVE.fullmatch(name) and name != unused and not all(number > 0 for number in numbers):
             must = "above zero"
@@ -111,6 +115,8 @@ def _numbers(settings: Mapping[str, Any], where: str) -> list[Problem]:
             must = "zero or more"
         elif _AT_MOST_ONE.fullmatch(name) and not all(number <= 1 for number in numbers):
             must = "at most one"
+        elif _SCALE.fullmatch(name) and not all(abs(number) <= _LARGEST for number in numbers):
+            must = f"at most {_LARGEST:g}"
         else:
             continue
         wrong.append(Problem(f"{where}: {name}", f"is {value!r:.100}, and must be {must}", "Mend the config."))

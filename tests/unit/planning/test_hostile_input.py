@@ -116,6 +116,9 @@ OF_FAMILIES: list[tuple[str, str, Any]] = [
     ("gemma3_text", "sliding_window", 0),
     ("qwen3_next", "linear_key_head_dim", 0),
     ("qwen3_next", "shared_expert_intermediate_size", INF),
+    ("falcon_h1", "attention_in_multiplier", 1e30),
+    ("falcon_h1", "ssm_multipliers", [1.0, 1.0, 1e30, 1.0, 1.0]),
+    ("falcon_h1", "time_step_limit", [INF, INF]),
 ]
 
 
