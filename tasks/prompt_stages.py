@@ -26,6 +26,7 @@ from lorasuite.teacher import (
 from tasks.bases import running
 from tasks.data import rows_files, stored_prompts, stored_texts
 from tasks.folders import adapter_path
+from tasks.progress import Progress
 from tasks.retries import halved
 from tasks.stage import Artifact, StageOutput, StageSettings, Where, stage
 from tasks.teacher_stages import TeacherInputs
@@ -144,4 +145,4 @@ def _probe(inputs: TeacherInputs, settings: ProbeSettings, where: Where) -> Iter
         running(where, "old_base", own_tokenizer=True) as old,
         attached(old.model, adapter_path(inputs.adapter, where), where.device) as model,
     ):
-        yield Probe(model, old.tokenizer, told, settings.seed)
+        yield Probe(model, old.tokenizer, told, settings.seed, Progress("texts of the old base").step)

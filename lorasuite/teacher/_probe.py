@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lorasuite.data import Row, prompt_ids
 from lorasuite.errors import DataError
+from lorasuite.progress import Progress
 from lorasuite.teacher._generation import Answer, Generator, Prompt, context_length, generator
 from lorasuite.teacher._settings import TeacherSettings
 from lorasuite.teacher._worth import text_losses
@@ -64,12 +65,19 @@ class Probe:
         tokenizer: that which the adapter is used with.
         settings: of the teacher.
         seed: of everything that is drawn.
+        progress: told of the texts written, anew each time that some are.
     """
 
     def __init__(
-        self, model: PeftModel, tokenizer: PreTrainedTokenizerBase, settings: TeacherSettings, seed: int
+        self,
+        model: PeftModel,
+        tokenizer: PreTrainedTokenizerBase,
+        settings: TeacherSettings,
+        seed: int,
+        progress: Progress | None = None,
     ) -> None:
         self.model, self.tokenizer, self.settings, self.seed = model, tokenizer, settings, seed
+        self.progress = progress
 
     def write(
         self,
@@ -91,7 +99,11 @@ class Probe:
         writer = generator(self.model, self.tokenizer, settings, temperature, f"{self.seed} {salt}")
         asked = list(_readable(writer, rows))
         with contextlib.nullcontext() if adapter else self.model.disable_adapter():
-            found = [answer for batch in writer.generate(asked) for answer in batch]
+            found: list[Answer] = []
+            for batch in writer.generate(asked):
+                found += batch
+                if self.progress is not None:
+                    self.progress(len(found), len(asked))
         return sorted(found, key=lambda answer: answer.prompt.number)
 
     def pulls(self, rows: Sequence[Row]) -> list[Pull]:

@@ -118,6 +118,19 @@ def test_prompts_of_the_task_move_the_adapter_more_than_others(probe: Probe) -> 
     assert vectors.norm(dim=1) == pytest.approx(torch.ones(5), abs=1e-5)
 
 
+def test_what_is_written_is_counted(probe: Probe) -> None:
+    told: list[tuple[int, int]] = []
+    counted = Probe(
+        probe.model,
+        probe.tokenizer,
+        TeacherSettings(max_new_tokens=2, batch_size=2),
+        0,
+        lambda done, total: told.append((done, total)),
+    )
+    counted.write(MIRROR[:3], "counted", adapter=True, tokens=2)
+    assert told == [(2, 3), (3, 3)]
+
+
 def test_the_share_that_resembles_real_prompts(probe: Probe) -> None:
     real = completions(*(row["prompt"] for row in zoo.rows("neox", "mirror", "train", 30)))
     other = completions(*(row["prompt"] for row in zoo.rows("neox", "mirror", "test", 12)))
