@@ -82,7 +82,7 @@ def discovered_prompts(context: Context, settings: MigrationConfig, count: int, 
     given = kept_prompts(context, asking.prompts)
     examples = {} if given is None else {"examples": given}
     general = {"general": context.keep_texts(asking.general)} if asking.general else {}
-    told = {"seed": settings.seed, "teacher": settings.teacher.model_dump(mode="json", exclude={"batch_size"})}
+    told = {"seed": settings.seed, "teacher": settings.teacher.computed()}
     drafts = {}
     for name in asking.sources:
         inputs = {**teacher_inputs(context, source), **general}
@@ -103,7 +103,7 @@ def compare_prompts(
 ) -> Ref:
     """How many of the prompts that were found resemble those of real rows; nothing is chosen by it."""
     inputs = {**teacher_inputs(context, source), "prompts": prompts, "real": kept_prompts(context, rows)}
-    teacher = settings.teacher.model_dump(mode="json", exclude={"batch_size"})
+    teacher = settings.teacher.computed()
     told = {"count": len(rows), "seed": settings.seed, "teacher": teacher}
     return context.run(resemblance, inputs, told, paths=source.paths)
 

@@ -95,7 +95,7 @@ def second(
     values: dict[str, Any] = {
         "kind": settings.second_step,
         "finetune": tuning.model_copy(update=further).computed(),
-        "teacher": settings.teacher.model_dump(mode="json", exclude={"batch_size"}),
+        "teacher": settings.teacher.computed(),
         "compares": compares,
     }
     if compares:  # only then is the first step made again

@@ -115,7 +115,7 @@ def teacher_rows(context: Context, settings: MigrationConfig, count: int, prompt
         "samples": count,
         "seed": settings.seed,
         # How many are written at once changes nothing.
-        "teacher": settings.teacher.model_dump(mode="json", exclude={"batch_size"}),
+        "teacher": settings.teacher.computed(),
     }
     return context.run(teaching, inputs, values, paths=source.paths)
 

@@ -45,14 +45,12 @@ def fitting(tuning: FinetuneSettings, where: Where) -> FinetuneSettings:
     return tuning.model_copy(update={"micro_batch_size": smaller})
 
 
-def stored_soft_labels(artifact: Artifact | None) -> SoftLabels | None:
-    """The distributions of an artifact of ``soft_labels``; None of None."""
-    return None if artifact is None else SoftLabels.from_tensors(artifact.tensors())
-
-
-def stored_token_weights(artifact: Artifact | None) -> TokenWeights | None:
-    """The weights of an artifact of ``token_weights``; None of None."""
-    return None if artifact is None else TokenWeights.from_tensors(artifact.tensors())
+def stored_taught(soft_labels: Artifact | None, token_weights: Artifact | None) -> dict[str, Any]:
+    """What the teacher says of the tokens, as a fine-tune takes it: of artifacts of the stages of those names."""
+    return {
+        "soft_labels": None if soft_labels is None else SoftLabels.from_tensors(soft_labels.tensors()),
+        "token_weights": None if token_weights is None else TokenWeights.from_tensors(token_weights.tensors()),
+    }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,8 +193,7 @@ def second_stepping(inputs: SecondStepInputs, settings: SecondStepSettings, wher
                 output=output,
                 work_dir=work_dir,
                 stop_after=settings.first_epochs,
-                soft_labels=stored_soft_labels(inputs.soft_labels),
-                token_weights=stored_token_weights(inputs.token_weights),
+                **stored_taught(inputs.soft_labels, inputs.token_weights),
                 **arguments,  # type: ignore[arg-type]
             )
 

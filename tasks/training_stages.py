@@ -31,7 +31,7 @@ from lorasuite.training import (
 )
 from tasks.bases import running
 from tasks.data import stored_rows, stored_split
-from tasks.distillation_stages import fitting, stored_soft_labels, stored_token_weights
+from tasks.distillation_stages import fitting, stored_taught
 from tasks.folders import adapter_folder, folder_files
 from tasks.progress import Progress
 from tasks.stage import WORK, Artifact, StageOutput, StageSettings, Where, stage
@@ -163,18 +163,10 @@ def _training(where: Where, tuning: FinetuneSettings) -> Iterator[tuple[Any, Pat
         yield base, Path(folder) / "adapter"
 
 
-def _taught(inputs: SearchInputs | FinetuneInputs) -> dict[str, Any]:
-    """What the teacher says of the tokens, as a fine-tune takes it."""
-    return {
-        "soft_labels": stored_soft_labels(inputs.soft_labels),
-        "token_weights": stored_token_weights(inputs.token_weights),
-    }
-
-
 @stage("search")
 def searching(inputs: SearchInputs, settings: SearchSettings, where: Where) -> StageOutput:
     """The fine-tune from the start and at the rate that do best on rows held out, found by successive halving."""
-    tuning, taught = fitting(settings.finetune, where), _taught(inputs)
+    tuning, taught = fitting(settings.finetune, where), stored_taught(inputs.soft_labels, inputs.token_weights)
     rows, chosen = stored_split(inputs.rows), inputs.chosen.info
     untrained = {(one["method"], one["scale"]): one["loss"] for one in chosen["candidates"]}
     bare, lora = untrained[NOTHING, 0.0], fresh_config(settings.fresh)
@@ -248,7 +240,7 @@ def finetune(inputs: FinetuneInputs, settings: FinetuneStageSettings, where: Whe
             work_dir=where.path(WORK),
             progress=Progress(f"fine-tuning ({'scratch' if start is None else 'migrated'})").training,
             device=where.device,
-            **_taught(inputs),
+            **stored_taught(inputs.soft_labels, inputs.token_weights),
         )
         files = folder_files(output)
     shown = [one.model_dump(mode="json") for one in sweep]

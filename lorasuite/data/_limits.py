@@ -38,9 +38,7 @@ def check_bytes(where: object, count: int) -> None:
     Raises:
         DataError: if a source has more bytes, unpacked, than are read.
     """
-    if count > (most := limit(READ_BYTES)):
-        what = f"has more than {most:,} bytes, unpacked"
-        raise DataError(Problem(str(where), what, f"Take a part of it, or set the environment variable {READ_BYTES}."))
+    _check(READ_BYTES, where, count, "bytes, unpacked")
 
 
 def check_rows(where: object, count: int) -> None:
@@ -48,9 +46,13 @@ def check_rows(where: object, count: int) -> None:
     Raises:
         DataError: if a source has more rows than are read.
     """
-    if count > (most := limit(READ_ROWS)):
-        what = f"has more than {most:,} rows"
-        raise DataError(Problem(str(where), what, f"Take a part of it, or set the environment variable {READ_ROWS}."))
+    _check(READ_ROWS, where, count, "rows")
+
+
+def _check(name: str, where: object, count: int, of: str) -> None:
+    if count > (most := limit(name)):
+        remedy = f"Take a part of it, or set the environment variable {name}."
+        raise DataError(Problem(str(where), f"has more than {most:,} {of}", remedy))
 
 
 def check_columns(where: object, count: int) -> None:

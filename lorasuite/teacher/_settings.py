@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -70,3 +70,7 @@ class TeacherSettings(BaseModel):
     )
     filter: bool = Field(True, description="leave out repetitive, repeated and unsure rows; empty ones never stay")
     min_kept: float = Field(0.1, ge=0, le=1, description="share of the written rows that must pass the filters")
+
+    def computed(self) -> dict[str, Any]:
+        """As JSON, for a stage's key: without what does not change what is written."""
+        return self.model_dump(mode="json", exclude={"batch_size"})
