@@ -161,15 +161,9 @@ def _windows(
 
 def _likelihoods(model: Any, windows: Sequence[dict[str, list[int]]], batch_size: int) -> list[float]:
     """Log-likelihood of each window, in nats."""
-    import torch
+    from lorasuite.training import label_losses
 
-    from lorasuite.training import read_labels
-
-    found = torch.zeros(len(windows), dtype=torch.float64)
-    for read in read_labels(model, windows, batch_size):
-        nats = torch.nn.functional.cross_entropy(read.logits.float(), read.targets, reduction="none")
-        found.index_add_(0, read.examples, -nats.double().cpu())
-    return [float(value) for value in found]
+    return [-float(losses.double().sum()) for losses in label_losses(model, windows, batch_size)]
 
 
 def general_cost(task: str | None, arms: Mapping[Arm, Sequence[Mapping[str, Any]]]) -> GeneralCost | None:
