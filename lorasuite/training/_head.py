@@ -71,7 +71,8 @@ class LabelHead:
 
         def keep(_: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
             read.append(arguments[0])
-            return (arguments[0][:1, :1], *arguments[1:])
+            # Not [:1, :1]: with the strides of that, torch makes a batched product of it and copies the head's weight.
+            return (arguments[0][0, :1][None], *arguments[1:])
 
         hooks = [
             self._head.register_forward_pre_hook(keep),

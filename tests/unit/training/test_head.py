@@ -11,6 +11,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorasuite.data import IGNORED
 from lorasuite.training import LabelHead, collate, label_rows, read_labels
@@ -133,3 +134,22 @@ def test_no_tensor_holds_the_logits_of_all_tokens(monkeypatch: pytest.MonkeyPatc
     for part in found:
         for example, position, target in zip(part.examples, part.positions, part.targets, strict=True):
             assert rows[example]["labels"][position + 1] == target
+
+
+def test_the_head_is_never_copied_to_read_the_one_position(tmp_path: Path) -> None:
+    """A batched product with the head's weight copies all of it: in 16 bits on a CPU that took most of a step."""
+    path = models.build(tmp_path / "base", "llama")
+    model = models.load_tuned(models.build_adapter(tmp_path / "adapter", path), path)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+    shape = model.get_output_embeddings().weight.shape
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.ops.aten.bmm.default:
+                assert sorted(args[1].shape[-2:]) != sorted(shape), args[1].shape
+            return func(*args, **(kwargs or {}))
+
+    with Products():
+        head, _ = at_labels(model)
+    assert head.apart
