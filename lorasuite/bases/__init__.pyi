@@ -10,9 +10,10 @@ from ._modules import ATTENTION, DOWN, GATE_UP, MLP, ROLES, Dimensions, Module, 
 from ._pairing import Batch, TextBatch, length_batches, paired_positions, text_batches
 from ._paths import is_directory, is_file
 from ._proposal import propose
+from ._rendering import row_environment
 from ._settings import LoadSettings
 from ._streaming import LayerStream, StreamedBase, streamed_base
-from ._template_limits import beyond_limits, chat_values, check_chat_template
+from ._template_limits import Rendering, beyond_limits, chat_values, check_chat_template, rendered
 from ._tracing import ActivationRecorder, LoadedBase, Place, linear_modules, main_stream, put_weights
 from ._vocabulary import CommonTokens, TokenBytes, common_tokens, convention, surface
 from ._yaml import check_aliases, read_yaml
@@ -37,6 +38,7 @@ __all__ = [
     "ModelCache",
     "Module",
     "Place",
+    "Rendering",
     "Role",
     "StandardRole",
     "StreamedBase",
@@ -79,7 +81,9 @@ __all__ = [
     "read_json",
     "read_yaml",
     "release_models",
+    "rendered",
     "resolve",
+    "row_environment",
     "stamp",
     "streamed_base",
     "surface",

@@ -1,8 +1,9 @@
-"""Run as a script, in a process that its limits end: renders a template with values, and says how far it came.
+"""Run as a script, in a process that its limits end: renders a template with values, and says what came of it.
 
-Standard input is lines of JSON: the template's text, then the values of each rendering. Standard output is a line for
-each rendering that ended: ``ok``, also where the template refused the values, or what of it was too large; then
-``done``. It imports Jinja and nothing of lorasuite: it starts in a tenth of a second.
+Standard input is lines of JSON: the template's text, then the values of each rendering. Standard output is a line of
+JSON for each rendering that ended, a list of two: ``text`` and what the template wrote, ``refused`` and with what
+error, or ``beyond`` and what of it was too large. It imports Jinja and nothing of lorasuite: it starts in a tenth of a
+second.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Callable
 from datetime import datetime
 from typing import Any
 
-from jinja2 import TemplateError, nodes
+from jinja2 import StrictUndefined, TemplateError, nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -42,7 +43,12 @@ def tojson(value: Any, **options: Any) -> str:
     return json.dumps(value, **{"ensure_ascii": False, **options})
 
 
-def environment() -> ImmutableSandboxedEnvironment:
+def row_environment() -> ImmutableSandboxedEnvironment:
+    """What templates of instruction rows are rendered in: undefined names are errors."""
+    return ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
+
+
+def chat_environment() -> ImmutableSandboxedEnvironment:
     """What transformers renders chat templates in, near enough to do the same work."""
     found = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
@@ -52,10 +58,18 @@ def environment() -> ImmutableSandboxedEnvironment:
     return found
 
 
-def main(seconds: float, every: int, memory: int, characters: int) -> None:
+#: By what is rendered: in what, and whether the text is told or only that there is one.
+KINDS: dict[str, tuple[Callable[[], ImmutableSandboxedEnvironment], bool]] = {
+    "rows": (row_environment, True),
+    "chat": (chat_environment, False),
+}
+
+
+def main(kind: str, seconds: float, every: int, memory: int, characters: int) -> None:
     """Render what standard input says.
 
     Args:
+        kind: one of :data:`KINDS`.
         seconds: of a processor, for each rendering.
         every: the same for all together.
         memory: bytes of it.
@@ -64,24 +78,27 @@ def main(seconds: float, every: int, memory: int, characters: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_CPU, (every, every + 1))
-    render: Callable[[dict[str, Any]], str] | None = None
-    for line in sys.stdin:
-        given = json.loads(line)
-        signal.setitimer(signal.ITIMER_PROF, seconds)  # nobody handles its signal, which then ends the process
-        try:
-            if render is None:
-                render = environment().from_string(given).render
-                continue
-            told = "ok" if len(render(given)) <= characters else f"more than {characters:,} characters"
-        except MemoryError:
-            told = "more memory than it may take"
-        except Exception:  # what it refuses is found again where it is used
-            if render is None:
-                break
-            told = "ok"
-        print(told, flush=True)
-    print("done", flush=True)
+    environment, told = KINDS[kind]
+    lines = map(json.loads, sys.stdin)
+    signal.setitimer(signal.ITIMER_PROF, seconds)  # nobody handles its signal, which then ends the process
+    template, failed = _tried(environment().from_string, next(lines))
+    for values in lines:
+        signal.setitimer(signal.ITIMER_PROF, seconds)
+        text, wrong = (None, failed) if template is None else _tried(template.render, values)
+        if text is not None and len(text) > characters:
+            wrong = ("beyond", f"more than {characters:,} characters")
+        print(json.dumps(wrong or ("text", text if told else "")), flush=True)
+
+
+def _tried(action: Callable[[Any], Any], given: Any) -> tuple[Any, tuple[str, str] | None]:
+    """What is made of something, or why nothing."""
+    try:
+        return action(given), None
+    except MemoryError:
+        return None, ("beyond", "more memory than it may take")
+    except Exception as error:  # code of its author, which raises what it likes
+        return None, ("refused", f"{type(error).__name__}: {error}")
 
 
 if __name__ == "__main__":
-    main(float(sys.argv[1]), *map(int, sys.argv[2:5]))
+    main(sys.argv[1], float(sys.argv[2]), *map(int, sys.argv[3:6]))

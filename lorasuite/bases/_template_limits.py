@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import math
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
-from functools import lru_cache
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 from lorasuite.errors import CheckpointError, Problem
 
@@ -24,11 +27,47 @@ MEMORY = 2**30
 CHARACTERS = 10_000_000
 
 
-def beyond_limits(template: str, renderings: Sequence[Mapping[str, Any]]) -> tuple[int, str] | None:
-    """The first of some renderings that a template takes too long for, or that is too large; None where there is none.
+#: Renderings that one process is given: starting it takes as long as some thousands of them.
+AT_ONCE = 10_000
 
-    They are tried in a process of their own, as nothing else ends a template in the middle of one long operation. What
-    a template refuses is not looked at.
+
+class Rendering(NamedTuple):
+    """What a template made of the values it was given: ``text``, or what it ``refused`` or was ``beyond`` limits in."""
+
+    kind: Literal["text", "refused", "beyond"]
+    said: str
+
+
+def rendered(
+    template: str, renderings: Iterable[Mapping[str, Any]], here: Callable[[Mapping[str, Any]], Rendering]
+) -> Iterator[Rendering]:
+    """What a template of instruction rows makes of values, within limits: up to the first that is beyond them.
+
+    It is rendered in a process of its own, as nothing else ends a template in the middle of one long operation.
+
+    Args:
+        template: its text.
+        renderings: the names that each gives it.
+        here: renders it in this process, which is faster, and is done with values that were within limits before.
+    """
+    for some, given in _portions(template, renderings):
+        if (digest := hashlib.sha256(given).digest()) in _WITHIN["rows"]:
+            yield from map(here, some)
+            continue
+        told = list(_run("rows", given, len(some)))
+        last = next((number for number, one in enumerate(told) if one.kind == "beyond"), None)
+        if last is not None:
+            yield from told[: last + 1]
+            return
+        _WITHIN["rows"].add(digest)
+        yield from told
+
+
+def beyond_limits(template: str, renderings: Iterable[Mapping[str, Any]]) -> tuple[int, str] | None:
+    """The first of some renderings that a chat template takes too long for, or that is too large; None without one.
+
+    They are tried as :func:`rendered` does. What a template refuses is not looked at, and what it writes not kept:
+    transformers renders it.
 
     Args:
         template: its text.
@@ -37,31 +76,59 @@ def beyond_limits(template: str, renderings: Sequence[Mapping[str, Any]]) -> tup
     Returns:
         its index, and what is wrong.
     """
-    given = "".join(json.dumps(value, default=str) + "\n" for value in (template, *renderings))
-    return _tried(given, len(renderings))
+    before = 0
+    for some, given in _portions(template, renderings):
+        if (digest := hashlib.sha256(given).digest()) not in _WITHIN["chat"]:
+            for number, one in enumerate(_run("chat", given, len(some)), start=before):
+                if one.kind == "beyond":
+                    return number, one.said
+            _WITHIN["chat"].add(digest)
+        before += len(some)
+    return None
 
 
-@lru_cache(maxsize=16)
-def _tried(given: str, count: int) -> tuple[int, str] | None:
+#: Digests of what was found within limits: tokenizers are loaded, and data is checked, several times in a process.
+_WITHIN: dict[str, set[bytes]] = {"rows": set(), "chat": set()}
+
+
+def _portions(
+    template: str, renderings: Iterable[Mapping[str, Any]]
+) -> Iterator[tuple[list[Mapping[str, Any]], bytes]]:
+    """Renderings as one process takes them, and what it is given."""
+    encoded, rest = json.JSONEncoder(default=str).encode, iter(renderings)
+    while some := list(islice(rest, AT_ONCE)):
+        yield some, "".join(f"{encoded(value)}\n" for value in (template, *some)).encode()
+
+
+def _run(kind: Literal["rows", "chat"], given: bytes, count: int) -> Iterator[Rendering]:
+    """What the script says of each rendering; where its limits end it, one that is beyond them is the last."""
     every = math.ceil(SECONDS + 1 + EACH * count)
     limits = [str(limit) for limit in (SECONDS, every, MEMORY, CHARACTERS)]
-    try:
-        said = subprocess.run(
-            [sys.executable, "-I", str(_SCRIPT), *limits],
-            input=given.encode("utf-8", "surrogatepass"),
-            capture_output=True,
-            timeout=2 * every,
-            check=False,
-        ).stdout
-    except subprocess.TimeoutExpired as error:
-        said = error.stdout or b""
-    lines = said.decode().splitlines()
-    wrong = next(((number, line) for number, line in enumerate(lines) if line not in ("ok", "done")), None)
-    if wrong is not None:
-        return wrong[0], f"writes {wrong[1]}" if wrong[1].startswith("more than") else f"takes {_MEMORY}"
-    if lines[-1:] != ["done"]:
-        return min(len(lines), max(count - 1, 0)), f"takes more than {SECONDS} seconds, or {_MEMORY}"
-    return None
+    told = 0
+    # files and no pipes: communicate() writes 512 bytes at a time, and wakes for every line that is read
+    with tempfile.TemporaryFile() as source, tempfile.TemporaryFile() as said:
+        source.write(given)
+        source.seek(0)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            subprocess.run(
+                [sys.executable, "-I", str(_SCRIPT), kind, *limits],
+                stdin=source,
+                stdout=said,
+                stderr=subprocess.DEVNULL,
+                timeout=2 * every,
+                check=False,
+            )
+        said.seek(0)
+        for line in said:
+            if not line.endswith(b"\n"):
+                break
+            what, text = json.loads(line)
+            if what == "beyond":
+                text = f"writes {text}" if text.endswith("characters") else f"takes {_MEMORY}"
+            told += 1
+            yield Rendering(what, text)
+    if told < count:
+        yield Rendering("beyond", f"takes more than {SECONDS} seconds, or {_MEMORY}")
 
 
 _MEMORY = f"more than {MEMORY // 2**30} GiB of memory"

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorasuite.bases import beyond_limits
+from lorasuite.bases import Rendering, rendered, row_environment
 from lorasuite.data._rows import Row
-from lorasuite.errors import ConfigError, DataError, LoRASuiteError, Problem, did_you_mean
+from lorasuite.errors import ConfigError, DataError, Problem, did_you_mean
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -36,11 +37,7 @@ def known_templates() -> dict[str, str]:
 
 @cache
 def _environment() -> Environment:
-    """As transformers sets one up for chat templates, and undefined names are errors."""
-    from jinja2 import StrictUndefined
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    return ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
+    return row_environment()
 
 
 @cache
@@ -86,10 +83,10 @@ class Template:
         """
         from jinja2 import TemplateError
 
-        words = {"instruction": "a", "input": "b", "output": _PLACEHOLDER}
-        if found := beyond_limits(self.text, [words, {**words, "input": ""}]):
-            what = f"{found[1]} for an instruction of one word"
-            raise ConfigError(Problem(f"template {self.name}", what, "Correct it."))
+        for one in rendered(self.text, _asked(Row("instruction", instruction="a", input="b")), self._rendered):
+            if one.kind == "beyond":
+                what = f"{one.said} for an instruction of one word"
+                raise ConfigError(Problem(f"template {self.name}", what, "Correct it."))
         try:
             used = _names(self.text)
         except (TemplateError, RecursionError) as error:
@@ -109,15 +106,68 @@ class Template:
         Raises:
             DataError: if it names what the row does not have, has no place for its input, or fails.
         """
-        if row.kind != "instruction":
-            return row
-        values = _values(row)
-        marked = self._rendered(values)
+        return row if row.kind != "instruction" else self._made(row, map(self._rendered, _asked(row)))
+
+    def apply_all(self, rows: Sequence[Row]) -> list[Row]:
+        """:meth:`apply` for each row; what is no known template is rendered within limits.
+
+        Raises:
+            DataError: naming every row that it cannot render; or one that it takes too long or writes too much for.
+        """
+        asked = (values for row in rows if row.kind == "instruction" for values in _asked(row))
+        known = known_templates().get(self.name) == self.text
+        renderings = map(self._rendered, asked) if known else rendered(self.text, asked, self._rendered)
+        found, problems = list[Row](), list[Problem]()
+        for number, row in enumerate(rows, start=1):
+            if row.kind != "instruction":
+                found.append(row)
+                continue
+            told = list(islice(renderings, 1 + bool(row.input.strip())))
+            place = f"template {self.name}, row {number}"
+            if told[-1].kind == "beyond":
+                raise DataError(Problem(place, told[-1].said, "Mend the template, or leave the row out."))
+            try:
+                found.append(self._made(row, told))
+            except DataError as error:
+                problems += [replace(problem, where=place) for problem in error.problems]
+        if problems:
+            raise DataError(problems)
+        return found
+
+    def _rendered(self, values: Mapping[str, Any]) -> Rendering:
+        """The template with these values, in this process."""
+        try:
+            pieces, size = [], 0
+            for piece in _compiled(self.text).generate(values):
+                pieces.append(piece)
+                size += len(piece)
+                if size > MAX_CHARACTERS:
+                    raise ValueError(f"it wrote more than {MAX_CHARACTERS} characters")
+        except Exception as error:  # code of its author, which raises what it likes
+            return Rendering("refused", f"{type(error).__name__}: {error}")
+        return Rendering("text", "".join(pieces))
+
+    def _made(self, row: Row, renderings: Iterable[Rendering]) -> Row:
+        """The prompt and completion of an instruction row.
+
+        Args:
+            renderings: of what :func:`_asked` gives of it.
+
+        Raises:
+            DataError: as :meth:`apply`.
+        """
+        texts = list[str]()
+        for one in renderings:
+            if one.kind != "text":
+                keys = ", ".join(_asked(row)[0])
+                raise self._error(f"cannot be rendered ({one.said})", f"A template may use what the row has: {keys}.")
+            texts.append(one.said)
+        marked, *bare = texts
         before, found, end = marked.partition(_PLACEHOLDER)
         if not found or _PLACEHOLDER in end:
             what = f"writes the output {marked.count(_PLACEHOLDER)} times"
             raise self._error(what, "Write {{ output }} once, where the answer goes.")
-        if values["input"] and self._rendered({**values, "input": ""}) == marked:
+        if marked in bare:
             raise self._error("has no place for the row's input", "Write {{ input }}, or take the key out of the rows.")
         prompt, output = before.rstrip(" "), row.output.strip()
         if not prompt.strip():
@@ -127,43 +177,15 @@ class Template:
         extra = {name: value for name, value in row.extra.items() if name not in _names(self.text)}
         return Row("completion", prompt=prompt, completion=completion, end_of_answer=end, extra=extra)
 
-    def check_ends(self, rows: Sequence[Row]) -> None:
-        """See that it ends for every instruction row.
-
-        Raises:
-            DataError: if it takes too long for one, or writes too much.
-        """
-        if known_templates().get(self.name) == self.text:
-            return
-        given = [(number, _values(row)) for number, row in enumerate(rows, start=1) if row.kind == "instruction"]
-        # as rows with an input are rendered without it, too
-        given = [(number, {**it, "input": text}) for number, it in given for text in dict.fromkeys([it["input"], ""])]
-        if given and (found := beyond_limits(self.text, [{**it, "output": _PLACEHOLDER} for _, it in given])):
-            place = f"template {self.name}, row {given[found[0]][0]}"
-            raise DataError(Problem(place, found[1], "Mend the template, or leave the row out."))
-
-    def _rendered(self, values: dict[str, Any]) -> str:
-        """The template with the placeholder for the output."""
-        try:
-            pieces, size = [], 0
-            for piece in _compiled(self.text).generate({**values, "output": _PLACEHOLDER}):
-                pieces.append(piece)
-                size += len(piece)
-                if size > MAX_CHARACTERS:
-                    raise ValueError(f"it wrote more than {MAX_CHARACTERS} characters")
-        except Exception as error:  # code of its author, which raises what it likes
-            keys = ", ".join([*values, "output"])
-            what = f"cannot be rendered ({type(error).__name__}: {error})"
-            raise self._error(what, f"A template may use what the row has: {keys}.") from None
-        return "".join(pieces)
-
     def _error(self, what: str, remedy: str) -> DataError:
         return DataError(Problem(f"template {self.name}", what, remedy))
 
 
-def _values(row: Row) -> dict[str, Any]:
-    """The names that a template may use, but for the output."""
-    return {**row.extra, "instruction": row.instruction.strip(), "input": row.input.strip()}
+def _asked(row: Row) -> list[dict[str, Any]]:
+    """The names that a template is given of an instruction row, with the placeholder for the output: with its input,
+    and where it has one without it, too, which tells whether there is a place for it."""
+    given = {**row.extra, "instruction": row.instruction.strip(), "input": row.input.strip(), "output": _PLACEHOLDER}
+    return [{**given, "input": text} for text in dict.fromkeys([given["input"], ""])]
 
 
 def read_template(source: str) -> Template:
@@ -191,17 +213,6 @@ def templated(rows: Sequence[Row], template: Template) -> list[Row]:
     """Rows with the instruction rows among them rendered; unchanged by the default one, which rows apply themselves.
 
     Raises:
-        DataError: naming every row that the template cannot render, or one that it does not end for.
+        DataError: as :meth:`Template.apply_all`.
     """
-    if template.default:
-        return list(rows)
-    template.check_ends(rows)
-    found, problems = list[Row](), list[Problem]()
-    for number, row in enumerate(rows, start=1):
-        try:
-            found.append(template.apply(row))
-        except LoRASuiteError as error:
-            problems += [replace(problem, where=f"{problem.where}, row {number}") for problem in error.problems]
-    if problems:
-        raise DataError(problems)
-    return found
+    return list(rows) if template.default else template.apply_all(rows)

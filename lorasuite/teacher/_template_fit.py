@@ -62,7 +62,7 @@ def rendered(rows: Sequence[Row], name: str, text: str) -> list[Row]:
     if name == AS_GIVEN:
         return [row for row in rows if row.kind == "messages"]
     template = Template(name, text)
-    return [template.apply(row) for row in rows if row.kind == "instruction"]
+    return template.apply_all([row for row in rows if row.kind == "instruction"])
 
 
 def judge_templates(

@@ -74,7 +74,11 @@ def test_a_migration_goes_on_without_refused_rows_where_it_may(
     assert len(notices) == 2 and all("4 of 100 left out, such as " in n and "line 5" in n for n in notices)
 
 
-def test_a_template_that_does_not_end_for_one_row_renders_none(tmp_path: Path) -> None:
+@pytest.mark.parametrize("at_once", [10_000, 7])
+def test_a_template_that_does_not_end_for_one_row_renders_none(
+    at_once: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lorasuite.bases._template_limits.AT_ONCE", at_once)
     tokenizer = bpe(template=STRICT + "{% if messages[0]['content'] == 'w40 w7' %}{{ 'a' * 10 ** 10 }}{% endif %}")
     path = rows(tmp_path / "chat.jsonl", refused=())
     with pytest.raises(DataError, match=r"line 40: the chat template of .* takes more than 1 GiB of memory"):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -121,8 +124,43 @@ def test_a_template_that_does_not_end_is_refused_before_it_is_used(
     (tmp_path / "t.jinja").write_text(words + f"{{% if input not in ['', 'b'] %}}{loops}{{% endif %}}")
     template = read_template(str(tmp_path / "t.jinja"))
     assert templated([Row("instruction", instruction="Add.", output="3")], template)
-    with pytest.raises(DataError, match=r"t.jinja, row 2: takes more than 0.5 seconds, or more than 1 GiB"):
-        templated([Row("instruction", instruction="Add.", output="3"), ADD], template)
+    for at_once in (10_000, 1):
+        monkeypatch.setattr("lorasuite.bases._template_limits.AT_ONCE", at_once)
+        with pytest.raises(DataError, match=r"t.jinja, row 2: takes more than 0.5 seconds, or more than 1 GiB"):
+            templated([Row("instruction", instruction="Add.", output="3"), ADD], template)
+
+
+def test_rows_are_rendered_once_and_nothing_of_them_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lorasuite.bases._template_limits.AT_ONCE", 30)
+    template = Template("t", "Do: {{ instruction }} {{ input }}\n{{ output }} {{ id.missing }}")
+    rows = [
+        replace(row, instruction=f"{number} {'word ' * 500}", extra={"id": {} if number == 70 else {"missing": 1}})
+        for number in range(100)
+        for row in (ADD, BARE)
+    ]
+
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("rendered twice")
+
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        with monkeypatch.context() as once:
+            once.setattr(Template, "_rendered", never)
+            with pytest.raises(DataError, match=r"row 141: .*UndefinedError") as error:
+                templated(rows, template)
+        assert [problem.where for problem in error.value.problems] == ["template t, row 141", "template t, row 142"]
+        with monkeypatch.context() as again:  # within limits before: in this process, and with the same result
+            again.setattr("subprocess.run", never)
+            with pytest.raises(DataError) as same:
+                templated(rows, template)
+        assert same.value.problems == error.value.problems
+        del error, same
+        gc.collect()
+        assert tracemalloc.get_traced_memory()[0] - before < 100_000  # of 500 kB
+    finally:
+        tracemalloc.stop()
+    assert templated(rows[:2], template) == [template.apply(row) for row in rows[:2]]
 
 
 @pytest.mark.parametrize("evil", EVIL)
