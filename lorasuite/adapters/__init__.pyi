@@ -7,6 +7,7 @@ from ._attachment import (
     save_adapter,
     save_files,
     unwrap,
+    without_old_names,
 )
 from ._base_modules import base_weight, vocabulary_side, vocabulary_weight, weight_shape
 from ._combination import Combined, is_ready, open_adapters, write_ready
@@ -61,6 +62,7 @@ __all__ = [
     "vocabulary_side",
     "vocabulary_weight",
     "weight_shape",
+    "without_old_names",
     "write_adapter",
     "write_ready",
 ]

@@ -23,6 +23,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+@contextlib.contextmanager
+def without_old_names() -> Iterator[None]:
+    """For calls of PEFT: without the warnings that transformers since 5.2x gives of its own methods' former names, by
+    which PEFT calls them. Nobody but PEFT can mend that."""
+    with warnings.catch_warnings():
+        former = "`(is_gradient_checkpointing|gradient_checkpointing_enable)` is deprecated"
+        warnings.filterwarnings("ignore", former, FutureWarning)
+        yield
+
+
 def attachment_problems(folder: Path, base: Checkpoint) -> list[Problem]:
     """Why PEFT is not to be given an adapter: settings of other types than its own, expressions that take too long.
 
@@ -73,7 +83,7 @@ def attach_adapter(
         replaced |= {name.removesuffix(factor) + ".weight" for name in inside if name.endswith(factor)}
     kept = {name: before[name].detach().to("cpu", copy=True) for name in sorted(replaced & set(before))}
     try:
-        with warnings.catch_warnings():
+        with without_old_names():
             # PEFT looks for the keys among modules alone, and applies those of parameters all the same.
             warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys did not match")
             wrapped = PeftModel.from_pretrained(model, str(adapter), is_trainable=trainable, torch_device=str(device))

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lorasuite.adapters._attachment import without_old_names
 from lorasuite.adapters._base_modules import vocabulary_side
 from lorasuite.adapters._files import CONFIG, PREFIX, WEIGHTS, Tensors
 from lorasuite.adapters._kinds import OutputType, kind_of
@@ -263,7 +264,7 @@ def check_loads(adapter: Path, base: Path, trust_remote_code: bool = False) -> N
     if pattern:
         own.rank_pattern = None
     config = AutoConfig.from_pretrained(str(base), trust_remote_code=trust_remote_code)
-    with torch.device("meta"):
+    with torch.device("meta"), without_old_names():
         model = auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
         model = PeftModel(model, own)
     state = get_peft_model_state_dict(model, save_embedding_layers=False)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lorasuite.adapters import attach_adapter, restored, save_adapter
+from lorasuite.adapters import attach_adapter, restored, save_adapter, without_old_names
 from lorasuite.bases import loaded_model, placed
 from lorasuite.data import Row, RowEncoder
 from lorasuite.errors import AdapterError, ConfigError, NumericalError, OutputError, Problem
@@ -242,4 +242,5 @@ def _prepare(model: PreTrainedModel, checkpointing: bool) -> None:
     from peft import prepare_model_for_kbit_training
 
     if getattr(model, "is_quantized", False):
-        prepare_model_for_kbit_training(model, use_gradient_checkpointing=checkpointing)
+        with without_old_names():
+            prepare_model_for_kbit_training(model, use_gradient_checkpointing=checkpointing)

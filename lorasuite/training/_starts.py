@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lorasuite.adapters import unwrap
+from lorasuite.adapters import unwrap, without_old_names
 from lorasuite.errors import AdapterError, ConfigError, DataError, NumericalError, Problem
 from lorasuite.training._loss import collate
 from lorasuite.training._settings import TAKEN_OUT
@@ -87,7 +87,8 @@ def _wrapped(model: PreTrainedModel, lora: LoraConfig) -> PeftModel:
     from peft import get_peft_model
 
     try:
-        return get_peft_model(model, lora)
+        with without_old_names():
+            return get_peft_model(model, lora)
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
         unwrap(model)
         remedy = "Check its target modules against the base model's"

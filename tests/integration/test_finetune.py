@@ -40,6 +40,7 @@ def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -
         assert torch.equal(one[name], other[name]), name
 
 
+@pytest.mark.filterwarnings("error:.*will be removed in v6:FutureWarning")
 def test_two_runs_give_the_same_bits_and_a_loadable_adapter(tmp_path, capfd):
     seen = []
     base = tiny_model()
