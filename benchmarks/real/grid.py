@@ -136,6 +136,7 @@ def _record(lab: Lab, cell: Cell, measured: Measurement) -> dict[str, Any]:
         "prompts": _prompts(lab) if cell.arm == Arm.REFRESHED else None,
         "learning_rate": measured.learning_rate if tuned else None,
         "epochs": tuning.epochs if tuned else None,
+        "dtype": settings.loading.dtype,
         "lora": {"rank": cell.settings.rank, "targets": list(cell.settings.lora.targets)},
         "seed": cell.seed,
         "loss": info["loss"],

@@ -84,7 +84,7 @@ def table(cells: list[Cell]) -> str:
     if bare is None or whole is None:
         return ""
     task = whole.cells[0]["task"]
-    heads = [task, "seeds", SCORED_BY.get(task, EXACT), "of the gap", "nats a token", "of the gap", "tokens trained on"]
+    heads = [task, "seeds", SCORED_BY.get(task, EXACT), "of the gap", "nats a token", "of the gap", "tokens trained on", "GiB"]
     rows = [heads, ["---"] * len(heads)]
     for line in lines:
         tokens = line.cells[0]["tokens_trained_on"] if line.name != "old base + adapter" else None
@@ -97,6 +97,7 @@ def table(cells: list[Cell]) -> str:
                 f"{line.loss:.2f}",
                 _share(bare.loss, line.loss, whole.loss),
                 f"{tokens / whole.cells[0]['tokens_trained_on']:.1%} of the retrain's" if tokens else "",
+                f"{peak / 2**30:.1f}" if tokens and (peak := line.cells[0]["peak_memory_bytes"]) else "",
             ]
         )
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)

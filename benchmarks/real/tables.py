@@ -173,6 +173,8 @@ def markdown(cells: list[Cell]) -> str:
         told = f"rank {lora['rank']} on {', '.join(lora['targets'])}; {own[0]['n']} test rows, seed {own[0]['seed']}"
         if tuned:
             told += f"; fine-tunes of {tuned[0]['epochs']:g} epochs on {min(cell['rows'] for cell in tuned)} rows"
+        if (dtype := own[0].get("dtype", "auto")) != "auto":
+            told += f"; bases in {dtype}"
         told += f". Nats per label token, and {SCORED_BY.get(task, EXACT)}"
         parts += [f"### {old} → {new}, {task}, {grid}", f"{told[0].upper()}{told[1:]}.", table(own), costs(own)]
     return "\n\n".join(part for part in parts if part)
