@@ -29,7 +29,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lorasuite.bases import load_model, load_tokenizer
+from lorasuite.bases import LoadSettings, load_model, load_tokenizer
 from lorasuite.data import IGNORED, Row, encode_rows, read_rows
 from lorasuite.teacher import text_losses
 from lorasuite.training import FinetuneSettings, finetune
@@ -87,8 +87,8 @@ def floor(model: Any, examples: list[dict[str, list[int]]], steps: int, *, bf16:
     for _ in range(steps + 1):
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             states = base.model(input_ids=ids, use_cache=False).last_hidden_state[:, -1 - labels : -1]
-            logits = base.lm_head(states).float()
-        torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, -labels:].flatten()).backward()
+            logits = base.lm_head(states.flatten(0, 1)).float()
+        torch.nn.functional.cross_entropy(logits, ids[:, -labels:].flatten()).backward()
         torch.nn.utils.clip_grad_norm_(wrapped.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -127,9 +127,11 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=32768)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", default="auto")
+    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help="of --base")
     given = parser.parse_args()
     if given.base:
-        model, tokenizer = load_model(given.base, given.device), load_tokenizer(given.base)
+        loading = LoadSettings(dtype=given.dtype)
+        model, tokenizer = load_model(given.base, given.device, loading=loading), load_tokenizer(given.base)
     else:
         model, tokenizer = random_base(given.hidden, given.layers, given.vocabulary)
         model.to(given.device)

@@ -84,7 +84,16 @@ def table(cells: list[Cell]) -> str:
     if bare is None or whole is None:
         return ""
     task = whole.cells[0]["task"]
-    heads = [task, "seeds", SCORED_BY.get(task, EXACT), "of the gap", "nats a token", "of the gap", "tokens trained on", "GiB"]
+    heads = [
+        task,
+        "seeds",
+        SCORED_BY.get(task, EXACT),
+        "of the gap",
+        "nats a token",
+        "of the gap",
+        "tokens trained on",
+        "GiB",
+    ]
     rows = [heads, ["---"] * len(heads)]
     for line in lines:
         tokens = line.cells[0]["tokens_trained_on"] if line.name != "old base + adapter" else None

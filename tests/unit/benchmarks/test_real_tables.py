@@ -111,7 +111,9 @@ def test_a_headline_of_every_way_against_the_retrain() -> None:
     ]
     lines = {line.split(" | ")[0][2:]: line for line in headline(found).split("\n")}
     assert lines["LoRA on 100 rows"].split(" | ")[1:-2] == ["2", "35.0% [30.0%, 40.0%]", "0.44", "2.50", "0.62"]
-    assert "| 9 |" not in lines["LoRA on 100 rows"] and lines["LoRA on 100 rows"].endswith("10.0% of the retrain's | 1.0 |")
+    assert "| 9 |" not in lines["LoRA on 100 rows"] and lines["LoRA on 100 rows"].endswith(
+        "10.0% of the retrain's | 1.0 |"
+    )
     assert "100.0%" not in lines["old base + adapter"] and "| 1.00 |" in lines["retrained on 1,000 rows"]
     assert "`procrustes` + LFT on 100 rows, the best of the others" in lines
     assert lines["100 rows that the old adapter wrote, no label"].split(" | ")[2] == "40.0%", "of given prompts"
