@@ -19,8 +19,6 @@ CELLS = Path(__file__).parent / "scale"
 PUBLISHED = CELLS / "published"
 #: Bytes of a float32.
 FLOAT = 4
-#: Stages that the cost model counts as part of another.
-PART_OF = {"search": "finetune", "screen": "finetune"}
 #: What the table is of: so many calibration texts and training rows of 64 tokens, an all-linear LoRA of rank 16.
 FULL = Work(texts=256, text_tokens=64, rows=100, row_tokens=64, label_tokens=8, chosen_by=20)
 #: Bytes without end: what fits is for ``inspect`` to say.
@@ -72,11 +70,11 @@ def factors(cell: dict[str, Any]) -> dict[str, float]:
 
 
 def spent(timings: list[dict[str, Any]]) -> tuple[dict[str, float], dict[str, int]]:
-    """Seconds and peak bytes by stage, as the cost model names them."""
+    """Seconds and peak bytes by stage."""
     took: dict[str, float] = {}
     peak: dict[str, int] = {}
     for row in timings:
-        stage = PART_OF.get(row["stage"], row["stage"])
+        stage = row["stage"]
         took[stage] = took.get(stage, 0.0) + row["computed_seconds"]
         peak[stage] = max(peak.get(stage, 0), row["peak_memory_bytes"])
     return took, peak

@@ -162,7 +162,7 @@ def second_stepping(inputs: SecondStepInputs, settings: SecondStepSettings, wher
     """The first step's adapter distilled further, if held-out rows say that this is better."""
     common = CommonTokens.read(inputs.vocabulary)
     first, start = settings.first, inputs.transform
-    told = Progress(f"second step ({settings.kind})").training
+    told = Progress().training
     with (
         tempfile.TemporaryDirectory() as folder,
         _teaching(where, inputs.adapter) as teacher,

@@ -57,7 +57,7 @@ def evaluation(inputs: EvaluationInputs, settings: EvaluationSettings, where: Wh
             stored_rows(inputs.rows),
             _smaller(settings, where),
             adapters={"it": _folder(inputs, where)},
-            progress=Progress("evaluation").evaluation,
+            progress=Progress().evaluation,
             device=where.device,
         )["it"]
     return _with_samples(result)
@@ -93,7 +93,7 @@ def task_evaluation(inputs: TaskInputs, settings: TaskSettings, where: Where) ->
             adapters={"it": _folder(inputs, where)},
             eval_dir=where.paths.get("eval_dir"),
             include_path=where.paths.get("include_path"),
-            progress=Progress(f"evaluation ({settings.task})").evaluation,
+            progress=Progress().evaluation,
             device=where.device,
             trust_remote_code=trusted(where),
         )["it"]
@@ -127,7 +127,7 @@ def general_text(inputs: TextInputs, settings: TextSettings, where: Where) -> St
             stored_texts(inputs.texts),
             adapters={"it": _folder(inputs, where)},
             batch_size=halved(settings.batch_size, where.halvings) if where.halvings else settings.batch_size,
-            progress=Progress("general text").evaluation,
+            progress=Progress().evaluation,
             device=where.device,
         )["it"]
     return _with_samples(result)

@@ -16,7 +16,7 @@ from prefect.logging.loggers import get_run_logger
 EVERY = 2.0
 
 
-#: ``watcher(what, done, total, text)``: told of every stage (``total`` 0) and of every step of one.
+#: ``watcher(stage, done, total, text)``: told of every stage (``total`` 0) and of every step of one.
 Watcher = Callable[[str, int, int, str], None]
 _watchers: list[Watcher] = []
 
@@ -37,11 +37,20 @@ def tell(what: str, done: int = 0, total: int = 0, text: str = "") -> None:
         watcher(what, done, total, text)
 
 
-class Progress:
-    """Shows how far the running task is. Does nothing outside a task run."""
+def running_stage() -> str:
+    """The stage of the running task, with its label in brackets where it has one, as the watchers were told of it."""
+    run = TaskRunContext.get()
+    if run is None:
+        return ""
+    label = run.task_run.name.removeprefix(run.task.name).strip()
+    return f"{run.task.name} ({label})" if label else run.task.name
 
-    def __init__(self, what: str) -> None:
-        self.what = what
+
+class Progress:
+    """Shows how far the running stage is. Outside a task run only watchers are told."""
+
+    def __init__(self) -> None:
+        self.what = running_stage()
         self._artifact: UUID | None = None
         self._shown = float("-inf")
         self._last = 0

@@ -145,4 +145,4 @@ def _probe(inputs: TeacherInputs, settings: ProbeSettings, where: Where) -> Iter
         running(where, "old_base", own_tokenizer=True) as old,
         attached(old.model, adapter_path(inputs.adapter, where), where.device) as model,
     ):
-        yield Probe(model, old.tokenizer, told, settings.seed, Progress("texts of the old base").step)
+        yield Probe(model, old.tokenizer, told, settings.seed, Progress().step)

@@ -74,7 +74,7 @@ def teaching(inputs: TeachingInputs, settings: TeachingSettings, where: Where) -
     adapter = adapter_path(inputs.adapter, where)
 
     def write(teacher: Any) -> TeacherRows:
-        told = Progress("teacher's rows").step
+        told = Progress().step
         reader = tokenizer(where, "old_base", own=True)
         return write_rows(teacher, reader, prompts, settings.samples, wanted, seed=settings.seed, progress=told)
 

@@ -189,7 +189,7 @@ def searching(inputs: SearchInputs, settings: SearchSettings, where: Where) -> S
             bare=bare,
             output=output,
             work_dir=where.path(WORK),
-            progress=Progress("fine-tuning (search)").training,
+            progress=Progress().training,
             device=where.device,
         )
         files = folder_files(output)
@@ -238,7 +238,7 @@ def finetune(inputs: FinetuneInputs, settings: FinetuneStageSettings, where: Whe
             lora=None if settings.fresh is None else fresh_config(settings.fresh),
             output=output,
             work_dir=where.path(WORK),
-            progress=Progress(f"fine-tuning ({'scratch' if start is None else 'migrated'})").training,
+            progress=Progress().training,
             device=where.device,
             **stored_taught(inputs.soft_labels, inputs.token_weights),
         )

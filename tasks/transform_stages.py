@@ -164,7 +164,7 @@ def model_fit(inputs: ModelFitInputs, settings: ModelFitSettings, where: Where) 
             texts=[whole_text(row, fresh.tokenizer) for row in stored_split(inputs.rows).to_fit],
             rank=settings.rank,
             cutoff=settings.cutoff,
-            progress=Progress(f"{settings.method} fit").step,
+            progress=Progress().step,
         )
     reasons = {role: f"the new base has no {role} projection" for role in roles if role not in new.every_role}
     reasons |= {r: f"{chosen.name} has no rule for {r} projections" for r in roles if not can_move(chosen, r)}

@@ -180,8 +180,11 @@ class Work:
     #: Rows of a forward pass of the fine-tune; None: as many of a step's as fit.
     micro_batch: int | None = None
     checkpointing: bool = False
-    #: Whole fine-tunes that all runs of the search come to, the control's among them.
+    #: Whole fine-tunes there are, the control's among them; and that the short ones of candidates and all runs of the
+    #: search come to.
     fine_tunes: float = 1.0
+    screened: float = 0.0
+    searched: float = 0.0
     #: Rows that the bare new base and the candidates are scored by; 0 where nothing is chosen.
     chosen_by: int = 0
     #: Rows, once for each template that is tried, by which it is asked whether the adapter knows them.

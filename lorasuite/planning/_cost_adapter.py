@@ -47,7 +47,8 @@ def adapter_costs(old: Shape, new: Shape, work: Work) -> list[Cost]:
     if work.chosen_by:
         found.append(select(new, work))
     if work.rows:
-        found.append(finetune(new, work))
+        tuned = {"screen": work.screened, "search": work.searched, "finetune": work.fine_tunes}
+        found += [training(stage, new, work, whole) for stage, whole in tuned.items() if whole]
     if work.second_step != "none" and work.synthetic_rows:
         found.append(second_step(old, new, work))
     if work.evaluation_rows:
@@ -152,12 +153,12 @@ def step_ops(shape: Shape, work: Work, rows: float) -> Ops:
     return plain + again + Ops(forward=6 * tokens * lora_weights(shape, work))
 
 
-def finetune(new: Shape, work: Work) -> Cost:
-    """All runs of the search together, as whole fine-tunes; the bytes are those of one, which run one after another."""
-    ops = step_ops(new, work, work.rows * work.epochs) * work.fine_tunes
+def training(stage: str, new: Shape, work: Work, whole: float) -> Cost:
+    """All runs of a stage together, as whole fine-tunes; the bytes are those of one, which run one after another."""
+    ops = step_ops(new, work, work.rows * work.epochs) * whole
     held, spare = _training_bytes(new, work)
-    disk = work.fine_tunes * 3 * FLOAT * lora_weights(new, work)
-    return Cost("finetune", ops, **work.held(held), disk=disk, spare=spare)
+    disk = whole * 3 * FLOAT * lora_weights(new, work)
+    return Cost(stage, ops, **work.held(held), disk=disk, spare=spare)
 
 
 def _training_bytes(new: Shape, work: Work) -> tuple[float, float]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from lorasuite.adapters import Adapter, weight_shape
@@ -23,7 +23,7 @@ from lorasuite.planning._cost import FLOAT, HALF, Cost, Shape, Work
 from lorasuite.planning._cost_adapter import adapter_costs
 from lorasuite.planning._cost_pair import pair_costs
 from lorasuite.planning._machine import Machine, Throughput
-from lorasuite.planning._policy import RowPlan
+from lorasuite.planning._policy import RowCounts, RowPlan, plan_rows
 from lorasuite.planning._thresholds import LFT_SAMPLES
 from lorasuite.teacher import ROWS as TEMPLATE_ROWS
 from lorasuite.training import EXTENTS, base_dtype
@@ -91,13 +91,18 @@ def planned_work(
     if not trained and config.train_data is None and config.finetune_samples is None:
         trained = LFT_SAMPLES
         data.assumed.append(f"{trained} training rows of {row_tokens:.0f} tokens")
+        then = plan_rows(config.model_copy(update={"finetune_samples": trained}), RowCounts())
+        rows = replace(rows, searches=then.searches, compares_starts=then.compares_starts)
     tuning = config.finetune
     epochs = tuning.epochs if tuning.max_steps is None else tuning.max_steps * tuning.batch_size / max(trained, 1)
+    searched = screened = 0.0
     if rows.searches:
-        fine_tunes = EXTENTS[config.effort].budget + rows.trains_control
+        searched, fine_tunes = EXTENTS[config.effort].budget, float(rows.trains_control)
     else:
         starts = 1 + rows.trains_control + (config.starts - 1 if rows.compares_starts else 0)
-        fine_tunes = starts * max(len(rows.rates), 1)
+        fine_tunes = float(starts * max(len(rows.rates), 1))
+        if rows.compares_starts and len(methods) > config.starts:
+            screened = len(methods) / 4
     return Work(
         roles=roles,
         methods=tuple(methods),
@@ -120,6 +125,8 @@ def planned_work(
         micro_batch=tuning.micro_batch_size if isinstance(tuning.micro_batch_size, int) else None,
         checkpointing=tuning.gradient_checkpointing is True,
         fine_tunes=fine_tunes,
+        screened=screened,
+        searched=searched,
         chosen_by=max(rows.selection_rows, trained // 5) if config.method == AUTO else 0,
         fitted_rows=_fitted(config, data),
         teacher_rows=rows.teacher_rows,
@@ -241,7 +248,9 @@ def _grouped(costs: Sequence[Cost]) -> dict[str, list[Cost]]:
 
 #: The flags that make a stage need less RAM or GPU memory, in the order they help; others are those of every model.
 SMALLER = {
-    "finetune": "--finetune-micro-batch-size 1, --finetune-gradient-checkpointing",
+    **dict.fromkeys(
+        ("screen", "search", "finetune"), "--finetune-micro-batch-size 1, --finetune-gradient-checkpointing"
+    ),
     "teacher": "--teacher-batch-size 1, --teacher-samples 0",
     "teacher_worth": "--teacher-samples 0",
     "prompt_drafts": "--teacher-batch-size 1, --teacher-samples 0",
@@ -261,6 +270,8 @@ SMALLER = {
 }
 #: What helps where a model is loaded whole.
 LOADED = (
+    "screen",
+    "search",
     "finetune",
     "template_fit",
     "teacher",

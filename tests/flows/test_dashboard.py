@@ -44,8 +44,8 @@ def test_what_a_migration_leaves(home: Path, small: Small, tmp_path: Path) -> No
     progress = [a for a in found if a.type == "progress"]
     told = [str(a.description) for a in progress]
     assert all(float(str(a.data)) == 100 for a in progress), told
-    assert any(text.startswith("fine-tuning (migrated): 2 of 2, loss ") for text in told)
-    assert sum(text.startswith("evaluation: ") for text in told) == 5
+    assert any(text.startswith("finetune (migrated): 2 of 2, loss ") for text in told)
+    assert sum(text.startswith("evaluate (") for text in told) == 5
 
 
 def test_keys_of_artifacts() -> None:

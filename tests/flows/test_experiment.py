@@ -67,7 +67,7 @@ def test_a_killed_experiment_goes_on_where_it_was(file: Path, home: Path, prefec
     )
     assert child.stderr is not None
     for line in child.stderr:  # in the middle of the fifth cell: the control's training
-        if "fine-tuning (scratch)" in line:
+        if "finetune (scratch): " in line:
             child.kill()
             break
     assert child.wait() == -9, "it was killed while it worked"

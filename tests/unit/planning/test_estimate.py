@@ -121,6 +121,12 @@ def test_counts_follow_tokens_rows_and_rank(base: Callable[..., Path]) -> None:
     assert ops(adapter_costs(old, new, replace(BUSY, fine_tunes=2.5)), "finetune").forward == pytest.approx(
         2.5 * ops(own, "finetune").forward
     )
+    # a search and its control, or short fine-tunes before whole ones, are stages of their own, as they run
+    searching = adapter_costs(old, new, replace(BUSY, searched=2.5, fine_tunes=0))
+    assert [c.stage for c in searching if c.stage in ("screen", "search", "finetune")] == ["search"]
+    assert ops(searching, "search").forward == pytest.approx(2.5 * ops(own, "finetune").forward)
+    screening = [c.stage for c in adapter_costs(old, new, replace(BUSY, screened=0.5))]
+    assert screening.index("screen") == screening.index("finetune") - 1
     # equal hidden sizes need no map
     assert ops(pair_costs(old, old, BUSY), "transfer_matrices") == Ops()
     assert next(c.disk for c in pair if c.stage == "mlp_factors") == 3 * layers * 2 * d * d
@@ -195,20 +201,20 @@ def test_survey_reads_the_data_there_is_and_says_what_it_assumes(
     old, new = base("llama"), base("llama", hidden=48, seed=1)
     bare = survey(config(old, new, Path("none"), Path("none")), tmp_path, adapter=False)
     assert not bare.problems and len(bare.cost["assumed"]) == 3
-    assert {"alignment", "state_map", "finetune", "select"} <= set(stages(bare.cost))
+    assert {"alignment", "state_map", "search", "select"} <= set(stages(bare.cost))
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"prompt": f"w{n}", "completion": " w1"}) + "\n" for n in range(40)))
     known = survey(config(old, new, lora(old), Path("none"), train_data=str(rows)), tmp_path)
     assert not known.cost["assumed"]
-    short, full = (stages(one.cost)["finetune"] for one in (known, bare))
+    short, full = (stages(one.cost)["search"] for one in (known, bare))
     assert short["ram_bytes"] < full["ram_bytes"]  # short rows instead of the cut-off
     asked = survey(config(old, new, lora(old), Path("none"), prompts=str(rows), calibration=str(rows)), tmp_path)
     assert asked.cost["assumed"] == ["written answers of 32 tokens"]
-    assert stages(asked.cost)["finetune"]["ram_bytes"] < full["ram_bytes"]
+    assert stages(asked.cost)["search"]["ram_bytes"] < full["ram_bytes"]
     untimed = survey(config(old, new, lora(old), Path("none")), tmp_path, timed=False)
     assert untimed.cost["measured"] is None and untimed.cost["total"]["seconds"] is None
     pair = survey(config(old, new, Path("none"), Path("none")), tmp_path, adapter=False, pair_only=True, timed=False)
-    assert "alignment" in stages(pair.cost) and "finetune" not in stages(pair.cost)
+    assert "alignment" in stages(pair.cost) and "search" not in stages(pair.cost)
 
 
 def test_what_no_factors_are_stored_of_is_counted(base: Callable[..., Path], tmp_path: Path) -> None:
