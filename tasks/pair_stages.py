@@ -104,9 +104,9 @@ class RoleSettings(StageSettings):
     role: MlpRole
 
 
-@stage("mlp_factors", version=2)
+@stage("mlp_factors", version=3)
 def mlp_factors(inputs: OldModelInputs, settings: RoleSettings, where: Where) -> StageOutput:
-    """One MLP projection's Gram pseudo-inverses, layer by layer, of the old base (for any new one)."""
+    """The factors of one MLP projection's pseudo-inverses, layer by layer, of the old base (for any new one)."""
     old = checkpoints(where)[0]
     return StageOutput(MlpFactors.tensors(old, settings.role, where.device), MlpFactors.info(old))
 
@@ -196,7 +196,7 @@ class HeadMappingSettings(StageSettings):
     matching: bool
 
 
-@stage("head_mapping")
+@stage("head_mapping", version=2)
 def head_mapping(inputs: HeadMappingInputs, settings: HeadMappingSettings, where: Where) -> StageOutput:
     """Matched heads of every mapped layer pair."""
     layers = LayerMap.read(inputs.layer_mapping).layers

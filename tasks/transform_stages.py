@@ -66,7 +66,7 @@ class TransformSettings(OutputSettings):
     seed: int
 
 
-@stage("transform", version=4)
+@stage("transform", version=5)
 def transform(inputs: TransformInputs, settings: TransformSettings, where: Where) -> StageOutput:
     """The adapter moved to the new base, layer by layer."""
     METER.reset()

@@ -22,9 +22,10 @@ from lorasuite.errors import CheckpointError, Problem
 class Checkpoint(Weights):
     """A base model's weights on disk, opened lazily.
 
-    Tensors come one at a time, in float32, and are freed when the caller drops them; only the headers of the shards
-    are kept. Quantized ones are dequantized as they are read, where that is a multiplication; a checkpoint in another
-    quantized format is refused, never read as if it were plain.
+    Tensors come one at a time, in float32 (or, where that is asked for, in the 16 bits they are stored in), and are
+    freed when the caller drops them; only the headers of the shards are kept. Quantized ones are dequantized as they
+    are read, where that is a multiplication; a checkpoint in another quantized format is refused, never read as if it
+    were plain.
 
     Attributes:
         architecture: what the names of its family are.
@@ -148,30 +149,38 @@ class Checkpoint(Weights):
                 raise CheckpointError(self._missing(stored))
             return tuple(handle.get_slice(stored).get_shape())
 
-    def tensor(self, name: str, rows: Tensor | None = None) -> Tensor:
+    def tensor(self, name: str, rows: Tensor | None = None, as_stored: bool = False) -> Tensor:
         """One tensor in float32, or some of its rows.
+
+        Args:
+            as_stored: one of 16 bits as it is, mapped from the file and not copied.
 
         Raises:
             CheckpointError: if it is missing, or holds NaN or Inf.
         """
         stored = self._stored(name)
         whole = self.read(stored)  # mapped from the file: rows that are not touched are not read
-        tensor = (whole if rows is None else whole[rows]).float()
+        tensor = whole if rows is None else whole[rows]
+        if not as_stored or tensor.dtype not in (torch.float16, torch.bfloat16):
+            tensor = tensor.float()
         if not is_finite(tensor):
             raise CheckpointError(Problem(str(self.shards[stored]), f"{stored} holds NaN or Inf", DAMAGED))
         return METER.watch(tensor)
 
-    def weight(self, layer: int, module: Module) -> Tensor:
-        """A block's weight ``(out, in)`` in float32, however it is stored.
+    def weight(self, layer: int, module: Module, as_stored: bool = False) -> Tensor:
+        """A block's weight ``(out, in)`` in float32, or as :meth:`tensor` gives it ``as_stored``.
 
         Raises:
             CheckpointError: if it is missing, or holds NaN or Inf.
         """
-        stored = self.tensor(self.architecture.path(layer, module) + ".weight")
+        stored = self.tensor(self.architecture.path(layer, module) + ".weight", as_stored=as_stored)
         return stored.T if module.transposed else stored
 
-    def layer(self, layer: int, roles: tuple[Role, ...]) -> dict[Role, Tensor]:
+    def layer(self, layer: int, roles: tuple[Role, ...], as_stored: bool = False) -> dict[Role, Tensor]:
         """The weights of some roles of one block, fused ones split; each ``(out, in)``, float32.
+
+        Args:
+            as_stored: not in float32 where they are stored in 16 bits.
 
         Raises:
             CheckpointError: if one is missing, or holds NaN or Inf.
@@ -180,7 +189,7 @@ class Checkpoint(Weights):
         dims = self.layer_dims(layer)
         for module in self.modules(layer):
             if set(module.roles) & set(roles):
-                whole = self.weight(layer, module)
+                whole = self.weight(layer, module, as_stored)
                 for role, part in module.split(whole, dims).items():
                     if role in roles:
                         shared = part.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
@@ -208,8 +217,11 @@ class Checkpoint(Weights):
             return None
         return replace(self.layer_dims(layer), intermediate_size=width)
 
-    def expert(self, layer: int, number: int, roles: tuple[Role, ...]) -> dict[Role, Tensor]:
+    def expert(self, layer: int, number: int, roles: tuple[Role, ...], as_stored: bool = False) -> dict[Role, Tensor]:
         """The weights of some roles of one expert, each ``(out, in)`` float32, however the checkpoint stores them.
+
+        Args:
+            as_stored: not in float32 where they are stored in 16 bits.
 
         Raises:
             CheckpointError: if one is missing, or holds NaN or Inf.
@@ -221,13 +233,13 @@ class Checkpoint(Weights):
             if role not in roles:
                 continue
             if (own := self._expert_tensor(layer, number, name)) and f".{number}." in own:
-                found[role] = self.tensor(own)
+                found[role] = self.tensor(own, as_stored=as_stored)
                 continue
             module = DOWN if role == "down" else GATE_UP
             stored = self._expert_tensor(layer, number, module.name)
             if stored is None:
                 raise CheckpointError(self._missing(self.architecture.expert_path(layer, number, module)))
-            whole = self.tensor(stored, torch.tensor([number]))[0]
+            whole = self.tensor(stored, torch.tensor([number]), as_stored)[0]
             found[role] = module.split(whole, dims)[role]
         return found
 

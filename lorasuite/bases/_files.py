@@ -301,7 +301,8 @@ def read_config_json(path: Path) -> dict[str, Any]:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether a tensor holds neither NaN nor Inf: in one pass over it, as ``aminmax`` gives NaN where there is one."""
+    """Whether a tensor holds neither NaN nor Inf in float32, in one pass: ``aminmax`` gives NaN where there is one."""
     if not tensor.is_floating_point() or not tensor.numel():
         return True
-    return all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(tensor.float()))
+    tensor = tensor if tensor.itemsize == 2 else tensor.float()
+    return all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(tensor))

@@ -3,6 +3,7 @@ from ._alignment import AlignedMaps, SpaceMap, align, space_name
 from ._experts import ExpertMaps, align_experts, intermediate, match_experts
 from ._head_mapping import HeadMaps, head_similarity, heads, index_heads, map_heads, match_heads
 from ._layer_mapping import LayerMap, map_layers
+from ._mlp_factors import MlpFactors, gram_factor, mlp_factor, pack, pinv_times, times, unpack
 from ._moments import FUNCTIONAL, ORTHOGONAL, MapKind, Moments, polar
 from ._options import DIRECTIONS, FEATURES, POSITIONS, End, Metric, MlpRole, Pooling, Strategy, When
 from ._regression import (
@@ -27,16 +28,7 @@ from ._state_map import (
     reader,
     state_map_tensors,
 )
-from ._transfer_matrix import (
-    MlpFactors,
-    TransferMatrix,
-    fit_transfer_matrix,
-    mlp_factor,
-    mlp_factor_of,
-    pack,
-    pseudo_inverse,
-    unpack,
-)
+from ._transfer_matrix import TransferMatrix, fit_transfer_matrix, pseudo_inverse
 
 __all__ = [
     "DIRECTIONS",
@@ -73,6 +65,7 @@ __all__ = [
     "align_experts",
     "cka",
     "fit_transfer_matrix",
+    "gram_factor",
     "grams",
     "head_similarity",
     "heads",
@@ -89,9 +82,9 @@ __all__ = [
     "match_heads",
     "minibatch_cka",
     "mlp_factor",
-    "mlp_factor_of",
     "modules_of_roles",
     "pack",
+    "pinv_times",
     "polar",
     "pseudo_inverse",
     "reader",
@@ -100,5 +93,6 @@ __all__ = [
     "ridge_factor",
     "space_name",
     "state_map_tensors",
+    "times",
     "unpack",
 ]

@@ -30,48 +30,55 @@ def head_similarity(
     """Cosine of ``[vec QK ; vec VO]`` for every pair of query heads.
 
     ``QK = QᵀK`` and ``VO = VᵀOᵀ`` are ``(d, d)``, the old ones brought to the new hidden size as ``W_hᵀ·(…)·W_h``. No
-    such matrix is formed: ``⟨XᵀY, ZᵀT⟩ = ⟨XZᵀ, YTᵀ⟩``, so a whole layer costs four products of the stacked heads, and a
-    norm needs only ``e×e`` Grams. Key/value heads count once for each query head that reads them.
+    such matrix is formed, see :func:`_inner`, and a norm needs only ``e×e`` Grams. Key/value heads count once for each
+    query head that reads them.
 
     Args:
         old, new: the weights of roles q, k, v, o, ``(out, in)``.
     """
-    # All as (heads·e, d_n): for O the transpose, whose rows are the head's write directions.
-    a = {role: transfer.forward(_rows(old, role)) for role in ATTENTION}
-    b = {role: _rows(new, role) for role in ATTENTION}
-
-    def product(role: Role, count_o: int, count_n: int) -> Float[Tensor, "{count_o} e_o {count_n} e_n"]:
-        """Inner products of every row pair."""
-        return (a[role] @ b[role].T).reshape(count_o, old_dims.head_dim, count_n, new_dims.head_dim)
-
-    def expand(x: Float[Tensor, "K_o e_o K_n e_n"]) -> Float[Tensor, "H_o e_o H_n e_n"]:
-        return x.repeat_interleave(old_dims.group, 0).repeat_interleave(new_dims.group, 2)
-
-    q = product("q", old_dims.heads, new_dims.heads)
-    k = expand(product("k", old_dims.kv_heads, new_dims.kv_heads))
-    dots = (q * k).sum((1, 3), dtype=torch.float64)
-    v = expand(product("v", old_dims.kv_heads, new_dims.kv_heads))
-    o = product("o", old_dims.heads, new_dims.heads)
-    dots += (v * o).sum((1, 3), dtype=torch.float64)
-    norms = torch.outer(_norms(a, old_dims), _norms(b, new_dims))
-    return torch.where(norms > 0, dots / norms, torch.zeros_like(dots))
+    # All as (heads, e, d_n): for O the transpose, whose rows are the head's write directions.
+    a, b = _heads(old, old_dims, transfer), _heads(new, new_dims, TransferMatrix())
+    dots = _inner(a["q"], a["k"], b["q"], b["k"]) + _inner(a["o"], a["v"], b["o"], b["v"])
+    norms = torch.outer(_norms(a), _norms(b))
+    return torch.where(norms > 0, dots.double() / norms, torch.zeros_like(norms))
 
 
-def _rows(weights: Weights, role: Role) -> Float[Tensor, "rows d"]:
-    return weights["o"].T if role == "o" else weights[role]
+def _heads(weights: Weights, dims: Dimensions, transfer: TransferMatrix) -> dict[Role, Float[Tensor, "heads e d"]]:
+    """Each role's rows by head, float32, in the new hidden space."""
+    counts = {"q": dims.heads, "k": dims.kv_heads, "v": dims.kv_heads, "o": dims.heads}
+    rows = {role: (weights[role].T if role == "o" else weights[role]).float() for role in counts}
+    return {role: heads(transfer.forward(rows[role]), count) for role, count in counts.items()}
 
 
-def _norms(weights: Weights, dims: Dimensions) -> Float64[Tensor, " H"]:
+def _inner(
+    q_o: Float[Tensor, "H_o e_o d"],
+    k_o: Float[Tensor, "K_o e_o d"],
+    q_n: Float[Tensor, "H_n e_n d"],
+    k_n: Float[Tensor, "K_n e_n d"],
+) -> Float[Tensor, "H_o H_n"]:
+    """``⟨QᵀK, Q'ᵀK'⟩`` of every pair of query heads: ``⟨(K'Kᵀ)·Q, Q'⟩``, with no ``d × d`` matrix.
+
+    The product with ``Q`` is the dear one, ``2·e²·d``. It is the same for all new heads that share ``K'``, so there are
+    ``H_o·K_n`` of them; or, with the sides changed, ``K_o·H_n``.
+    """
+    if len(q_o) * len(k_n) > len(k_o) * len(q_n):
+        return _inner(q_n, k_n, q_o, k_o).T
+    shared = (k_n.flatten(0, 1) @ k_o.flatten(0, 1).T).reshape(*k_n.shape[:2], *k_o.shape[:2])
+    shared = shared.transpose(1, 2).repeat_interleave(len(q_o) // len(k_o), 1)  # (K_n, H_o, e_n, e_o)
+    carried = q_o.new_empty(len(q_o), k_n.shape[1], q_o.shape[2])
+    columns = [
+        torch.matmul(through, q_o, out=carried).flatten(1) @ q.flatten(1).T
+        for through, q in zip(shared, q_n.chunk(len(k_n)), strict=True)
+    ]
+    return torch.cat(columns, 1)
+
+
+def _norms(weights: Mapping[Role, Float[Tensor, "heads e d"]]) -> Float64[Tensor, " H"]:
     """``√(‖QK‖² + ‖VO‖²)`` of each head, by ``‖XᵀY‖² = ⟨XXᵀ, YYᵀ⟩``."""
-
-    def gram(role: Role, count: int) -> Float64[Tensor, "H e e"]:
-        x = heads(weights[role], count).double()
-        g = x @ x.transpose(1, 2)
-        return g if count == dims.heads else g.repeat_interleave(dims.group, 0)
-
-    qk = (gram("q", dims.heads) * gram("k", dims.kv_heads)).sum((1, 2))
-    vo = (gram("v", dims.kv_heads) * gram("o", dims.heads)).sum((1, 2))
-    return (qk + vo).clamp(min=0).sqrt()
+    gram = {role: x @ x.transpose(1, 2) for role, x in weights.items()}
+    group = len(gram["q"]) // len(gram["k"])
+    k, v = (gram[role].repeat_interleave(group, 0) for role in ("k", "v"))
+    return (gram["q"] * k + gram["o"] * v).sum((1, 2), dtype=torch.float64).clamp(min=0).sqrt()
 
 
 def match_heads(similarity: Float[Tensor, "H_o H_n"]) -> dict[int, int]:
@@ -97,7 +104,7 @@ class HeadMatch:
 
 def _on(device: str | torch.device, base: Checkpoint, layer: int) -> Weights:
     """A layer's attention weights on a device."""
-    return {role: weight.to(device) for role, weight in base.layer(layer, ATTENTION).items()}
+    return {role: weight.to(device) for role, weight in base.layer(layer, ATTENTION, as_stored=True).items()}
 
 
 def map_heads(
@@ -113,13 +120,13 @@ def map_heads(
 
     Layer pairs of which one lacks any of q, k, v and o (linear attention, or none) have no heads to match.
 
-    A layer pair costs ``2·d·(H_o·e_o)·(H_n·e_n)`` FLOP for q and o each, and the same of key/value heads for k and v:
-    0.34 TFLOP at Llama-2-7B to Llama-3-8B, 11 TFLOP for the bases; another ``2·d_o·d_n`` a row of the old weights where
-    ``W_h`` is no identity.
+    A layer pair costs ``2·d·(H_o·e_o)·(K_n·e_n)`` FLOP four times, ``K_n`` the new key/value heads, or of ``K_o`` and
+    ``H_n`` if those are fewer: with norms 0.17 TFLOP at Llama-2-7B to Llama-3-8B, 5.3 TFLOP for the bases; another
+    ``2·d_o·d_n`` a row of the old weights where ``W_h`` is no identity.
 
     Args:
         matching: False maps head ``a`` to head ``a`` (the paper's ablation).
-        device: where the products are taken, in float32, and summed, in float64.
+        device: where the products are taken, in float32.
     """
     found: dict[int, HeadMatch] = {}
     device = device if torch.device(device).type == "cuda" else "cpu"

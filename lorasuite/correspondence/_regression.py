@@ -100,18 +100,23 @@ def _identity(xx: Float64[Tensor, "a a"]) -> Float64[Tensor, "a a"]:
     return torch.eye(xx.shape[0], dtype=xx.dtype, device=xx.device)
 
 
-def least_squares(gram: Float64[Tensor, "a a"], cross: Float64[Tensor, "a b"] | None = None) -> Float64[Tensor, "a c"]:
-    """The minimum-norm solution of ``gram · X = cross`` in float64, from the eigenvalues of the Gram matrix.
+def gram_cutoff(values: Float64[Tensor, " a"]) -> Float64[Tensor, ""]:
+    """The eigenvalue of a Gram matrix up to which they are rounding, not directions: it squares the condition number.
 
-    Without ``cross``, the pseudo-inverse itself.
+    Args:
+        values: all of them, the largest one last.
+    """
+    return values[-1].clamp(min=0) * len(values) * torch.finfo(values.dtype).eps
+
+
+def least_squares(gram: Float64[Tensor, "a a"], cross: Float64[Tensor, "a b"]) -> Float64[Tensor, "a b"]:
+    """The minimum-norm solution of ``gram · X = cross`` in float64, from the eigenvalues of the Gram matrix.
 
     With ``gram = EᵀE`` and ``cross = EᵀF`` this is ``pinv(E)·F``: one ``d×d`` problem instead of an SVD of ``(V, d)``.
     """
     values, vectors = torch.linalg.eigh(gram)
-    # A Gram matrix squares the condition number: eigenvalues below this are rounding, not directions.
-    cutoff = values[-1].clamp(min=0) * gram.shape[0] * torch.finfo(torch.float64).eps
-    weights = torch.where(values > cutoff, 1 / values, torch.zeros_like(values))
-    solution: Tensor = vectors @ (weights[:, None] * (vectors.T if cross is None else vectors.T @ cross))
+    weights = torch.where(values > gram_cutoff(values), 1 / values, torch.zeros_like(values))
+    solution: Tensor = vectors @ (weights[:, None] * (vectors.T @ cross))
     return solution
 
 

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +12,9 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from lorasuite.bases import Checkpoint, CommonTokens, Role
-from lorasuite.correspondence._options import MlpRole, When
-from lorasuite.correspondence._regression import RegressionSums, least_squares
+from lorasuite.bases import Checkpoint, CommonTokens
+from lorasuite.correspondence._options import When
+from lorasuite.correspondence._regression import RegressionSums
 from lorasuite.errors import ConfigError, NumericalError, Problem
 from lorasuite.stored import Stored
 
@@ -23,9 +22,6 @@ from lorasuite.stored import Stored
 CHUNK = 8192
 #: A pseudo-inverse by Cholesky whose error could be larger than this, relative to its norm, is computed by SVD instead.
 EXACT = 1e-8
-#: A bound of the condition number of a Gram matrix (the product of its and its inverse's Frobenius norms) up to which
-#: float32 does: rounding then changes the inverse by 1e-4 at most.
-FLOAT32_CONDITION = 1e5
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,94 +127,3 @@ def pseudo_inverse(matrix: Float64[Tensor, "a b"]) -> Float64[Tensor, "b a"]:
             return found if wide is matrix else found.T.contiguous()
     inverse: Tensor = torch.linalg.pinv(matrix)
     return inverse
-
-
-def mlp_factor(
-    old: Checkpoint, layer: int, role: MlpRole, device: str | torch.device = "cpu"
-) -> Float64[Tensor, "d_o d_o"]:
-    """The pseudo-inverse of one MLP weight's small Gram matrix, on the CPU.
-
-    ``pinv(U_o) = (U_oᵀU_o)⁺·U_oᵀ`` and ``pinv(D_o) = D_oᵀ·(D_oD_oᵀ)⁺``: with this factor kept, an adapter needs only
-    ``r`` right-hand sides, and no ``(i, d)`` pseudo-inverse is ever formed.
-
-    The Gram matrix and its inverse are computed in float32, unless its condition number could be more than
-    :data:`FLOAT32_CONDITION`: weights of a trained MLP are well conditioned (9 to 25 in SmolLM2-135M, whose factors
-    are then within 3e-6 of those in float64), random square ones need not be.
-
-    Costs ``2·i·d² + d³`` FLOP: 0.44 TFLOP at 8B (i = 11,008, d = 4,096), 42 TFLOP for the three roles of 32 layers.
-    """
-    weight = old.layer(layer, (role,))[role].to(device)
-    gram = weight @ weight.T if role == "down" else weight.T @ weight
-    lower, failed = torch.linalg.cholesky_ex(gram)
-    if not int(failed):
-        inverse: Tensor = torch.cholesky_inverse(lower)
-        if float(gram.norm() * inverse.norm()) < FLOAT32_CONDITION:
-            return inverse.cpu().double()
-    weight = weight.cpu().double()
-    return least_squares(weight @ weight.T if role == "down" else weight.T @ weight)
-
-
-def mlp_factor_of(weight: Float[Tensor, "out in"], role: Role) -> Float64[Tensor, "d d"]:
-    """What :func:`mlp_factor` gives, of a weight whose intermediate size is the smaller one, as an expert's is.
-
-    Its Gram matrix of the hidden size is singular; the other one is not: ``(UᵀU)⁺ = U⁺·U⁺ᵀ`` with ``U⁺`` by a Cholesky
-    factor of the intermediate size.
-    """
-    inverse = pseudo_inverse(weight.double())
-    return inverse.T @ inverse if role == "down" else inverse @ inverse.T
-
-
-def pack(matrix: Float[Tensor, "d d"]) -> Tensor:
-    """A symmetric matrix without its repeated half: ``(d/2, d + 1)`` for even ``d``, by two slices and a triangle.
-
-    Of the quarters ``[[P, Qᵀ], [Q, R]]`` it holds ``Q``, and the lower triangle of ``P`` beside the upper one of ``R``
-    (as LAPACK's rectangular full packed format does). An odd matrix gets a row and a column of zeros first.
-    """
-    matrix = torch.nn.functional.pad(matrix, 2 * (0, matrix.shape[0] % 2))
-    half = matrix.shape[0] // 2
-    both = matrix.new_zeros(half, half + 1)
-    both[:, :half] = matrix[:half, :half].tril()
-    both[:, 1:] += matrix[half:, half:].triu()
-    return torch.cat([matrix[half:, :half], both], 1)
-
-
-def unpack(packed: Tensor, size: int) -> Float[Tensor, "{size} {size}"]:
-    """What :func:`pack` was given."""
-    half = packed.shape[0]
-    matrix = packed.new_empty(2 * half, 2 * half)
-    matrix[half:, :half] = packed[:, :half]
-    matrix[:half, half:] = packed[:, :half].T
-    upper, lower = packed[:, half + 1 :].triu(), packed[:, half:-1].tril()
-    matrix[:half, :half] = lower + lower.tril(-1).T
-    matrix[half:, half:] = upper + upper.triu(1).T
-    return matrix[:size, :size]
-
-
-@dataclass(frozen=True)
-class MlpFactors:
-    """:func:`mlp_factor` of every layer, by role: read from artifacts one at a time.
-
-    They are symmetric and stored by half, in float32: ``2·d²`` bytes a layer and role, 3.2 GB at 8B (32 layers, three
-    roles, d = 4,096), a fifth of such a base in bfloat16. A whole one in float16 would take as much, and change
-    what an adapter's factors become by 4e-4 instead of 5e-8 (SmolLM2-135M). To factor again for each adapter would take
-    no disk, but 42 TFLOP for each at 8B, minutes of a CPU.
-    """
-
-    parts: Mapping[str, Stored]
-
-    def __call__(self, layer: int, role: Role) -> Tensor:
-        """The factor of an old layer's weight, ``(d_o, d_o)`` float64."""
-        stored = self.parts[role]
-        return unpack(stored.tensor(str(layer)), stored.info["size"]).double()
-
-    @staticmethod
-    def tensors(old: Checkpoint, role: MlpRole, device: str | torch.device = "cpu") -> Iterator[tuple[str, Tensor]]:
-        """The factors of every layer that has the role, computed one at a time, to be stored."""
-        for layer in range(old.dims.layers):
-            if role in old.roles(layer):
-                yield str(layer), pack(mlp_factor(old, layer, role, device).float())
-
-    @staticmethod
-    def info(old: Checkpoint) -> dict[str, Any]:
-        """What reading them needs beside the tensors."""
-        return {"size": old.dims.hidden_size}

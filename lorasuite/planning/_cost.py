@@ -302,7 +302,10 @@ def writing(
 
 
 def heads_product(old: Shape, new: Shape) -> float:
-    """Multiplications of one layer pair's head similarity: four products, and ``W_h`` on the old side."""
+    """Multiplications of one layer pair's head similarity: of k and v between the bases, of what that gives with q and
+    o, of norms, and with ``W_h`` on the old side."""
     d_o, d_n = old.dims.hidden_size, new.dims.hidden_size
     carried = 0 if d_o == d_n else sum(inner(old, role) for role in ATTENTION) * d_o * d_n
-    return sum(inner(old, role) * inner(new, role) for role in ATTENTION) * d_n + carried
+    norms = sum(inner(shape, role) * shape.dims.head_dim for shape in (old, new) for role in ATTENTION)
+    (q_o, k_o), (q_n, k_n) = ((inner(shape, "q"), inner(shape, "k")) for shape in (old, new))
+    return (2 * (k_o * k_n + min(q_o * k_n, k_o * q_n)) + norms) * d_n + carried

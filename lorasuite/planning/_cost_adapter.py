@@ -97,10 +97,10 @@ def transforming(old: Shape, new: Shape, work: Work, method: str) -> Cost:
     weights = [sum(s.dims.rows(role) * s.dims.columns(role) for role in looked_at) for s in (old, new)]
     products = sum(2 * old.dims.rows(role) * old.dims.columns(role) + 2 * d_o * d_n for role in looked_at)
     read = pairs * sum(count * s.stored for count, s in zip(weights, (old, new), strict=True))
-    factors = DOUBLE * d_o**2 * sum(role in MLP for role in roles)
-    read += pairs * factors if Input.MLP_FACTORS in chosen.inputs else 0
+    factors = FLOAT * d_o**2 * sum(role in MLP for role in roles)
+    read += pairs * factors / 2 if Input.MLP_FACTORS in chosen.inputs else 0
     held = FLOAT * sum(weights) + factors + 2 * DOUBLE * d_o * d_n
-    return Cost("transform", Ops(double=2 * pairs * r * products, read=read), **Work().held(0, held), disk=disk)
+    return Cost("transform", Ops(single=2 * pairs * r * products, read=read), **Work().held(0, held), disk=disk)
 
 
 def _fitting(old: Shape, new: Shape, work: Work, disk: float) -> Cost:

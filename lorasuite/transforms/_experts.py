@@ -8,9 +8,9 @@ from functools import partial
 
 from lorasuite.adapters import Adapter, LowRank, fuse_updates, split_update
 from lorasuite.bases import ATTENTION, DOWN, GATE_UP, MLP, Checkpoint, Dimensions, Module, Role
-from lorasuite.correspondence import ExpertMaps, TransferMatrix, mlp_factor_of
+from lorasuite.correspondence import ExpertMaps, TransferMatrix, gram_factor
 from lorasuite.errors import examples
-from lorasuite.transforms._protocol import AlignedTransform, Input, LayerPair, LayerTransform, can_move
+from lorasuite.transforms._protocol import AlignedTransform, Input, LayerPair, LayerTransform, can_move, takes_stored
 
 #: What becomes of experts that cannot be moved is said with this.
 WRITTEN_ROWS = "rows that the old base writes with the adapter (--teacher-samples) hold what they do"
@@ -102,11 +102,12 @@ class MovedExperts:
         """Two matched experts, as a pair of layers that have nothing but an MLP."""
         assert self.maps is not None
         needed = tuple(role for role in self.chosen.weights(updated) if role not in ATTENTION)
-        old = self.old.expert(layers[0], numbers[0], needed)
+        stored = takes_stored(self.chosen)
+        old = self.old.expert(layers[0], numbers[0], needed, stored)
         factors = {}
         if Input.MLP_FACTORS in self.chosen.inputs:
-            factors = {role: mlp_factor_of(weight, role) for role, weight in old.items()}
-        new = self.new.expert(layers[1], numbers[1], needed)
+            factors = {role: gram_factor(weight) for role, weight in old.items()}
+        new = self.new.expert(layers[1], numbers[1], needed, stored)
         maps = partial(self.maps, layers[0], numbers[0])
         return LayerPair(old, new, *dims, {}, self.transfer, factors, maps)
 

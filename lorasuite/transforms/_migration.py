@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float32, Float64
+from jaxtyping import Float, Float32
 from torch import Tensor
 
 from lorasuite.adapters import Adapter, Extras, LowRank, fuse_updates, split_update
@@ -22,7 +22,7 @@ from lorasuite.transforms._embeddings import move_embeddings
 from lorasuite.transforms._experts import MovedExperts, not_moved
 from lorasuite.transforms._magnitudes import bias_changes, move_rows, new_magnitudes, own_biases, relative_magnitudes
 from lorasuite.transforms._options import Unmapped
-from lorasuite.transforms._protocol import Input, LayerPair, LayerTransform, can_move
+from lorasuite.transforms._protocol import Input, LayerPair, LayerTransform, can_move, takes_stored
 from lorasuite.transforms._registry import transform
 
 
@@ -86,7 +86,7 @@ def migrate(
     layers: Mapping[int, int],
     heads: Mapping[int, Mapping[int, int]],
     transfer: TransferMatrix,
-    mlp_factor: Callable[[int, Role], Float64[Tensor, "d_o d_o"]],
+    mlp_factor: Callable[[int, Role], Float[Tensor, "s s"]],
     alignment: Callable[[int, Role, End, MapKind], SpaceMap] | None = None,
     experts: ExpertMaps | None = None,
     rank: int,
@@ -146,9 +146,11 @@ def migrate(
         if Input.MLP_FACTORS in chosen.inputs:
             factors = {role: mlp_factor(o, role) for role in needed if role in MLP}
         maps = None if alignment is None else partial(alignment, o)
+        stored = takes_stored(chosen)
         pair = LayerPair(
-            old.layer(o, needed), new.layer(n, needed), old_dims, new_dims, heads.get(o, {}), transfer, factors, maps
-        )
+            old.layer(o, needed, stored), new.layer(n, needed, stored), old_dims, new_dims, heads.get(o, {}), transfer,
+            factors, maps,
+        )  # fmt: skip
         moved = chosen.move(pair, updates)
         del pair  # its weights go before the next layers come
         for module in new.modules(n):

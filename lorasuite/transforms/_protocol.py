@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Protocol, runtime_checkable
 
-from jaxtyping import Float, Float64
+from jaxtyping import Float
 from torch import Tensor
 
 from lorasuite.adapters import LowRank
@@ -41,8 +41,8 @@ LAYER_INPUTS = frozenset({Input.LAYER_MAPPING, Input.HEAD_MAPPING, Input.TRANSFE
 class LayerPair:
     """One old layer, the new layer that continues it, and all a layer transform may look at.
 
-    ``old`` and ``new`` hold the base weights ``(out, in)`` float32 of the roles that :meth:`LayerTransform.weights`
-    asked for; ``heads`` maps old to new query heads; ``mlp_factors`` holds
+    ``old`` and ``new`` hold the base weights ``(out, in)`` of the roles that :meth:`LayerTransform.weights` asked for,
+    float32 unless it takes those of 16 bits as they are; ``heads`` maps old to new query heads; ``mlp_factors`` holds
     :func:`lorasuite.correspondence.mlp_factor` of the old layer, where the transform declares
     :attr:`Input.MLP_FACTORS`; ``alignment`` gives maps, where it declares :attr:`Input.ALIGNMENT`.
     """
@@ -53,7 +53,7 @@ class LayerPair:
     new_dims: Dimensions
     heads: Mapping[int, int]
     transfer: TransferMatrix
-    mlp_factors: Mapping[Role, Float64[Tensor, "d_o d_o"]] = field(default_factory=dict)
+    mlp_factors: Mapping[Role, Float[Tensor, "_ _"]] = field(default_factory=dict)
     alignment: Callable[[Role, End, MapKind], SpaceMap] | None = None
 
     def map(self, role: Role, end: End, kind: MapKind) -> SpaceMap:
@@ -112,9 +112,18 @@ def can_move(chosen: Transform, role: Role) -> bool:
     return known is None or role in known
 
 
+def takes_stored(chosen: Transform) -> bool:
+    """Whether a transform takes base weights that are stored in 16 bits as they are, and not in float32."""
+    return bool(getattr(chosen, "as_stored", False))
+
+
 @runtime_checkable
 class LayerTransform(Transform, Protocol):
-    """A training-free map of one layer's updates from the old base to the new one."""
+    """A training-free map of one layer's updates from the old base to the new one.
+
+    One that takes base weights of 16 bits as they are, and multiplies them by
+    :func:`lorasuite.correspondence.times`, also has ``as_stored = True`` (:func:`takes_stored`).
+    """
 
     #: Whether every row of an update stays at its own place, so that magnitudes and biases do, too, and do not go with
     #: the mapped heads.

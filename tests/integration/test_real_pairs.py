@@ -45,7 +45,6 @@ PAPER = {
 RANK = 4
 COMMON = 3000  # tokens of the synthetic vocabularies
 WIDE = 1536
-FACTORED = 2048
 LARGE = 4096
 
 
@@ -159,13 +158,6 @@ def given_map(d_o: int, d_n: int) -> TransferMatrix:
     return TransferMatrix(W, W.T.contiguous())
 
 
-def plain_factor(old: Checkpoint, layer: int, role: Role) -> torch.Tensor:
-    """:func:`mlp_factor` of a wide layer, by a plain inverse: random weights have full rank."""
-    weight = old.layer(layer, (role,))[role].float()
-    weight = weight if role == "down" else weight.T
-    return torch.cholesky_inverse(torch.linalg.cholesky(weight @ weight.T)).double()
-
-
 @pytest.fixture
 def folder(tmp_path: Path) -> Iterator[Path]:
     """A directory that is gone after the test: pytest keeps its own, and a pair has gigabytes of weights."""
@@ -204,7 +196,6 @@ def test_a_pair_at_its_real_shapes(name: str, folder: Path) -> None:
     else:
         W = fit_transfer_matrix(old, new, tokens)
         assert W.identity != changes_width
-    factor: Any = plain_factor if old.dims.hidden_size >= FACTORED else mlp_factor
     layers = {n: n for n in range(min(old.dims.layers, new.dims.layers))}
     every = min(old.dims.heads, new.dims.heads)
     compared = map_heads(old, new, layers, W) if d_n <= LARGE else {}
@@ -213,7 +204,7 @@ def test_a_pair_at_its_real_shapes(name: str, folder: Path) -> None:
     assert len(match) == len(set(match.values())) == every
     result = migrate(
         adapter, old, new, method="lorasuite", layers=layers, heads=heads, transfer=W,
-        mlp_factor=lambda layer, role: factor(old, layer, role), rank=RANK,
+        mlp_factor=lambda layer, role: mlp_factor(old, layer, role), rank=RANK,
     )  # fmt: skip
     similarity = compared[0].similarity if compared else None
     check_one_head(adapter, old, new, W, similarity, match, result.updates)

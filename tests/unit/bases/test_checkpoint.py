@@ -94,6 +94,17 @@ def test_half_precision_is_read_as_float32(base: Callable[..., Path]) -> None:
     assert torch.equal(weight, Checkpoint(base("llama")).layer(0, ("q",))["q"].bfloat16().float())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+def test_weights_of_16_bits_as_they_are_stored(family: str, dtype: torch.dtype, base: Callable[..., Path]) -> None:
+    checkpoint = Checkpoint(base(family, dtype=dtype))
+    roles = checkpoint.roles(0)
+    whole, stored = checkpoint.layer(0, roles), checkpoint.layer(0, roles, as_stored=True)
+    for role, weight in whole.items():
+        assert stored[role].dtype == (dtype if dtype.itemsize == 2 else torch.float32) and weight.dtype == torch.float32
+        assert torch.equal(stored[role].float(), weight)
+
+
 def test_bloom_without_its_prefix(copied: Callable[..., Path], base: Callable[..., Path]) -> None:
     path = copied("bloom")
 
@@ -158,9 +169,10 @@ def test_shapes_that_do_not_fit_the_config(copied: Callable[..., Path]) -> None:
     assert any("embed_tokens" in p.where and "hidden size 64" in p.what for p in problems)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_weight_with_nan_or_inf_is_refused(value: float, copied: Callable[..., Path]) -> None:
-    path = copied()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_weight_with_nan_or_inf_is_refused(value: float, dtype: torch.dtype, copied: Callable[..., Path]) -> None:
+    path = copied(dtype=dtype)
 
     def damage(state: dict[str, torch.Tensor]) -> None:
         state["model.layers.0.self_attn.q_proj.weight"][3, 4] = value
@@ -168,6 +180,8 @@ def test_a_weight_with_nan_or_inf_is_refused(value: float, copied: Callable[...,
     change(path, damage)
     with pytest.raises(CheckpointError, match=r"q_proj\.weight holds NaN or Inf"):
         Checkpoint(path).layer(0, ("q",))
+    with pytest.raises(CheckpointError, match=r"q_proj\.weight holds NaN or Inf"):
+        Checkpoint(path).layer(0, ("q",), as_stored=True)
     Checkpoint(path).layer(1, ("q",))
 
 

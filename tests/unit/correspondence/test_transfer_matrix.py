@@ -1,10 +1,9 @@
-"""``W_h`` and the MLP factors against dense pseudo-inverses."""
+"""``W_h`` against dense pseudo-inverses."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -12,16 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorasuite.bases import Checkpoint, CommonTokens, common_tokens
-from lorasuite.correspondence import (
-    MlpFactors,
-    TransferMatrix,
-    fit_transfer_matrix,
-    least_squares,
-    mlp_factor,
-    pack,
-    pseudo_inverse,
-    unpack,
-)
+from lorasuite.correspondence import TransferMatrix, fit_transfer_matrix, least_squares, pseudo_inverse
 from lorasuite.errors import ConfigError, NumericalError
 from tests import models
 from tests.unit import oracle
@@ -178,62 +168,3 @@ def test_pseudo_inverses_of_any_shape_and_condition(rows: int, columns: int, dig
 def test_the_pseudo_inverse_of_a_matrix_without_full_rank() -> None:
     matrix = torch.randn(8, 3, dtype=torch.float64) @ torch.randn(3, 6, dtype=torch.float64)
     close(pseudo_inverse(matrix), torch.linalg.pinv(matrix), 1e-6)
-
-
-@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
-@pytest.mark.parametrize(("intermediate", "tolerance"), [(96, 1e-5), (20, 1e-8)])
-def test_the_mlp_factor_gives_the_pseudo_inverses(
-    family: str, intermediate: int, tolerance: float, base: Callable[..., Path]
-) -> None:
-    """In float32 where that is enough: not for a weight without full rank."""
-    path = base(family, intermediate=intermediate)
-    weights, checkpoint = oracle.read(path).layers[1], Checkpoint(path)
-    up, down = weights["up"], weights["down"]
-    close(mlp_factor(checkpoint, 1, "up") @ up.T, torch.linalg.pinv(up), tolerance)
-    close(down.T @ mlp_factor(checkpoint, 1, "down"), torch.linalg.pinv(down), tolerance)
-
-
-@pytest.mark.parametrize("smallest", [1e-1, 1e-3, 1e-6])
-def test_the_mlp_factor_of_a_badly_conditioned_weight(smallest: float, tmp_path: Path) -> None:
-    """Float32 would be off by the square of the condition number."""
-    path = models.build(tmp_path / "base", "llama", intermediate=48)
-    model = models.load(path)
-    with torch.no_grad():
-        weight = model.model.layers[0].mlp.up_proj.weight
-        u, s, vh = torch.linalg.svd(weight.double(), full_matrices=False)
-        weight.copy_((u * torch.logspace(0, float(torch.tensor(smallest).log10()), len(s))) @ vh)
-    model.save_pretrained(path)
-    up = Checkpoint(path).layer(0, ("up",))["up"].double()
-    wanted = torch.linalg.pinv(up) @ torch.randn(48, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    right = up.T @ torch.randn(48, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    close(mlp_factor(Checkpoint(path), 0, "up") @ right, wanted, 1e-4)
-
-
-@pytest.mark.parametrize("size", [1, 2, 7, 8])
-def test_half_of_a_symmetric_matrix_is_all_of_it(size: int) -> None:
-    matrix = torch.randn(size, size)
-    matrix = matrix + matrix.T
-    packed = pack(matrix)
-    even = size + size % 2
-    assert packed.numel() == even * (even + 1) // 2
-    assert torch.equal(unpack(packed, size), matrix)
-
-
-class Kept:
-    """An artifact in memory."""
-
-    def __init__(self, tensors: Iterable[tuple[str, torch.Tensor]], info: Mapping[str, Any]) -> None:
-        self.named, self.info = dict(tensors), info
-
-    def keys(self) -> Sequence[str]:
-        return list(self.named)
-
-    def tensor(self, name: str) -> torch.Tensor:
-        return self.named[name]
-
-
-def test_factors_are_read_as_they_were_stored(base: Callable[..., Path]) -> None:
-    old = Checkpoint(base("llama"))
-    kept = MlpFactors({"up": Kept(MlpFactors.tensors(old, "up"), MlpFactors.info(old))})
-    for layer in range(3):
-        close(kept(layer, "up"), mlp_factor(old, layer, "up"), 1e-6)
