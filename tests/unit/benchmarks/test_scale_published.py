@@ -22,5 +22,7 @@ def test_both_ways_give_the_same(old: dict[str, Any], new: dict[str, Any]) -> No
     assert found["differences"].keys() == {"similarity", "q", "k", "v", "o", "gate", "up", "down"}
     assert max(found["differences"].values()) < 1e-3
     assert found["layers"] == min(old["num_hidden_layers"], new["num_hidden_layers"])
-    for side in ("published", "ours"):
+    for side in ("published", "ours", "floor"):
         assert found[side].keys() == {"head_mapping", "transform", "once"}
+    for key in ("ratio", "attainable"):
+        assert found[key].keys() == {"first adapter", "head mapping and transform", "each after"}
