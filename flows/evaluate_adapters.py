@@ -155,8 +155,7 @@ def check(
         problems.append(Problem("evaluate", "there is nothing to evaluate on", "Give --eval-data or --tasks."))
     attempt(lambda: loading.check(torch_device(device)))
     opened = attempt(lambda: _readable(base))
-    for adapter in adapters:
-        attempt(partial(_adapter, adapter, opened))
+    readable = tuple(adapter for adapter in adapters if attempt(partial(_adapter, adapter, opened)))
     renders = attempt(lambda: read_template(template))
     rows = (attempt(lambda: read_rows(eval_data, parse_columns(columns))) if eval_data else None) or []
     found = Checked(rows if renders is None else attempt(lambda: templated(rows, renders)) or [])
@@ -164,8 +163,8 @@ def check(
         found.notices.append(f"template {template}: there are no instruction rows, and it is not used")
     if template != DEFAULT_TEMPLATE and tasks:
         found.notices.append(f"template {template}: tasks by name have prompts of their own, and do not use it")
-    if not problems:
-        attempt(lambda: _readers(found, base, adapters, trust_remote_code))
+    if opened is not None:
+        attempt(lambda: _readers(found, base, readable, trust_remote_code))
     if include_path is not None and not include_path.is_dir():
         problems.append(Problem(str(include_path), "is not a directory", "Give one with lm-eval task files."))
     elif tasks:
@@ -216,8 +215,9 @@ def _readable(base: str) -> Checkpoint:
     return checkpoint
 
 
-def _adapter(source: str, base: Checkpoint | None) -> None:
-    """
+def _adapter(source: str, base: Checkpoint | None) -> bool:
+    """True.
+
     Raises:
         LoRASuiteError: if there is no adapter, or PEFT is not to be given it for this base.
     """
@@ -226,6 +226,7 @@ def _adapter(source: str, base: Checkpoint | None) -> None:
         raise ConfigError(Problem(source, "holds no adapter_config.json", "Give a PEFT adapter directory."))
     if base is not None and (found := attachment_problems(folder, base)):
         raise AdapterError(found)
+    return True
 
 
 def _write(output: Path, record: dict[str, Any], measured: Measured) -> None:

@@ -3,7 +3,7 @@ from ._containers import source_digest
 from ._drawing import HELD_OUT, MIN_OWN_HOLDOUT_ROWS, SPLIT, RowSplit, draw, split_rows
 from ._encoding import IGNORED, Encoded, RowEncoder, encode, encode_pair, encode_rows, end_tokens, prompt_ids
 from ._reading import calibration_texts, read_prompts, read_rows, rows_to_jsonl
-from ._refused import accepted
+from ._refused import accepted, endless
 from ._rows import (
     CONTEXT_TEMPLATE,
     INSTRUCTION_TEMPLATE,
@@ -43,6 +43,7 @@ __all__ = [
     "encode_pair",
     "encode_rows",
     "end_tokens",
+    "endless",
     "fingerprint_rows",
     "known_templates",
     "parse_columns",

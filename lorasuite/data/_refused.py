@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -20,16 +21,13 @@ _ANSWER = Message("assistant", "-")
 def accepted(rows: Sequence[Row], tokenizers: Sequence[PreTrainedTokenizerBase]) -> tuple[list[Row], list[Problem]]:
     """The rows that the chat template of each tokenizer renders, and a problem with its place for each other.
 
-    A prompt without an answer is rendered with one. Where the template of any does not end, no row is rendered by it.
-
-    Raises:
-        DataError: for such a template, with the row.
+    A prompt without an answer is rendered with one. Where a template does not end, no row is kept, and the problems are
+    those of :func:`endless`.
     """
     kept: list[Row] = []
-    problems: list[Problem] = []
-    conversations = [_answered(row) for row in rows if row.kind == "messages"]
-    for tokenizer in tokenizers:
-        _check_ends(conversations, tokenizer)
+    problems = endless(rows, tokenizers)
+    if problems:
+        return kept, problems
     for row in rows:
         try:
             for tokenizer in tokenizers if row.kind == "messages" else ():
@@ -47,12 +45,15 @@ def _answered(row: Row) -> Row:
     return replace(row, messages=(*row.messages, _ANSWER))
 
 
-def _check_ends(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> None:
-    """See that a chat template ends for every row; of several by name the one that transformers takes for it.
+def endless(rows: Sequence[Row], tokenizers: Sequence[PreTrainedTokenizerBase]) -> list[Problem]:
+    """Chat templates that take too long or write too much, each with the first conversation that it does so for."""
+    conversations = [_answered(row) for row in rows if row.kind == "messages"]
+    found = [problem for tokenizer in tokenizers for problem in _endless(conversations, tokenizer)]
+    return list(dict.fromkeys(found))
 
-    Raises:
-        DataError: if it takes too long for one, or writes too much.
-    """
+
+def _endless(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> Iterator[Problem]:
+    """Those of one tokenizer: of several by name each is tried with the rows that transformers takes it for."""
     from transformers import PreTrainedTokenizerBase as Known
 
     # Others render by code of their own.
@@ -60,10 +61,11 @@ def _check_ends(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> None
         return
     by_template: dict[str, list[Row]] = {}
     for row in rows:
-        by_template.setdefault(tokenizer.get_chat_template(tools=row.extra.get("tools") or None), []).append(row)
+        with contextlib.suppress(ValueError):  # none of several is for it: that refuses it where it is rendered
+            by_template.setdefault(tokenizer.get_chat_template(tools=row.extra.get("tools") or None), []).append(row)
     for template, members in by_template.items():
         values = [(row, given) for row in members for given in chat_renderings(row, tokenizer)]
         if found := beyond_limits(template, [given for _, given in values]):
             row = values[found[0]][0]
             what = f"the chat template of {tokenizer.name_or_path or 'the base'} {found[1]} for it"
-            raise DataError(Problem(row.where or "messages row", what, "Mend the template, or leave the row out."))
+            yield Problem(row.where or "messages row", what, "Mend the template, or leave the row out.")

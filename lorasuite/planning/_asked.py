@@ -70,7 +70,7 @@ def usable_rows(
     """The rows that every chat template renders; the others are problems, or said in a notice if the user allows it and
     some are left."""
     known_tokenizers = [tokenizer for tokenizer in tokenizers if tokenizer is not None]
-    kept, problems = result.attempt(lambda: accepted(rows, known_tokenizers)) or ([], [])
+    kept, problems = accepted(rows, known_tokenizers)
     if not problems:
         return rows
     if config.skip_refused_rows and kept:

@@ -15,6 +15,7 @@ from lorasuite.data import (
     calibration_texts,
     draw,
     encode_rows,
+    endless,
     read_prompts,
     read_rows,
     read_template,
@@ -114,9 +115,11 @@ def check(config: MigrationConfig, home: Path | None = None, timed: bool = False
             timed=timed,
         )
         result.problems += unfit(result.cost)
-    result.raise_problems()
     rendered = [row for row in given or measured if row.kind in ("instruction", "messages")]
-    rendered = accepted(rendered, [result.old_reader] if result.old_reader is not None else [])[0]
+    readers = [result.old_reader] if result.old_reader is not None else []
+    result.problems += [problem for problem in endless(rendered, readers) if problem not in result.problems]
+    result.raise_problems()
+    rendered = accepted(rendered, readers)[0]
     return Plan(result, texts, train, held_out, rows, counts, template, prompts, card, rendered, general)
 
 

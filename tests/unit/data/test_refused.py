@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -74,12 +75,23 @@ def test_a_migration_goes_on_without_refused_rows_where_it_may(
     assert len(notices) == 2 and all("4 of 100 left out, such as " in n and "line 5" in n for n in notices)
 
 
-@pytest.mark.parametrize("at_once", [10_000, 7])
+@pytest.mark.parametrize("at_once", [10_000, 100])
 def test_a_template_that_does_not_end_for_one_row_renders_none(
     at_once: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("lorasuite.bases._template_limits.AT_ONCE", at_once)
     tokenizer = bpe(template=STRICT + "{% if messages[0]['content'] == 'w40 w7' %}{{ 'a' * 10 ** 10 }}{% endif %}")
     path = rows(tmp_path / "chat.jsonl", refused=())
-    with pytest.raises(DataError, match=r"line 40: the chat template of .* takes more than 1 GiB of memory"):
-        accepted(read_rows(path), [tokenizer])
+    own = bpe(template=STRICT)
+    kept, (problem,) = accepted(read_rows(path), [own, tokenizer, tokenizer])
+    assert not kept and problem.where == f"{path}, line 40"
+    assert re.fullmatch(r"the chat template of .* takes more than 1 GiB of memory for it", problem.what)
+    with pytest.raises(DataError, match="line 40"):
+        calibration_texts(path, tokenizer, skip=True)
+
+
+def test_several_templates_of_which_none_is_for_a_conversation_refuse_it(tmp_path: Path) -> None:
+    tokenizer = bpe(template={"one": STRICT, "tool_use": STRICT})
+    path = rows(tmp_path / "chat.jsonl", refused=())
+    kept, problems = accepted(read_rows(path), [tokenizer])
+    assert not kept and len(problems) == 100 and "refused it" in problems[0].what

@@ -345,3 +345,20 @@ def test_flags_over_text_and_devices() -> None:
     for device in ("cuda:²", "cuda:-1", "cuda:", "tpu", "cuda:99999999999999999999"):
         with pytest.raises(LoRASuiteError):
             torch_device(device)
+
+
+def test_an_evaluation_tells_of_an_endless_template_with_all_else(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    base, adapter = pair
+    shutil.copytree(base, tmp_path / "chat")
+    large = (
+        "{% for m in messages %}{{ m.content }}{% if m.content == 'w3' %}{{ 'a' * 10 ** 10 }}{% endif %}{% endfor %}"
+    )
+    models.edit_json(tmp_path / "chat" / "tokenizer_config.json", chat_template=large)
+    turns = [[{"role": "user", "content": f"w{n}"}, {"role": "assistant", "content": "w1"}] for n in (2, 3)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"messages": one}) + "\n" for one in turns))
+    given = (str(tmp_path / "chat"), (str(adapter), str(tmp_path / "none")), str(tmp_path / "rows.jsonl"))
+    with pytest.raises(PreflightError) as caught:
+        check(*given, (), None, None, tmp_path, "cpu", LoadSettings())
+    said = {problem.where: problem.what for problem in caught.value.problems}
+    assert set(said) == {str(tmp_path / "none"), f"{tmp_path / 'rows.jsonl'}, line 2", str(tmp_path)}
+    assert "takes more than 1 GiB of memory for it" in said[f"{tmp_path / 'rows.jsonl'}, line 2"]
