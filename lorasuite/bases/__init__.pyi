@@ -16,7 +16,7 @@ from ._streaming import LayerStream, StreamedBase, streamed_base
 from ._template_limits import Rendering, beyond_limits, chat_values, check_chat_template, rendered
 from ._tracing import ActivationRecorder, LoadedBase, Place, linear_modules, main_stream, put_weights
 from ._vocabulary import CommonTokens, TokenBytes, common_tokens, convention, surface
-from ._yaml import check_aliases, read_yaml
+from ._yaml import check_aliases, parse_yaml, read_yaml
 
 __all__ = [
     "ATTENTION",
@@ -74,6 +74,7 @@ __all__ = [
     "model_cache",
     "module_order",
     "paired_positions",
+    "parse_yaml",
     "placed",
     "propose",
     "put_weights",

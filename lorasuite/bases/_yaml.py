@@ -36,12 +36,20 @@ def read_yaml(path: Path) -> Any:
 
     Raises:
         OSError: if it cannot be read.
-        ValueError: saying why it is not valid: no UTF-8, no YAML, a key given twice, nested too deep, or with aliases
-            that stand for more than :data:`MOST_VALUES` values. It says where, and quotes nothing of the file.
+        ValueError: saying why it is not valid: no UTF-8, or as :func:`parse_yaml`.
     """
     if path.exists() and not path.is_file():  # a pipe or a device may never end
         raise ValueError("it is no regular file")
-    text = path.read_text(encoding="utf-8")
+    return parse_yaml(path.read_text(encoding="utf-8"))
+
+
+def parse_yaml(text: str) -> Any:
+    """The value of a document.
+
+    Raises:
+        ValueError: saying why it is not valid: no YAML, a key given twice, nested too deep, or with aliases that stand
+            for more than :data:`MOST_VALUES` values. It says where, and quotes nothing of the document.
+    """
     try:
         loader = _Loader(text)
         try:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lorasuite.bases import parse_yaml
 from lorasuite.data import Message, Row, known_templates
 from lorasuite.teacher._shapes import templated_shape
 
@@ -43,7 +44,8 @@ _PLACE = re.compile(
 )
 #: Words of the empty card that PEFT writes.
 _EMPTY = "[More Information Needed]"
-_FENCE = re.compile(r"^(```+|~~~+)[ \t]*([\w+-]*)[^\n]*\n(.*?)^\1[ \t]*$", re.MULTILINE | re.DOTALL)
+#: The line that begins a block, with its marks and its language.
+_FENCE = re.compile(r"(`{3,}|~{3,})[ \t]*([\w+-]*)")
 
 
 @dataclass(frozen=True)
@@ -75,44 +77,69 @@ def parsed_card(text: str) -> Card:
     Training settings that name a known template (``template: alpaca``, ``type: alpaca``) count as showing it.
     """
     head, body = _split(text.replace("\r\n", "\n"))
-    body = re.sub(r"<!--.*?-->", "", body, flags=re.DOTALL)
+    blocks, prose = _blocks(_without_comments(body))
     prompts = list(_widgets(head))
     frames = []
     for name in _named_templates(text):
         frames += [(shape.before, shape.after) for shape in templated_shape(name, known_templates()[name])]
-    for match in _FENCE.finditer(body):
-        for found in _of_block(match.group(2).lower(), match.group(3)):
+    for language, block in blocks:
+        for found in _of_block(language, block):
             if isinstance(found, Row):
                 prompts.append(found)
             else:
                 frames.append(found)
-    usable = [row for row in prompts if 0 < len(row.prompt or _said(row)) <= LONGEST]
-    return Card(
-        tuple(dict.fromkeys(usable))[:MOST_PROMPTS],
-        tuple(dict.fromkeys(frames)),
-        _description(_FENCE.sub("", body)),
-    )
+    usable = [row for row in prompts if _written(row) and 0 < len(row.prompt or _said(row)) <= LONGEST]
+    framed = [frame for frame in frames if _is_text("".join(frame))]
+    return Card(tuple(dict.fromkeys(usable))[:MOST_PROMPTS], tuple(dict.fromkeys(framed)), _description(prose))
 
 
 def _named_templates(text: str) -> list[str]:
     """Known templates of instruction rows that training settings in a card name."""
     key = r"[\"']?(?:template|type|chat_template|prompt_template)[\"']?"
-    found = re.findall(rf"(?:^|[{{,])\s*(?:-\s*)?{key}\s*:\s*[\"']?(\w+)", text, re.MULTILINE)
+    found = re.findall(rf"(?:^|[{{,])[ \t]*(?:-[ \t]*)?{key}\s*:\s*[\"']?(\w+)", text, re.MULTILINE)
     return [name for name in dict.fromkeys(found) if name in known_templates()]
 
 
 def _split(text: str) -> tuple[dict[str, Any], str]:
     """The YAML block at the beginning, and the rest."""
-    import yaml
-
     match = re.match(r"---\n(.*?)\n---\s*\n", text, re.DOTALL)
     if match is None:
         return {}, text
     try:
-        head = yaml.safe_load(match.group(1))
-    except (yaml.YAMLError, RecursionError, ValueError):  # someone else's text, which need be no YAML
+        head = parse_yaml(match.group(1))
+    except ValueError:  # someone else's text, which need be no YAML
         head = None
     return head if isinstance(head, dict) else {}, text[match.end() :]
+
+
+def _without_comments(text: str) -> str:
+    """The text without HTML's comments."""
+    kept, at = [], 0
+    while (start := text.find("<!--", at)) >= 0 and (end := text.find("-->", start)) >= 0:
+        kept.append(text[at:start])
+        at = end + len("-->")
+    return "".join([*kept, text[at:]])
+
+
+def _blocks(text: str) -> tuple[list[tuple[str, str]], str]:
+    """Fenced blocks, each with its language in small letters, and the rest of the text. As in CommonMark, one that is
+    not closed goes on to the end."""
+    blocks: list[tuple[str, list[str]]] = []
+    prose: list[str] = []
+    fence = ""
+    for line in text.splitlines(keepends=True):
+        if fence:
+            closes = line.rstrip()
+            if len(closes) >= len(fence) and closes == fence[0] * len(closes):
+                fence = ""
+            else:
+                blocks[-1][1].append(line)
+        elif (match := _FENCE.match(line)) is not None:
+            fence = match.group(1)
+            blocks.append((match.group(2).lower(), []))
+        else:
+            prose.append(line)
+    return [(language, "".join(lines)) for language, lines in blocks], "".join(prose)
 
 
 def _widgets(head: dict[str, Any]) -> Iterator[Row]:
@@ -138,6 +165,15 @@ def _conversation(turns: list[Any]) -> Row | None:
 
 def _said(row: Row) -> str:
     return row.messages[-1].content if row.messages else ""
+
+
+def _written(row: Row) -> bool:
+    return _is_text(row.prompt) and all(_is_text(turn.role) and _is_text(turn.content) for turn in row.messages)
+
+
+def _is_text(text: str) -> bool:
+    """Whether it can be stored and tokenized: an escape in a snippet may be half of a character."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def _of_block(language: str, text: str) -> Iterator[Row | tuple[str, str]]:
@@ -212,7 +248,7 @@ def _description(body: str) -> str:
     """The first sentences that say something: of prose, without headings, lists, links' addresses and HTML."""
     for part in re.split(r"\n\s*\n", body):
         lines = [line for line in part.splitlines() if not re.match(r"\s*(#|[-*|>]|\d+\.|<|!\[|\[!)", line)]
-        text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", " ".join(" ".join(lines).split()))
+        text = re.sub(r"\[([^\[\]]*)\]\([^()]*\)", r"\1", " ".join(" ".join(lines).split()))
         if len(text.split()) >= 4 and _EMPTY not in text and not text.startswith("Use the code below"):
             return " ".join(re.split(r"(?<=[.!?])\s", text)[:2])[:300]
     return ""

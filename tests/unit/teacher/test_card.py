@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -71,11 +72,51 @@ def test_prompts_templates_and_description_are_found() -> None:
         "```python\nprompt = (\n```\n```\n" + "(" * 500 + "\n```",
         "```python\nprompt = __import__('os').getcwd()\nmessages = [{'role': open('x')}]\n```",
         "\x00\ufffd `````\n~~~",
+        "---\na: !!bool maybe\n---\n",
+        "---\na: !!timestamp soon\nwidget: [{text: hi}]\n---\n",
+        "---\na: !!int ''\n---\n",
+        "---\nwidget: [{text: \"\\uD83D\"}]\n---\n```python\nprompt = 'a\\ud83d'\ntext = '{x}\\ud83d'\n```",
     ],
-    ids=["empty", "no yaml", "python tag", "PEFT's own", "no code", "calls", "bytes"],
+    ids=[
+        "empty",
+        "no yaml",
+        "python tag",
+        "PEFT's own",
+        "no code",
+        "calls",
+        "bytes",
+        "no bool",
+        "no date",
+        "no number",
+        "half a character",
+    ],
 )
 def test_a_card_that_says_nothing_or_is_broken_gives_nothing(text: str) -> None:
     assert not parsed_card(text) and parsed_card(text) == Card()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<!--" * 50_000,
+        "```a\nx\n" * 30_000,
+        "`" * 200_000,
+        "a b c d " + "[a" * 90_000,
+        "[a](" * 50_000,
+        "\n \t" * 60_000,
+    ],
+    ids=["comments", "blocks", "marks", "brackets", "links", "blanks"],
+)
+def test_a_long_card_is_read_in_one_pass(text: str) -> None:
+    begun = time.process_time()
+    assert not parsed_card(text).prompts
+    assert time.process_time() - begun < 2  # each of these took minutes where what is not closed was looked for again
+
+
+def test_a_block_that_is_not_closed_goes_on_to_the_end_and_longer_marks_hold_shorter_ones() -> None:
+    text = "Say what it is about.\n\n````python\nprompt = 'a ```'\n```\n````\n~~~py\nquery = 'why?'\n"
+    card = parsed_card(text)
+    assert card.description == "Say what it is about." and [row.prompt for row in card.prompts] == ["why?"]
 
 
 def test_settings_beside_the_adapter_name_templates_and_pickles_are_not_read(tmp_path: Path) -> None:
