@@ -127,7 +127,8 @@ def candidates(settings: MigrationConfig, plan: Plan, rows: RowPlan, pair: Pair,
     if plan.inspection.nothing_moves:
         return []
     names, trains, texts = settings.tried(rows.fine_tunes), rows.fine_tunes, pair.texts is not None
-    return usable(names, pair.old, pair.new, source.roles, plain=source.plain, texts=texts, trains=trains)
+    given = {"plain": source.plain, "texts": texts, "trains": trains, "mapped": settings.maps_layers}
+    return usable(names, pair.old, pair.new, source.roles, **given)
 
 
 def _measured(

@@ -81,12 +81,15 @@ class Pair:
 
     @cached_property
     def layer_mapping(self) -> Ref:
-        """Which new layer continues which old one."""
+        """Which new layer continues which old one; by place where nothing tells, and then no transform reads it."""
+        strategy = self.settings.layer_strategy
+        if strategy == "dp" and self.similarity is None and self.old.dims.layers != self.new.dims.layers:
+            strategy = "middle"
         return self.context.run(
             layer_mapping,
             {} if self.similarity is None else {"similarity": self.similarity},
             {
-                "strategy": self.settings.layer_strategy,
+                "strategy": strategy,
                 "max_offset": self.settings.max_offset,
                 "old": self.old.dims.layers,
                 "new": self.new.dims.layers,

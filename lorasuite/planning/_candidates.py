@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from lorasuite.bases import Checkpoint, Role
-from lorasuite.transforms import ModelTransform, can_move, transform
+from lorasuite.transforms import LayerTransform, ModelTransform, can_move, transform
 
 
 def usable(
@@ -17,6 +17,7 @@ def usable(
     plain: bool,
     texts: bool,
     trains: bool,
+    mapped: bool,
 ) -> list[str]:
     """Those that ``auto`` tries, in the order of their names here.
 
@@ -26,7 +27,9 @@ def usable(
         plain: whether it holds updates of blocks only, which a model transform can move.
         texts: whether there are calibration texts.
         trains: whether a fine-tune follows.
+        mapped: whether layers are mapped where the depths differ, too: by texts, or by their places.
     """
+    paired = mapped or old.dims.layers == new.dims.layers
     moved = tuple(role for role in roles if role in new.every_role)
     found = []
     for name in names:
@@ -35,6 +38,7 @@ def usable(
         moves = any(can_move(one, role) for role in moved) or not moved
         read = texts or not one.reads_texts
         fitted = (plain and bool(moved)) or not isinstance(one, ModelTransform)
-        if fits and moves and read and fitted and (one.starts_finetune or not trains):
+        laid = paired or not isinstance(one, LayerTransform)
+        if fits and moves and read and fitted and laid and (one.starts_finetune or not trains):
             found.append(name)
     return found

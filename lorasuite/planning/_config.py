@@ -309,6 +309,16 @@ class MigrationConfig(Strict):
         return self.method == AUTO and self.teacher_samples is None and not (told or framed)
 
     @property
+    def may_read_card(self) -> bool:
+        """Whether prompts may come from the adapter's card."""
+        return "card" in self.prompt_sources if self.prompt_sources else self.says_nothing
+
+    @property
+    def maps_layers(self) -> bool:
+        """Whether layers are mapped where the depths differ: by texts, or by place (``layer_strategy``)."""
+        return self.calibration_data is not None or self.pair.layer_strategy != "dp"
+
+    @property
     def calibration_data(self) -> str | None:
         """Where calibration texts come from."""
         return self.calibration or self.train_data

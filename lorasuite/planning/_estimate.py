@@ -85,7 +85,9 @@ def planned_work(
     if config.method == AUTO:
         plain, trains = adapter is None or adapter.plain(old.architecture), rows.fine_tunes
         wanted = [] if nothing_moves else config.tried(trains)
-        methods = usable(wanted, old, new, roles, plain=plain, texts=texts > 0, trains=trains)
+        methods = usable(
+            wanted, old, new, roles, plain=plain, texts=texts > 0, trains=trains, mapped=config.maps_layers
+        )
     row_tokens, label_tokens = _row_tokens(config, data)
     trained = rows.own_rows + rows.synthetic_train_rows
     if not trained and config.train_data is None and config.finetune_samples is None:

@@ -100,6 +100,7 @@ def inspect(
     trains: bool = False,
     texts: bool = True,
     candidates: Sequence[str] | None = None,
+    mapped: bool = True,
 ) -> Inspection:
     """Compare two bases, and say what of an adapter would move. Headers and configs only: no weight is read.
 
@@ -107,6 +108,7 @@ def inspect(
         trains: whether there are rows that a fresh LoRA could be trained on, where nothing of the adapter moves.
         texts: whether there are calibration texts, by which experts are matched.
         candidates: the transforms that ``auto`` tries where they fit, by name; None: all.
+        mapped: whether layers are mapped where the depths differ.
         architectures: a directory of architecture files, known from here on as by
             :func:`lorasuite.bases.add_architectures`.
     """
@@ -153,7 +155,7 @@ def inspect(
         if new is not None and not result.problems:
             _modules(result, opened, method, trains, texts)
             wanted = names() if candidates is None else candidates
-            tried = [] if result.nothing_moves else _tried(old, new, opened, method, wanted, trains, texts)
+            tried = [] if result.nothing_moves else _tried(old, new, opened, method, wanted, trains, texts, mapped)
             if any(isinstance(one, LayerTransform) for one in tried):
                 _layers_apart(result, old, new, opened.roles(old.architecture))
             _outside_factors(result, old, opened, tried)
@@ -321,12 +323,14 @@ def _tried(
     candidates: Sequence[str],
     trains: bool,
     texts: bool,
+    mapped: bool,
 ) -> list[AnyTransform]:
     """The transforms that would be run."""
     if method != AUTO:
         return [transform(method)]
     roles, plain = adapter.roles(old.architecture), adapter.plain(old.architecture)
-    return [transform(one) for one in usable(candidates, old, new, roles, plain=plain, texts=texts, trains=trains)]
+    given = {"plain": plain, "texts": texts, "trains": trains, "mapped": mapped}
+    return [transform(one) for one in usable(candidates, old, new, roles, **given)]
 
 
 def _layers_apart(result: Inspection, old: Checkpoint, new: Checkpoint, roles: Sequence[Role]) -> None:

@@ -26,7 +26,7 @@ from lorasuite.data import (
 from lorasuite.errors import Problem
 from lorasuite.evaluation import check_gguf, check_tasks, llama_cpp_missing
 from lorasuite.planning._asked import adapter_card, check_sources, teacher_prompts, usable_rows
-from lorasuite.planning._config import AUTO, MigrationConfig, torch_device
+from lorasuite.planning._config import AUTO, NO_CANDIDATES, MigrationConfig, torch_device
 from lorasuite.planning._cost import Shape
 from lorasuite.planning._estimate import Data, estimate, planned_work, shortages, unfit
 from lorasuite.planning._general import GeneralTexts, general_texts
@@ -75,9 +75,9 @@ def check(config: MigrationConfig, home: Path | None = None, timed: bool = False
     """
     result = _inspected(config)
     template: Template = result.attempt(lambda: read_template(config.template)) or read_template(DEFAULT_TEMPLATE)
-    every_text = _calibration(result, config, template)
-    texts = every_text[: config.pair.calibration_samples]
     wanted = plan_rows(config, RowCounts())
+    every_text = _calibration(result, config, template, wanted)
+    texts = every_text[: config.pair.calibration_samples]
     given, measured = _drawn(result, config, wanted), _read_held_out(result, config)
     train = _training_rows(result, config, wanted, _templated(result, given, template))
     held_out = _held_out_rows(result, config, _templated(result, measured, template))
@@ -193,6 +193,7 @@ def _inspected(config: MigrationConfig, adapter: bool = True) -> Inspection:
         trains=trains,
         texts=config.calibration_data is not None,
         candidates=config.tried(trains),
+        mapped=config.maps_layers,
     )
     result.attempt(lambda: config.loading.check(torch_device(config.device)))
     return result
@@ -218,7 +219,7 @@ def _count(
     result.cost = {**found, "assumed": data.assumed, "shortages": shortages(found)}
 
 
-def _calibration(result: Inspection, config: MigrationConfig, template: Template) -> list[str]:
+def _calibration(result: Inspection, config: MigrationConfig, template: Template, wanted: RowPlan) -> list[str]:
     source = config.calibration_data
     if source is None and config.method != AUTO and transform(config.method).reads_texts:
         result.problems.append(
@@ -229,7 +230,11 @@ def _calibration(result: Inspection, config: MigrationConfig, template: Template
         return []
     depths = next(((row["old"], row["new"]) for row in result.factors if row["name"] == "layers"), (0, 0))
     if source is None:
-        if depths[0] != depths[1] and config.pair.layer_strategy == "dp":
+        apart = depths[0] != depths[1] and not config.maps_layers
+        if apart and _goes_without(config, wanted):
+            told = "a fresh LoRA is trained, no transform that moves layers is tried, the record pairs them by place"
+            result.notices.append(f"no calibration texts, and {depths[0]} and {depths[1]} layers: {told}")
+        elif apart:
             result.problems.append(
                 Problem(
                     "calibration",
@@ -253,6 +258,11 @@ def _calibration(result: Inspection, config: MigrationConfig, template: Template
             Problem(source, f"has {len(texts)} texts", f"Layers are compared on at least {SMALLEST_BATCH}: add some.")
         )
     return texts
+
+
+def _goes_without(config: MigrationConfig, wanted: RowPlan) -> bool:
+    """Whether ``auto`` has rows to train a fresh LoRA on, and nobody named a transform to compare it with."""
+    return config.method == AUTO and wanted.fine_tunes and config.candidates in ((), NO_CANDIDATES)
 
 
 def _unread(result: Inspection, subject: str, rows: list[Row]) -> None:

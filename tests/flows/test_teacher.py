@@ -143,6 +143,17 @@ def test_auto_has_the_teacher_write_where_it_is_told_prompts(mirror: dict[str, A
     assert any("--teacher-samples 0" in notice for notice in record["notices"])
 
 
+def test_auto_needs_no_texts_where_a_fresh_lora_is_all_that_it_tries(mirror: dict[str, Any], tmp_path: Path) -> None:
+    """Four layers and five: nothing says which of them belong together, and nothing that is tried asks."""
+    asked = {"calibration": None, "teacher_samples": 12, "learning_rates": [3e-3], "finetune": TUNE}
+    record = run(mirror, tmp_path / "out", method="auto", **asked)
+    assert record["method"] == "none" and record["finetune"]["samples"] == 12 and record["layer_map"]
+    assert any("no calibration texts, and 4 and 5 layers" in notice for notice in record["notices"])
+    for named in ({"method": "lorasuite"}, {"candidates": ["lorasuite"]}, {"teacher_samples": 0, "prompts": None}):
+        with pytest.raises(PreflightError, match="the depths differ"):
+            run(mirror, tmp_path / "named", **{"method": "auto", **asked, **named})
+
+
 def test_no_row_of_the_users_at_all(mirror: dict[str, Any], tmp_path: Path) -> None:
     """Beginning and end of a prompt are enough: the calibration texts are not taken for prompts."""
     teacher = {"max_new_tokens": 16, "prefix": "mirror :", "suffix": " ="}
