@@ -10,13 +10,21 @@ from prefect.cache_policies import NO_CACHE
 
 from artifacts import SideFile
 from lorasuite import ALGORITHM_VERSION
-from lorasuite.adapters import Adapter
-from lorasuite.bases import check_finite, digest_json, file_digest, fingerprint_model, fingerprint_tokenizer
+from lorasuite.adapters import Adapter, sources, tokenizer_digest
+from lorasuite.bases import (
+    check_finite,
+    digest_json,
+    file_digest,
+    fingerprint_model,
+    fingerprint_tokenizer,
+    resolve,
+)
 from lorasuite.data import HUB, Row, fingerprint_rows, read_template, source_digest
 from lorasuite.errors import AdapterError, DataError, Problem
 from lorasuite.evaluation.eval_tasks import TASKS, expand
 from lorasuite.evaluation.eval_tasks import fingerprint as fingerprint_own
 from lorasuite.planning import MigrationConfig
+from lorasuite.teacher import card_text
 from tasks.recording import run_log
 from tasks.unchanged import folder_files
 
@@ -102,7 +110,8 @@ def fingerprint_migration(config: MigrationConfig, fingerprints: Mapping[str, st
     """What a whole migration computes: its inputs by content, its settings where they are not the defaults.
 
     Args:
-        fingerprints: of the bases, their tokenizers and the adapter, by name.
+        fingerprints: of the bases, their tokenizers and the adapter, by name. What lies beside the adapter is read
+            here: a tokenizer of its own, and its card where prompts may come from it.
 
     Raises:
         DataError: if a data file cannot be read.
@@ -114,6 +123,12 @@ def fingerprint_migration(config: MigrationConfig, fingerprints: Mapping[str, st
         source = getattr(config, name)
         if source is not None:
             data[name] = fingerprint_source(source)
+    folders = [resolve(source) for source in sources(config.adapter)]
+    for number, folder in enumerate(folders):
+        if (digest := tokenizer_digest(folder)) is not None:
+            data[f"tokenizer of adapter {number}"] = digest
+    if config.may_read_card and len(folders) == 1 and (card := card_text(folders[0])):
+        data["card"] = digest_json(card)
     for name in expand(config.every_task):
         data[f"task {name}"] = fingerprint_task(name, *config.task_folders)
     settings = config.model_dump(mode="json", exclude=elsewhere, exclude_defaults=True)

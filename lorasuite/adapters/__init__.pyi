@@ -17,7 +17,7 @@ from ._kinds import REFUSED, OutputType, config_problems
 from ._lowrank import LowRank
 from ._reader import Adapter
 from ._sources import replace_sources, sources, sources_name, split_sources
-from ._tokenizer import OwnTokenizer, own_tokenizer, tokenizer_folder
+from ._tokenizer import OwnTokenizer, own_tokenizer, tokenizer_digest, tokenizer_folder
 from ._untrained import fresh_config, fresh_lora, untrained
 from ._writer import Extras, check_loads, not_in_adalora, target_modules, write_adapter
 
@@ -56,6 +56,7 @@ __all__ = [
     "split_sources",
     "split_update",
     "target_modules",
+    "tokenizer_digest",
     "tokenizer_folder",
     "untrained",
     "unwrap",

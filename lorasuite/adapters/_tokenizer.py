@@ -103,6 +103,11 @@ def tokenizer_folder(sources: str) -> tuple[Path | None, str]:
     return None, f"of {together} adapters not all have the same tokenizer ({names} have their own): the base's is used"
 
 
+def tokenizer_digest(folder: Path) -> str | None:
+    """A digest of the files of a tokenizer or chat template in an adapter's directory; None where there are none."""
+    return _fingerprint(folder) if _files(folder) else None
+
+
 def own_tokenizer(folder: Path, base: Any, trust_remote_code: bool = False) -> OwnTokenizer | None:
     """The tokenizer that lies in an adapter's directory; None where there is none, or the base's does the same.
 
