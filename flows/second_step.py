@@ -47,6 +47,8 @@ def distilled_further(
 
 def outcome(result: SecondStepResult) -> str:
     """What came of a second step that was compared, in a sentence."""
+    if result.measured_on == "nothing":
+        return f"second step ({result.kind}): not kept, the rows are too few to hold any out"
     measured_by = "it diverged"
     if result.before is not None and result.after is not None:
         measured_by = f"{result.before:.3f} → {result.after:.3f} nats a label"

@@ -7,8 +7,9 @@ GPU a step of 32 rows reads the weights once, 16 GB, whatever its rows; on a CPU
 from __future__ import annotations
 
 import contextlib
+import itertools
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -114,9 +115,13 @@ class Generator:
             start = self.tokenizer.bos_token_id
             ids = [int(self.tokenizer.eos_token_id if start is None else start)]
         if len(ids) >= self.context:
-            what = f"has {len(ids)} tokens, and the old base reads {self.context}"
+            what = f"has {len(ids)} tokens, and the model reads {self.context}"
             raise DataError([Problem(f"prompt {text[:40]!r}", what, "Shorten it, or leave it out")])
         return Prompt(number, row, text, tuple(ids))
+
+    def room(self, prompt: Prompt) -> int:
+        """Tokens that an answer to it may have."""
+        return min(self.settings.max_new_tokens, self.context - len(prompt.ids))
 
     def generate(self, prompts: Sequence[Prompt]) -> Iterator[list[Answer]]:
         """The answers, some at a time."""
@@ -169,18 +174,23 @@ class AnswerGenerator(Generator):
     engine = "transformers"
 
     def generate(self, prompts: Sequence[Prompt]) -> Iterator[list[Answer]]:
-        """The answers, a batch at a time, short prompts first."""
+        """The answers, a batch at a time, short prompts first.
+
+        All of a batch may be answered at the same length: where the context ends before ``max_new_tokens``, prompts of
+        one length make a batch, for a longer one would shorten the others' answers.
+        """
         alike: dict[tuple[bool, str], list[Prompt]] = {}
         for prompt in prompts:
             alike.setdefault((prompt.row.kind == "messages", prompt.row.end_of_answer), []).append(prompt)
         for (chat, _), found in sorted(alike.items()):
             members = sorted(found, key=lambda p: len(p.ids))
-            for start in range(0, len(members), self.settings.batch_size):
-                yield self._batch(members[start : start + self.settings.batch_size], chat)
+            for _, together in itertools.groupby(members, self.room):
+                for batch in _batched(together, self.settings.batch_size):
+                    yield self._batch(batch, chat)
 
     def _batch(self, prompts: Sequence[Prompt], chat: bool) -> list[Answer]:
         width = max(len(prompt.ids) for prompt in prompts)
-        steps = min(self.settings.max_new_tokens, self.context - width)
+        steps = self.room(prompts[0])
         ends = self.ends(prompts[0], chat)
         written, log_probs = self._run(prompts, width, steps, ends, self.never(ends, chat))
         return [self.answer(*found, ends) for found in zip(prompts, written, log_probs, strict=True)]
@@ -275,6 +285,12 @@ def generator(
 
     kind = VLLMGenerator if isinstance(model, VLLMTeacher) else AnswerGenerator
     return kind(model, tokenizer, settings, temperature, seed)
+
+
+def _batched(prompts: Iterable[Prompt], size: int) -> Iterator[list[Prompt]]:
+    left = iter(prompts)
+    while batch := list(itertools.islice(left, size)):
+        yield batch
 
 
 def context_length(model: Any) -> int:

@@ -7,6 +7,7 @@ taught.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -60,7 +61,10 @@ class OnPolicy:
         """See :class:`lorasuite.training.StepRows`."""
         student = self._aligner.new
         writer = AnswerGenerator(model, student, self._settings, TEMPERATURE, f"{self._seed} {step}")
-        prompts: list[Prompt] = [writer.prompt(place, self._prompts[place]) for place in sorted(set(places))]
+        prompts: list[Prompt] = []
+        for place in sorted(set(places)):
+            with contextlib.suppress(DataError):  # it leaves the student no room for an answer
+                prompts.append(writer.prompt(place, self._prompts[place]))
         answers = {answer.prompt.number: answer for batch in writer.generate(prompts) for answer in batch}
         rows = [answers[number].row() for number in sorted(answers)]
         try:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 #: Sampling temperature of prompts that the old base writes.
 PROMPT_TEMPERATURE = 1.0
+#: Beginnings that are gone on with, where few prompts are wanted.
+FEWEST_ATTEMPTS = 32
 
 
 def frame(prompts: Sequence[str]) -> tuple[str, str]:
@@ -97,13 +99,14 @@ def imitate(
     known, found = set(_texts(given)), list[Row]()
     ends = {row.end_of_answer for row in given}
     ending = ends.pop() if len(ends) == 1 else ""
-    limit, at_once = ATTEMPTS_PER_ROW * count, max(count, settings.batch_size)
+    limit, at_once = max(ATTEMPTS_PER_ROW * count, FEWEST_ATTEMPTS), max(count, settings.batch_size)
     off = model.disable_adapter() if hasattr(model, "disable_adapter") else contextlib.nullcontext()
     with off:
         for start in range(0, limit, at_once):
             if len(found) >= count:
                 break
-            beginnings = [writer.prompt(n, Row(kind="text", text=begin)) for n in range(start, start + at_once)]
+            numbers = range(start, min(start + at_once, limit))  # what is tried does not depend on the batch
+            beginnings = [writer.prompt(n, Row(kind="text", text=begin)) for n in numbers]
             answers = {answer.prompt.number: answer.text for batch in writer.generate(beginnings) for answer in batch}
             for number in sorted(answers):
                 middle, stop, _ = answers[number].partition(end)

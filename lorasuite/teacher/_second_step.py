@@ -101,7 +101,8 @@ def second_step(
     The first step has trained on the rows held out, so it says nothing on them: it is made again without them, the
     second step goes on from that, and both are compared. Ten or more held-out rows of the user's decide by their
     cross-entropy. Otherwise the teacher's do by how far its distributions are from the student's: its own words would
-    say less, as a teacher that wrote them greedily is more certain of nothing than of its own words.
+    say less, as a teacher that wrote them greedily is more certain of nothing than of its own words. Where the rows are
+    so few that none of the teacher's is held out, the user's decide; where none is left to train on, it is not kept.
 
     Killed and called again with the same arguments, it goes on.
 
@@ -123,11 +124,11 @@ def second_step(
     held: list[Row] = []
     if without_held_out is not None:
         own = set(rows.own)
-        held = [row for row in rows.to_choose_by if row in own]
-        measured = "own rows" if len(held) >= FEWEST_OWN else "written rows"
-        if measured == "written rows":
-            held = [row for row in rows.to_choose_by if row not in own]
-        before, after = _compared(distilling, rows, held, measured == "own rows", work_dir, without_held_out)
+        mine = [row for row in rows.to_choose_by if row in own]
+        written = [row for row in rows.to_choose_by if row not in own]
+        if set(rows.synthetic) & set(rows.to_train):
+            held, measured = (written, "written rows") if written and len(mine) < FEWEST_OWN else (mine, "own rows")
+            before, after = _compared(distilling, rows, held, measured == "own rows", work_dir, without_held_out)
     kept = without_held_out is None or (before is not None and after is not None and after < before)
     training = None
     if kept:

@@ -159,7 +159,7 @@ class VLLMGenerator(Generator):
             params = SamplingParams(
                 temperature=self.temperature,
                 top_p=self.settings.top_p,
-                max_tokens=min(self.settings.max_new_tokens, self.context - len(prompt.ids)),
+                max_tokens=self.room(prompt),
                 seed=self.drawn(prompt.number) if self.temperature else None,
                 stop_token_ids=ends,
                 ignore_eos=True,  # it is among the ends

@@ -119,7 +119,8 @@ class SecondStepResult(BaseModel):
     kind: SecondStep
     kept: bool = Field(description="whether its adapter is the result, rather than that of the first step")
     measured_on: Literal["own rows", "written rows", "nothing"] = Field(
-        description="held-out rows: cross-entropy on the user's, or the divergence from the teacher on what it wrote"
+        description="held-out rows: cross-entropy on the user's, or the divergence from the teacher on what it wrote; "
+        "nothing where that was not asked for, or there are too few rows"
     )
     held_out: int = Field(description="rows compared by")
     before: float | None = Field(description="on them, nats a label, of the first step without them")

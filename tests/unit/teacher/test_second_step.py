@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from flows.second_step import outcome
 from lorasuite.adapters import attached
 from lorasuite.data import Row, RowSplit, encode_rows, unanswered
 from lorasuite.teacher import Distilling, OnPolicy, TeacherSettings, _second_step, second_step
@@ -91,8 +92,29 @@ def test_what_the_student_writes_depends_on_its_weights_the_step_and_the_place_a
     answered = [example["input_ids"] for example in policy(student, [2], 5)[0]]
     assert answered and answered[0] in [example["input_ids"] for example in written]
     assert [e["input_ids"] for e in policy(student, [0, 1, 2, 3], 6)[0]] != [e["input_ids"] for e in written]
+    long = Row(kind="completion", prompt="say two " * 40, completion=" two")
+    fits = OnPolicy(distilling.teacher, distilling.aligner, [*prompts, unanswered(long)], distilling.common, WRITING, 3)
+    assert [e["input_ids"] for e in fits(student, [2, 6], 5)[0]] == answered and fits(student, [6], 5) == ([], None)
     others = OnPolicy(distilling.teacher, distilling.aligner, prompts[1:], distilling.common, WRITING, 3)
     assert others.digest() != policy.digest()
+
+
+@pytest.mark.parametrize(("own", "written", "held", "on"), [(3, 3, (0, 1), "own rows"), (0, 1, (0,), "nothing")])
+def test_a_second_step_of_few_rows_is_compared_by_what_is_held_out_or_not_kept(
+    own: int, written: int, held: tuple[int, ...], on: str, distilling: Distilling, first: Path, tmp_path: Path
+) -> None:
+    """No row that the teacher wrote is held out, and then none is left to train on."""
+    mine, others = tuple(completions(9)[:own]), tuple(completions(9)[own : own + written])
+    split = RowSplit(mine, others, held_out=frozenset(held))
+    used = Distilling(**{**vars(distilling), "kind": "cached"})
+    result = second_step(
+        used, split, first, output=tmp_path / "out", work_dir=tmp_path / "work",
+        without_held_out=lambda output, work: made(distilling, split.to_train, output, work),
+    )  # fmt: skip
+    assert result.measured_on == on and (result.before is None) == (on == "nothing")
+    assert (tensors(tmp_path / "out") == tensors(first)) is not result.kept
+    if on == "nothing":
+        assert not result.kept and "too few" in outcome(result)
 
 
 @pytest.mark.parametrize(("own", "better"), [(0, True), (0, False), (12, False)])

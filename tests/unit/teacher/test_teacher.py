@@ -71,6 +71,19 @@ def test_rows_do_not_depend_on_the_batch(temperature: float) -> None:
         assert other.rows != once.rows
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_a_prompt_that_fills_the_context_shortens_no_answer_beside_it(temperature: float) -> None:
+    """Of 64 tokens that the model reads, a prompt of 62 leaves two: to itself, and not to a short one in its batch."""
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    rows = [Row(kind="completion", prompt=" ".join(["say two"] * n)) for n in (1, 2, 20, 30, 31)]
+    told = {"temperature": temperature, "filter": False, "max_new_tokens": 12}
+    once = write_rows(model, tokenizer, rows, 5, settings(**told, batch_size=5))
+    again = write_rows(model, tokenizer, rows, 5, settings(**told, batch_size=1))
+    assert again.rows == once.rows and once.tokens > 10
+    full = next(row for row in once.rows if row.prompt == rows[-1].prompt)
+    assert len(tokenizer(full.prompt + full.completion)["input_ids"]) <= 64
+
+
 def test_sampling_follows_the_model() -> None:
     """First tokens of many answers to one prompt come as often as the model says."""
     model, tokenizer = tiny_model(), tiny_tokenizer()
@@ -296,6 +309,10 @@ def test_the_base_writes_prompts_between_beginning_and_end(tmp_path: Path, monke
     with attached(tiny_model(), adapter_of(tmp_path / "adapter")) as wrapped:
         found = write_rows(wrapped, tiny_tokenizer(), FRAMED, 8, settings(imitate=True, temperature=0.0))
     assert found.prompts == 3 and found.imitated == 5 and len(found.rows) == 8
+    with attached(tiny_model(), adapter_of(tmp_path / "other")) as wrapped:
+        for size in (1, 100):
+            told = settings(imitate=True, temperature=0.0, batch_size=size)
+            assert len(_prompts.imitate(wrapped, tiny_tokenizer(), FRAMED, 5, told)) == 5
     new = [row.prompt for row in found.rows if row not in FRAMED and row.prompt not in {r.prompt for r in FRAMED}]
     assert len(new) == len(set(new)) == 5
     assert all(re.fullmatch(r"say w\d+ now :", prompt) for prompt in new)
