@@ -174,12 +174,14 @@ class RequestCounter:
 
 @cache
 def lm_class() -> type[Any]:
-    """lm-eval's HFLM with this package's tokenisation and without progress bars.
+    """lm-eval's HFLM with this package's tokenisation, the head at answers only, and without progress bars.
 
     A function, and not a class of the module: lm-eval takes seconds to import.
     """
     import torch
     from lm_eval.models.huggingface import HFLM
+
+    from lorasuite.evaluation._likelihoods import Asked, answer_likelihoods
 
     class Model(HFLM):  # type: ignore[misc]
         """An HFLM that tokenises as :mod:`lorasuite.data` does.
@@ -240,7 +242,14 @@ def lm_class() -> type[Any]:
         def _loglikelihood_tokens(
             self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None
         ) -> Any:
-            return super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
+            asked = [Asked(context, answer) for _, context, answer in requests]
+            found: list[tuple[float, bool]] = [(0.0, False)] * len(asked)
+            sizes = {"longest": self.max_length, "batch_size": self.batch_size}
+            for number, nats, greedy in answer_likelihoods(self.model, asked, **sizes):
+                found[number] = (nats, greedy)
+                if (said := requests[number][0]) is not None:  # None: a window of a text, counted with its others
+                    self.cache_hook.add_partial("loglikelihood", said, found[number])
+            return found
 
         def generate_until(self, requests: Any, disable_tqdm: bool = False) -> Any:
             return super().generate_until(requests, disable_tqdm=True)
