@@ -50,8 +50,9 @@ def gram_factor(weight: Float[Tensor, "m n"]) -> Float[Tensor, "s s"]:
     """The lower Cholesky factor of a weight's smaller Gram matrix, ``s = min(m, n)``, which :func:`pinv_times` reads.
 
     In float32, unless the condition number could be more than :data:`CONDITION`: weights of a trained MLP are well
-    conditioned (9 to 25 in SmolLM2-135M), random square ones need not be. Where it is too large for float64, too, or
-    the weight lacks full rank, directions below the cut of :func:`lorasuite.correspondence.least_squares` are given the
+    conditioned (up to 34 in SmolLM2-135M, 48 in six layers of Qwen2.5-Coder-0.5B, where :func:`pinv_times` is then
+    within 2e-5 of float64), random square ones need not be. Where it is too large for float64, too, or the weight lacks
+    full rank, directions below the cut of :func:`lorasuite.correspondence.least_squares` are given the
     largest eigenvalue: the pseudo-inverse sends nothing there and takes nothing from there, so any number but 0 does.
 
     Costs ``s²·max(m, n) + s³/3`` FLOP: half of the Gram matrix, and its factor.

