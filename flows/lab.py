@@ -246,8 +246,10 @@ class Lab:
         )
         if settings.second_step == "none":
             return first
-        # measured whether or not a migration would keep it
-        rate = settings.learning_rates[0] if settings.learning_rates else settings.finetune.learning_rate
+        # measured whether or not a migration would keep it, at the rate that the first step chose
+        rate = settings.finetune.learning_rate
+        if self.steps.store.has(first.key):
+            rate = self.steps.open(first).info["learning_rate"]
         return second(self.steps, settings, source, pair, rows, first, rate=rate, taught=taught, compares=False)
 
     def migrated(self, cell: Cell) -> Ref:

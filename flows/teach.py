@@ -67,9 +67,14 @@ def gather_rows(context: Context, settings: MigrationConfig, plan: Plan, pair: P
         discovered = context.open(asked).info
         plan.inspection.notices.append(discovered["said"])
         (get_run_logger().info if discovered["clear"] else get_run_logger().warning)("%s", discovered["said"])
+    info = context.open(written).info
+    if info["rows"] < plan.rows.teacher_rows:
+        left_out = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in info["dropped"].items())
+        told = f"the old base with its adapter wrote {info['rows']} of {plan.rows.teacher_rows} rows"
+        plan.inspection.notices.append(f"{told}: the others were left out ({left_out})" if left_out else told)
     worth = _worth(context, source, written, own)
     teacher = {
-        **context.open(written).info,
+        **info,
         **worth,
         "discovered": discovered,
         "samples": plan.rows.synthetic_train_rows,

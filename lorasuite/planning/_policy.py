@@ -143,7 +143,7 @@ def plan_rows(settings: MigrationConfig, counts: RowCounts) -> RowPlan:
     )
     one_answer = (requested or synthetic) and counts.prompts is not None and not several_answers
     teacher_rows = min(wanted, counts.prompts) if one_answer and counts.prompts is not None else wanted
-    notices = tuple(_notices(settings, counts, requested, synthetic, wanted, sources))
+    notices = tuple(_notices(settings, counts, requested, synthetic, teacher_rows, sources))
     if not counts.teacher_usable:
         # Rows that are not worth training on can still tell candidates apart, where there are no others.
         synthetic, selection = 0, 0 if requested else wanted
@@ -188,7 +188,7 @@ def _notices(
     counts: RowCounts,
     requested: int,
     synthetic: int,
-    wanted: int,
+    written: int,
     sources: tuple[str, ...],
 ) -> Iterator[str]:
     asked = settings.teacher_samples is not None
@@ -204,19 +204,21 @@ def _notices(
     told = [name for name in ("describe", "prompt_sources") if getattr(settings, name)]
     if told and not synthetic:
         yield f"{' and '.join(told)} not used: no rows are to be written (--teacher-samples)"
-    if not wanted:
+    if not written:
         return
     if synthetic and not asked:
         yield (
-            f"the old base with its adapter writes up to {synthetic} rows, on which the new base is fine-tuned: "
+            f"the old base with its adapter writes up to {written} rows, on which the new base is fine-tuned: "
             "--teacher-samples 0 keeps it from that"
         )
     if sources:
         given = f" beside the {counts.prompts} given" if counts.prompts else ""
         yield f"the old base writes prompts{given}, from: {', '.join(sources)}"
+        if settings.describe and "description" not in sources:
+            yield "describe is not used: description is not among prompt_sources"
         return
-    if settings.describe and synthetic:
-        yield f"describe is not used: there is a prompt for each of the {wanted} rows"
+    if told and synthetic:
+        yield f"{' and '.join(told)} not used: there is a prompt for each of the {written} rows"
     if settings.prompt_data is None:
         if not settings.teacher.suffix:
             yield "no prompts for the teacher: it writes from nothing, which suits adapters of running text"
@@ -234,7 +236,12 @@ def too_few_to_sweep(rows: int, where: str) -> Problem:
 
 def untaught(settings: MigrationConfig, plan: RowPlan) -> Iterator[Problem]:
     """What only rows that the teacher wrote are trained by, where it writes none to train on."""
-    asked = {"finetune.token_weights": settings.finetune.token_weights, "second_step": settings.second_step}
+    tuning = settings.finetune
+    asked = {
+        "finetune.distillation": tuning.distillation or "none",
+        "finetune.token_weights": tuning.token_weights,
+        "second_step": settings.second_step,
+    }
     for name, told in asked.items():
         if told != "none" and not plan.synthetic_train_rows:
             what = f"{told} is for rows that the teacher wrote, and it writes none to train on"

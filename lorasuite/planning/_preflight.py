@@ -152,7 +152,8 @@ def survey(
     if train is not None:
         read = result.attempt(lambda: read_rows(train, config.renamed_columns)) or []
         data.train = _templated(result, draw(read, wanted.requested_rows, config.seed), template)
-    if (prompts := config.prompts) is not None:
+    prompts = config.prompt_data if wanted.teacher_rows else config.prompts
+    if prompts is not None:
         data.prompts = result.attempt(lambda: read_prompts(prompts, config.renamed_columns, template)) or []
     if held_out is not None:
         data.evaluation = _templated(result, _read_held_out(result, config), template)
@@ -163,6 +164,9 @@ def survey(
         card = bool(parsed_card(adapter_card(result, config)))
         counts = RowCounts.of(data.train, data.prompts or None, data.evaluation, config.teacher.text_prefix, card)
         rows = plan_rows(config, counts if train is not None else replace(counts, own=None))
+        if adapter:
+            check_sources(result, config, rows, counts)
+            result.problems += untaught(config, rows)
         _count(result, config, rows, data, home, not pair_only, timed)
     return result
 

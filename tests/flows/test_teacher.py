@@ -87,8 +87,8 @@ def test_without_labels_then_cached_then_mixed(mirror: dict[str, Any], home: Pat
     kept = Store(home).open(keys["second_step"]).file("adapter_model.safetensors").read_bytes()
     assert (tmp_path / "further" / "adapter_model.safetensors").read_bytes() == kept
     with pytest.raises(PreflightError, match=r"second_step.*writes none") as refused:
-        run(mirror, tmp_path / "none", second_step="cached", finetune=tune, prompts=None)
-    assert "finetune.token_weights" in str(refused.value)
+        run(mirror, tmp_path / "none", second_step="cached", finetune={**tune, "distillation": 0.5}, prompts=None)
+    assert "finetune.token_weights" in str(refused.value) and "finetune.distillation" in str(refused.value)
     mixed = run(
         mirror, tmp_path / "mixed",
         teacher_samples=24, train_data=str(mirror["root"] / "train.jsonl"), finetune_samples=12, finetune=TUNE,
