@@ -175,18 +175,17 @@ def move(name: str, methods: list[str], maps: str, factored: bool, whole: bool, 
                 if hasattr(found, "polar"):
                     found.polar = kept
     if whole:
-        from lorasuite.correspondence import _state_map
-
-        _state_map.FEATURES = _state_map.DIRECTIONS = 2**20
+        state_map = importlib.import_module("lorasuite.correspondence._state_map")
+        state_map.FEATURES = state_map.DIRECTIONS = 2**20  # type: ignore[attr-defined]
     if maps == "float32":
         torch.Tensor.half = torch.Tensor.float
     if factored:
-        from lorasuite.correspondence import _alignment
+        alignment = importlib.import_module("lorasuite.correspondence._alignment")
 
         def add(self: Any, x: torch.Tensor, y: torch.Tensor, sample: torch.Tensor) -> None:
             self.sampled.append((x[sample].double(), y[sample].double()))
 
-        _alignment.Space.add = add
+        alignment.Space.add = add
     found = {}
     for pair, sides in PAIRS.items():
         with tempfile.TemporaryDirectory() as folder:

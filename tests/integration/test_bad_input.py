@@ -269,7 +269,8 @@ CASES: dict[str, tuple[Break, type[LoRASuiteError], tuple[str, ...]]] = {
         both(drop("train_data"), setting(finetune_samples=50)), PreflightError, ("finetune_samples", "--train-data"),
     ),
     "other depth, no texts": (
-        drop("calibration", "train_data"), PreflightError, ("3 and 4", "--calibration", "--layer-strategy"),
+        both(drop("calibration", "train_data"), setting(method="lorasuite")), PreflightError,
+        ("3 and 4", "--calibration", "--layer-strategy"),
     ),
     "too few texts": (
         lambda w: w.set(calibration=w.rows("f.jsonl", [{"text": "w1 w2"}] * 3)), PreflightError, ("f.jsonl", "at least 4"),

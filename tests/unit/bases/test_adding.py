@@ -123,9 +123,9 @@ def test_its_bases_are_read_and_adapters_move_from_and_to_it(base: Base, lora: B
     away = move(opened, novel_old, new).updates
     there = move(Adapter.open(adapter), old, novel_new).updates
     assert set(away) == set(expected) and set(there) == {renamed(path) for path in expected}
-    for path, update in expected.items():
-        torch.testing.assert_close(away[path].dense(), update.dense(), rtol=0, atol=0)
-        torch.testing.assert_close(there[renamed(path)].dense(), update.dense(), rtol=0, atol=0)
+    for path, update in expected.items():  # to rounding: products depend on where in a file the weights lie
+        for found in (away[path], there[renamed(path)]):
+            torch.testing.assert_close(found.dense(), update.dense(), rtol=1e-4, atol=1e-6)
     target = Checkpoint(novel_new)
     out = write_adapter(
         tmp_path / "written", there, architecture=target.architecture, dims=target.dims, base=str(novel_new),
