@@ -127,4 +127,4 @@ def _share(bare: float | None, value: float | None, whole: float | None) -> str:
     """How much of the way from the bare base to the retrained adapter."""
     if bare is None or value is None or whole is None or bare == whole:
         return ""
-    return f"{(value - bare) / (whole - bare):.2f}"
+    return f"{(value - bare) / (whole - bare) + 0.0:.2f}"  # + 0.0: not -0.00
