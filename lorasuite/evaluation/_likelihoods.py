@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from lorasuite.training import LabelHead
+from lorasuite.training import LabelHead, collate, cross_entropies
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -50,11 +50,7 @@ def answer_likelihoods(
     order = sorted(reading, key=len, reverse=True)
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
-        width = len(rows[0])
-        batch = {
-            "input_ids": torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=device),
-            "attention_mask": torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device),
-        }
+        batch = collate([{"input_ids": list(row), "attention_mask": [1] * len(row)} for row in rows])
         scored = [(place, len(row), number) for place, row in enumerate(rows) for number in reading[row]]
         at: list[int] = []
         positions: list[int] = []
@@ -65,15 +61,15 @@ def answer_likelihoods(
             positions += range(length - len(answer), length)
             targets += answer
         with torch.no_grad():
-            states = head.states(batch)
-            before = states.shape[1] - width  # of adapters that put tokens of their own before a row
+            states = head.states({key: value.to(device) for key, value in batch.items()})
+            before = states.shape[1] - len(rows[0])  # of adapters that put tokens of their own before a row
             where = (torch.tensor(part, device=states.device) for part in (at, [before + n for n in positions]))
             rows_read = states[tuple(where)]
             del states
             found, likeliest = [], []
             for logits, wanted in head.chunks(rows_read, torch.tensor(targets)):
                 wanted = wanted.to(logits.device)
-                found.append(-torch.nn.functional.cross_entropy(logits.float(), wanted, reduction="none").cpu())
+                found.append(-cross_entropies(logits, wanted).cpu())
                 likeliest.append((logits.argmax(-1) == wanted).cpu())
         sizes = [len(asked[number].answer) for _, _, number in scored]
         parts = zip(scored, torch.cat(found).split(sizes), torch.cat(likeliest).split(sizes), strict=True)

@@ -21,7 +21,7 @@ from lorasuite.progress import Progress
 from lorasuite.teacher._generation import Answer, Generator, Prompt, context_length, generator
 from lorasuite.teacher._settings import TeacherSettings
 from lorasuite.teacher._worth import text_losses
-from lorasuite.training import LabelHead
+from lorasuite.training import LabelHead, collate
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -140,11 +140,9 @@ class Probe:
             head = LabelHead(self.model)
             for start in range(0, len(order), self.settings.batch_size):
                 members = order[start : start + self.settings.batch_size]
-                width = len(ids[members[0]])
-                batch = torch.tensor([ids[n] + [0] * (width - len(ids[n])) for n in members], device=device)
-                mask = torch.tensor([[1] * len(ids[n]) + [0] * (width - len(ids[n])) for n in members], device=device)
-                states = head.states({"input_ids": batch, "attention_mask": mask}).float()
-                weights = mask.to(states.device)[..., None]
+                batch = collate([{"input_ids": ids[n], "attention_mask": [1] * len(ids[n])} for n in members])
+                states = head.states({key: value.to(device) for key, value in batch.items()}).float()
+                weights = batch["attention_mask"].to(states.device)[..., None]
                 for n, mean in zip(members, (states * weights).sum(1) / weights.sum(1), strict=True):
                     found[n] = mean
         vectors = torch.stack(found)

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from lorasuite.data import IGNORED, UNFINISHED, Row, encode_pair, prompt_ids
 from lorasuite.errors import DataError, Problem
 from lorasuite.teacher._generation import Answer, context_length
-from lorasuite.training import read_labels
+from lorasuite.training import cross_entropies, read_labels
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -77,7 +77,7 @@ def text_losses(
         examples.append((index, {"input_ids": ids, "labels": labels, "attention_mask": [1] * len(ids)}, size))
     nats = torch.zeros(len(examples), dtype=torch.float64)
     for read in read_labels(model, [example for _, example, _ in examples], batch_size):
-        losses = torch.nn.functional.cross_entropy(read.logits.float(), read.targets, reduction="none")
+        losses = cross_entropies(read.logits, read.targets)
         nats.index_add_(0, read.examples, losses.double().cpu())
     for (index, _, size), loss in zip(examples, nats.tolist(), strict=True):
         found[index] = TextLoss(nats=loss, bytes=size, rows=1)

@@ -2,7 +2,7 @@ from ._device import base_dtype
 from ._distillation import OUTCOMES_KEPT, SoftLabels, held_out_divergence, soft_labels
 from ._effort import EXTENTS, Effort, Extent, Search, SearchedArm
 from ._finetune import finetune
-from ._head import LabelHead, label_rows
+from ._head import LabelHead, cross_entropies, label_rows
 from ._loss import LabelLogits, collate, read_labels, validation_loss
 from ._on_policy import StepRows
 from ._search import Start, search
@@ -37,6 +37,7 @@ __all__ = [
     "base_dtype",
     "choose",
     "collate",
+    "cross_entropies",
     "excess_weights",
     "finetune",
     "finetune_swept",

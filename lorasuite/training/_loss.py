@@ -94,7 +94,7 @@ def read_labels(
 
 
 def collate(examples: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
-    """Pad examples on the right to the longest: three ``(batch, tokens)`` int64 tensors.
+    """Pad examples on the right to the longest: ``(batch, tokens)`` int64 tensors; of labels where they have them.
 
     Padding is token 0, masked in attention and labels: it needs no pad token and can never be seen.
     """
@@ -103,4 +103,5 @@ def collate(examples: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]
     return {
         key: torch.tensor([example[key] + [value] * (width - len(example[key])) for example in examples])
         for key, value in fill.items()
+        if key in examples[0]
     }
