@@ -220,7 +220,8 @@ class Lab:
         )
 
     def refreshed(self, cell: Cell) -> Ref:
-        """A fresh LoRA fine-tuned on what the old base with the adapter wrote, whether or not it is worth copying."""
+        """A fresh LoRA fine-tuned on what the old base with the adapter wrote, whether or not it is worth copying, and
+        on labelled rows where some are given beside it."""
         settings, task = cell.settings.migration, self.task(cell.task)
         source = self.source(cell)
         settings, plan, asking = asked_of_rows(settings, task.train, cell.settings.given.prompts, source)
@@ -232,7 +233,9 @@ class Lab:
         if plan.prompt_sources and asked is not None:
             compare_prompts(self.steps, settings, asked, draw(task.train, REAL, settings.seed), source)
         written = teacher_rows(self.steps, settings, plan.teacher_rows, asked, source)
-        rows = self.steps.run(split, {"synthetic": written}, {"seed": settings.seed})
+        labelled = cell.settings.given.labelled
+        own = {"own": self.steps.keep_rows(draw(task.train, labelled, settings.seed))} if labelled else {}
+        rows = self.steps.run(split, {**own, "synthetic": written}, {"seed": settings.seed})
         pair = self.pair(cell)
         taught = said_of_tokens(self.steps, settings.finetune, source, rows, pair)
         first = tuned(
@@ -240,7 +243,7 @@ class Lab:
             "new",
             rows,
             Tuning(settings.finetune, settings.learning_rates),
-            fresh=self._untrained(cell, "new", plan.synthetic_train_rows, settings.finetune),
+            fresh=self._untrained(cell, "new", plan.synthetic_train_rows + labelled, settings.finetune),
             taught=taught,
             label="refreshed",
         )

@@ -88,11 +88,12 @@ class Training(Strict):
 
 
 class Given(Strict):
-    """What the teacher of a cell is given of the task."""
+    """What there is of the task where a teacher writes rows: prompts for it, and labelled rows beside its own."""
 
     prompts: int | None = Field(
         None, ge=0, description="prompts of the training rows, drawn by the seed; those of all rows if unset"
     )
+    labelled: int = Field(0, ge=0, description="training rows, drawn by the seed, that the fine-tune reads beside them")
 
 
 class Paper(Strict):
@@ -127,5 +128,5 @@ class ExperimentConfig(Strict):
     settings: dict[str, Any] = Field({}, description="settings of a migration (docs/configuration.md)")
     lora: dict[str, Any] = Field({}, description="kind, rank, scaling, targets")
     retrain: dict[str, Any] = Field({}, description="rows, learning_rates, finetune")
-    given: dict[str, Any] = Field({}, description="prompts: how many the teacher is given")
+    given: dict[str, Any] = Field({}, description="prompts, labelled: what there is of the task beside the adapter")
     tables: dict[str, ExperimentTable] = Field(min_length=1)

@@ -105,16 +105,21 @@ def test_the_sequential_fit_and_rows_without_labels(
         "tables": {
             "sequential": {"title": "Fit", "set": {"method": "sequential"}, "arms": ["migrated", "migrated+lft"]},
             "refresh": {"title": "No labels", "arms": ["refreshed"]},
+            "beside": {"title": "Labels beside", "set": {"given.labelled": 6}, "arms": ["refreshed"]},
             "cost": {"title": "Cost", "kind": "cost", "tasks": ["own"], "arms": ["migrated", "refreshed", "retrained"]},
         },
         "tasks": {**CONTENT["tasks"], "own": {"zoo": "mirror", "eval_rows": 6, "set": {"method": "sequential"}}},
         "retrain": {"rows": 16, "finetune": {"epochs": 1}},
     }
-    content["tables"] |= {name: {**content["tables"][name], "tasks": ["mirror"]} for name in ("sequential", "refresh")}
+    own = ("sequential", "refresh", "beside")
+    content["tables"] |= {name: {**content["tables"][name], "tasks": ["mirror"]} for name in own}
     file.write_text(yaml.safe_dump(content, sort_keys=False))
     arguments = [str(file), "--output", str(tmp_path / "out")]
     result = run(*arguments)
-    assert (result["cells"], result["computed"], result["failed"]) == (6, 6, [])
+    assert (result["cells"], result["computed"], result["failed"]) == (7, 7, [])
+    manifests = [one.manifest for one in Store(home).ls() if one.manifest is not None]
+    trained = {manifest.info["samples"] for manifest in manifests if manifest.stage == "finetune"}
+    assert {12, 12 + 6} <= trained, "what was written, and six labelled rows beside it"
     assert [row[0] for row in result["tables"]["refresh"]["rows"]] == ["refreshed (no labels)"]
     assert all(row[2] != "–" for row in result["tables"]["cost"]["rows"][:2]), "fits and written rows cost time"
     assert {state for _, _, state in states(run(*arguments, "--dry-run"))} == {"cached"}
