@@ -127,13 +127,13 @@ class Space:
             x, y = (torch.cat(rows) for rows in zip(*self.sampled, strict=True))
             (p, rx), (q, ry) = torch.linalg.qr(x.T), torch.linalg.qr(y.T)
             found |= {"left": p.half().cpu(), "right": q.half().cpu()}
-            sums = Moments.empty(len(rx), len(ry), self._squares, widths=(x.shape[1], y.shape[1]))
-            sums.add(rx.T.cpu(), ry.T.cpu())
+            sums = Moments.empty(len(rx), len(ry), self._squares, widths=(x.shape[1], y.shape[1]), device=x.device)
+            sums.add(rx.T, ry.T)
         sums = sums.double()
         for kind in self.kinds:
             core = kind.compute(sums)
             scale = core.abs().max().clamp(min=torch.finfo(torch.float32).tiny)
-            found |= {kind.name: (core / scale).half(), f"{kind.name}.scale": scale.float()}
+            found |= {kind.name: (core / scale).half().cpu(), f"{kind.name}.scale": scale.float().cpu()}
         return found, sums
 
 

@@ -70,10 +70,10 @@ class Moments:
             self.yy.addmm_(y.T, y)
 
     def double(self) -> Moments:
-        """The same sums in float64 on the CPU, where maps are computed: LAPACK's decompositions are ahead of a GPU's at
-        the sizes that come here."""
+        """The same sums in float64 where they are, for the decompositions of maps: at 2,048 columns an H200 took an eighth
+        of eight cores' time for an SVD, and less of it for the others."""
         names = ("x", "y", "xy", "sizes", "xx", "yy")
-        return replace(self, **{name: getattr(self, name).double().cpu() for name in names})
+        return replace(self, **{name: getattr(self, name).double() for name in names})
 
     def centred(self) -> Float64[Tensor, "a b"]:
         """The covariance of both sides, ``Σ(x − x̄)(y − ȳ)ᵀ``."""

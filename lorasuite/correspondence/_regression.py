@@ -75,8 +75,8 @@ class RegressionSums(TargetSums):
         return matrix, max(error, 0.0) / total
 
     def reduced_rank(self, rank: int) -> tuple[LowRank, float]:
-        """:func:`reduced_rank` of these sums, in float64 on the CPU."""
-        xx, xy, square = (part.double().cpu() for part in (self.xx, self.xy, self.square))
+        """:func:`reduced_rank` of these sums, in float64 where they are."""
+        xx, xy, square = (part.double() for part in (self.xx, self.xy, self.square))
         return reduced_rank(xx, xy, square, rank=rank)
 
 
@@ -146,7 +146,7 @@ def reduced_rank(
         xx: ``XᵀX (in, in)``; xr: ``XᵀR (in, out)``; square: ``‖R‖²``.
 
     Returns:
-        the update (``B (out, rank)``, ``A (rank, in)``, float64), and the share of ``‖R‖²`` that it leaves.
+        the update (``B (out, rank)``, ``A (rank, in)``, float64, on the CPU), and the share of ``‖R‖²`` that it leaves.
     """
     lower = ridge_factor(xx, FIT_RIDGE)
     # With G = LLᵀ the penalised loss is ‖Lᵀ(W − W*)‖²: the best W of low rank is an SVD cut of LᵀW* = L⁻¹XᵀR, here by
@@ -164,4 +164,4 @@ def reduced_rank(
     inner = float((moved * update.B.T).sum())
     energy = float(((update.A @ xx @ update.A.T) * (update.B.T @ update.B)).sum())
     left = (float(square) - 2 * inner + energy) / float(square) if float(square) > 0 else 0.0
-    return update, max(left, 0.0)
+    return LowRank(update.B.cpu(), update.A.cpu()), max(left, 0.0)

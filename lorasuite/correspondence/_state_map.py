@@ -130,7 +130,7 @@ class StateFeatures:
         strength = MAP_RIDGE * whole.square().sum().double().cpu() / whole.shape[1]
         basis = _span(whole, min(DIRECTIONS, len(whole)), self.seed)
         inside = whole @ basis
-        values, vectors = torch.linalg.eigh((inside.T @ inside).double().cpu())
+        values, vectors = (part.cpu() for part in torch.linalg.eigh((inside.T @ inside).double()))
         self.basis = _rounded(basis.cpu() @ vectors.float())
         return [row @ self.basis.to(row) for row in rows], values.clamp(min=0) + strength
 

@@ -163,9 +163,9 @@ def _through_reads(
     found = {}
     for name in names:
         module, linear = linear_modules(new, layer)[name]
-        weight = linear.weight.detach().double().cpu()
-        weight = weight.T if module.transposed else weight
         of = whole[readers[name]]
+        weight = linear.weight.detach().to(of.yy)
+        weight = weight.T if module.transposed else weight
         found[name] = reduced_rank(of.xx, of.xy @ weight.T, ((weight @ of.yy) * weight).sum(), rank=rank)
     return found
 
