@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -173,8 +174,14 @@ def _tokens(lab: Lab, cell: Cell, tuning: FinetuneSettings) -> int:
     assert any(step.stage == finetune.name for step in used)
     rows = [stored_split(lab.steps.store.open(step.key)).trained for step in used if step.stage == split.name]
     base = lab.old if cell.arm == Arm.OLD_ADAPTER else lab.new
-    encoded = encode_rows(rows[-1], load_tokenizer(base.path, lab.trust), tuning.cutoff)
+    encoded = encode_rows(rows[-1], _tokenizer(base.path, lab.trust), tuning.cutoff)
     return round(tuning.epochs * sum(len(example["input_ids"]) for example in encoded.examples))
+
+
+@cache
+def _tokenizer(base: Path, trust: bool) -> Any:
+    """Read once: that of a large vocabulary takes seconds."""
+    return load_tokenizer(base, trust)
 
 
 def _name(record: Mapping[str, Any]) -> str:

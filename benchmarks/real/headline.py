@@ -12,8 +12,8 @@ from lorasuite.evaluation import Arm
 
 Cell = Mapping[str, Any]
 
-#: Grids whose cells are of adapters as people train them; other grids vary something else.
-GRID = "all-linear"
+#: Grids whose cells are of adapters as people train them, a table each; other grids vary something else.
+GRIDS = ("all-linear", "strong")
 
 
 @dataclass(frozen=True)
@@ -36,13 +36,13 @@ class Way:
 
 
 def ways(cells: Iterable[Cell]) -> list[Way]:
-    """The ways that cells of one pair and task show, references first.
+    """The ways that cells of one pair, task and grid show, references first.
 
     Of several learning rates the one with the least loss on the test rows stands, chosen by the first seed: in
     hindsight, for every way alike.
     """
-    own = [cell for cell in cells if cell["grid"] == GRID and not cell.get("settings") and not cell.get("prompts")]
-    longer = [cell for cell in cells if cell["grid"] == GRID and set(cell.get("settings", ())) == {"finetune.epochs"}]
+    own = [cell for cell in cells if not cell.get("settings") and not cell.get("prompts")]
+    longer = [cell for cell in cells if set(cell.get("settings", ())) == {"finetune.epochs"}]
     found = [
         _best("old base + adapter", own, lambda cell: cell["arm"] == Arm.OLD_ADAPTER),
         _best("new base, bare", own, lambda cell: cell["arm"] == Arm.NEW),
@@ -77,7 +77,7 @@ def _best(name: str, cells: Iterable[Cell], belongs: Callable[..., bool]) -> Way
 
 
 def table(cells: list[Cell]) -> str:
-    """The Markdown table of one pair and task; "" where nothing was retrained to compare with."""
+    """The Markdown table of one pair, task and grid; "" where nothing was retrained to compare with."""
     lines = ways(cells)
     named = {line.name: line for line in lines}
     bare, whole = named.get("new base, bare"), next((x for x in lines if x.name.startswith("retrained")), None)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.real.grid import prompts_label
+from benchmarks.real.headline import GRIDS
 from benchmarks.real.headline import table as headline
 from benchmarks.real.scores import EXACT, SCORED_BY, score, slot_f1
 from lorasuite.evaluation import Arm, compare
@@ -24,14 +25,14 @@ NAMES = {
 #: Every sweep's learning rates.
 RATES = (3e-4, 1e-3, 3e-3)
 #: Losses that the picture's axis names.
-LEVELS = (0.3, 1, 3, 10, 30)
+LEVELS = (0.03, 0.1, 0.3, 1, 3, 10, 30)
 MISSING = "not run"
 PICTURE = "evidence.png"
 BEGIN, END = "<!-- cells -->", "<!-- /cells -->"
 #: Between these stands the table of every pair and task that has a retrain to compare with.
 FIRST, LAST = "<!-- headline -->", "<!-- /headline -->"
 #: Grids that a picture by learning rate shows, and panels in a row of it.
-DRAWN = ("all-linear", "paper")
+DRAWN = ("all-linear", "paper", "strong")
 ACROSS = 3
 
 Cell = Mapping[str, Any]
@@ -181,12 +182,10 @@ def markdown(cells: list[Cell]) -> str:
 
 
 def headlines(cells: list[Cell]) -> str:
-    """The table of each pair and task that has a retrain."""
-    found: dict[tuple[str, str, str], list[Cell]] = {}
-    for cell in cells:
-        found.setdefault((cell["old_base"], cell["new_base"], cell["task"]), []).append(cell)
-    tables = {key: headline(own) for key, own in sorted(found.items())}
-    return "\n\n".join(f"**{old} → {new}**\n\n{one}" for (old, new, _), one in tables.items() if one)
+    """The table of each pair, task and grid that has a retrain."""
+    tables = {key: headline(own) for key, own in groups(cells) if key[-1] in GRIDS}
+    shown = ((old, new, grid, one) for (old, new, _, grid), one in tables.items() if one)
+    return "\n\n".join(f"**{old} → {new}**, old adapters of `{grid}`\n\n{one}" for old, new, grid, one in shown)
 
 
 def write(folder: Path, page: Path) -> None:

@@ -70,8 +70,8 @@ class Moments:
             self.yy.addmm_(y.T, y)
 
     def double(self) -> Moments:
-        """The same sums in float64 where they are, for the decompositions of maps: at 2,048 columns an H200 took an eighth
-        of eight cores' time for an SVD, and less of it for the others."""
+        """The same sums in float64 where they are, for the decompositions of maps: for an SVD of 2,048 columns an H200
+        took an eighth of the time of eight cores, and less of it for the others."""
         names = ("x", "y", "xy", "sizes", "xx", "yy")
         return replace(self, **{name: getattr(self, name).double() for name in names})
 

@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks.real.__main__ import CELLS, PAGE
 from benchmarks.real.headline import table as headline
-from benchmarks.real.tables import BEGIN, END, PICTURE, groups, markdown, read, table, write
+from benchmarks.real.tables import BEGIN, END, PICTURE, groups, headlines, markdown, read, table, write
 
 LORA = {"rank": 4, "targets": ["q", "v"]}
 
@@ -107,7 +107,6 @@ def test_a_headline_of_every_way_against_the_retrain() -> None:
         cell("migrated+lft", 1, 2.0, 0.001, **grid, method="procrustes"),
         cell("refreshed", 4, 3.0, 0.001, **grid),
         cell("refreshed", 9, 0.1, 0.001, **grid, prompts={"sources": ["adapter"], "given": 0}),
-        cell("scratch", 9, 0.1, 0.001, grid="paper"),
     ]
     lines = {line.split(" | ")[0][2:]: line for line in headline(found).split("\n")}
     assert lines["LoRA on 100 rows"].split(" | ")[1:-2] == ["2", "35.0% [30.0%, 40.0%]", "0.44", "2.50", "0.62"]
@@ -118,3 +117,7 @@ def test_a_headline_of_every_way_against_the_retrain() -> None:
     assert "`procrustes` + LFT on 100 rows, the best of the others" in lines
     assert lines["100 rows that the old adapter wrote, no label"].split(" | ")[2] == "40.0%", "of given prompts"
     assert headline(found[:2]) == ""
+    others = [cell("scratch", 9, 0.1, 0.001, grid="paper"), *({**one, "grid": "strong"} for one in found[:3])]
+    first, second = headlines([*found, *others]).split("\n\n**")
+    assert "`all-linear`" in first and first.endswith(headline(found)), "a grid's cells are of one old adapter"
+    assert "`strong`" in second and second.count("\n| ") == 5
