@@ -11,7 +11,7 @@ from lorasuite.errors import Problem, grouped
 from lorasuite.planning._config import MigrationConfig
 from lorasuite.planning._inspection import Inspection
 from lorasuite.planning._policy import RowCounts, RowPlan
-from lorasuite.teacher import card_text, prompt_frame, prompt_source, unusable
+from lorasuite.teacher import Card, card_text, prompt_frame, prompt_source, unusable
 
 
 def teacher_prompts(
@@ -55,8 +55,10 @@ def adapter_card(result: Inspection, config: MigrationConfig) -> str:
     return card_text(result.opened.path) if result.opened is not None and len(sources(config.adapter)) == 1 else ""
 
 
-def check_sources(result: Inspection, config: MigrationConfig, rows: RowPlan, counts: RowCounts) -> None:
-    """Sources of prompts that are named, and for which nothing is given."""
+def check_sources(result: Inspection, config: MigrationConfig, rows: RowPlan, counts: RowCounts, card: Card) -> None:
+    """Sources of prompts that are named, and for which nothing is given; and what of the adapter's card is not read."""
+    if card.unread and rows.prompt_sources:
+        result.notices.append("the adapter's card begins with YAML that cannot be read: widget examples are not used")
     for name in rows.prompt_sources:
         there = {"examples": bool(counts.prompts), "description": bool(config.describe), "card": counts.card}
         if not there.get(name, True):

@@ -192,6 +192,9 @@ def _notices(
     sources: tuple[str, ...],
 ) -> Iterator[str]:
     asked = settings.teacher_samples is not None
+    idle = [name for name in ("second_step_epochs", "second_step_rate") if name in settings.model_fields_set]
+    if idle and settings.second_step == "none":
+        yield f"{' and '.join(idle)} not used: there is no second step (--second-step)"
     if counts.own and requested:
         own = min(requested, counts.own)
         if own < requested:

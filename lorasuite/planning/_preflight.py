@@ -87,10 +87,11 @@ def check(config: MigrationConfig, home: Path | None = None, timed: bool = False
     if not template.default and config.eval_tasks:
         result.notices.append(f"template {template.name}: tasks by name have prompts of their own, and do not use it")
     card = adapter_card(result, config)
-    counts = RowCounts.of(train, prompts, held_out, config.teacher.text_prefix, bool(parsed_card(card)))
+    said = parsed_card(card)
+    counts = RowCounts.of(train, prompts, held_out, config.teacher.text_prefix, bool(said))
     rows = plan_rows(config, counts)
     result.notices += rows.notices
-    check_sources(result, config, rows, counts)
+    check_sources(result, config, rows, counts, said)
     _start(result, config, rows)
     result.problems += untaught(config, rows)
     general = general_texts(result, config, template, every_text, rows.teacher_rows, [*train, *(prompts or ())])
@@ -161,11 +162,11 @@ def survey(
         read = [*data.train, *data.prompts]
         data.general = general_texts(result, config, template, every_text, wanted.teacher_rows, read).texts
     if not result.problems:
-        card = bool(parsed_card(adapter_card(result, config)))
-        counts = RowCounts.of(data.train, data.prompts or None, data.evaluation, config.teacher.text_prefix, card)
+        card, words = parsed_card(adapter_card(result, config)), config.teacher.text_prefix
+        counts = RowCounts.of(data.train, data.prompts or None, data.evaluation, words, bool(card))
         rows = plan_rows(config, counts if train is not None else replace(counts, own=None))
         if adapter:
-            check_sources(result, config, rows, counts)
+            check_sources(result, config, rows, counts, card)
             result.problems += untaught(config, rows)
         _count(result, config, rows, data, home, not pair_only, timed)
     return result

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,8 @@ class Card:
     #: Before and behind the body, of every template that is shown.
     frames: tuple[tuple[str, str], ...] = ()
     description: str = ""
+    #: Whether its first block, where widget examples are, could not be read.
+    unread: bool = field(default=False, compare=False)
 
     def __bool__(self) -> bool:
         return bool(self.prompts or self.frames or self.description)
@@ -78,7 +80,7 @@ def parsed_card(text: str) -> Card:
     """
     head, body = _split(text.replace("\r\n", "\n"))
     blocks, prose = _blocks(_without_comments(body))
-    prompts = list(_widgets(head))
+    prompts = list(_widgets(head or {}))
     frames = []
     for name in _named_templates(text):
         frames += [(shape.before, shape.after) for shape in templated_shape(name, known_templates()[name])]
@@ -90,7 +92,8 @@ def parsed_card(text: str) -> Card:
                 frames.append(found)
     usable = [row for row in prompts if _written(row) and 0 < len(row.prompt or _said(row)) <= LONGEST]
     framed = [frame for frame in frames if _is_text("".join(frame))]
-    return Card(tuple(dict.fromkeys(usable))[:MOST_PROMPTS], tuple(dict.fromkeys(framed)), _description(prose))
+    kept, shapes = tuple(dict.fromkeys(usable))[:MOST_PROMPTS], tuple(dict.fromkeys(framed))
+    return Card(kept, shapes, _description(prose), unread=head is None)
 
 
 def _named_templates(text: str) -> list[str]:
@@ -100,15 +103,15 @@ def _named_templates(text: str) -> list[str]:
     return [name for name in dict.fromkeys(found) if name in known_templates()]
 
 
-def _split(text: str) -> tuple[dict[str, Any], str]:
-    """The YAML block at the beginning, and the rest."""
+def _split(text: str) -> tuple[dict[str, Any] | None, str]:
+    """The YAML block at the beginning, None where it cannot be read, and the rest."""
     match = re.match(r"---\n(.*?)\n---\s*\n", text, re.DOTALL)
     if match is None:
         return {}, text
     try:
         head = parse_yaml(match.group(1))
     except ValueError:  # someone else's text, which need be no YAML
-        head = None
+        return None, text[match.end() :]
     return head if isinstance(head, dict) else {}, text[match.end() :]
 
 

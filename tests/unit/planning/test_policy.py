@@ -265,6 +265,8 @@ def test_fine_tunes(
         ({"prompts": "p", "teacher_samples": 50, "teacher": {"temperature": 0}}, {"prompts": 50}, []),
         ({"prompts": "p", "teacher_samples": 50, "teacher": {"temperature": 0, **IMITATE}}, {"prompts": 40}, []),
         ({"method": "procrustes"}, {}, []),
+        ({"method": "procrustes", "second_step_rate": 0.3}, {}, ["second_step_rate not used: there is no second step"]),
+        ({"prompts": "p", "second_step": "cached", "second_step_epochs": 1}, {"prompts": 40}, ["writes up to 40 rows"]),
     ],
 )
 def test_notices(given: dict[str, Any], counts: dict[str, Any], said: list[str]) -> None:

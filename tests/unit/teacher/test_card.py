@@ -95,6 +95,12 @@ def test_a_card_that_says_nothing_or_is_broken_gives_nothing(text: str) -> None:
     assert not parsed_card(text) and parsed_card(text) == Card()
 
 
+def test_a_head_that_cannot_be_read_is_told_and_the_rest_is_used() -> None:
+    card = parsed_card("---\nwidget: [a: b: c\n---\nTells a bank's customers apart.\n")
+    assert card.unread and card.description and not card.prompts
+    assert not parsed_card(CARD).unread and not parsed_card("no head").unread
+
+
 @pytest.mark.parametrize(
     "text",
     [
