@@ -92,12 +92,15 @@ def penalty(xx: Float64[Tensor, "a a"], strength: float, width: int | None = Non
 
 def ridge_factor(xx: Float64[Tensor, "a a"], strength: float) -> Float64[Tensor, "a a"]:
     """The lower Cholesky factor ``(a, a)`` of ``xx + λI``, for any number of right-hand sides."""
-    factor: Tensor = torch.linalg.cholesky(xx + penalty(xx, strength) * _identity(xx))
+    return _cholesky(xx, penalty(xx, strength))
+
+
+def _cholesky(xx: Float64[Tensor, "a a"], size: Float64[Tensor, ""]) -> Float64[Tensor, "a a"]:
+    """The lower Cholesky factor of ``xx + size·I``; of wide spaces an identity is not made beside it."""
+    shifted = xx.clone()
+    shifted.diagonal().add_(size)
+    factor: Tensor = torch.linalg.cholesky(shifted)
     return factor
-
-
-def _identity(xx: Float64[Tensor, "a a"]) -> Float64[Tensor, "a a"]:
-    return torch.eye(xx.shape[0], dtype=xx.dtype, device=xx.device)
 
 
 def gram_cutoff(values: Float64[Tensor, " a"]) -> Float64[Tensor, ""]:
@@ -134,7 +137,7 @@ def ridge(
     """
     size = penalty(xx, strength, width)
     wanted = xy if prior is None else xy + size * prior
-    return torch.cholesky_solve(wanted, torch.linalg.cholesky(xx + size * _identity(xx)))
+    return torch.cholesky_solve(wanted, _cholesky(xx, size))
 
 
 def reduced_rank(

@@ -81,10 +81,10 @@ class Sequential(ModelTransform):
         """Fit the new base's modules of these roles to follow the old base + adapter on the task texts.
 
         Memory: the features ``(positions, ≤ 2,048)`` in float32 and one hidden state of the texts, and for one block at
-        a time its maps and the second moments of what its modules read. Time: the old base passes once over the texts;
-        the new one goes through each block twice, and three times as far as to what the modules at hand read. A block's
-        fits are Cholesky factors and eigenvalue problems of its spaces' sizes. For an 8B base and 12,000 positions that
-        is 3.2 × 168 TFLOP, and sums of 12 TFLOP a block, most for ``down``.
+        a time its maps, its own weights once more, and the second moments of what its modules read. Time: the old base
+        passes once over the texts; the new one goes through each block twice, and three times as far as to what the
+        modules at hand read. A block's fits are Cholesky factors and eigenvalue problems of its spaces' sizes. For an
+        8B base and 12,000 positions that is 3.2 × 168 TFLOP, and sums of 12 TFLOP a block, most for ``down``.
 
         Raises:
             ConfigError: without a state map.
@@ -97,16 +97,16 @@ class Sequential(ModelTransform):
             wanted = states.features.states(batches)
         task = Reading(batches, LayerStream(new, [batch.new for batch in batches]))
         result = FittedUpdates()
-        original: dict[str, Tensor] = {}
-        try:
-            for layer in range(new.dims.layers):
+        for layer in range(new.dims.layers):
+            original: dict[str, Tensor] = {}
+            try:
                 if names := modules_of_roles(new, layer, roles):
                     _fit_block(new, layer, names, states.layer(layer), (task, wanted), rank, original, result)
                 task.stream.advance(again=True)
-                if progress is not None:
-                    progress(layer + 1, new.dims.layers)
-        finally:
-            put_weights(new, original)
+            finally:  # a block that the texts have passed is not run again
+                put_weights(new, original)
+            if progress is not None:
+                progress(layer + 1, new.dims.layers)
         return result
 
 
