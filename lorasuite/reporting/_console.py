@@ -59,8 +59,11 @@ def show_inspection(found: Mapping[str, Any]) -> None:
         console.print("[red]problem:[/]", escape(str(problem)), highlight=False)
     if found["outlook"]:
         _show_outlook(console, found["outlook"])
+    short = {one["stage"] for one in found["cost"]["shortages"]} if found["cost"] else set()
     if not found["problems"]:
-        console.print("no problems found")
+        console.print(
+            "no problems found" + (f", but {', '.join(sorted(short))}: too large for what is free" if short else "")
+        )
     for side, draft in found["proposal"].items():
         console.print(f"\na first draft of an architecture file for {side.replace('_', ' ')}:", highlight=False)
         console.print(draft["yaml"], highlight=False, markup=False)
