@@ -62,7 +62,7 @@ def show_inspection(found: Mapping[str, Any]) -> None:
     short = {one["stage"] for one in found["cost"]["shortages"]} if found["cost"] else set()
     if not found["problems"]:
         console.print(
-            "no problems found" + (f", but {', '.join(sorted(short))}: too large for what is free" if short else "")
+            "no problems found" + (f", but too large for what is free: {', '.join(sorted(short))}" if short else "")
         )
     for side, draft in found["proposal"].items():
         console.print(f"\na first draft of an architecture file for {side.replace('_', ' ')}:", highlight=False)

@@ -13,7 +13,7 @@ from lorasuite.reporting import _console
     ("shortages", "last"),
     [
         ([], "no problems found"),
-        (["model_fit", "serving", "model_fit"], "no problems found, but model_fit, serving: too large for what is free"),
+        (["serving", "model_fit", "serving"], "no problems found, but too large for what is free: model_fit, serving"),
     ],
 )
 def test_what_does_not_fit_is_said_last_as_well(
