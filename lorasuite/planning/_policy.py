@@ -192,7 +192,9 @@ def _notices(
     sources: tuple[str, ...],
 ) -> Iterator[str]:
     asked = settings.teacher_samples is not None
-    idle = [name for name in ("second_step_epochs", "second_step_rate") if name in settings.model_fields_set]
+    # by value: settings that a flow hands on are all set
+    defaults = {name: MigrationConfig.model_fields[name].default for name in ("second_step_epochs", "second_step_rate")}
+    idle = [name for name, default in defaults.items() if getattr(settings, name) != default]
     if idle and settings.second_step == "none":
         yield f"{' and '.join(idle)} not used: there is no second step (--second-step)"
     if counts.own and requested:
