@@ -7,13 +7,18 @@ from dataclasses import dataclass
 from statistics import mean
 from typing import Any
 
+from benchmarks.real.grid import prompts_label
 from benchmarks.real.scores import EXACT, SCORED_BY, score
 from lorasuite.evaluation import Arm
 
 Cell = Mapping[str, Any]
 
+#: The setting that puts labelled rows beside written ones.
+LABELLED = "given.labelled"
 #: Grids whose cells are of adapters as people train them, a table each; other grids vary something else.
 GRIDS = ("all-linear", "strong")
+#: Grids of the same old adapters as another's, and rows and steps: their lines stand in the same table.
+WITH = {"discovery": "strong"}
 
 
 @dataclass(frozen=True)
@@ -60,9 +65,18 @@ def ways(cells: Iterable[Cell]) -> list[Way]:
     others = [cell for cell in moved if cell["method"] != "lorasuite"]
     if best := _best("", others, lambda cell: True):
         found.append(Way(f"`{best.cells[0]['method']}` + LFT on 100 rows, the best of the others", best.cells))
-    for rows in sorted({cell["rows"] for cell in own if cell["arm"] == Arm.REFRESHED}):
+    written = [cell for cell in cells if cell["arm"] == Arm.REFRESHED]
+    for rows in sorted({cell["rows"] for cell in written}):
+        alike = [cell for cell in written if cell["rows"] == rows]
         name = f"{rows:,} rows that the old adapter wrote, no label"
-        found.append(_best(name, own, lambda cell, n=rows: cell["arm"] == Arm.REFRESHED and cell["rows"] == n))
+        found.append(_best(name, [cell for cell in own if cell in alike], lambda cell: True))
+        beside = [cell for cell in alike if not cell.get("prompts") and set(cell.get("settings", ())) == {LABELLED}]
+        for labels in sorted({int(cell["settings"][LABELLED]) for cell in beside}):
+            told = f"{rows:,} written rows and {labels:,} labelled ones"
+            found.append(_best(told, beside, lambda cell, n=str(labels): cell["settings"][LABELLED] == n))
+        for label in sorted({label for cell in alike if (label := prompts_label(cell))}):
+            told = f"{rows:,} written rows, prompts from {label}"
+            found.append(_best(told, alike, lambda cell, n=label: prompts_label(cell) == n))
     return [way for way in found if way is not None]
 
 

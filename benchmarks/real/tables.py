@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.real.grid import prompts_label
-from benchmarks.real.headline import GRIDS
+from benchmarks.real.headline import GRIDS, WITH
 from benchmarks.real.headline import table as headline
 from benchmarks.real.scores import EXACT, SCORED_BY, score, slot_f1
 from lorasuite.evaluation import Arm, compare
@@ -183,7 +183,9 @@ def markdown(cells: list[Cell]) -> str:
 
 def headlines(cells: list[Cell]) -> str:
     """The table of each pair, task and grid that has a retrain."""
-    tables = {key: headline(own) for key, own in groups(cells) if key[-1] in GRIDS}
+    kept = (cell for cell in cells if cell["grid"] not in WITH or cell.get("prompts"))
+    joined = [{**cell, "grid": WITH.get(cell["grid"], cell["grid"])} for cell in kept]
+    tables = {key: headline(own) for key, own in groups(joined) if key[-1] in GRIDS}
     shown = ((old, new, grid, one) for (old, new, _, grid), one in tables.items() if one)
     return "\n\n".join(f"**{old} → {new}**, old adapters of `{grid}`\n\n{one}" for old, new, grid, one in shown)
 

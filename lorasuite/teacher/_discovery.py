@@ -16,7 +16,7 @@ from lorasuite.errors import DataError, Problem
 from lorasuite.teacher._from_adapter import texts
 from lorasuite.teacher._given import VARIED, VARIED_TOKENS
 from lorasuite.teacher._lists import LIST_TOKENS, SHOWN, USED
-from lorasuite.teacher._probe import PROBE_TOKENS, Probe, Pull, farthest
+from lorasuite.teacher._probe import PROBE_TOKENS, Probe, Pull, farthest, ranked
 
 #: Drafts made for each prompt wanted, and of those that move the adapter, how many are chosen among by distance.
 DRAFTS, POOL = 3, 1.5
@@ -104,8 +104,7 @@ def choose_prompts(
 ) -> tuple[list[Row], Discovered]:
     """The prompts that are used: given ones, and the drafts that the adapter's signal and their distances choose.
 
-    Of all sources together the drafts that move the adapter more than general text does on average are ranked by
-    :attr:`Pull.score`; of :data:`POOL` times those wanted the ones farthest from each other are kept, by the bare old
+    Of all sources together the drafts that move the adapter more than general text does on average are :func:`ranked`; of :data:`POOL` times those wanted the ones farthest from each other are kept, by the bare old
     base's embeddings.
 
     Args:
@@ -135,8 +134,7 @@ def choose_prompts(
         random.Random(f"{probe.seed} drawn").shuffle(pool)
         kept = pool[:wanted]
     else:
-        pool.sort(key=lambda one: -one[1].score)
-        pool = pool[: max(wanted, round(POOL * wanted))]
+        pool = [pool[n] for n in ranked([pull for _, pull in pool])[: max(wanted, round(POOL * wanted))]]
         far = farthest(probe.vectors([probe.text(pull.row) for _, pull in pool]), wanted) if pool and wanted else []
         kept = [pool[n] for n in far]
     if not kept and not given:

@@ -30,7 +30,7 @@ class Examples:
         """Drafts of the examples' shape."""
         shape = shape_of(given.examples)
         bodies = [shape.body(row) for row in given.examples if row.kind == shape.kind]
-        found = grown(probe, shape, bodies, count, asked(given.description), "examples")
+        found = grown(probe, shape, bodies, count, asked(given.description), "examples", on_answers=True)
         framed = count - len(found)
         with contextlib.suppress(DataError):  # they have no common end, or the base does not come to it
             more = imitate(probe.model, probe.tokenizer, given.examples, framed, probe.settings, seed=probe.seed)

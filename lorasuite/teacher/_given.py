@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import random
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from lorasuite.data import Row
 from lorasuite.teacher._card import Card
 from lorasuite.teacher._lists import USED, continued, plain
-from lorasuite.teacher._probe import Probe, Pull
+from lorasuite.teacher._probe import Probe, Pull, ranked
 from lorasuite.teacher._shapes import Shape
 
 #: Drafts that a round of the search goes on from: those that move the adapter most.
@@ -76,11 +77,12 @@ def grown(
     """
     pulls = {plain(shape.body(pull.row)): pull for pull in found}
     for n in range(rounds):
-        best = sorted(pulls.values(), key=lambda pull: -pull.score)[:KEPT]
+        there = list(pulls.values())
+        best = [there[n] for n in ranked(there)[:KEPT]]
         shown = list(dict.fromkeys([*given, *(shape.body(pull.row) for pull in best)]))
         lists = math.ceil(count / rounds / USED)
         bodies = []
-        subjects = _subjects(best) if on_answers else []
+        subjects = _subjects(there) if on_answers else []
         if subjects:
             wanted = "Write a list of different messages from people, word for word, about"
             bodies += continued(probe, [], wanted, lists, f"{salt} on {n}", subjects, quoted=True)
@@ -115,9 +117,15 @@ def varied(probe: Probe, shape: Shape, bodies: Sequence[str], count: int, salt: 
 
 
 def _subjects(pulls: Sequence[Pull]) -> list[str]:
-    """What short answers name, as words, each once."""
-    answers = [plain(pull.answer).replace("_", " ").strip() for pull in pulls]
-    return list(dict.fromkeys(words for words in answers if 0 < len(words.split()) <= 6))
+    """What short answers name, as words, each once: first those that the adapter is sure of and that few prompts get."""
+    scores: dict[str, float] = {}
+    alike: Counter[str] = Counter()
+    for pull in pulls:
+        words = plain(pull.answer).replace("_", " ").strip()
+        if 0 < len(words.split()) <= 6:
+            alike[words] += 1
+            scores[words] = max(scores.get(words, 0.0), pull.score)
+    return sorted(scores, key=lambda words: -scores[words] / alike[words])
 
 
 def fitting(

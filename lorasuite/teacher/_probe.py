@@ -8,6 +8,7 @@ base is not are those that the adapter was trained for. It costs one greedy answ
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -55,6 +56,21 @@ class Pull:
         To a prompt that is none of its task an adapter for labels answers with one that it makes up, in doubt.
         """
         return self.nats / max(self.loss, SURE)
+
+
+def ranked(pulls: Sequence[Pull]) -> list[int]:
+    """Places of prompts, best first by :attr:`Pull.score`, which prompts of one answer share.
+
+    The k-th best of those that get the same answer counts for a k-th of its score: of an adapter for labels the best are
+    then prompts of many labels. Where all answers differ, scores alone decide.
+    """
+    places = sorted(range(len(pulls)), key=lambda n: -pulls[n].score)
+    alike: Counter[str] = Counter()
+    worth = {}
+    for n in places:
+        alike[pulls[n].answer] += 1
+        worth[n] = pulls[n].score / alike[pulls[n].answer]
+    return sorted(places, key=lambda n: -worth[n])
 
 
 class Probe:

@@ -107,6 +107,7 @@ def test_a_headline_of_every_way_against_the_retrain() -> None:
         cell("migrated+lft", 1, 2.0, 0.001, **grid, method="procrustes"),
         cell("refreshed", 4, 3.0, 0.001, **grid),
         cell("refreshed", 9, 0.1, 0.001, **grid, prompts={"sources": ["adapter"], "given": 0}),
+        cell("refreshed", 6, 0.4, 0.001, **grid, settings={"given.labelled": "50"}),
     ]
     lines = {line.split(" | ")[0][2:]: line for line in headline(found).split("\n")}
     assert lines["LoRA on 100 rows"].split(" | ")[1:-2] == ["2", "35.0% [30.0%, 40.0%]", "0.44", "2.50", "0.62"]
@@ -116,8 +117,13 @@ def test_a_headline_of_every_way_against_the_retrain() -> None:
     assert "100.0%" not in lines["old base + adapter"] and "| 1.00 |" in lines["retrained on 1,000 rows"]
     assert "`procrustes` + LFT on 100 rows, the best of the others" in lines
     assert lines["100 rows that the old adapter wrote, no label"].split(" | ")[2] == "40.0%", "of given prompts"
+    assert lines["100 written rows and 50 labelled ones"].split(" | ")[2] == "60.0%"
+    assert lines["100 written rows, prompts from adapter"].split(" | ")[2] == "90.0%"
     assert headline(found[:2]) == ""
     others = [cell("scratch", 9, 0.1, 0.001, grid="paper"), *({**one, "grid": "strong"} for one in found[:3])]
     first, second = headlines([*found, *others]).split("\n\n**")
     assert "`all-linear`" in first and first.endswith(headline(found)), "a grid's cells are of one old adapter"
     assert "`strong`" in second and second.count("\n| ") == 5
+    alike = [{**one, "grid": "discovery"} for one in found if one.get("prompts") or one["arm"] == "old+adapter"]
+    joined = headlines([*({**one, "grid": "strong"} for one in found[:3]), *alike])
+    assert joined.count("prompts from adapter") == 1 and joined.count("old base + adapter") == 1

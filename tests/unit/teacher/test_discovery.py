@@ -31,7 +31,9 @@ from lorasuite.teacher import (
     shape_of,
     source_names,
 )
+from lorasuite.teacher._given import _subjects
 from lorasuite.teacher._lists import _items, _read
+from lorasuite.teacher._probe import ranked
 from lorasuite.teacher._shapes import cut_like, known_shapes, names, separators, split_pairs
 from tests.integration.tiny import tiny_tokenizer
 
@@ -90,6 +92,19 @@ def test_texts_of_prompt_and_answer_show_where_prompts_end() -> None:
     assert cut_like(shape, texts[0]) == Row("completion", prompt="Customer: number 0\nIntent:")
     assert cut_like(shape, "nothing") is None and split_pairs(["a", "b"]) is None
     assert separators(["a : b = c", "d : e = f", "g h"]) in ([" :", " ="], [" =", " :"])
+
+
+def test_prompts_of_one_answer_share_its_rank_and_its_turn_as_a_subject() -> None:
+    row = Row("text", text="x")
+
+    def pulls(*found: tuple[str, float]) -> list[Pull]:
+        return [Pull(row, answer, nats, 1.0) for answer, nats in found]
+
+    sure = pulls(("lost_card", 9), ("lost_card", 8), ("lost_card", 7), ("a_fee", 5), ("made_up", 1))
+    assert ranked(sure) == [0, 3, 1, 2, 4], "the second of a label after the first of another, what is in doubt last"
+    assert ranked(pulls(("a", 1), ("b", 3), ("c", 2))) == [1, 2, 0] and ranked([]) == []
+    assert _subjects(sure) == ["a fee", "lost card", "made up"]
+    assert _subjects(pulls(("an answer of more than six words is none", 9))) == []
 
 
 def test_lists_are_begun_and_read() -> None:
