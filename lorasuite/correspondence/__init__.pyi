@@ -13,6 +13,7 @@ from ._regression import (
     TargetSums,
     least_squares,
     reduced_rank,
+    reduced_rank_of_rows,
     ridge,
     ridge_factor,
 )
@@ -89,6 +90,7 @@ __all__ = [
     "pseudo_inverse",
     "reader",
     "reduced_rank",
+    "reduced_rank_of_rows",
     "ridge",
     "ridge_factor",
     "space_name",

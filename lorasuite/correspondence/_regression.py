@@ -1,6 +1,7 @@
 """Regression from running sums: minimum-norm least squares, ridge and reduced rank, all in float64.
 
-Rows are added a part at a time and never kept, so memory does not grow with their number.
+Rows are added a part at a time and never kept, so memory does not grow with their number; but where they are fewer than
+columns (:func:`reduced_rank_of_rows`), when to keep them is to keep less.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from lorasuite.adapters import LowRank
 RIDGE = 1e-3
 #: Ridge of :func:`reduced_rank`, relative to the mean square of its inputs.
 FIT_RIDGE = 1e-2
+#: Columns of wide rows that are multiplied in float64 at a time.
+COLUMNS = 2048
 
 
 @dataclass
@@ -168,3 +171,35 @@ def reduced_rank(
     energy = float(((update.A @ xx @ update.A.T) * (update.B.T @ update.B)).sum())
     left = (float(square) - 2 * inner + energy) / float(square) if float(square) > 0 else 0.0
     return LowRank(update.B.cpu(), update.A.cpu()), max(left, 0.0)
+
+
+def reduced_rank_of_rows(x: Float[Tensor, "n in"], r: Float[Tensor, "n out"], *, rank: int) -> tuple[LowRank, float]:
+    """:func:`reduced_rank` from the rows themselves, where they are fewer than the inputs are wide.
+
+    With ``K = XXᵀ`` the fit of full rank is ``Xᵀ(K + λI)⁻¹R``, and what it explains of the penalised loss
+    ``Rᵀ·K(K + λI)⁻¹·R (out, out)``, whose eigenvectors are the right ones of the cut: nothing is ``in × in``.
+
+    Cost: ``n²·in + n³/3 + n·out·(n + out)`` operations, ``8·n² + 8·out²`` bytes beside the rows.
+
+    Returns:
+        as :func:`reduced_rank`.
+    """
+    gram = torch.zeros(len(x), len(x), dtype=torch.float64, device=x.device)
+    for part in x.split(
+        COLUMNS, dim=1
+    ):  # in float64 a part at a time: a copy of wide rows would be the largest thing here
+        wide = part.double()
+        gram.addmm_(wide, wide.T)
+    targets = r.double()
+    size = FIT_RIDGE * (gram.diagonal().sum() / x.shape[1]).clamp(min=torch.finfo(gram.dtype).tiny)
+    solved = torch.cholesky_solve(targets, _cholesky(gram, size))  # (n, out)
+    fitted = gram @ solved
+    values, vectors = torch.linalg.eigh(targets.T @ fitted)
+    kept = vectors[:, -rank:].flip(1)
+    root = values[-rank:].flip(0).clamp(min=values[-1] * 1e-30 + torch.finfo(values.dtype).tiny).sqrt().sqrt()
+    combined = (solved @ kept / root).T  # (rank, n)
+    A = torch.cat([combined @ part.double() for part in x.split(COLUMNS, dim=1)], dim=1)
+    B = kept * root
+    total = float(targets.square().sum())
+    left = float((targets - (fitted @ kept / root) @ B.T).square().sum()) / total if total > 0 else 0.0
+    return LowRank(B.cpu().contiguous(), A.cpu().contiguous()), left

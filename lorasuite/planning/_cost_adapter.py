@@ -118,17 +118,31 @@ def _fitting(old: Shape, new: Shape, work: Work, disk: float) -> Cost:
     sums = 0.0
     for group in wanted:
         a = new.dims.columns(next(role for role in roles if role in group))
-        sums += 2 * tokens * (3 * a * a if len(group) > 1 else a * (a + d))
+        sums += 2 * tokens * (3 * a * a if len(group) > 1 else min(a, tokens) * (a + d))
     mapped = 2 * tokens * DIRECTIONS * d * (len(wanted) + ("o" in roles))
-    solved = sum(a**3 / 3 + 2 * a * a * min(a, b) for a, b in widths)
+    fits = [
+        _fit_of_rows(tokens, a, b) if role in ("o", "down") and tokens < a else _fit_of_sums(a, b)
+        for role, (a, b) in zip(roles, widths, strict=True)
+    ]
+    solved = sum(operations for operations, _ in fits)
     layers = new.dims.layers
     ops = pass_ops(old, tokens, length) + again + Ops(double=layers * solved, single=layers * (sums + mapped))
-    largest = max((a * a + a * b for a, b in widths), default=0)
+    largest = max((size for _, size in fits), default=0)
     block = FLOAT * DIRECTIONS * 5 * d
-    held = DOUBLE * 3 * largest + FLOAT * tokens * (FEATURES + DIRECTIONS) + block
+    held = largest + FLOAT * tokens * (FEATURES + DIRECTIONS) + block
     return Cost(
         "model_fit", ops, **work.held(weight_bytes(old, work.item) + weight_bytes(new, work.item), held), disk=disk
     )
+
+
+def _fit_of_sums(a: int, b: int) -> tuple[float, float]:
+    """Operations of a reduced-rank fit from sums of ``a`` inputs and ``b`` outputs, and bytes it holds."""
+    return a**3 / 3 + 2 * a * a * min(a, b), DOUBLE * 3 * (a * a + a * b)
+
+
+def _fit_of_rows(n: float, a: int, b: int) -> tuple[float, float]:
+    """The same from ``n`` rows, fewer than inputs."""
+    return n * n * a + n**3 / 3 + 2 * n * b * (n + b), FLOAT * n * (a + b) + DOUBLE * (3 * n * n + 3 * n * b + b * b)
 
 
 def select(new: Shape, work: Work) -> Cost:

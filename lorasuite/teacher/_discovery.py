@@ -104,8 +104,8 @@ def choose_prompts(
 ) -> tuple[list[Row], Discovered]:
     """The prompts that are used: given ones, and the drafts that the adapter's signal and their distances choose.
 
-    Of all sources together the drafts that move the adapter more than general text does on average are :func:`ranked`; of :data:`POOL` times those wanted the ones farthest from each other are kept, by the bare old
-    base's embeddings.
+    Of all sources together the drafts that move the adapter more than general text does on average are :func:`ranked`;
+    of :data:`POOL` times those wanted the ones farthest from each other are kept, by the bare old base's embeddings.
 
     Args:
         drafts: by source.

@@ -117,7 +117,7 @@ def varied(probe: Probe, shape: Shape, bodies: Sequence[str], count: int, salt: 
 
 
 def _subjects(pulls: Sequence[Pull]) -> list[str]:
-    """What short answers name, as words, each once: first those that the adapter is sure of and that few prompts get."""
+    """What short answers name, as words, each once: first those that the adapter is sure of and few prompts get."""
     scores: dict[str, float] = {}
     alike: Counter[str] = Counter()
     for pull in pulls:

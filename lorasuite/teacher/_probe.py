@@ -61,8 +61,8 @@ class Pull:
 def ranked(pulls: Sequence[Pull]) -> list[int]:
     """Places of prompts, best first by :attr:`Pull.score`, which prompts of one answer share.
 
-    The k-th best of those that get the same answer counts for a k-th of its score: of an adapter for labels the best are
-    then prompts of many labels. Where all answers differ, scores alone decide.
+    The k-th best of those that get the same answer counts for a k-th of its score: of an adapter for labels the best
+    are then prompts of many labels. Where all answers differ, scores alone decide.
     """
     places = sorted(range(len(pulls)), key=lambda n: -pulls[n].score)
     alike: Counter[str] = Counter()

@@ -46,6 +46,7 @@ from lorasuite.correspondence import (
     modules_of_roles,
     reader,
     reduced_rank,
+    reduced_rank_of_rows,
 )
 from lorasuite.errors import ConfigError, Problem
 from lorasuite.progress import Progress
@@ -84,7 +85,8 @@ class Sequential(ModelTransform):
         a time its maps, its own weights once more, and the second moments of what its modules read. Time: the old base
         passes once over the texts; the new one goes through each block twice, and three times as far as to what the
         modules at hand read. A block's fits are Cholesky factors and eigenvalue problems of its spaces' sizes. For an
-        8B base and 12,000 positions that is 3.2 × 168 TFLOP, and sums of 12 TFLOP a block, most for ``down``.
+        8B base and 12,000 positions that is 3.2 × 168 TFLOP, and sums of 11 TFLOP a block, most for ``down``: its rows
+        are kept where positions are fewer than the MLP is wide.
 
         Raises:
             ConfigError: without a state map.
@@ -178,8 +180,14 @@ def _to_stream(
     task: tuple[Reading, list[Float[Tensor, "_ k"]]],
     rank: int,
 ) -> dict[str, tuple[LowRank, float]]:
-    """Fits of modules that write to the residual stream: to the stream, where nothing stands between."""
+    """Fits of modules that write to the residual stream: to the stream, where nothing stands between.
+
+    Of a module that reads a space wider than there are positions, as ``down`` mostly does, the rows are kept: they are
+    less than the sums, ``(in, in)``, would be.
+    """
     sums: dict[str, RegressionSums] = {}
+    kept: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    positions = sum(len(states) for states in task[1])
     # What is fitted, as a sum: what o writes is to mend the stream's own error as well.
     ends: dict[str, list[Place]] = {}
     for name in names:
@@ -193,7 +201,14 @@ def _to_stream(
                 x = at[layer, name, "in"]
                 z = states.to(x)
                 gap = torch.stack([known.maps[place](z) - at[place] for place in ends[name]]).sum(0)
+                if positions < x.shape[1]:
+                    kept.setdefault(name, []).append((x, gap))
+                    continue
                 if name not in sums:
                     sums[name] = RegressionSums.empty(x.shape[1], gap.shape[1], gap.device, gap.dtype)
                 sums[name].add(x, gap)
-    return {name: of.reduced_rank(rank) for name, of in sums.items()}
+    found = {name: of.reduced_rank(rank) for name, of in sums.items()}
+    for name in list(kept):
+        x, gap = (torch.cat(parts) for parts in zip(*kept.pop(name), strict=True))
+        found[name] = reduced_rank_of_rows(x, gap, rank=rank)
+    return found

@@ -16,7 +16,14 @@ import torch
 from lorasuite import zoo
 from lorasuite.adapters import Adapter, attached
 from lorasuite.bases import Checkpoint, LoadedBase, load_model, load_tokenizer, text_batches
-from lorasuite.correspondence import FIT_RIDGE, StateMap, learn_state_map, reduced_rank, state_map_tensors
+from lorasuite.correspondence import (
+    FIT_RIDGE,
+    StateMap,
+    learn_state_map,
+    reduced_rank,
+    reduced_rank_of_rows,
+    state_map_tensors,
+)
 from lorasuite.correspondence import _state_map as state_map
 from lorasuite.data import Row
 from lorasuite.errors import DataError
@@ -67,6 +74,18 @@ def test_regression_is_the_penalised_optimum(rank: int) -> None:
     for _ in range(50):  # no neighbour of the same rank does better
         near = (update.B + 1e-3 * torch.randn(update.B.shape, generator=g, dtype=x.dtype)) @ update.A
         assert loss(near) > loss(found)
+
+
+@pytest.mark.parametrize(("rows", "inputs", "outputs"), [(6, 40, 9), (12, 13, 30), (3, 2100, 5)])
+def test_a_fit_of_few_rows_is_that_of_their_sums(rows: int, inputs: int, outputs: int) -> None:
+    g = torch.Generator().manual_seed(0)
+    x, r = (torch.randn(rows, n, generator=g, dtype=torch.float64) for n in (inputs, outputs))
+    for rank in (1, 2, outputs):
+        update, left = reduced_rank_of_rows(x, r, rank=rank)
+        same, expected = reduced_rank(x.T @ x, x.T @ r, (r * r).sum(), rank=rank)
+        assert torch.allclose(update.dense(), same.dense(), atol=1e-8) and left == pytest.approx(expected, abs=1e-8)
+        assert update.B.norm() == pytest.approx(float(same.B.norm()))
+    assert float(reduced_rank_of_rows(x, torch.zeros_like(r), rank=2)[1]) == 0.0
 
 
 def test_moves_a_task_without_labels_or_gradients() -> None:
