@@ -62,7 +62,7 @@ def measured(given: dict[str, Any], output: Path, cell: dict[str, Any]) -> dict[
     found = migrate_adapter({**given, "candidates": ["all"], "output": str(output / "auto")})
     scores = found["evaluation"]["migrated+lft"]
     cell["cost"] = found["finetune"]["search"]["cost"]
-    cell["published"] = {"method": found["method"], "rate": found["finetune"]["learning_rate"]}
+    cell["rate"] = found["finetune"]["learning_rate"]
     cell["auto"] = [scores["exact_match"], scores["loss"]]
     for method in STARTS[1:]:
         for rate in RATES:
@@ -99,19 +99,18 @@ def best(cell: dict[str, Any], start: str) -> tuple[float, str]:
 
 def table(cells: list[dict[str, Any]]) -> Iterator[str]:
     """The Markdown lines: a cell a row, then the means and regrets."""
-    yield f"| cell | published | `auto` | cost | {' | '.join(STARTS)} |"
-    yield "|---" * (4 + len(STARTS)) + "|"
+    yield f"| cell | `auto` | cost | {' | '.join(STARTS)} |"
+    yield "|---" * (3 + len(STARTS)) + "|"
     for cell in sorted(cells, key=lambda one: (one["pair"], one["task"], one["seed"])):
-        told = cell["published"]
         found = (best(cell, start) for start in STARTS)
         starts = " | ".join(f"{100 * value:.1f} ({rate})" for value, rate in found)
         yield (
-            f"| {cell['pair']}, {cell['task']}, {cell['seed']} | {told['method']}, {told['rate']:g} | "
-            f"{100 * cell['auto'][0]:.1f} | {cell['cost']:.2f} | {starts} |"
+            f"| {cell['pair']}, {cell['task']}, {cell['seed']} | {100 * cell['auto'][0]:.1f} ({cell['rate']:g}) | "
+            f"{cell['cost']:.2f} | {starts} |"
         )
     auto = mean(cell["auto"][0] for cell in cells)
     means = {start: mean(best(cell, start)[0] for cell in cells) for start in STARTS}
-    yield f"| mean | | {100 * auto:.1f} | | {' | '.join(f'{100 * means[start]:.1f}' for start in STARTS)} |"
+    yield f"| mean | {100 * auto:.1f} | | {' | '.join(f'{100 * means[start]:.1f}' for start in STARTS)} |"
     top = max(means, key=lambda start: means[start])
     each = mean(max(best(cell, start)[0] for start in STARTS) - cell["auto"][0] for cell in cells)
     yield ""
