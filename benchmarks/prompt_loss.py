@@ -20,7 +20,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, get_linear_schedule_with_warmup
 
 from lorasuite.bases import load_tokenizer
-from lorasuite.data import encode_rows, read_rows
+from lorasuite.data import IGNORED, encode_rows, read_rows
 from lorasuite.training import collate
 
 EPOCHS, BATCH, RATE, WARM = 3, 16, 1e-3, 20
@@ -45,7 +45,7 @@ def train(base: Path, rows: Path, count: int, output: Path) -> None:
         order = random.sample(range(len(examples)), len(examples))
         for start in range(0, len(order), BATCH):
             batch = collate([examples[n] for n in order[start : start + BATCH]])
-            labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+            labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORED)
             inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
             with torch.autocast(device, torch.bfloat16):
                 loss = model(**inputs, labels=labels.to(device)).loss

@@ -69,7 +69,7 @@ def ways(cells: Iterable[Cell]) -> list[Way]:
     for rows in sorted({cell["rows"] for cell in written}):
         alike = [cell for cell in written if cell["rows"] == rows]
         name = f"{rows:,} rows that the old adapter wrote, no label"
-        found.append(_best(name, [cell for cell in own if cell in alike], lambda cell: True))
+        found.append(_best(name, own, lambda cell, n=rows: cell["arm"] == Arm.REFRESHED and cell["rows"] == n))
         beside = [cell for cell in alike if not cell.get("prompts") and set(cell.get("settings", ())) == {LABELLED}]
         for labels in sorted({int(cell["settings"][LABELLED]) for cell in beside}):
             told = f"{rows:,} written rows and {labels:,} labelled ones"

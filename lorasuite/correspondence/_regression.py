@@ -143,6 +143,15 @@ def ridge(
     return torch.cholesky_solve(wanted, _cholesky(xx, size))
 
 
+def _halves(values: Float64[Tensor, " a"], rank: int) -> Float64[Tensor, " rank"]:
+    """Square roots of the largest singular values, largest first: what each factor of a cut takes of them.
+
+    Args:
+        values: their squares, the largest one last.
+    """
+    return values[-rank:].flip(0).clamp(min=values[-1] * 1e-30 + torch.finfo(values.dtype).tiny).sqrt().sqrt()
+
+
 def reduced_rank(
     xx: Float64[Tensor, "in in"], xr: Float64[Tensor, "in out"], square: Float64[Tensor, ""], *, rank: int
 ) -> tuple[LowRank, float]:
@@ -161,7 +170,7 @@ def reduced_rank(
     wide = whitened.shape[0] < whitened.shape[1]
     values, vectors = torch.linalg.eigh(whitened @ whitened.T if wide else whitened.T @ whitened)
     kept = vectors[:, -rank:].flip(1)
-    root = values[-rank:].flip(0).clamp(min=values[-1] * 1e-30 + torch.finfo(values.dtype).tiny).sqrt().sqrt()
+    root = _halves(values, rank)
     left, right = (kept, whitened.T @ kept) if wide else (whitened @ kept, kept)
     left, right = (left * root, right / root) if wide else (left / root, right * root)
     A = torch.linalg.solve_triangular(lower.T, left, upper=True).T
@@ -191,12 +200,12 @@ def reduced_rank_of_rows(x: Float[Tensor, "n in"], r: Float[Tensor, "n out"], *,
         wide = part.double()
         gram.addmm_(wide, wide.T)
     targets = r.double()
-    size = FIT_RIDGE * (gram.diagonal().sum() / x.shape[1]).clamp(min=torch.finfo(gram.dtype).tiny)
-    solved = torch.cholesky_solve(targets, _cholesky(gram, size))  # (n, out)
+    lower = _cholesky(gram, penalty(gram, FIT_RIDGE, x.shape[1]))
+    solved = torch.cholesky_solve(targets, lower)  # (n, out)
     fitted = gram @ solved
     values, vectors = torch.linalg.eigh(targets.T @ fitted)
     kept = vectors[:, -rank:].flip(1)
-    root = values[-rank:].flip(0).clamp(min=values[-1] * 1e-30 + torch.finfo(values.dtype).tiny).sqrt().sqrt()
+    root = _halves(values, rank)
     combined = (solved @ kept / root).T  # (rank, n)
     A = torch.cat([combined @ part.double() for part in x.split(COLUMNS, dim=1)], dim=1)
     B = kept * root
