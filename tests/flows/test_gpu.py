@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,10 @@ WORKSPACE = 64 << 20
 
 
 def in_float32(base: Path, target: Path) -> Path:
-    """A copy of a base with float32 weights: a GPU computes in the dtype of the files, a CPU in float32."""
+    """A copy of a base in float32: a GPU computes in the dtype that the configuration names, a CPU in float32."""
     shutil.copytree(base, target)
+    config = json.loads((base / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps(config | {"dtype": "float32"}))
     weights = {name: tensor.float() for name, tensor in load_file(base / "model.safetensors").items()}
     save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
     return target
