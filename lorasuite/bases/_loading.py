@@ -194,7 +194,20 @@ def load_model(
                 "trust_remote_code.",
             )
         ) from error
+    head = model.get_output_embeddings()
+    if head is not None:
+        head.register_forward_pre_hook(_in_one_piece)
     return model.eval().requires_grad_(False)
+
+
+def _in_one_piece(_head: torch.nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What an output head reads, contiguous.
+
+    ``generate`` gives it a prompt's last positions as a view of all states, with whose strides torch makes a batched
+    product of it and copies the head's weight for every row.
+    """
+    states, *rest = arguments
+    return (states.contiguous(), *rest)
 
 
 def placed(model: Any, device: str | torch.device) -> Any:
