@@ -118,7 +118,10 @@ def _fitting(old: Shape, new: Shape, work: Work, disk: float) -> Cost:
     sums = 0.0
     for group in wanted:
         a = new.dims.columns(next(role for role in roles if role in group))
-        sums += 2 * tokens * (3 * a * a if len(group) > 1 else min(a, tokens) * (a + d))
+        if len(group) > 1:
+            sums += 2 * tokens * 3 * a * a
+        elif tokens >= a:  # rows that are fewer are kept, and multiplied in the fit
+            sums += 2 * tokens * a * (a + d)
     mapped = 2 * tokens * DIRECTIONS * d * (len(wanted) + ("o" in roles))
     fits = [
         _fit_of_rows(tokens, a, b) if role in ("o", "down") and tokens < a else _fit_of_sums(a, b)
