@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
+import re
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from lorasuite.data import Row
 from lorasuite.teacher._card import Card
@@ -21,6 +24,8 @@ KEPT = 24
 ROUNDS = 3
 #: Share of the drafts that begin like kept ones, and tokens of what they go on with.
 VARIED, VARIED_TOKENS = 0.5, 48
+#: Words of a short answer, which names a subject; of one in JSON, so many are read.
+SHORT, NAMED = 6, 16
 #: What lists are of, where nobody says.
 ASK = "Write a list of many different texts of the same kind, one a line."
 
@@ -121,11 +126,39 @@ def _subjects(pulls: Sequence[Pull]) -> list[str]:
     scores: dict[str, float] = {}
     alike: Counter[str] = Counter()
     for pull in pulls:
-        words = plain(pull.answer).replace("_", " ").strip()
-        if 0 < len(words.split()) <= 6:
+        words = _named(pull.answer)
+        if words:
             alike[words] += 1
             scores[words] = max(scores.get(words, 0.0), pull.score)
     return sorted(scores, key=lambda words: -scores[words] / alike[words])
+
+
+def _named(answer: str) -> str:
+    """A short answer as words, or the names and values of one in JSON; nothing of a long one."""
+    try:
+        found = json.loads(answer)
+    except (ValueError, RecursionError):
+        words = plain(answer).replace("_", " ").split()
+        return " ".join(words) if len(words) <= SHORT else ""
+    parts = (" ".join(plain(_apart(part)).split()) for part in _parts(found))
+    return " ".join(", ".join(part for part in parts if part).split()[:NAMED]).rstrip(",")
+
+
+def _parts(found: Any, name: str = "") -> Iterator[str]:
+    """Each value of a JSON document with its name before it."""
+    if isinstance(found, dict):
+        for key, value in found.items():
+            yield from _parts(value, key)
+    elif isinstance(found, list):
+        for value in found:
+            yield from _parts(value, name)
+    elif found is not None:
+        yield f"{name} {found}"
+
+
+def _apart(text: str) -> str:
+    """``AddToPlaylist`` and ``playlist_owner`` as words."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", text).replace("_", " ")
 
 
 def fitting(

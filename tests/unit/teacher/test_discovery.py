@@ -107,6 +107,15 @@ def test_prompts_of_one_answer_share_its_rank_and_its_turn_as_a_subject() -> Non
     assert _subjects(pulls(("an answer of more than six words is none", 9))) == []
 
 
+def test_an_answer_in_json_names_what_it_says() -> None:
+    row = Row("text", text="x")
+    songs = ' {"intent": "PlayMusic", "slots": {"music_item": "song", "sorts": ["new", 1, null]}}'
+    found = _subjects([Pull(row, songs, 9, 1.0), Pull(row, '{"a": {}}', 9, 1.0), Pull(row, '{"cut": "of', 5, 1.0)])
+    assert found == ["intent play music, music item song, sorts new, sorts 1", "cut of"]
+    assert len(_subjects([Pull(row, '["' + "w " * 50 + '"]', 9, 1.0)])[0].split()) == 16
+    assert _subjects([Pull(row, "[" * 100_000, 9, 1.0)]) == []
+
+
 def test_lists_are_begun_and_read() -> None:
     assert _items(["a", "b"], block=False) == "1. a\n2. b\n3."
     assert list(_read(' first\n4. "second" \n5. third 6.Fourth\n\n7.', block=False)) == [
