@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.real.grid import prompts_label
+from benchmarks.real.grid import TRAINED, prompts_label
 from benchmarks.real.headline import GRIDS, WITH
 from benchmarks.real.headline import table as headline
 from benchmarks.real.scores import EXACT, SCORED_BY, score, slot_f1
@@ -170,7 +170,7 @@ def markdown(cells: list[Cell]) -> str:
     for (old, new, task, grid), every in groups(cells):
         own = [cell for cell in every if cell["seed"] == 0]
         lora = own[0]["lora"]
-        tuned = [cell for cell in own if cell["rows"]]
+        tuned = [cell for cell in own if cell["rows"] and cell["arm"] not in TRAINED]
         told = f"rank {lora['rank']} on {', '.join(lora['targets'])}; {own[0]['n']} test rows, seed {own[0]['seed']}"
         if tuned:
             told += f"; fine-tunes of {tuned[0]['epochs']:g} epochs on {min(cell['rows'] for cell in tuned)} rows"
