@@ -136,11 +136,10 @@ def _subjects(pulls: Sequence[Pull]) -> list[str]:
 def _named(answer: str) -> str:
     """A short answer as words, or the names and values of one in JSON; nothing of a long one."""
     try:
-        found = json.loads(answer)
+        parts = [plain(_apart(part)) for part in _parts(json.loads(answer))]
     except (ValueError, RecursionError):
         words = plain(answer).replace("_", " ").split()
         return " ".join(words) if len(words) <= SHORT else ""
-    parts = (" ".join(plain(_apart(part)).split()) for part in _parts(found))
     return " ".join(", ".join(part for part in parts if part).split()[:NAMED]).rstrip(",")
 
 
