@@ -163,7 +163,7 @@ def _training(where: Where, tuning: FinetuneSettings) -> Iterator[tuple[Any, Pat
         yield base, Path(folder) / "adapter"
 
 
-@stage("search")
+@stage("search", version=2)
 def searching(inputs: SearchInputs, settings: SearchSettings, where: Where) -> StageOutput:
     """The fine-tune from the start and at the rate that do best on rows held out, found by successive halving."""
     tuning, taught = fitting(settings.finetune, where), stored_taught(inputs.soft_labels, inputs.token_weights)

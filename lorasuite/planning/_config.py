@@ -150,7 +150,7 @@ class MigrationConfig(Strict):
     effort: Effort = Field(
         "normal",
         description="of auto where no learning rate is named, in fine-tunes on the same rows: quick, one; normal, up "
-        "to two and a half; thorough, up to eight",
+        "to two and a half; thorough, up to eight; of more than 400 rows only the last of them reads all",
     )
     second_step: SecondStep = Field(
         "none",

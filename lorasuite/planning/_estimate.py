@@ -26,7 +26,7 @@ from lorasuite.planning._machine import Machine, Throughput
 from lorasuite.planning._policy import RowCounts, RowPlan, plan_rows
 from lorasuite.planning._thresholds import LFT_SAMPLES
 from lorasuite.teacher import ROWS as TEMPLATE_ROWS
-from lorasuite.training import EXTENTS, base_dtype
+from lorasuite.training import EXTENTS, MOST_COMPARED, base_dtype
 
 #: Texts or rows that are tokenized to learn how long they are.
 SAMPLED = 64
@@ -99,7 +99,8 @@ def planned_work(
     epochs = tuning.epochs if tuning.max_steps is None else tuning.max_steps * tuning.batch_size / max(trained, 1)
     searched = screened = 0.0
     if rows.searches:
-        searched, fine_tunes = EXTENTS[config.effort].budget, float(rows.trains_control)
+        compared = min(MOST_COMPARED / max(trained, 1), 1.0)
+        searched, fine_tunes = 1 + (EXTENTS[config.effort].budget - 1) * compared, float(rows.trains_control)
     else:
         starts = 1 + rows.trains_control + (config.starts - 1 if rows.compares_starts else 0)
         fine_tunes = float(starts * max(len(rows.rates), 1))

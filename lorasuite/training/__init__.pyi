@@ -1,6 +1,6 @@
 from ._device import base_dtype
 from ._distillation import OUTCOMES_KEPT, SoftLabels, held_out_divergence, soft_labels
-from ._effort import EXTENTS, Effort, Extent, Search, SearchedArm
+from ._effort import EXTENTS, MOST_COMPARED, Effort, Extent, Search, SearchedArm
 from ._finetune import finetune
 from ._head import LabelHead, cross_entropies, label_rows
 from ._loss import LabelLogits, collate, read_labels, validation_loss
@@ -15,6 +15,7 @@ from ._weights import TokenWeights, excess_weights, label_losses
 
 __all__ = [
     "EXTENTS",
+    "MOST_COMPARED",
     "NOTHING",
     "OUTCOMES_KEPT",
     "Candidate",

@@ -7,6 +7,9 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+#: Rows whose search costs most. Where there are more, runs are compared on as many as these leave beside a held-out
+#: fifth, spread over all: a rate shows on them as well, and more passes are better spent on the final run.
+MOST_COMPARED = 400
 #: What a search may cost.
 Effort = Literal["quick", "normal", "thorough"]
 
@@ -15,7 +18,7 @@ Effort = Literal["quick", "normal", "thorough"]
 class Extent:
     """How much a search tries."""
 
-    #: Optimizer steps of the search and the final run, in those of the final run.
+    #: Optimizer steps of the search and the final run, in those of a final run over :data:`MOST_COMPARED` rows at most.
     budget: float
     #: Learning rates of starts near the task and far from it, likely ones first, in units of
     #: ``finetune.learning_rate``.

@@ -21,9 +21,10 @@ from typing import TYPE_CHECKING, Any
 from lorasuite.data import Row, RowEncoder, RowSplit
 from lorasuite.errors import NumericalError, Problem
 from lorasuite.stored import replace_text
-from lorasuite.training._effort import Extent, Search, SearchedArm
+from lorasuite.training._effort import MOST_COMPARED, Extent, Search, SearchedArm
 from lorasuite.training._finetune import finetune
 from lorasuite.training._passes import Fitting
+from lorasuite.training._rounds import DROPPED, rounds
 from lorasuite.training._settings import FinetuneResult, FinetuneSettings
 
 if TYPE_CHECKING:
@@ -39,8 +40,6 @@ MOST_HELD_OUT = 512
 #: A start is near its task where its held-out loss, untrained, is at most this share of the bare base's. Near ones
 #: want lower rates: a high one undoes what they have.
 NEAR = 0.7
-#: An arm in so many stays in each round.
-DROPPED = 3
 #: How far the trend of an arm's loss since the round before is followed to the end of its schedule; 0: not at all.
 TREND = 0.5
 
@@ -59,44 +58,6 @@ class Start:
     lora: LoraConfig | None = None
     soft_labels: SoftLabels | None = None
     token_weights: TokenWeights | None = None
-
-
-def rounds(arms: int, steps: int, budget: int) -> list[tuple[int, int]]:
-    """How many arms go to which step in each round: one in :data:`DROPPED` stays, and the last goes to the end.
-
-    Rounds have equal shares of what is left for them (an arm needs one step, so the first has more where arms are
-    many), and what the last arm needs to go to the end is kept for it, where the budget is enough for that.
-
-    Args:
-        arms: there are, likely ones first.
-        steps: of a whole run.
-        budget: optimizer steps of all arms together.
-
-    Returns:
-        of each round the arms in it and the step that they are trained to.
-    """
-    for most in range(budget, 0, -1):
-        found = _halving(min(arms, most), steps, most)
-        last = found[-1][1]
-        spent = sum(kept * (stop - begin) for (kept, stop), (_, begin) in zip(found, [(0, 0), *found], strict=False))
-        if spent + steps - last <= budget:
-            return [*found, (1, steps)] if last < steps else found
-    return [(1, min(budget, steps))]
-
-
-def _halving(arms: int, steps: int, budget: int) -> list[tuple[int, int]]:
-    """The rounds of successive halving down to two arms."""
-    found: list[tuple[int, int]] = []
-    kept, reached = arms, 0
-    while not found or (kept < found[-1][0] and reached < steps):
-        later = 1 if kept <= 2 else math.ceil(math.log(kept, DROPPED))
-        further = min(max(budget // later // kept, 1), steps - reached)
-        if found and kept * further > budget:
-            break
-        reached, budget = reached + further, budget - kept * further
-        found.append((kept, reached))
-        kept = min(kept, max(math.ceil(kept / DROPPED), 2))
-    return found
 
 
 def by_distance(starts: Mapping[str, Start], bare: float | None) -> tuple[list[str], str, list[str]]:
@@ -145,8 +106,9 @@ def search(
     Killed and called again with the same arguments, it goes on: the losses found lie in ``work_dir``, and so do the
     checkpoints of the arms that are still in.
 
-    It costs at most ``extent.budget`` times the optimizer steps of the final run, that run included, and a pass over
-    the held-out rows for each arm, round and epoch; the disk holds an adapter and its optimizer for each arm.
+    It costs at most ``extent.budget`` times the optimizer steps of the final run (of one over :data:`MOST_COMPARED`
+    rows, where there are more), that run included, and a pass over the held-out rows for each arm, round and epoch; the
+    disk holds an adapter and its optimizer for each arm.
 
     Args:
         base: the new base, a model or its path.
@@ -163,8 +125,7 @@ def search(
         NumericalError: if every arm diverges; otherwise as :func:`finetune`.
     """
     runs = _Runs(base, tokenizer, starts, settings, extent.folds, work_dir, arguments)
-    whole = max(runs.whole.values())
-    budget = int((extent.budget - 1) * whole) // extent.folds
+    budget = int((extent.budget - 1) * runs.most) // extent.folds
     near, probe, far = by_distance(starts, bare)
     near_rates, far_rates = (
         [float(f"{settings.learning_rate * factor:.0e}") for factor in factors] for factors in (extent.near, extent.far)
@@ -243,6 +204,8 @@ class _Runs:
     #: Optimizer steps of a whole run that is compared, and of the final one, by start.
     schedule: dict[str, int] = field(init=False)
     whole: dict[str, int] = field(init=False)
+    #: Optimizer steps of a final run over as many rows as are compared on at most.
+    most: int = field(init=False)
     #: arm, fold → step → loss.
     found: dict[str, dict[str, float | None]] = field(init=False)
 
@@ -252,8 +215,9 @@ class _Runs:
         self.parts = {name: [start.rows.fold(n) for n in range(self.folds)] for name, start in self.starts.items()}
         #: By start and fold what is lost before the first step, as far as it was measured.
         self.begun: dict[tuple[str, int], float] = {}
-        self.schedule = {name: self._steps(parts[0].to_train) for name, parts in self.parts.items()}
+        self.schedule = {name: self._steps(_compared_on(parts[0])) for name, parts in self.parts.items()}
         self.whole = {name: self._steps(start.rows.trained) for name, start in self.starts.items()}
+        self.most = max(self._steps(_spread(start.rows.trained, MOST_COMPARED)) for start in self.starts.values())
         self.held_out = sum(len(_held_out(part)) for part in next(iter(self.parts.values())))
         self._ledger = self.work_dir / "losses.json"
         self.found = json.loads(self._ledger.read_text()) if self._ledger.is_file() else {}
@@ -308,7 +272,7 @@ class _Runs:
 
     def best_epochs(self, arm: tuple[str, float]) -> tuple[int | None, float]:
         """After how many epochs the loss was least, None for the last that is known; and that loss."""
-        each = self._epoch(self.parts[arm[0]][0].to_train)
+        each = self._epoch(_compared_on(self.parts[arm[0]][0]))
         losses = {step: _order(loss) for step, loss in self.losses(arm).items()}
         last = max(losses)
         best = min((step for step in losses if step % each == 0 or step == last), key=lambda step: losses[step])
@@ -322,7 +286,7 @@ class _Runs:
     def _run(self, arm: tuple[str, float], fold: int, step: int) -> dict[str, float | None]:
         name, rate = arm
         part = self.parts[name][fold]
-        rows, held_out = part.to_train, _held_out(part)
+        rows, held_out = _compared_on(part), _held_out(part)
         start_loss = self.begun.get((name, fold))
         if self.folds == 1 and len(held_out) == len(part.to_choose_by):
             start_loss = self.starts[name].loss
@@ -350,8 +314,7 @@ class _Runs:
             logger.info("%s at %g: %s", name, rate, error)
             return {str(step): None}
         at = {str(point["epoch"] * each): point["loss"] for point in result.validation}
-        if "0" in at:
-            self.begun[name, fold] = at["0"]
+        self.begun |= {(name, fold): at["0"]} if "0" in at else {}
         return {**at, str(step): result.validation_loss}
 
     def _keep(self) -> None:
@@ -367,6 +330,17 @@ class _Runs:
 
 def _held_out(rows: RowSplit) -> list[Row]:
     return rows.to_choose_by[:MOST_HELD_OUT]
+
+
+def _compared_on(rows: RowSplit) -> list[Row]:
+    """The rows that compared runs are trained on: what :data:`MOST_COMPARED` leave beside a held-out fifth."""
+    return _spread(rows.to_train, MOST_COMPARED * 4 // 5)
+
+
+def _spread(rows: Sequence[Row], most: int) -> list[Row]:
+    """At most so many rows, at even distances: labelled ones and written ones stand one behind the other."""
+    count = min(len(rows), most)
+    return [rows[n * len(rows) // count] for n in range(count)]
 
 
 def _key(arm: tuple[str, float], fold: int) -> str:

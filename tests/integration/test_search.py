@@ -77,6 +77,26 @@ def test_a_search_costs_what_its_effort_says(tmp_path: Path, effort: str, monkey
     assert not (tmp_path / "out-work").exists()
 
 
+def test_of_many_rows_some_are_compared_on_and_all_trained_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The search costs what it would cost with as many rows as it compares on; what it reads is spread over all."""
+    monkeypatch.setattr(module, "MOST_COMPARED", 10)
+    seen: list[list[int]] = []
+    true = module.finetune
+
+    def tune(base: Any, tokenizer: Any, rows: Any, settings: FinetuneSettings, **named: Any) -> FinetuneResult:
+        seen.append([ROWS.trained.index(row) for row in rows])
+        return true(base, tokenizer, rows, settings, **named)
+
+    monkeypatch.setattr(module, "finetune", tune)
+    result, found = run(tmp_path, "out")
+    *compared, final = seen
+    assert all(one == compared[0] for one in compared) and len(compared[0]) == 8
+    assert min(compared[0]) < 4 and max(compared[0]) > 14, "neither the first rows nor the last alone"
+    assert not {ROWS.trained[n] for n in compared[0]} & {*ROWS.to_choose_by}
+    assert len(final) == result.samples == 20
+    assert found.schedule == 4 and found.steps <= 1.5 * 6, "six steps are two epochs of ten rows"
+
+
 def test_a_killed_search_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing that was finished is trained again, and the result is the same bit for bit."""
     whole, found = run(tmp_path, "whole")

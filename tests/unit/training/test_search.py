@@ -9,7 +9,8 @@ import pytest
 
 from lorasuite.data import Row, split_rows
 from lorasuite.training import EXTENTS, Start
-from lorasuite.training._search import by_distance, further_arms, learning_spent, rounds
+from lorasuite.training._rounds import rounds
+from lorasuite.training._search import by_distance, further_arms, learning_spent
 
 ROWS = split_rows([Row(kind="completion", prompt=f"{n} =", completion=f" {n}") for n in range(10)], seed=1)
 
