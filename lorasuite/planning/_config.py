@@ -17,7 +17,7 @@ from lorasuite.evaluation import EvaluationSettings, Gate, GeneralSettings
 from lorasuite.planning._reading import Strict
 from lorasuite.planning._thresholds import DEFAULT_SYNTHETIC_ROWS, LFT_SAMPLES, SELECTION_ROWS
 from lorasuite.teacher import HANDFUL, TeacherSettings
-from lorasuite.training import Effort, FinetuneSettings, SecondStep
+from lorasuite.training import MOST_COMPARED, Effort, FinetuneSettings, SecondStep
 from lorasuite.transforms import Unmapped
 
 #: ``--method auto`` measures every transform and takes the best, or none.
@@ -150,7 +150,7 @@ class MigrationConfig(Strict):
     effort: Effort = Field(
         "normal",
         description="of auto where no learning rate is named, in fine-tunes on the same rows: quick, one; normal, up "
-        "to two and a half; thorough, up to eight; of more than 400 rows only the last of them reads all",
+        f"to two and a half; thorough, up to eight; of more than {MOST_COMPARED} rows only the last of them reads all",
     )
     second_step: SecondStep = Field(
         "none",

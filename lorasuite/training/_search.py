@@ -314,7 +314,8 @@ class _Runs:
             logger.info("%s at %g: %s", name, rate, error)
             return {str(step): None}
         at = {str(point["epoch"] * each): point["loss"] for point in result.validation}
-        self.begun |= {(name, fold): at["0"]} if "0" in at else {}
+        if "0" in at:
+            self.begun[name, fold] = at["0"]
         return {**at, str(step): result.validation_loss}
 
     def _keep(self) -> None:
