@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from lorasuite.adapters import Adapter, weight_shape
@@ -23,8 +23,7 @@ from lorasuite.planning._cost import FLOAT, HALF, Cost, Shape, Work
 from lorasuite.planning._cost_adapter import adapter_costs
 from lorasuite.planning._cost_pair import pair_costs
 from lorasuite.planning._machine import Machine, Throughput
-from lorasuite.planning._policy import RowCounts, RowPlan, plan_rows
-from lorasuite.planning._thresholds import LFT_SAMPLES
+from lorasuite.planning._policy import RowPlan
 from lorasuite.teacher import ROWS as TEMPLATE_ROWS
 from lorasuite.training import EXTENTS, MOST_COMPARED, base_dtype
 
@@ -74,7 +73,7 @@ def planned_work(
     if adapter is None:
         data.assumed.append("an adapter of every linear module, rank 16")
     gpu = device != "cpu"
-    item, run_item, training_item = weight_items(config, device)
+    item, run_item, training_item = weight_items(config, device, rows.fine_tunes)
     text_tokens, texts = float(config.pair.calibration_cutoff), len(data.texts)
     if data.texts and data.tokenizer is not None:
         text_tokens = _mean_tokens(data.tokenizer, data.texts, config.pair.calibration_cutoff)
@@ -90,11 +89,8 @@ def planned_work(
         )
     row_tokens, label_tokens = _row_tokens(config, data)
     trained = rows.own_rows + rows.synthetic_train_rows
-    if not trained and config.train_data is None and config.finetune_samples is None:
-        trained = LFT_SAMPLES
-        data.assumed.append(f"{trained} training rows of {row_tokens:.0f} tokens")
-        then = plan_rows(config.model_copy(update={"finetune_samples": trained}), RowCounts())
-        rows = replace(rows, searches=then.searches, compares_starts=then.compares_starts)
+    if rows.own_rows and not data.train:
+        data.assumed.append(f"{rows.own_rows} training rows of {row_tokens:.0f} tokens")
     tuning = config.finetune
     epochs = tuning.epochs if tuning.max_steps is None else tuning.max_steps * tuning.batch_size / max(trained, 1)
     searched = screened = 0.0
@@ -153,15 +149,19 @@ def planned_work(
     )
 
 
-def weight_items(config: MigrationConfig, device: str) -> tuple[float, float, float]:
-    """Bytes of a weight where a pair's texts are read, where models are run, and where they are fine-tuned."""
+def weight_items(config: MigrationConfig, device: str, trains: bool) -> tuple[float, float, float]:
+    """Bytes of a weight where a pair's texts are read, where models are run, and where they are fine-tuned.
+
+    Args:
+        trains: whether there are rows to fine-tune on; without, no setting of the fine-tune is looked at.
+    """
     item = HALF if device != "cpu" else FLOAT
     named: float | None = {"auto": None, "float32": FLOAT, "bfloat16": HALF, "float16": HALF}[config.loading.dtype]
     if config.loading.quantized:
         named = 0.6 if config.loading.load_in_4bit else 1
     if named is not None:
         return item, named, named
-    return item, item, base_dtype(config.finetune, device).itemsize
+    return item, item, base_dtype(config.finetune, device).itemsize if trains else item
 
 
 def _dense(old: Checkpoint, adapter: Adapter) -> Iterator[tuple[int, int]]:

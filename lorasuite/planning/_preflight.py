@@ -34,9 +34,9 @@ from lorasuite.planning._inspection import Inspection, inspect
 from lorasuite.planning._machine import Machine, measure
 from lorasuite.planning._outlook import outlook
 from lorasuite.planning._policy import RowCounts, RowPlan, plan_rows, too_few_to_sweep, untaught
-from lorasuite.planning._thresholds import MIN_SWEEP_ROWS
+from lorasuite.planning._thresholds import LFT_SAMPLES, MIN_SWEEP_ROWS
 from lorasuite.teacher import parsed_card
-from lorasuite.training import FinetuneSettings, start_problems
+from lorasuite.training import FinetuneSettings, plan_device, start_problems
 from lorasuite.transforms import transform
 
 
@@ -129,7 +129,8 @@ def survey(
 ) -> Inspection:
     """What ``lorasuite inspect`` shows: two bases compared, and what every stage that these settings run would need.
 
-    Data that no setting names is no problem here: its size is assumed, which ``cost["assumed"]`` says.
+    Data that no setting names is no problem here: its size is assumed, which ``cost["assumed"]`` says. Where there
+    would be nothing to train on, and nobody said so, that is 100 training rows.
 
     Args:
         home: where artifacts go.
@@ -137,8 +138,11 @@ def survey(
         pair_only: count only the stages that all adapters of the pair share.
         timed: also estimate seconds, which takes about one to measure this machine.
     """
+    untold = config.train_data is None and config.finetune_samples is None and config.teacher_samples is None
     if not adapter:  # the stages of any adapter are counted: none is asked for prompts
         config = config.model_copy(update={"teacher_samples": config.teacher_samples or 0})
+    if untold and not pair_only and not plan_rows(config, RowCounts()).fine_tunes:
+        config = config.model_copy(update={"finetune_samples": LFT_SAMPLES})
     result = _inspected(config, adapter)
     source, train, held_out = config.calibration_data, config.train_data, config.eval_data
     data = Data(tokenizer=result.new_tokenizer)
@@ -200,7 +204,11 @@ def _inspected(config: MigrationConfig, adapter: bool = True) -> Inspection:
         candidates=config.tried(trains),
         mapped=config.maps_layers,
     )
-    result.attempt(lambda: config.loading.check(torch_device(config.device)))
+    device = result.attempt(lambda: torch_device(config.device))
+    if device is not None:
+        result.attempt(lambda: config.loading.check(device))
+        if trains:
+            result.attempt(lambda: plan_device(config.finetune, device))
     return result
 
 

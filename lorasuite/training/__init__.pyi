@@ -1,4 +1,4 @@
-from ._device import base_dtype
+from ._device import base_dtype, plan_device
 from ._distillation import OUTCOMES_KEPT, SoftLabels, held_out_divergence, soft_labels
 from ._effort import EXTENTS, MOST_COMPARED, Effort, Extent, Search, SearchedArm
 from ._finetune import finetune
@@ -46,6 +46,7 @@ __all__ = [
     "label_losses",
     "label_rows",
     "loss_order",
+    "plan_device",
     "read_labels",
     "screen",
     "search",

@@ -201,7 +201,13 @@ def test_survey_reads_the_data_there_is_and_says_what_it_assumes(
     old, new = base("llama"), base("llama", hidden=48, seed=1)
     bare = survey(config(old, new, Path("none"), Path("none")), tmp_path, adapter=False)
     assert not bare.problems and len(bare.cost["assumed"]) == 3
-    assert {"alignment", "state_map", "search", "select"} <= set(stages(bare.cost))
+    # with rows to train on, as are assumed, no transform is tried between bases of different widths
+    assert {"unmoved", "search", "select"} <= set(stages(bare.cost))
+    unused = {"alignment", "state_map", "mlp_factors", "transform", "model_fit", "teacher"}
+    assert not unused & set(stages(bare.cost))
+    alone = survey(config(old, new, lora(old), Path("none"), teacher_samples=0), tmp_path, timed=False)
+    assert {"alignment", "state_map", "transform", "model_fit"} <= set(stages(alone.cost))
+    assert not {"search", "finetune"} & set(stages(alone.cost))
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"prompt": f"w{n}", "completion": " w1"}) + "\n" for n in range(40)))
     known = survey(config(old, new, lora(old), Path("none"), train_data=str(rows)), tmp_path)
@@ -215,6 +221,28 @@ def test_survey_reads_the_data_there_is_and_says_what_it_assumes(
     assert untimed.cost["measured"] is None and untimed.cost["total"]["seconds"] is None
     pair = survey(config(old, new, Path("none"), Path("none")), tmp_path, adapter=False, pair_only=True, timed=False)
     assert "alignment" in stages(pair.cost) and "search" not in stages(pair.cost)
+
+
+def test_what_a_fine_tune_needs_is_asked_before_whatever_the_dtype(
+    base: Callable[..., Path], lora: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = base("llama")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": f"w{n}", "completion": " w1"}) + "\n" for n in range(20)))
+    monkeypatch.setattr("lorasuite.training._device.find_spec", lambda name: None)
+    given = {"finetune": {"report_to": "wandb", "liger": True}, "pair": {"cka_batch": 4}}
+    for dtype in ("auto", "bfloat16"):
+        tuned = config(
+            old, old, lora(old), tmp_path / "out", train_data=str(rows), loading={"dtype": dtype}, **given
+        )  # fmt: skip
+        with pytest.raises(PreflightError) as refused:
+            check(tuned, tmp_path / "home")
+        said = [problem.where for problem in refused.value.problems]
+        assert said == ["finetune.liger", "finetune.liger", "finetune.report_to wandb"]
+        assert [problem.where for problem in survey(tuned, tmp_path, timed=False).problems] == said
+    # without rows there is none, and none is counted
+    plain = check(config(old, old, lora(old), tmp_path / "out", method="copy", **given), tmp_path / "home")
+    assert not {"search", "finetune"} & set(stages(plain.inspection.cost))
 
 
 def test_what_no_factors_are_stored_of_is_counted(base: Callable[..., Path], tmp_path: Path) -> None:
