@@ -236,7 +236,8 @@ class Pair:
     def _activations(self, side: str, texts: Ref) -> Ref:
         return self.context.run(
             activations,
-            {**self.context.base(side), "texts": texts},
+            # of the files: texts are read in the reader's own precision, however bases that are run are loaded
+            {"model": self._models[f"{side}_model"], "tokenizer": self.context.reader(side), "texts": texts},
             {"cutoff": self.settings.calibration_cutoff, "pooling": self.settings.pooling},
             label=side,
             paths=self.context.base_path(side),
