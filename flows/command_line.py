@@ -75,9 +75,9 @@ Refresh = Annotated[
 ]
 
 PAIR_FLAGS = (
-    "old_base", "new_base", "calibration", "method", "device", "trust_remote_code", "architectures",
+    "old_base", "new_base", "calibration", "method", "candidates", "device", "trust_remote_code", "architectures",
     "columns", "template", "calibration_samples", "calibration_cutoff", "pooling", "similarity", "cka_batch",
-    "layer_strategy", "max_offset", "head_matching", "transfer_matrix",
+    "layer_strategy", "max_offset", "map_positions", "head_matching", "transfer_matrix",
 )  # fmt: skip
 
 #: In place of what ``inspect`` and ``prepare`` can do without: they validate their settings as a migration's.
@@ -128,7 +128,10 @@ def prepare(
     verbose: Verbose = False,
     as_json: Json = False,
 ) -> None:
-    """Compute, or find, everything about a pair of bases that every adapter shares."""
+    """Compute, or find, everything about a pair of bases that every adapter shares.
+
+    That is what ``migrate`` reads where it has rows to train on; with ``--candidates all`` what every transform reads.
+    """
     with errors(as_json):
         merged = _merge(config, values)
         settings = build(MigrationConfig, {**UNNAMED, **merged})
@@ -143,7 +146,7 @@ def prepare(
                 new_base=settings.new_base,
                 calibration=settings.calibration,
                 settings=settings.pair.model_dump(mode="json"),
-                method=settings.method,
+                methods=settings.prepared,
                 device=settings.device,
                 refresh=tuple(refresh or ()),
                 trust_remote_code=settings.trust_remote_code,

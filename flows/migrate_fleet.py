@@ -26,9 +26,19 @@ from flows.prepare_pair import prepare_pair
 from flows.prepare_pair import run_name as prepare_pair_name
 from flows.teach import write_ahead
 from lorasuite.adapters import open_adapters, sources
-from lorasuite.bases import Checkpoint, resolve
+from lorasuite.bases import Checkpoint, Role, resolve
 from lorasuite.errors import LoRASuiteError, OutputError, Problem, foreseen
-from lorasuite.planning import MigrationConfig, build, chosen, fleet_output, read_fleet
+from lorasuite.planning import (
+    AUTO,
+    MigrationConfig,
+    RowCounts,
+    build,
+    chosen,
+    fleet_output,
+    plan_rows,
+    read_fleet,
+    usable,
+)
 from lorasuite.reporting import RECORD, REPORT, MigrationRecord, write_fleet
 from tasks.fingerprints import fingerprint_bases
 
@@ -181,10 +191,20 @@ def _finished(config: MigrationConfig, bases: Mapping[str, str]) -> bool:
 
 
 def _prepare(parts: Fleet, start: Start, refresh: tuple[str, ...]) -> dict[str, Failure]:
-    """Compute each pair's artifacts once, before adapters race for them; the adapters of pairs that failed."""
+    """Compute each pair's artifacts once, before adapters race for them; the adapters of pairs that failed.
+
+    Maps are of the projections that adapters have updates of: adapters of others have a run of their own, which finds
+    what both share.
+    """
     groups: dict[str, dict[str, Any]] = {}
     members: dict[str, list[str]] = {}
+    failures: dict[str, Failure] = {}
     for name, config in parts.items():
+        try:
+            roles, methods = _read(config)
+        except Exception as error:  # one adapter's trouble is not another's
+            failures[name] = Failure(_reason(error))
+            continue
         given = {
             "old_base": config.old_base,
             "new_base": config.new_base,
@@ -194,15 +214,29 @@ def _prepare(parts: Fleet, start: Start, refresh: tuple[str, ...]) -> dict[str, 
             "trust_remote_code": config.trust_remote_code,
             "columns": config.columns,
             "template": config.template,
+            "roles": roles,
         }
         group = repr(given)
-        architecture = Checkpoint(resolve(config.old_base)).architecture
-        roles = open_adapters(config.adapter, config.allow_pickle).roles(architecture)
-        known = groups.setdefault(group, {**given, "roles": [], "refresh": list(refresh)})
-        known["roles"] += [role for role in roles if role not in known["roles"]]
+        known = groups.setdefault(group, {**given, "methods": [], "refresh": list(refresh)})
+        known["methods"] += [method for method in methods if method not in known["methods"]]
         members.setdefault(group, []).append(name)
     outcomes = start(PREPARE, groups)
-    return {name: failure for group, failure in outcomes.items() if failure is not None for name in members[group]}
+    for group, failure in outcomes.items():
+        if failure is not None:
+            failures |= dict.fromkeys(members[group], failure)
+    return failures
+
+
+def _read(config: MigrationConfig) -> tuple[list[Role], list[str]]:
+    """The roles of one adapter, and the transforms that its migration tries, by what is known before rows are read."""
+    old, new = Checkpoint(config.old_base), Checkpoint(config.new_base)
+    adapter = open_adapters(config.adapter, config.allow_pickle)
+    roles = list(adapter.roles(old.architecture))
+    if config.method != AUTO:
+        return roles, [config.method]
+    trains, texts = plan_rows(config, RowCounts()).fine_tunes, config.calibration_data is not None
+    given = {"plain": adapter.plain(old.architecture), "texts": texts, "trains": trains}
+    return roles, usable(config.tried(trains), old, new, roles, **given, mapped=config.maps_layers)
 
 
 def _in_process(deployment: str, runs: Mapping[str, dict[str, Any]]) -> dict[str, Failure | None]:

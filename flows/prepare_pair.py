@@ -15,9 +15,8 @@ from flows.dashboard import show_pair
 from flows.pair import Pair, pair_name
 from lorasuite.bases import Role, load_tokenizer, resolve
 from lorasuite.data import DEFAULT_TEMPLATE, calibration_texts, parse_columns, read_template
-from lorasuite.planning import AUTO, PairSettings, inspect, torch_device
+from lorasuite.planning import TRIED, PairSettings, inspect, torch_device
 from lorasuite.reporting import PairRecord
-from lorasuite.transforms import names
 from tasks.fingerprints import fingerprint_bases
 from tasks.stage import Recorder, Where
 
@@ -34,7 +33,7 @@ def prepare_pair(
     new_base: str,
     calibration: str | None = None,
     settings: dict[str, Any] | None = None,
-    method: str = "lorasuite",
+    methods: Sequence[str] = TRIED,
     device: str = "auto",
     refresh: tuple[str, ...] = (),
     trust_remote_code: bool = False,
@@ -43,9 +42,10 @@ def prepare_pair(
     columns: tuple[str, ...] = (),
     template: str = DEFAULT_TEMPLATE,
 ) -> dict[str, Any]:
-    """Compute, or find, every artifact of a pair of bases.
+    """Compute, or find, what transforms read of a pair of bases, and what every record of a migration shows.
 
     Args:
+        methods: names of the transforms.
         architectures: a directory of architecture files beside this package's.
         columns, template: as in a migration's settings.
         roles: the projections that the adapters to come have updates of; all of the architecture's if None.
@@ -75,7 +75,7 @@ def prepare_pair(
     with Recorder() as recorder:
         every = context.architecture("old").roles
         pair = Pair(context, chosen, texts, every if roles is None else roles)
-        pair.prepare(names() if method == AUTO else [method])
+        pair.prepare(methods)
     bases = {
         "old_base": base_record(old_base, fingerprints["old_model"]),
         "new_base": base_record(new_base, fingerprints["new_model"]),

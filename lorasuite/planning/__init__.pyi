@@ -1,5 +1,5 @@
 from ._candidates import usable
-from ._config import AUTO, MigrationConfig, PairSettings, torch_device
+from ._config import AUTO, TRIED, MigrationConfig, PairSettings, torch_device
 from ._cost import Cost, Ops, Shape, Work, active
 from ._cost_adapter import adapter_costs
 from ._cost_pair import pair_costs
@@ -23,6 +23,7 @@ __all__ = [
     "FIRST",
     "HEADINGS",
     "LFT_SAMPLES",
+    "TRIED",
     "Cell",
     "Cost",
     "Experiment",

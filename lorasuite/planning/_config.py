@@ -277,6 +277,11 @@ class MigrationConfig(Strict):
         return list(self.candidates or TRIED)
 
     @property
+    def prepared(self) -> list[str]:
+        """The transforms that a pair is prepared for: adapters to come are taken to have rows to train on."""
+        return self.tried(True) if self.method == AUTO else [self.method]
+
+    @property
     def every_task(self) -> tuple[str, ...]:
         """Every lm-eval task by name, that of general ability last."""
         return tuple(dict.fromkeys([*self.eval_tasks, *filter(None, [self.general_task])]))

@@ -177,11 +177,13 @@ def survey(
 
 
 def fits(config: MigrationConfig, home: Path) -> None:
-    """Find what of a pair's stages alone cannot fit on this machine.
+    """Find what of the stages that a pair is prepared by cannot fit on this machine.
 
     Raises:
         PreflightError: with every stage that needs more memory or disk than there is, and every other problem.
     """
+    if config.method == AUTO:
+        config = config.model_copy(update={"candidates": tuple(config.prepared) or NO_CANDIDATES})
     result = survey(config, home, adapter=False, pair_only=True, timed=False)
     if not result.problems:
         result.problems += unfit(result.cost)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ from typer.testing import CliRunner
 
 from artifacts import Store
 from flows.command_line import app
+from flows.migrate_fleet import Failure, _prepare
 from lorasuite import zoo
 from lorasuite.errors import ConfigError
 from lorasuite.planning import read_fleet
+from tests import models
 from tests.flows.small import BROKEN, NAMES, Small
 
 
@@ -118,6 +121,30 @@ def test_a_new_base_in_place_of_the_files(home: Path, small: Small, tmp_path: Pa
     assert Path(parts["one"].output) == tmp_path / "migrated" / "small-old" / "one"
     with pytest.raises(ConfigError, match="no pair has the old base elsewhere"):
         read_fleet(file, old_base="elsewhere")
+
+
+def test_a_pair_is_prepared_for_what_its_adapters_try(small: Small, tmp_path: Path) -> None:
+    models.build_adapter(tmp_path / "values", small.old, targets=["v_proj"])
+    parts = read_fleet(small.fleet(tmp_path / "fleet.yaml", NAMES))
+    changes: dict[str, dict[str, Any]] = {
+        "one": {"method": "procrustes"},
+        "two": {"method": "auto", "train_data": str(small.root / "train.jsonl")},
+        "three": {"method": "auto", "teacher_samples": 0, "candidates": ("lorasuite", "procrustes")},
+        "four": {"adapter": str(tmp_path / "values")},
+        "five": {"new_base": str(tmp_path / "nowhere")},
+    }
+    asked: list[dict[str, Any]] = []
+
+    def start(deployment: str, runs: Mapping[str, dict[str, Any]]) -> dict[str, Failure | None]:
+        asked.extend(runs.values())
+        return dict.fromkeys(runs)
+
+    failed = _prepare({name: config.model_copy(update=changes[name]) for name, config in parts.items()}, start, ())
+    assert [(run["roles"], run["methods"]) for run in asked] == [
+        (["q", "o"], ["procrustes", "lorasuite"]),  # of the second, rows are trained into a fresh LoRA: copy fits not
+        (["v"], ["lorasuite"]),
+    ]
+    assert list(failed) == ["five"] and "nowhere" in failed["five"].reason
 
 
 def test_mistakes_come_at_once(small: Small, tmp_path: Path) -> None:

@@ -529,9 +529,15 @@ class TestCommandLine:
     def test_prepare_then_migrate(self, home: Path, settings: Settings, data: dict[str, Path], tmp_path: Path) -> None:
         s = settings()
         shared = ("--old-base", s["old_base"], "--new-base", s["new_base"], "--calibration", s["calibration"])
-        prepared = self.run("prepare", *shared, "--json")
+        default = self.run("prepare", *shared, "--json")
+        assert default.exit_code == 0, default.output
+        ran = states(json.loads(default.stdout))
+        assert {name.split()[0] for name in ran} == PAIR_STAGES, "what a migration with rows reads, and no more"
+        assert not any(ran.values())
+        prepared = self.run("prepare", *shared, "--candidates", "all", "--json")
         assert prepared.exit_code == 0, prepared.output
-        assert not any(states(json.loads(prepared.stdout)).values())
+        more = {name.split()[0] for name, cached in states(json.loads(prepared.stdout)).items() if not cached}
+        assert more == {"mlp_factors", "alignment", "state_map"}
         config = tmp_path / "c.yaml"
         config.write_text("rank: 4\nmethod: lorasuite\npair: {pooling: mean}\n")
         done = self.run(

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lorasuite.data import Row
-from lorasuite.planning import MigrationConfig, RowCounts, RowPlan, plan_rows
+from lorasuite.errors import PreflightError, Problem
+from lorasuite.planning import MigrationConfig, RowCounts, RowPlan, _preflight, fits, plan_rows
+from lorasuite.planning._inspection import Inspection
+from lorasuite.transforms import names
 
 NAMES = dict.fromkeys(("adapter", "old_base", "new_base", "output"), "x")
 #: What most cases have in common: no source of prompts, no evaluation, no teacher.
@@ -300,3 +304,32 @@ def test_how_many_rows_the_teacher_is_asked_for(given: dict[str, Any], kind: str
     told = settings(prompts="p", **given)
     counts = RowCounts.of([], prompts, [], told.teacher.text_prefix)
     assert plan_rows(told, counts).teacher_rows == asked
+
+
+@pytest.mark.parametrize(
+    ("given", "prepared"),
+    [
+        ({}, ["copy"]),
+        ({"candidates": ("all",)}, names()),
+        ({"candidates": ("none",)}, []),
+        ({"candidates": ("procrustes", "lorasuite")}, ["procrustes", "lorasuite"]),
+        ({"method": "sequential"}, ["sequential"]),
+    ],
+    ids=str,
+)
+def test_what_a_pair_is_prepared_for_is_what_is_counted(
+    given: dict[str, Any], prepared: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without rows, which only the adapters to come have."""
+    seen: list[MigrationConfig] = []
+
+    def survey(config: MigrationConfig, *_: Any, **__: Any) -> Inspection:
+        seen.append(config)
+        return Inspection("old", "new", problems=[Problem("x", "is not looked at", "")])
+
+    monkeypatch.setattr(_preflight, "survey", survey)
+    config = settings(**given)
+    with pytest.raises(PreflightError):
+        fits(config, Path())
+    assert config.prepared == prepared
+    assert seen[0].method == config.method and (seen[0].method != "auto" or seen[0].tried(False) == prepared)
