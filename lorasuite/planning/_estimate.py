@@ -271,7 +271,7 @@ SMALLER = {
     "activations": "--calibration-samples 64",
     "mlp_factors": "--method procrustes",
 }
-#: What helps where a model is loaded whole.
+#: Stages that load a model whole, as the settings of loading say.
 LOADED = (
     "screen",
     "search",
@@ -287,7 +287,6 @@ LOADED = (
     "evaluate",
     "general_text",
     "select",
-    "model_fit",
     "serving",
 )
 #: The flags that make artifacts smaller.
@@ -308,6 +307,9 @@ def shortages(found: dict[str, Any], free: bool = True) -> list[dict[str, Any]]:
             limit = machine[f"{have}_free" if free else have]
             runs_here = (what == "GPU memory") == (machine["gpu"] is not None)
             need = row[f"{have}_bytes"] - (row["spare_bytes"] if runs_here else 0)
+            if have == "gpu" and machine["spread"] is not None and row["stage"] in LOADED:
+                what, limit = "GPU memory and RAM", machine["spread_free" if free else "spread"]
+                need += row["ram_bytes"]
             if limit is not None and need > margin * limit:
                 result.append(
                     {"stage": row["stage"], "what": what, "need": need, "have": limit, "remedy": _remedy(row, what)}
@@ -326,7 +328,8 @@ def _remedy(row: dict[str, Any], what: str) -> str:
     own = SMALLER.get(row["stage"], "")
     if row["stage"] not in LOADED:
         return own
-    models = "--load-in-4bit, --device-map auto" if what == "GPU memory" else "--dtype bfloat16"
+    known = {"GPU memory": "--load-in-4bit, --device-map auto", "GPU memory and RAM": "--load-in-4bit"}
+    models = known.get(what, "--dtype bfloat16")
     return f"{own}, {models}" if own else models
 
 

@@ -8,7 +8,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -119,7 +119,10 @@ def _best(action: Callable[[], object], repeats: int = 3) -> float:
 @dataclass(frozen=True)
 class Machine:
     """Bytes that this machine has: RAM in all and free, the same of the GPU (None without one), free on the disk that
-    the artifacts go to (None where no disk was named), and of artifacts that lie there already."""
+    the artifacts go to (None where no disk was named), and of artifacts that lie there already.
+
+    ``spread``: all that bases have which are spread (``--device-map auto``), every GPU and the RAM; None where none is.
+    """
 
     ram: int
     ram_free: int
@@ -127,6 +130,8 @@ class Machine:
     gpu_free: int | None = None
     disk_free: int | None = None
     disk_stored: int = 0
+    spread: int | None = None
+    spread_free: int | None = None
 
     @classmethod
     def here(cls, device: str, home: Path | None) -> Machine:
@@ -149,3 +154,9 @@ class Machine:
             disk = shutil.disk_usage(standing).free
             stored = sum(file.stat().st_size for file in (home / "objects").glob("*/*/data.safetensors"))
         return cls(ram, min(free, ram), gpu, gpu_free, disk, stored)
+
+    def spreading(self) -> Machine:
+        """The same, where bases are spread over all GPUs and the RAM."""
+        gpus = [torch.cuda.mem_get_info(n) for n in range(torch.cuda.device_count())]
+        free, there = (sum(sizes) for sizes in zip(*gpus, strict=True))
+        return replace(self, spread=self.ram + there, spread_free=self.ram_free + free)

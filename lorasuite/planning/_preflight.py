@@ -209,6 +209,8 @@ def _inspected(config: MigrationConfig, adapter: bool = True) -> Inspection:
     device = result.attempt(lambda: torch_device(config.device))
     if device is not None:
         result.attempt(lambda: config.loading.check(device))
+        if config.loading.device_map == "auto" and device == "cpu":
+            result.notices.append("device_map auto not used: the device is cpu, and a base is loaded whole into RAM")
         if trains:
             result.attempt(lambda: plan_device(config.finetune, device))
     return result
@@ -229,6 +231,8 @@ def _count(
     device = torch_device(config.device)
     work = planned_work(config, old, new, result.opened, device, rows, data, result.nothing_moves)
     machine = Machine.here(device, home)
+    if config.loading.device_map == "auto" and machine.gpu is not None:
+        machine = machine.spreading()
     speed = measure(old.dims, old.weight_files[0], device, work.item) if timed else None
     found = estimate(Shape.of(old), Shape.of(new), work, machine, speed, adapter)
     result.cost = {**found, "assumed": data.assumed, "shortages": shortages(found)}

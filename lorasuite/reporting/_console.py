@@ -93,7 +93,7 @@ def _span(part: Mapping[str, float]) -> str:
 def _show_cost(console: Console, cost: Mapping[str, Any]) -> None:
     """What every stage needs, beside what there is; stages that need next to nothing are one row."""
     total, machine, gpu = cost["total"], cost["machine"], cost["machine"]["gpu"] is not None
-    short = {(one["stage"], one["what"]) for one in cost["shortages"]}
+    short = {(one["stage"], part) for one in cost["shortages"] for part in one["what"].split(" and ")}
     small = [row for row in cost["stages"] if row["seconds"] < total["seconds"] / 1000 and not _large(row, total)]
     shown = [row for row in cost["stages"] if row not in small]
     table = Table("stage", "time, about", "RAM", *(["GPU"] if gpu else []), "disk", box=SIMPLE_HEAD, title="cost, here")

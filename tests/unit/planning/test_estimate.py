@@ -165,6 +165,33 @@ def test_what_does_not_fit_is_named_with_a_remedy(base: Callable[..., Path]) -> 
     assert shortages(cached) and not unfit(cached)
 
 
+def test_a_base_that_is_spread_has_all_gpus_and_the_ram(
+    base: Callable[..., Path], lora: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new = shapes(base)
+    one = Machine(2**50, 2**40, 2**16, 2**15)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (2**30, 2**31))
+    both = one.spreading()
+    assert both == replace(one, spread=2**50 + 2**32, spread_free=2**40 + 2**31)
+    work = replace(BUSY, gpu=True)
+    alone, spread = (estimate(old, new, work, machine) for machine in (one, both))
+    refused, left = ({problem.where for problem in unfit(found)} for found in (alone, spread))
+    loaded = {"template_fit", "teacher", "teacher_worth", "select", "finetune", "evaluate", "serving"}
+    assert loaded <= refused and left == refused - loaded and {"alignment", "model_fit"} <= left
+    assert all("--device-map auto" in one.remedy for one in unfit(alone) if one.where in loaded)
+    assert not any("--device-map" in one.remedy for one in unfit(spread))
+    full = estimate(old, new, work, replace(both, spread=2**21, spread_free=2**20))
+    (teacher,) = [one for one in shortages(full) if one["stage"] == "teacher"]
+    assert teacher["what"] == "GPU memory and RAM" and "--load-in-4bit" in teacher["remedy"]
+    assert "--device-map" not in teacher["remedy"]
+    assert teacher["need"] == stages(full)["teacher"]["gpu_bytes"] + stages(full)["teacher"]["ram_bytes"]
+    settings = config(
+        base("llama"), base("llama"), lora(base("llama")), Path("none"), loading={"device_map": "auto"}, device="cpu"
+    )  # fmt: skip
+    assert any("device_map auto not used" in told for told in survey(settings, tmp_path, timed=False).notices)
+
+
 def test_weights_take_what_the_settings_say(base: Callable[..., Path], tmp_path: Path) -> None:
     old, new = base("llama"), base("llama", hidden=48, seed=1)
     sizes = {}
