@@ -5,6 +5,7 @@ from ._checkpoint import Checkpoint
 from ._digests import check_finite, digest_json, file_digest, fingerprint_model, fingerprint_tokenizer, stamp
 from ._files import Weights, read_config_json, read_json, resolve
 from ._loading import auto_class, empty_model, load_model, load_tokenizer, module_order, placed
+from ._memory import free_ram, ram
 from ._meter import METER
 from ._modules import ATTENTION, DOWN, GATE_UP, MLP, ROLES, Dimensions, Module, Role, StandardRole
 from ._pairing import Batch, TextBatch, length_batches, paired_positions, text_batches
@@ -61,6 +62,7 @@ __all__ = [
     "file_digest",
     "fingerprint_model",
     "fingerprint_tokenizer",
+    "free_ram",
     "in_order",
     "is_directory",
     "is_file",
@@ -78,6 +80,7 @@ __all__ = [
     "placed",
     "propose",
     "put_weights",
+    "ram",
     "read_config_json",
     "read_json",
     "read_yaml",

@@ -20,6 +20,7 @@ import torch
 
 from lorasuite.bases._files import Weights, resolve
 from lorasuite.bases._loading import BUILDING, DEFAULT, known_dtype, load_model
+from lorasuite.bases._memory import ram
 from lorasuite.bases._settings import LoadSettings
 from lorasuite.errors import CheckpointError, ConfigError, Problem
 
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
 BUDGET = "LORASUITE_MODEL_CACHE_BYTES"
 #: Files of a model directory that decide what is loaded from it.
 LOADED = (".json", ".safetensors", ".bin", ".py")
-#: Where Linux says how much memory the process's control group may use (versions 2 and 1).
-CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
 @dataclass(eq=False)
@@ -253,11 +252,7 @@ def _memory(device: torch.device) -> int:
     """Bytes there are for this process: free or held by it on a GPU, else the machine's or its control group's."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device))
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for file in map(Path, CGROUP_LIMITS):
-        with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
-            total = min(total, int(file.read_text()))
-    return total
+    return ram()
 
 
 def _state(model: Any) -> list[object]:

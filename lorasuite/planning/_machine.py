@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import os
 import shutil
 import time
 from collections.abc import Callable
@@ -13,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from lorasuite.bases import Dimensions
+from lorasuite.bases import Dimensions, free_ram, ram
 from lorasuite.planning._cost import FLOAT, Ops
 
 #: Bytes of a base's file that are read to time it.
@@ -22,8 +20,6 @@ SAMPLE = 32 * 2**20
 TOKENS, WIDTH, INNER = 256, 1024, 4096
 #: Seconds that Python takes for an entry of a vocabulary: split, normalised and compared.
 ITEM_SECONDS = 5e-6
-#: Where Linux says how much memory a control group may use, and uses.
-CGROUP = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
 @dataclass(frozen=True)
@@ -136,15 +132,6 @@ class Machine:
     @classmethod
     def here(cls, device: str, home: Path | None) -> Machine:
         """Of this machine or control group, with the GPU of ``device`` and the disk of ``home``."""
-        page = os.sysconf("SC_PAGE_SIZE")
-        ram = page * os.sysconf("SC_PHYS_PAGES")
-        free = page * os.sysconf("SC_AVPHYS_PAGES")
-        with contextlib.suppress(OSError, StopIteration, ValueError):  # Linux: caches count as free
-            line = next(one for one in Path("/proc/meminfo").read_text().splitlines() if one.startswith("MemAvailable"))
-            free = 1024 * int(line.split()[1])
-        for file in CGROUP:
-            with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
-                ram = min(ram, int(Path(file).read_text()))
         gpu = gpu_free = None
         if device.startswith("cuda"):
             gpu_free, gpu = torch.cuda.mem_get_info(torch.device(device))
@@ -153,7 +140,7 @@ class Machine:
             standing = next(one for one in (home.absolute(), *home.absolute().parents) if one.exists())
             disk = shutil.disk_usage(standing).free
             stored = sum(file.stat().st_size for file in (home / "objects").glob("*/*/data.safetensors"))
-        return cls(ram, min(free, ram), gpu, gpu_free, disk, stored)
+        return cls(ram(), free_ram(), gpu, gpu_free, disk, stored)
 
     def spreading(self) -> Machine:
         """The same, where bases are spread over all GPUs and the RAM."""

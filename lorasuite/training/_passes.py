@@ -18,30 +18,20 @@ FlashAttention and position ids that neither a CPU nor every family here has.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from lorasuite.bases import free_ram
 from lorasuite.training._head import CHUNK, LabelHead
 
 #: What a forward and backward pass costs beside its tokens, in tokens: reading the weights, and a GPU's launches.
 PASS_TOKENS = {"cpu": 32, "cuda": 1024}
 #: Share of the free memory that activations may take, by their estimate.
 FILL = 0.7
-#: Where Linux says how much memory the process's control group may use and does use (versions 2 and 1).
-_CGROUPS = (
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory.stat"),
-    (
-        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
-        "/sys/fs/cgroup/memory/memory.usage_in_bytes",
-        "/sys/fs/cgroup/memory/memory.stat",
-    ),
-)
 
 
 @dataclass
@@ -119,13 +109,4 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0] + unused)
-    import psutil
-
-    free = int(psutil.virtual_memory().available)
-    for limit, used, details in _CGROUPS:
-        with contextlib.suppress(OSError, ValueError, KeyError):  # no such file, or "max"
-            stat = dict(line.split() for line in Path(details).read_text().splitlines())
-            # pages of files are given back when memory is short
-            held = int(Path(used).read_text()) - int(stat["inactive_file"])
-            free = min(free, int(Path(limit).read_text()) - held)
-    return free
+    return free_ram()

@@ -13,10 +13,22 @@ import torch
 from peft import get_peft_model
 
 from lorasuite.adapters import attached, restored
-from lorasuite.bases import Checkpoint, ModelCache, _cache, load_model, loaded_model, model_cache, release_models
+from lorasuite.bases import (
+    Checkpoint,
+    ModelCache,
+    _cache,
+    _memory,
+    free_ram,
+    load_model,
+    loaded_model,
+    model_cache,
+    release_models,
+)
 from lorasuite.errors import CheckpointError, ConfigError, NumericalError
 from lorasuite.evaluation import EvaluationSettings, compare_merged, evaluate
+from lorasuite.planning import Machine
 from lorasuite.training import FinetuneSettings, finetune
+from lorasuite.training._passes import free_memory
 from tests.integration.tiny import digit_rows, tiny_lora, tiny_model, tiny_tokenizer
 
 Base = Callable[..., Path]
@@ -135,10 +147,27 @@ def test_the_default_budget_is_within_the_control_group(tmp_path: Path, monkeypa
     limit, no_limit = tmp_path / "limit", tmp_path / "max"
     limit.write_text("4096\n")
     no_limit.write_text("max\n")
-    monkeypatch.setattr(_cache, "CGROUP_LIMITS", (str(no_limit), str(tmp_path / "absent")))
+    absent = str(tmp_path / "absent")
+    unlimited, unknown, limited = ((str(file), absent, absent) for file in (no_limit, absent, limit))
+    monkeypatch.setattr(_memory, "CGROUPS", (unlimited, unknown))
     assert _cache._memory(torch.device("cpu")) > 2**28
-    monkeypatch.setattr(_cache, "CGROUP_LIMITS", (str(no_limit), str(limit)))
+    monkeypatch.setattr(_memory, "CGROUPS", (unlimited, limited))
     assert _cache._memory(torch.device("cpu")) == 4096
+
+
+def test_what_the_control_group_holds_is_not_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages of files are given back, and count as free; the fine-tune and ``inspect`` go by the same numbers."""
+    files = [tmp_path / name for name in ("limit", "current", "stat")]
+    for file, text in zip(files, (2**24, 2**23, "anon 5\ninactive_file 4096"), strict=True):
+        file.write_text(f"{text}\n")
+    monkeypatch.setattr(_memory, "CGROUPS", (tuple(map(str, files)),))
+    free = 2**24 - 2**23 + 4096
+    machine = Machine.here("cpu", None)
+    assert (machine.ram, machine.ram_free) == (2**24, free) and free_memory(torch.device("cpu")) == free
+    files[1].write_text(str(2**25))  # a limit that was lowered
+    assert free_ram() == 0
+    files[2].unlink()  # what it holds is not known
+    assert free_ram() == 2**24
 
 
 def test_changed_files_are_loaded_anew(copies: tuple[Path, Path, Path], base: Base, loads: list[str]) -> None:
