@@ -16,11 +16,10 @@ demo: $(STAMP)  ## the main job on a miniature pair: migrate, fine-tune, compare
 OLD ?= HuggingFaceTB/SmolLM2-135M-Instruct
 NEW ?= google/gemma-3-270m
 TASK ?= task
-ONLY ?= reference claim
 demo-real: $(STAMP)  ## really pretrained bases and your rows: an adapter trained, moved, and set against a fresh LoRA (an hour)
 	@test -n "$(TRAIN)" -a -n "$(TEST)" || { echo "make demo-real TRAIN=rows.jsonl TEST=rows.jsonl [OLD=… NEW=… TASK=…]"; exit 2; }
-	$(BIN)/python -m benchmarks.real run --grid all-linear --old-base $(OLD) --new-base $(NEW) --task $(TASK) \
-	  --train $(TRAIN) --test $(TEST) --work demo-output-real --cells demo-output-real/cells --only $(ONLY)
+	$(BIN)/python -m benchmarks.real run --grid demo --old-base $(OLD) --new-base $(NEW) --task $(TASK) \
+	  --train $(TRAIN) --test $(TEST) --work demo-output-real --cells demo-output-real/cells
 	$(BIN)/python -m benchmarks.real tables --cells demo-output-real/cells --page demo-output-real/results.md
 	@cat demo-output-real/results.md
 

@@ -6,6 +6,7 @@
     python -m benchmarks.real tables
     python -m benchmarks.real pair --name OLD--NEW --old-base OLD --new-base NEW --calibration TEXTS
     python -m benchmarks.real predict
+    python -m benchmarks.real keep --task NAME OUTPUT
 
 ``OLD`` and ``NEW`` are directories or Hub ids, ``ROWS`` and ``TEXTS`` files that ``lorasuite migrate`` reads. A grid
 is an experiment file without a pair and tasks (docs/experiments.md): one of this directory by name, or any file. Every
@@ -15,7 +16,8 @@ measured goes into ``benchmarks/real/cells``: one JSON file a cell, without a pa
 the tables of ``docs/evidence.md`` and the picture beside them from those files. ``predict`` asks whether cheap
 statistics tell beforehand what a way will do, cells and pairs left out in turn, and writes the answer into the same
 page and into what ``lorasuite inspect --calibration`` shows (``tables`` does that, too); ``pair`` computes the
-statistics of a pair that it reads.
+statistics of a pair that it reads. ``keep`` keeps the record of a whole ``lorasuite migrate``, from the directory that
+it wrote, for the page's table of them.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from benchmarks.plugins import register_plugins
 HERE = Path(__file__).parent
 CELLS = HERE / "cells"
 PAGE = HERE.parents[1] / "docs" / "evidence.md"
+README = HERE.parents[1] / "README.md"
 
 
 def main(given: Sequence[str] | None = None) -> None:
@@ -64,7 +67,9 @@ def main(given: Sequence[str] | None = None) -> None:
         one.add_argument("--only", nargs="*", default=(), help="tables of the grid")
     tables = commands.add_parser("tables")
     tables.add_argument("--cells", type=Path, default=CELLS)
-    tables.add_argument("--page", type=Path, default=PAGE, help="the file with the marked places that the tables go to")
+    tables.add_argument(
+        "--page", type=Path, help="with marked places that the tables go to; docs/evidence.md and README"
+    )
     predict = commands.add_parser("predict")
     predict.add_argument("--cells", type=Path, default=CELLS)
     predict.add_argument("--page", type=Path, default=PAGE, help="the file with the marked place that the tables go to")
@@ -73,7 +78,15 @@ def main(given: Sequence[str] | None = None) -> None:
     pair.add_argument("--old-base", required=True)
     pair.add_argument("--new-base", required=True)
     pair.add_argument("--calibration", required=True)
+    kept = commands.add_parser("keep")
+    kept.add_argument("--task", required=True, help="what the held-out rows are of")
+    kept.add_argument("output", type=Path, help="the directory that lorasuite migrate wrote")
     arguments = parser.parse_args(given)
+    if arguments.command == "keep":
+        from benchmarks.real.default import keep
+
+        print(keep(arguments.output, arguments.task))
+        return
     if arguments.command in ("tables", "predict", "pair"):
         from benchmarks.real import predict as prediction
     if arguments.command in ("predict", "pair"):
@@ -84,11 +97,12 @@ def main(given: Sequence[str] | None = None) -> None:
             print(prediction.describe(arguments.name, *bases, arguments.calibration))
         return
     if arguments.command == "tables":
-        from benchmarks.real.tables import write
+        from benchmarks.real.tables import filled, read, write
 
-        write(arguments.cells, arguments.page)
-        if prediction.BEGIN in arguments.page.read_text(encoding="utf-8"):
-            prediction.write(arguments.cells, arguments.page)
+        write(arguments.cells, arguments.page or PAGE)
+        if arguments.page is None:
+            prediction.write(arguments.cells, PAGE)
+            README.write_text(filled(README.read_text(encoding="utf-8"), read(arguments.cells)), encoding="utf-8")
         return
     from benchmarks.real.grid import collect, experiment_file
     from flows.run_experiment import run_experiment

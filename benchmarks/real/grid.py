@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from flows.lab import Lab
@@ -81,7 +82,8 @@ def short(base: str) -> str:
 def collect(file: Path, cells: Path) -> int:
     """Write every cell of an experiment that is in the store to a file of its own, and return how many there are.
 
-    Computes nothing. Cells that are the same measurement (a fresh LoRA in the table of each transform) are one file.
+    Computes nothing, and takes the device of a run here for the one that cells were computed on. Cells that are the
+    same measurement (a fresh LoRA in the table of each transform) are one file.
     """
     experiment = read_experiment(file)
     lab = Lab(experiment, file.with_suffix("") / "data", dry=True)
@@ -144,6 +146,7 @@ def _record(lab: Lab, cell: Cell, measured: Measurement) -> dict[str, Any]:
         "bits_per_byte": info["bits_per_byte"],
         "exact_match": info["exact_match"],
         "n": info["n"],
+        "device": "cuda" if torch.cuda.is_available() else "cpu",
         "seconds": measured.cost | {"evaluation": round(info["seconds"], 3)},
         "peak_memory_bytes": measured.peak_memory_bytes,
         "tokens_trained_on": _tokens(lab, cell, tuning) if tuned else None,

@@ -1,9 +1,12 @@
-"""The table of a first screen: ways to an adapter for the new base, and the share of a retrain's gain each keeps."""
+"""The tables and the picture of first screens: ways to an adapter for the new base, and what each keeps of a retrain's
+gain.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import mean
 from typing import Any
 
@@ -17,6 +20,22 @@ Cell = Mapping[str, Any]
 LABELLED = "given.labelled"
 #: Grids whose cells are of adapters as people train them, a table each; other grids vary something else.
 GRIDS = ("all-linear", "strong")
+#: Whose ways stand side by side on the first screens, and the lines there are: of ways by the names of :func:`ways`.
+PAIR, GRID = ("smollm2-135m", "gemma3-270m"), "strong"
+TASKS = ("banking77", "snips", "e2e")
+LINES = {
+    "retrained": "a LoRA retrained on all rows",
+    "old base + adapter": "old base + adapter",
+    "new base, bare": "new base, bare",
+    "LoRA on 100 rows": "a fresh LoRA on 100 labelled rows, the best of three rates",
+    "equation 3 + LFT on 100 rows": "the paper's equation 3, fine-tuned on those rows, the best of three rates",
+    "`lorasuite-relative` + LFT on 100 rows, the best of the others": "the same, each update at its old relative norm",
+    "300 rows that the old adapter wrote, no label": "**no label**: 300 rows that the old adapter wrote (the default)",
+    "1,000 rows that the old adapter wrote, no label": "**no label**: 1,000 such rows",
+    "300 written rows and 100 labelled ones": "300 written rows and 100 labelled ones",
+}
+#: How many of the lines, the first ones, are what the others are set against.
+REFERENCES = 3
 #: Grids of the same old adapters as another's, and rows and steps: their lines stand in the same table.
 WITH = {"discovery": "strong"}
 
@@ -40,7 +59,7 @@ class Way:
         return [one for one in found if one is not None]
 
 
-def ways(cells: Iterable[Cell]) -> list[Way]:
+def ways(cells: Sequence[Cell]) -> list[Way]:
     """The ways that cells of one pair, task and grid show, references first.
 
     Of several learning rates the one with the least loss on the test rows stands, chosen by the first seed: in
@@ -91,7 +110,10 @@ def _best(name: str, cells: Iterable[Cell], belongs: Callable[..., bool]) -> Way
 
 
 def table(cells: list[Cell]) -> str:
-    """The Markdown table of one pair, task and grid; "" where nothing was retrained to compare with."""
+    """The Markdown table of one pair, task and grid; "" where nothing was retrained to compare with.
+
+    Memory stands where it was measured on the retrain's device.
+    """
     lines = ways(cells)
     named = {line.name: line for line in lines}
     bare, whole = named.get("new base, bare"), next((x for x in lines if x.name.startswith("retrained")), None)
@@ -110,7 +132,9 @@ def table(cells: list[Cell]) -> str:
     ]
     rows = [heads, ["---"] * len(heads)]
     for line in lines:
-        tokens = line.cells[0]["tokens_trained_on"] if line.name != "old base + adapter" else None
+        first, retrain = line.cells[0], whole.cells[0]
+        tokens = first["tokens_trained_on"] if line.name != "old base + adapter" else None
+        peak = first["peak_memory_bytes"] if tokens and first["device"] == retrain["device"] else None
         rows.append(
             [
                 line.name,
@@ -119,11 +143,60 @@ def table(cells: list[Cell]) -> str:
                 _share(_mean(bare.scores), _mean(line.scores), _mean(whole.scores)),
                 f"{line.loss:.2f}",
                 _share(bare.loss, line.loss, whole.loss),
-                f"{tokens / whole.cells[0]['tokens_trained_on']:.1%} of the retrain's" if tokens else "",
-                f"{peak / 2**30:.1f}" if tokens and (peak := line.cells[0]["peak_memory_bytes"]) else "",
+                f"{tokens / retrain['tokens_trained_on']:.1%} of the retrain's" if tokens else "",
+                f"{peak / 2**30:.1f}" if peak else "",
             ]
         )
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def first(cells: list[Cell]) -> dict[str, dict[str, Way]]:
+    """The ways of the first screens: by line and task."""
+    found: dict[str, dict[str, Way]] = {name: {} for name in LINES.values()}
+    for task in TASKS:
+        of = [cell for cell in cells if (cell["old_base"], cell["new_base"], cell["grid"]) == (*PAIR, GRID)]
+        own = ways([cell for cell in of if cell["task"] == task])
+        for begin, line in LINES.items():
+            for way in own:
+                if way.name.startswith(begin) and task not in found[line]:
+                    found[line][task] = way
+    return found
+
+
+def screen(cells: list[Cell]) -> str:
+    """The Markdown table of the first screens: the mean score, its range over seeds, and nats a token."""
+    heads = ["", *(f"{task}, {SCORED_BY.get(task, EXACT)}" for task in TASKS)]
+    rows = [heads, ["---"] * len(heads)]
+    for line, by_task in first(cells).items():
+        rows.append([line, *(_scored(by_task.get(task)) for task in TASKS)])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _scored(way: Way | None) -> str:
+    return "not run" if way is None else f"{_spread(way.scores)} ({way.loss:.2f})"
+
+
+def bars(cells: list[Cell], path: Path) -> None:
+    """The scores of the first screens, a panel a task: the mean over seeds, and their range."""
+    from matplotlib.figure import Figure
+
+    lines = {line.replace("*", ""): by_task for line, by_task in first(cells).items()}
+    figure = Figure(figsize=(13, 3.6), layout="constrained", dpi=110)
+    for panel, task in zip(figure.subplots(1, len(TASKS), sharey=True), TASKS, strict=True):
+        for place, (line, by_task) in enumerate(lines.items()):
+            if (way := by_task.get(task)) is None:
+                panel.text(0.01, place, "not run", va="center", color="grey", fontsize=8)
+                continue
+            middle, low, high = mean(way.scores), min(way.scores), max(way.scores)
+            colour = "C1" if "no label" in line else "C0" if place >= REFERENCES else "0.6"
+            spread = [[middle - low], [high - middle]] if len(way.scores) > 1 else None
+            panel.barh(place, middle, color=colour, xerr=spread, capsize=3)
+            panel.text(high + 0.02, place, f"{middle:.1%}", va="center", fontsize=8)
+        panel.set(xlim=(0, 1.12), title=f"{task}, {SCORED_BY.get(task, EXACT)}", xticks=[0, 0.5, 1])
+        panel.set_yticks(range(len(lines)), list(lines), fontsize=8)
+        panel.spines[["top", "right"]].set_visible(False)
+    panel.invert_yaxis()
+    figure.savefig(path, format="png")
 
 
 def _mean(values: list[float]) -> float | None:

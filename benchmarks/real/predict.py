@@ -99,9 +99,10 @@ def _levels(cells: Sequence[Cell]) -> dict[str, float]:
 
 
 def _ways(cells: list[Cell]) -> dict[str, float]:
-    """Bits per byte of every way of one grid."""
+    """Bits per byte of every way of one grid, as the way is by default: cells of other settings are other ways."""
     found = {}
-    few = [cell for cell in cells if cell["rows"] in (None, LABELLED) and cell["epochs"] in (None, EPOCHS)]
+    plain = [cell for cell in cells if not cell.get("settings") and not cell.get("prompts")]
+    few = [cell for cell in plain if cell["rows"] in (None, LABELLED) and cell["epochs"] in (None, EPOCHS)]
     for line in starts([cell for cell in few if cell["arm"] != Arm.REFRESHED]):
         method = line.untrained or next(iter(line.tuned.values()), {})
         name = method.get("method")
@@ -109,7 +110,7 @@ def _ways(cells: list[Cell]) -> dict[str, float]:
             found[_moved(name)] = line.untrained["bits_per_byte"]
         if line.best is not None:
             found[FRESH if name is None else _started(name)] = line.best["bits_per_byte"]
-    written = [cell for cell in cells if cell["arm"] == Arm.REFRESHED and cell["rows"] == WRITTEN]
+    written = [cell for cell in plain if cell["arm"] == Arm.REFRESHED and cell["rows"] == WRITTEN]
     if written:
         found[TAUGHT] = min(cell["bits_per_byte"] for cell in written)
     return found

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.real import default
 from benchmarks.real.grid import TRAINED, prompts_label
-from benchmarks.real.headline import GRIDS, WITH
+from benchmarks.real.headline import GRIDS, WITH, bars, screen
 from benchmarks.real.headline import table as headline
-from benchmarks.real.scores import EXACT, SCORED_BY, score, slot_f1
+from benchmarks.real.scores import EXACT, SCORED_BY, difference, score, slot_f1
 from lorasuite.evaluation import Arm, compare
 
 #: Cells of these lines are shown without a learning rate.
@@ -27,10 +28,15 @@ RATES = (3e-4, 1e-3, 3e-3)
 #: Losses that the picture's axis names.
 LEVELS = (0.03, 0.1, 0.3, 1, 3, 10, 30)
 MISSING = "not run"
-PICTURE = "evidence.png"
+#: What a cell's device is called: seconds and memory of one are nothing beside those of another.
+DEVICES = {"cpu": "CPU", "cuda": "GPU"}
+#: The picture of the first screen, and that of the sweeps.
+PICTURE, SWEEPS = "evidence.png", "evidence-rates.png"
 BEGIN, END = "<!-- cells -->", "<!-- /cells -->"
 #: Between these stands the table of every pair and task that has a retrain to compare with.
 FIRST, LAST = "<!-- headline -->", "<!-- /headline -->"
+#: And between these that of the first screens.
+SCREEN, UNDER = "<!-- first -->", "<!-- /first -->"
 #: Grids that a picture by learning rate shows, and panels in a row of it.
 DRAWN = ("all-linear", "paper", "strong")
 ACROSS = 3
@@ -127,40 +133,45 @@ def shown(cell: Cell | None) -> str:
 
 
 def against(control: Cell | None, cell: Cell | None) -> str:
-    """How a cell differs from the control on the same rows, with the paired bootstrap interval."""
+    """How a cell differs from the control on the same rows, in the task's score and in loss, with paired intervals."""
     if control is None or cell is None:
         return ""
-    metrics = {"exact_match": ("points", 100.0, 0), "bits_per_byte": ("bits/byte", 1.0, 2)}
-    found = []
-    for metric, (unit, factor, digits) in metrics.items():
-        if control[metric] is None or cell[metric] is None:  # losses only
-            continue
-        one = compare(control["samples"], cell["samples"], metric=metric)
-        low, high = (factor * value for value in one.interval or (0.0, 0.0))
-        found.append(f"{factor * one.difference:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}] {unit}")
+    rows = control["samples"], cell["samples"]
+    bits = compare(*rows, metric="bits_per_byte")
+    found = [_told(bits.difference, bits.interval, 2, "bits/byte")]
+    if control["exact_match"] is not None and cell["exact_match"] is not None:  # else losses only
+        apart, interval = difference(cell["task"], *rows)
+        found.insert(0, _told(100 * apart, interval and (100 * interval[0], 100 * interval[1]), 0, "points"))
     return "; ".join(found)
 
 
+def _told(value: float, interval: tuple[float, float] | None, digits: int, unit: str) -> str:
+    low, high = interval or (0.0, 0.0)
+    return f"{value:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}] {unit}"
+
+
 def costs(cells: list[Cell]) -> str:
-    """The Markdown table of what the cells of a group took: means over the cells of each kind."""
-    rows = [["", "cells", "seconds", "of them for the adapter's transform", "GiB", "tokens trained on"], ["---"] * 6]
+    """The Markdown table of what the cells of a group took: means over the cells of each kind, on each device apart."""
+    heads = ["", "on", "cells", "seconds", "of them before the fine-tune", "GiB", "tokens trained on"]
+    rows = [heads, ["---"] * len(heads)]
+    measured = [cell for cell in cells if cell["peak_memory_bytes"]]
     for arm in (Arm.OLD_ADAPTER, Arm.MIGRATED, Arm.SCRATCH, Arm.MIGRATED_LFT, Arm.REFRESHED, Arm.RETRAINED):
-        own = [cell for cell in cells if cell["arm"] == arm and cell["peak_memory_bytes"]]
-        if not own:
-            continue
-        transforms = [cell["seconds"].get("transform", 0.0) for cell in own]
-        tuned = [cell["seconds"].get("finetune", 0.0) for cell in own]
-        tokens = [cell["tokens_trained_on"] for cell in own if cell["tokens_trained_on"]]
-        rows.append(
-            [
-                arm.paper_label,
-                str(len(own)),
-                f"{_mean(a + b for a, b in zip(transforms, tuned, strict=True)):,.0f}",
-                f"{_mean(transforms):,.1f}",
-                f"{max(cell['peak_memory_bytes'] for cell in own) / 2**30:.1f}",
-                f"{_mean(tokens):,.0f}" if tokens else "",
-            ]
-        )
+        for device in sorted({cell["device"] for cell in measured if cell["arm"] == arm}):
+            own = [cell for cell in measured if (cell["arm"], cell["device"]) == (arm, device)]
+            before = [cell["seconds"].get("transform", 0.0) for cell in own]
+            tuned = [cell["seconds"].get("finetune", 0.0) for cell in own]
+            tokens = [cell["tokens_trained_on"] for cell in own if cell["tokens_trained_on"]]
+            rows.append(
+                [
+                    arm.paper_label,
+                    DEVICES[device],
+                    str(len(own)),
+                    f"{_mean(a + b for a, b in zip(before, tuned, strict=True)):,.0f}",
+                    f"{_mean(before):,.1f}",
+                    f"{max(cell['peak_memory_bytes'] for cell in own) / 2**30:.1f}",
+                    f"{_mean(tokens):,.0f}" if tokens else "",
+                ]
+            )
     return "\n".join(f"| {' | '.join(row)} |" for row in rows) if len(rows) > 2 else ""
 
 
@@ -191,20 +202,34 @@ def headlines(cells: list[Cell]) -> str:
 
 
 def write(folder: Path, page: Path) -> None:
-    """Put the tables between the marks of a page, which is made if there is none, and the picture beside it."""
+    """Put the tables between the marks of a page, which is made if there is none, and the pictures beside it."""
     cells = read(folder)
-    text = page.read_text(encoding="utf-8") if page.exists() else f"![Loss by rate]({PICTURE})\n\n{BEGIN}\n{END}\n"
+    text = page.read_text(encoding="utf-8") if page.exists() else f"![Loss by rate]({SWEEPS})\n\n{BEGIN}\n{END}\n"
     before, after = text[: text.index(BEGIN)], text[text.index(END) :]
     text = f"{before}{BEGIN}\n\n{markdown(cells)}\n\n{after}"
-    if FIRST in text:
-        before, after = text[: text.index(FIRST)], text[text.index(LAST) :]
-        text = f"{before}{FIRST}\n\n{headlines(cells)}\n\n{after}"
-    page.write_text(text, encoding="utf-8")
-    draw(cells, page.with_name(PICTURE))
+    page.write_text(filled(text, cells), encoding="utf-8")
+    draw(cells, page.with_name(SWEEPS))
+    if SCREEN in text:
+        bars(cells, page.with_name(PICTURE))
+
+
+def filled(text: str, cells: list[Cell]) -> str:
+    """A page with the tables that it has marks for."""
+    made = (
+        (FIRST, LAST, headlines(cells)),
+        (SCREEN, UNDER, screen(cells)),
+        (default.BEGIN, default.END, default.table(default.read())),
+    )
+    for begin, end, found in made:
+        if begin in text:
+            before, after = text[: text.index(begin)], text[text.index(end) :]
+            text = f"{before}{begin}\n\n{found}\n\n{after}"
+    return text
 
 
 def draw(cells: list[Cell], path: Path) -> None:
     """Loss by learning rate, a panel a group and a line a start; what is not trained is a level."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     first = [cell for cell in cells if cell["seed"] == 0 and not cell.get("settings")]
@@ -215,15 +240,15 @@ def draw(cells: list[Cell], path: Path) -> None:
     panels = list(figure.subplots(down, across, squeeze=False, sharey=True).flat)
     for empty in panels[len(found) :]:
         empty.set_visible(False)
-    names = list(dict.fromkeys(line.name for _, own in found for line in starts(own)))
-    colours = {name: f"C{n}" for n, name in enumerate(names)}
+    names = list(dict.fromkeys(_drawn(line) for _, own in found for line in starts(own)))
+    colours = dict(zip(names, colormaps["tab20"].colors, strict=False))
     for panel, ((old, new, task, grid), own) in zip(panels, found, strict=False):
         for line in starts(own):
             rates = sorted(line.tuned)
             losses = [line.tuned[rate]["loss"] for rate in rates]
-            panel.plot(rates, losses, marker="o", color=colours[line.name], label=line.name.replace("`", ""))
+            panel.plot(rates, losses, marker="o", color=colours[_drawn(line)], label=_drawn(line))
             if line.untrained is not None:
-                panel.plot(RATES[0] / 2, line.untrained["loss"], marker="x", color=colours[line.name])
+                panel.plot(RATES[0] / 2, line.untrained["loss"], marker="x", color=colours[_drawn(line)])
         for arm, style in ((Arm.OLD_ADAPTER, "--"), (Arm.NEW, ":")):
             for cell in (cell for cell in own if cell["arm"] == arm):
                 panel.axhline(cell["loss"], color="grey", linestyle=style, linewidth=1, label=BARE[arm])
@@ -238,6 +263,11 @@ def draw(cells: list[Cell], path: Path) -> None:
     shown_lines = {label: handle for p in panels for handle, label in zip(*p.get_legend_handles_labels(), strict=True)}
     figure.legend(shown_lines.values(), shown_lines, loc="outside lower center", ncols=2, fontsize=8)
     figure.savefig(path, format="png")
+
+
+def _drawn(line: Start) -> str:
+    """What a line is called in the picture: retrains are one, whatever they read."""
+    return f"{FRESH}, retrained" if "retrained" in line.name else line.name.replace("`", "")
 
 
 def _by_rate(cells: Iterable[Cell]) -> dict[float, Cell]:

@@ -13,12 +13,13 @@ from ._general import (
 from ._held_out import evaluate
 from ._llama_cpp import check_gguf, compare_gguf, convert, find_converter, llama_cpp_missing, llama_cpp_versions
 from ._measures import BOTH, TASK_METRICS
-from ._results import EvaluationResult, EvaluationSettings, EvaluationSummary
+from ._results import BEYOND_LONGEST, EvaluationResult, EvaluationSettings, EvaluationSummary
 from ._served import Served
 from ._serving import LLAMA_CPP_ARCHITECTURES, TEXT, VLLM_ARCHITECTURES, check, compare_merged
 from ._tasks import TaskScore, TaskSummary, check_tasks, evaluate_tasks, group_score, write_task_samples
 
 __all__ = [
+    "BEYOND_LONGEST",
     "BOTH",
     "LLAMA_CPP_ARCHITECTURES",
     "PUBLISHED_ARMS",

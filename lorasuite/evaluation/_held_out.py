@@ -41,7 +41,7 @@ from lorasuite.evaluation._harness import (
     run_lm_eval,
     versions,
 )
-from lorasuite.evaluation._results import EvaluationResult, EvaluationSample, EvaluationSettings
+from lorasuite.evaluation._results import BEYOND_LONGEST, EvaluationResult, EvaluationSample, EvaluationSettings
 from lorasuite.progress import EvaluationProgress
 
 if TYPE_CHECKING:
@@ -232,9 +232,12 @@ def _generation_plan(
             until = []
         if group == "plain":  # of rows that a template made: where it is no one token, its text ends an answer
             until += sorted({document.suffix.strip() for document in members} - {""})
+        tokens = settings.max_new_tokens
+        if tokens == "auto":
+            tokens = max(document.tokens for document in members) + BEYOND_LONGEST
         plan[group] = {
             "until": until,
-            "max_gen_toks": min(settings.max_new_tokens, max(1, context // 2)),
+            "max_gen_toks": min(tokens, max(1, context // 2)),
             "do_sample": False,
             "temperature": 0.0,
             # Given explicitly: lm-eval's own EOS check reads text from which special tokens have been removed.

@@ -6,11 +6,15 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
 from lorasuite.errors import NumericalError, Problem
+
+#: Tokens that an answer may have beyond the longest of the rows' own: enough to tell that it does not end there. Fewer
+#: than its own would make a row's answer impossible, and more are never equal to one.
+BEYOND_LONGEST = 16
 
 
 class EvaluationSettings(BaseModel):
@@ -19,7 +23,11 @@ class EvaluationSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     batch_size: int = Field(16, ge=1, description="rows evaluated together; fixed and recorded")
-    max_new_tokens: int = Field(64, ge=1, description="at most half of the model's context is used for the answer")
+    max_new_tokens: PositiveInt | Literal["auto"] = Field(
+        "auto",
+        description=f"of an answer; auto: {BEYOND_LONGEST} more than the longest of the rows' own has; at most half of "
+        "the model's context",
+    )
     limit: int | None = Field(None, ge=1, description="evaluate the first rows only")
     generate: bool = Field(True, description="False: only likelihoods, several times cheaper")
     seed: int = Field(1234, ge=0, lt=2**32, description="of lm-eval's own draws")

@@ -17,6 +17,7 @@ from lorasuite.adapters import Adapter, weight_shape
 from lorasuite.bases import ROLES, Checkpoint, Role
 from lorasuite.data import DEFAULT_TEMPLATE, IGNORED, Row, encode_rows, known_templates
 from lorasuite.errors import LoRASuiteError, Problem
+from lorasuite.evaluation import BEYOND_LONGEST
 from lorasuite.planning._candidates import usable
 from lorasuite.planning._config import AUTO, MigrationConfig
 from lorasuite.planning._cost import FLOAT, HALF, Cost, Shape, Work
@@ -138,7 +139,7 @@ def planned_work(
         second_step=config.second_step,
         second_step_epochs=config.second_step_epochs,
         evaluation_rows=min(len(data.evaluation), config.evaluation.limit or len(data.evaluation)),
-        evaluation_new_tokens=config.evaluation.max_new_tokens if config.evaluation.generate else 0,
+        evaluation_new_tokens=_new_tokens(config, data) if config.evaluation.generate else 0,
         evaluation_batch=config.evaluation.batch_size,
         general_texts=len(data.general),
         general_tokens=_mean_tokens(data.tokenizer, data.general, sys.maxsize)
@@ -205,6 +206,15 @@ def _row_tokens(config: MigrationConfig, data: Data) -> tuple[float, float]:
             data.assumed.append(f"written answers of {answer} tokens")
             return tokens + answer, float(answer)
     return float(config.finetune.cutoff), config.finetune.cutoff / 2
+
+
+def _new_tokens(config: MigrationConfig, data: Data) -> int:
+    """Tokens of an answer to a held-out row at most."""
+    if config.evaluation.max_new_tokens != "auto":
+        return config.evaluation.max_new_tokens
+    longest = max((row.completion for row in data.evaluation), key=len, default="")
+    found = len(data.tokenizer(longest)["input_ids"]) if longest and data.tokenizer is not None else ANSWER_TOKENS
+    return found + BEYOND_LONGEST
 
 
 def estimate(

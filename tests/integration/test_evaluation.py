@@ -131,6 +131,10 @@ def test_a_model_that_knows_the_rows_scores_one(tuned, tmp_path):
         "eos_token_id": [2],
     }
     json.dumps(result.summary())
+    unsaid = evaluate(base, tiny_tokenizer(), digit_rows(), EvaluationSettings(), adapters={"tuned": adapter})["tuned"]
+    assert unsaid.exact_match == 1.0
+    longest = max(sample.tokens for sample in result.samples)
+    assert unsaid.task["generation"]["plain"]["max_gen_toks"] == longest + 16, "no right answer is cut"
     result.write_samples(tmp_path / "samples.jsonl")
     lines = (tmp_path / "samples.jsonl").read_text().splitlines()
     assert [json.loads(line)["exact_match"] for line in lines] == [True] * 8

@@ -74,6 +74,10 @@ def test_what_a_way_kept_of_the_lead(tmp_path: Path) -> None:
         cell("migrated", 0, 21.0, **moved), cell("migrated+lft", 8, 4.0, 0.001, **moved),
         cell("refreshed", 5, 1.5, 0.001, rows=300), cell("refreshed", 5, 0.1, 0.001, rows=1000),
         cell("scratch", 3, 4.0, 0.001, grid="h"), cell("scratch", 3, 0.1, 0.001, rows=30),
+        # other ways, each better than the plain one of its arm
+        cell("refreshed", 9, 0.2, 0.001, rows=300, settings={"given.labelled": "100"}),
+        cell("refreshed", 9, 0.2, 0.001, rows=300, prompts={"sources": ["adapter"], "given": 0}),
+        cell("scratch", 9, 0.2, 0.001, settings={"finetune.loraplus_lr_ratio": "16"}),
     ]  # fmt: skip
     for n, one in enumerate(cells):
         (folder / f"{n}.json").write_text(json.dumps(one))

@@ -9,9 +9,24 @@ from typing import Any
 
 import pytest
 
-from benchmarks.real.__main__ import CELLS, PAGE
+from benchmarks.real import default
+from benchmarks.real.__main__ import CELLS, PAGE, README
+from benchmarks.real.headline import screen
 from benchmarks.real.headline import table as headline
-from benchmarks.real.tables import BEGIN, END, PICTURE, groups, headlines, markdown, read, table, write
+from benchmarks.real.tables import (
+    BEGIN,
+    END,
+    PICTURE,
+    SWEEPS,
+    costs,
+    filled,
+    groups,
+    headlines,
+    markdown,
+    read,
+    table,
+    write,
+)
 
 LORA = {"rank": 4, "targets": ["q", "v"]}
 
@@ -32,7 +47,7 @@ def cell(arm: str, right: int, loss: float = 1.0, rate: float | None = None, **c
     return {
         "old_base": "old", "new_base": "new", "task": "t", "grid": "g", "arm": arm, "method": None, "lora": LORA,
         "rows": rate and 100, "epochs": rate and 3, "learning_rate": rate, "seed": 0, "loss": loss, "n": 10,
-        "exact_match": right / 10, "bits_per_byte": loss / math.log(2), "peak_memory_bytes": 2**30,
+        "exact_match": right / 10, "device": "cpu", "bits_per_byte": loss / math.log(2), "peak_memory_bytes": 2**30,
         "seconds": {"finetune": 4.0, "transform": 2.0},
         "tokens_trained_on": rate and 300, "samples": samples, **changes,
     }  # fmt: skip
@@ -81,8 +96,8 @@ def test_pages_and_pictures_are_written_between_the_marks(cells: list[dict[str, 
     assert text.startswith("Before.") and text.endswith(f"{END}\n\nAfter.\n") and "\nold\n" not in text
     assert [name[-1] for name, _ in groups(read(tmp_path / "cells"))] == ["g", "h"]
     assert "Rank 4 on q, v; 10 test rows, seed 0; fine-tunes of 3 epochs on 100 rows. Nats per" in text
-    assert "| migrated, w LFT | 1 | 6 | 2.0 | 1.0 | 300 |" in text
-    assert (tmp_path / PICTURE).stat().st_size > 5_000
+    assert "| migrated, w LFT | CPU | 1 | 6 | 2.0 | 1.0 | 300 |" in text
+    assert (tmp_path / SWEEPS).stat().st_size > 5_000 and not (tmp_path / PICTURE).exists()
     write(tmp_path / "cells", page)
     assert page.read_text() == text
 
@@ -90,8 +105,46 @@ def test_pages_and_pictures_are_written_between_the_marks(cells: list[dict[str, 
 def test_the_page_is_in_step_with_the_cells() -> None:
     text = PAGE.read_text(encoding="utf-8")
     shown = text[text.index(BEGIN) + len(BEGIN) : text.index(END)].strip()
-    assert shown == markdown(read(CELLS)), "run: python -m benchmarks.real tables"
-    assert PAGE.with_name(PICTURE).is_file()
+    cells = read(CELLS)
+    assert shown == markdown(cells), "run: python -m benchmarks.real tables"
+    assert PAGE.with_name(PICTURE).is_file() and PAGE.with_name(SWEEPS).is_file()
+    for page in (text, README.read_text(encoding="utf-8")):
+        assert screen(cells) in page and filled(page, cells) == page, "run: python -m benchmarks.real tables"
+
+
+def test_what_each_device_took_stands_apart() -> None:
+    found = costs(
+        [cell("scratch", 3, 1.0, 0.001), cell("scratch", 3, 1.0, 0.003, device="cuda", seconds={"finetune": 1})]
+    )
+    assert "| LoRA (small) | CPU | 1 | 6 | 2.0 | 1.0 | 300 |" in found
+    assert "| LoRA (small) | GPU | 1 | 1 | 0.0 | 1.0 | 300 |" in found
+
+
+def test_a_run_of_the_whole_command_is_kept_without_a_path(tmp_path: Path) -> None:
+    scores = {"exact_match": 0.5, "loss": 1.0, "bits_per_byte": 0.4, "n": 10, "samples": "not kept"}
+    bases = {f"{side}_base": {"name": side, "id": f"/here/{side}"} for side in ("old", "new")}
+    stages = [
+        ("activations", "old", 3),
+        ("teacher", None, 5),
+        ("search", None, 7),
+        ("evaluate", "a", 2),
+        ("evaluate", "b", 2),
+    ]
+    record = bases | {
+        "adapter": {"rank": 16}, "teacher": {"written": 300}, "seed": 42, "versions": {}, "general": {"costs": []},
+        "finetune": {"steps": 57, "samples": 300, "learning_rate": 0.001, "search": {"steps": 85}},
+        "evaluation": {"old+adapter": scores, "migrated+lft": scores}, "peak_memory_bytes": {"search": 2**30},
+        "verdict": {"verdict": "ship", "kept": 1.0, "kept_interval": None, "reason": "…"},
+        "timings": [{"stage": stage, "label": label, "computed_seconds": s} for stage, label, s in stages],
+        "settings": {"old_base": "/here/old", "prompts": "/here/prompts.jsonl", "effort": "normal"},
+    }  # fmt: skip
+    (tmp_path / "migration.json").write_text(json.dumps(record))
+    kept = default.keep(tmp_path, "t", tmp_path / "kept")
+    assert kept.name == "old--new--t--300rows--seed42.json"
+    assert "/here" not in kept.read_text() and "not kept" not in kept.read_text()
+    (run,) = default.read(tmp_path / "kept")
+    assert default.spent(run) == (3, 5, 7, 2), "one adapter under two names is evaluated once"
+    assert "| old → new, t | 300 written | 50%, 1.00 nats | 50%, 1.00 nats | 100% |" in default.table([run])
 
 
 def test_a_headline_of_every_way_against_the_retrain() -> None:
