@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from prefect import task
@@ -19,7 +19,7 @@ from lorasuite.bases import (
     fingerprint_tokenizer,
     resolve,
 )
-from lorasuite.data import HUB, Row, fingerprint_rows, read_template, source_digest
+from lorasuite.data import HUB, read_template, source_digest
 from lorasuite.errors import AdapterError, DataError, Problem
 from lorasuite.evaluation.eval_tasks import TASKS, expand
 from lorasuite.evaluation.eval_tasks import fingerprint as fingerprint_own
@@ -76,16 +76,6 @@ def fingerprint_any_adapter(path: Path, allow_pickle: bool = False) -> str:
         return fingerprint_adapter(path, allow_pickle)
     except AdapterError:
         return digest_json({name: file_digest(path / name) for name in ADAPTER_FILES if (path / name).is_file()})
-
-
-def fingerprint_texts(texts: Sequence[str]) -> str:
-    """The calibration texts that are read, in order."""
-    return digest_json(list(texts))
-
-
-def fingerprint_data(rows: Sequence[Row]) -> str:
-    """Rows, by content."""
-    return fingerprint_rows(rows)
 
 
 def fingerprint_folder(path: Path) -> str:

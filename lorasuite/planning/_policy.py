@@ -143,7 +143,10 @@ def plan_rows(settings: MigrationConfig, counts: RowCounts) -> RowPlan:
     )
     one_answer = (requested or synthetic) and counts.prompts is not None and not several_answers
     teacher_rows = min(wanted, counts.prompts) if one_answer and counts.prompts is not None else wanted
-    notices = tuple(_notices(settings, counts, requested, synthetic, teacher_rows, sources))
+    notices = (
+        *_idle(settings, own + synthetic),
+        *_notices(settings, counts, requested, synthetic, teacher_rows, sources),
+    )
     if not counts.teacher_usable:
         # Rows that are not worth training on can still tell candidates apart, where there are no others.
         synthetic, selection = 0, 0 if requested else wanted
@@ -183,6 +186,30 @@ def _sources(settings: MigrationConfig, counts: RowCounts, rows: int) -> tuple[s
     return chosen_sources(False, False, counts.card) if settings.says_nothing else ()
 
 
+def _idle(settings: MigrationConfig, rows: int) -> Iterator[str]:
+    """What was asked for of steps that are not taken.
+
+    Args:
+        rows: training rows there are, the teacher's among them.
+    """
+    # by value: settings that a flow hands on are all set
+    names = ("second_step_epochs", "second_step_rate", "effort", "starts")
+    asked = [name for name in names if getattr(settings, name) != MigrationConfig.model_fields[name].default]
+    idle = [name for name in asked if name.startswith("second_step")]
+    if idle and settings.second_step == "none":
+        yield f"{' and '.join(idle)} not used: there is no second step (--second-step)"
+    auto, rates = settings.method == AUTO, settings.learning_rates
+    if "effort" in asked:
+        if not auto:
+            yield f"effort not used: it is of auto, and the method is {settings.method}"
+        elif rates:
+            yield "effort not used: learning_rates are named, and there is no search"
+        elif settings.effort != "quick" and rows < MIN_SWEEP_ROWS:
+            yield f"effort not used: a search takes {MIN_SWEEP_ROWS} training rows, and there are {rows}"
+    if "starts" in asked and not (auto and len(rates) > 1):
+        yield "starts not used: it is of auto with several learning_rates"
+
+
 def _notices(
     settings: MigrationConfig,
     counts: RowCounts,
@@ -192,11 +219,6 @@ def _notices(
     sources: tuple[str, ...],
 ) -> Iterator[str]:
     asked = settings.teacher_samples is not None
-    # by value: settings that a flow hands on are all set
-    defaults = {name: MigrationConfig.model_fields[name].default for name in ("second_step_epochs", "second_step_rate")}
-    idle = [name for name, default in defaults.items() if getattr(settings, name) != default]
-    if idle and settings.second_step == "none":
-        yield f"{' and '.join(idle)} not used: there is no second step (--second-step)"
     if counts.own and requested:
         own = min(requested, counts.own)
         if own < requested:

@@ -30,6 +30,7 @@ NOTHING = RowPlan(
     measures_controls=False,
     own_rows_decide=False,
 )
+RATES = (1e-4, 1e-3)
 SWEPT = {"searches": True, "compares_starts": True}
 FEW = {"has_prompt_source": True, "few_labels": True}
 IMITATE = {"imitate": True}
@@ -271,6 +272,30 @@ def test_fine_tunes(
         ({"method": "procrustes"}, {}, []),
         ({"method": "procrustes", "second_step_rate": 0.3}, {}, ["second_step_rate not used: there is no second step"]),
         ({"prompts": "p", "second_step": "cached", "second_step_epochs": 1}, {"prompts": 40}, ["writes up to 40 rows"]),
+        ({"method": "procrustes", "effort": "quick"}, {}, ["effort not used: it is of auto, and the method is proc"]),
+        ({"train_data": "t", "effort": "thorough"}, {"own": 100}, []),
+        ({"train_data": "t", "effort": "quick"}, {"own": 100}, []),
+        (
+            {"train_data": "t", "effort": "thorough", "finetune_samples": 9, "teacher_samples": 0},
+            {"own": 9},
+            ["effort not used: a search takes 10 training rows, and there are 9"],
+        ),
+        (
+            {"train_data": "t", "effort": "thorough", "learning_rates": RATES},
+            {"own": 100},
+            ["effort not used: learning_"],
+        ),
+        ({"train_data": "t", "starts": 4, "learning_rates": RATES}, {"own": 100}, []),
+        (
+            {"train_data": "t", "starts": 4, "learning_rates": RATES[:1]},
+            {"own": 100},
+            ["starts not used"],
+        ),
+        (
+            {"train_data": "t", "starts": 4},
+            {"own": 100},
+            ["starts not used: it is of auto with several"],
+        ),
     ],
 )
 def test_notices(given: dict[str, Any], counts: dict[str, Any], said: list[str]) -> None:
