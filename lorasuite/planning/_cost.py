@@ -179,7 +179,8 @@ class Work:
     batch: int = 16
     #: Rows of a forward pass of the fine-tune; None: as many of a step's as fit.
     micro_batch: int | None = None
-    checkpointing: bool = False
+    #: Whether its activations are recomputed in the backward pass; None: where one row does not fit otherwise.
+    checkpointing: bool | None = None
     #: Whole fine-tunes there are, the control's among them; and that the short ones of candidates and all runs of the
     #: search come to.
     fine_tunes: float = 1.0

@@ -180,7 +180,8 @@ def training(stage: str, new: Shape, work: Work, whole: float) -> Cost:
 
 
 def _training_bytes(new: Shape, work: Work) -> tuple[float, float]:
-    """Bytes of one run on the device, and those of them that a run with fewer rows a pass does without."""
+    """Bytes of one run on the device, and those of them that a run does without that may take fewer rows a pass, and
+    recompute activations."""
     trained, rows = lora_weights(new, work), min(work.micro_batch or work.batch, work.rows)
     always = weight_bytes(new, work.training_item) + (FLOAT + TRAINED) * trained
 
@@ -190,7 +191,7 @@ def _training_bytes(new: Shape, work: Work) -> tuple[float, float]:
         return logits + activation_bytes(new, rows * work.row_tokens, work.row_tokens, work.training_item, kept=kept)
 
     held = passing(rows, not work.checkpointing)
-    return always + held, held - passing(1, False) if work.micro_batch is None else 0.0
+    return always + held, held - passing(1, work.checkpointing is False) if work.micro_batch is None else 0.0
 
 
 def second_step(old: Shape, new: Shape, work: Work) -> Cost:

@@ -123,7 +123,7 @@ def planned_work(
         epochs=epochs,
         batch=tuning.batch_size,
         micro_batch=tuning.micro_batch_size if isinstance(tuning.micro_batch_size, int) else None,
-        checkpointing=tuning.gradient_checkpointing is True,
+        checkpointing=None if tuning.gradient_checkpointing == "auto" else tuning.gradient_checkpointing,
         fine_tunes=fine_tunes,
         screened=screened,
         searched=searched,

@@ -156,6 +156,13 @@ def test_what_does_not_fit_is_named_with_a_remedy(base: Callable[..., Path]) -> 
     # rows of a pass that are not named adapt to the memory there is
     fixed, free = (estimate(old, new, replace(BUSY, micro_batch=n), ROOMY) for n in (16, None))
     assert stages(free)["finetune"]["spare_bytes"] > 0 == stages(fixed)["finetune"]["spare_bytes"]
+    # where activations are never recomputed, one row with all of its own is the least
+    kept, may, always = (
+        stages(estimate(old, new, replace(BUSY, checkpointing=told), ROOMY))["finetune"] for told in (False, None, True)
+    )
+    assert kept["ram_bytes"] == may["ram_bytes"] > always["ram_bytes"]
+    least = [row["ram_bytes"] - row["spare_bytes"] for row in (kept, may, always)]
+    assert least[0] > least[1] == least[2]
     # tight now, and not refused: what is in use may be freed
     need = max(row["ram_bytes"] for row in found["stages"])
     tight = estimate(old, new, BUSY, replace(ROOMY, ram=need, ram_free=need // 2))
@@ -163,6 +170,36 @@ def test_what_does_not_fit_is_named_with_a_remedy(base: Callable[..., Path]) -> 
     # nor what may lie in the store already
     cached = estimate(old, new, BUSY, replace(ROOMY, disk_free=10, disk_stored=found["total"]["disk_bytes"]))
     assert shortages(cached) and not unfit(cached)
+
+
+def test_a_fine_tune_that_keeps_its_activations_is_refused_where_one_row_does_not_fit(
+    base: Callable[..., Path], lora: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, rows = base("llama"), tmp_path / "rows.jsonl"
+    text = " ".join(f"w{n}" for n in range(100))
+    rows.write_text("".join(json.dumps({"prompt": text, "completion": f" w{n}"}) + "\n" for n in range(20)))
+
+    def settings(told: bool | str) -> MigrationConfig:
+        return config(
+            old, old, lora(old), tmp_path / "out", train_data=str(rows), pair={"cka_batch": 4}, device="cpu",
+            finetune={"gradient_checkpointing": told},
+        )  # fmt: skip
+
+    def least(told: bool | str) -> int:
+        search = stages(check(settings(told), tmp_path / "home").inspection.cost)["search"]
+        size: int = search["ram_bytes"] - search["spare_bytes"]
+        return size
+
+    between = (least(False) + least("auto")) // 2
+    assert least(True) == least("auto") < between < least(False)
+    small = Machine(between, between, None, None, 2**50)
+    monkeypatch.setattr(Machine, "here", lambda device, home: small)
+    monkeypatch.setattr("lorasuite.planning._estimate.MARGIN", 1.0)
+    refused = {}
+    for told in (False, "auto"):
+        found = survey(settings(told), tmp_path / "home", timed=False)
+        refused[told] = [problem.where for problem in unfit(found.cost)]
+    assert "search" in refused[False] and "search" not in refused["auto"]
 
 
 def test_a_base_that_is_spread_has_all_gpus_and_the_ram(
