@@ -6,6 +6,7 @@ import ast
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +37,23 @@ PROMPT_NAMES = frozenset(
         "user_input",
     ]
 )
-#: Calls whose first argument is a prompt, where it is a string.
-CALLS = frozenset(["pipe", "pipeline", "generator", "tokenizer", "tok", "generate", "chat", "predict", "classifier"])
+#: Calls whose first argument is a prompt, where it is a string; that of ``pipeline`` itself is the name of a task.
+CALLS = frozenset(["pipe", "generator", "tokenizer", "tok", "generate", "chat", "predict", "classifier"])
 #: What stands for the body in a prompt template of a card.
 _PLACE = re.compile(
     r"\{\{\s*[\w.]+\s*\}\}|\{[\w ]*\}|<(?:your |user )?(?:text|input|prompt|question|instruction)>", re.I
 )
-#: Words of the empty card that PEFT writes.
+#: What the Hub's template has where nothing was filled in.
 _EMPTY = "[More Information Needed]"
+#: Sentences that Trainer, TRL and Unsloth write into every card: they say how an adapter was trained, not for what.
+_OF_TRAINERS = re.compile(
+    r"This model (?:is a fine-tuned version of \S+|was trained from scratch)(?: on (?:an|the) .*datasets?)?\."
+    r"|It has been trained using TRL\."
+    r"|This model was trained with [A-Z][\w-]*(?: [A-Z]+)?(?:, a method introduced in .*)?\."
+    r"|This .*model was trained 2x faster with .*"
+)
+#: The question that TRL's cards ask, whatever the adapter is for.
+_OF_TRL = "If you had a time machine, but could only go to the past or the future"
 #: The line that begins a block, with its marks and its language.
 _FENCE = re.compile(r"(`{3,}|~{3,})[ \t]*([\w+-]*)")
 
@@ -90,10 +100,10 @@ def parsed_card(text: str) -> Card:
                 prompts.append(found)
             else:
                 frames.append(found)
-    usable = [row for row in prompts if _written(row) and 0 < len(row.prompt or _said(row)) <= LONGEST]
+    usable = [row for row in prompts if _written(row) and _is_usable(row.prompt or _said(row))]
     framed = [frame for frame in frames if _is_text("".join(frame))]
     kept, shapes = tuple(dict.fromkeys(usable))[:MOST_PROMPTS], tuple(dict.fromkeys(framed))
-    return Card(kept, shapes, _description(prose), unread=head is None)
+    return Card(kept, shapes, "" if _is_ours(head or {}) else _description(prose), unread=head is None)
 
 
 def _named_templates(text: str) -> list[str]:
@@ -174,6 +184,10 @@ def _written(row: Row) -> bool:
     return _is_text(row.prompt) and all(_is_text(turn.role) and _is_text(turn.content) for turn in row.messages)
 
 
+def _is_usable(prompt: str) -> bool:
+    return bool(prompt.strip()) and len(prompt) <= LONGEST and not prompt.startswith(_OF_TRL)
+
+
 def _is_text(text: str) -> bool:
     """Whether it can be stored and tokenized: an escape in a snippet may be half of a character."""
     return not any("\ud800" <= letter <= "\udfff" for letter in text)
@@ -247,11 +261,38 @@ def _plain(node: ast.expr) -> Any:
         return None
 
 
+def _is_ours(head: dict[str, Any]) -> bool:
+    """Whether a migration wrote the card: its sentences are about the migration."""
+    tags = head.get("tags")
+    return isinstance(tags, list) and "adapter-migration" in tags
+
+
 def _description(body: str) -> str:
-    """The first sentences that say something: of prose, without headings, lists, links' addresses and HTML."""
+    """The first sentences of prose that somebody wrote, without headings, lists, links' addresses and HTML."""
     for part in re.split(r"\n\s*\n", body):
-        lines = [line for line in part.splitlines() if not re.match(r"\s*(#|[-*|>]|\d+\.|<|!\[|\[!)", line)]
-        text = re.sub(r"\[([^\[\]]*)\]\([^()]*\)", r"\1", " ".join(" ".join(lines).split()))
-        if len(text.split()) >= 4 and _EMPTY not in text and not text.startswith("Use the code below"):
-            return " ".join(re.split(r"(?<=[.!?])\s", text)[:2])[:300]
+        lines = [line for line in part.splitlines() if not re.match(r"\s*(#|[-*|>]|\d+\.|<|!\[|\[[!<])", line)]
+        sentences = re.split(r"(?<=[.!?])\s", _plain_text(" ".join(lines)))
+        said = [sentence for sentence in sentences if not _is_boilerplate(sentence)]
+        if len(" ".join(said).split()) >= 4:
+            return " ".join(said[:2])[:300]
     return ""
+
+
+def _is_boilerplate(sentence: str) -> bool:
+    """Whether it says nothing of the task: a tool wrote it, or it begins a list, which is not read."""
+    if sentence.endswith(":") or _EMPTY in sentence or _OF_TRAINERS.fullmatch(sentence) is not None:
+        return True
+    return sentence in _hub_template()
+
+
+@cache
+def _hub_template() -> str:
+    """The text of the card that the Hub's library writes, as PEFT does beside every adapter."""
+    from huggingface_hub import ModelCard
+
+    return _plain_text(ModelCard.default_template_path.read_text(encoding="utf-8"))
+
+
+def _plain_text(text: str) -> str:
+    """On one line, with links' words alone."""
+    return re.sub(r"\[([^\[\]]*)\]\([^()]*\)", r"\1", " ".join(text.split()))

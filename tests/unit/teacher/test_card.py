@@ -6,9 +6,15 @@ import time
 from pathlib import Path
 
 import pytest
+from huggingface_hub import ModelCard, ModelCardData
+from peft import LoraConfig, get_peft_model
 
-from lorasuite.data import Message, Row
+from lorasuite import zoo
+from lorasuite.data import Message, Row, read_prompts, rows_to_jsonl
+from lorasuite.reporting import model_card
 from lorasuite.teacher import Card, card_text, parsed_card
+from tests.models import load
+from tests.records import record
 
 CARD = """---
 base_model: someone/base
@@ -138,3 +144,131 @@ def test_settings_beside_the_adapter_name_templates_and_pickles_are_not_read(tmp
 def test_a_prompt_with_a_place_is_a_template_and_long_ones_are_left_out() -> None:
     found = parsed_card("```python\ntext = 'Q: {q}\\nA:'\nprompt = '" + "a" * 5000 + "'\nquery = 'why?'\n```")
     assert found.frames == (("Q: ", "\nA:"),) and found.prompts == (Row("completion", prompt="why?"),)
+
+
+#: As Trainer writes it, of transformers 5.
+TRAINER = """---
+library_name: peft
+---
+
+<!-- This model card has been generated automatically according to the information the Trainer had access to. You
+should probably proofread and complete it, then remove this comment. -->
+
+# out
+
+This model is a fine-tuned version of [org/base](https://huggingface.co/org/base) on the None dataset.
+It achieves the following results on the evaluation set:
+- Loss: 0.5
+
+## Model description
+
+More information needed
+
+### Training hyperparameters
+
+The following hyperparameters were used during training:
+- learning_rate: 0.0002
+
+### Training results
+
+| Training Loss | Epoch | Step | Validation Loss |
+|:-------------:|:-----:|:----:|:---------------:|
+| 0.6           | 1.0   | 10   | 0.5             |
+"""
+
+#: As TRL's trainers write it.
+TRL = """---
+base_model: org/base
+model_name: sft
+---
+
+# Model Card for sft
+
+This model is a fine-tuned version of [org/base](https://huggingface.co/org/base){on}.
+It has been trained using [TRL](https://github.com/huggingface/trl).
+
+## Quick start
+
+```python
+from transformers import pipeline
+
+question = "If you had a time machine, but could only go to the past or the future and never return, which would you choose and why?"
+generator = pipeline("text-generation", model="me/sft", device="cuda")
+output = generator([{"role": "user", "content": question}], max_new_tokens=128, return_full_text=False)[0]
+print(output["generated_text"])
+```
+
+## Training procedure
+
+[<img src="https://raw.githubusercontent.com/wandb/badge.svg" alt="Visualize in Weights & Biases"/>](https://wandb.ai/x)
+
+This model was trained with {trainer}.
+
+### Framework versions
+
+- TRL: 0.12.0
+
+## Citations
+
+Cite TRL as:
+
+```bibtex
+@misc{vonwerra2022trl, title = {{TRL: Transformer Reinforcement Learning}}}
+```
+"""  # noqa: E501 - the line is TRL's
+
+PAPER = "DPO, a method introduced in [Direct Preference Optimization](https://huggingface.co/papers/2305.18290)"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        str(ModelCard.from_template(ModelCardData(base_model="org/base", library_name="peft"))),
+        TRAINER,
+        TRAINER.replace(
+            "is a fine-tuned version of [org/base](https://huggingface.co/org/base) on the None",
+            "was trained from scratch on an unknown",
+        ),
+        TRL.replace("{on}", "").replace("{trainer}", "SFT"),
+        TRL.replace("{on}", " on the [a/b](https://huggingface.co/datasets/a/b) dataset").replace("{trainer}", PAPER),
+        "# Uploaded model\n\nThis llama model was trained 2x faster with [Unsloth](http://x) and the TRL library.\n",
+    ],
+    ids=["the Hub's template", "Trainer", "Trainer without a base", "TRL", "TRL with a paper", "Unsloth"],
+)
+def test_a_card_that_a_tool_wrote_says_nothing_of_the_task(text: str) -> None:
+    assert parsed_card(text) == Card()
+    told = parsed_card(f"{text}\n\nIt names the intent of a bank customer's message.\n")
+    assert told.description == "It names the intent of a bank customer's message."
+
+
+def test_the_card_of_a_migrated_adapter_says_nothing_of_the_task() -> None:
+    assert parsed_card(model_card(record())) == Card()
+
+
+def test_the_card_that_peft_saves_says_nothing_of_the_task(tmp_path: Path) -> None:
+    get_peft_model(load(zoo.pair("neox").old), LoraConfig(r=2, task_type="CAUSAL_LM")).save_pretrained(tmp_path)
+    card, beside = card_text(tmp_path), tmp_path / "README.md"
+    assert "made aware of the risks" in card and not parsed_card(card)
+    filled = card.replace("### Direct Use", "### Direct Use\n\nUse it to name the intent of a bank's messages.")
+    beside.write_text(filled)
+    assert parsed_card(card_text(tmp_path)).description == "Use it to name the intent of a bank's messages."
+
+
+def test_what_follows_boilerplate_is_the_description() -> None:
+    tuned = "This model is a fine-tuned version of [a/b](http://x) for naming what bank customers want."
+    assert parsed_card(tuned).description == tuned.replace("[a/b](http://x)", "a/b")
+    mixed = "This model is a fine-tuned version of a/b. It names intents of messages. Use it as follows:\n- so\n"
+    assert parsed_card(mixed).description == "It names intents of messages."
+
+
+def test_the_name_of_a_pipeline_is_no_prompt_and_what_it_is_asked_is_one() -> None:
+    text = "```python\npipe = pipeline('text-generation', model='x')\nprint(pipe('Customer: hello\\nIntent:'))\n```"
+    assert parsed_card(text).prompts == (Row("completion", prompt="Customer: hello\nIntent:"),)
+
+
+def test_blank_examples_are_left_out_and_the_rest_can_be_stored(tmp_path: Path) -> None:
+    blank = "- text: '   '\n- messages: [{role: user, content: ' '}]\n"
+    assert not parsed_card(f"---\nwidget:\n{blank}---\n")
+    card = parsed_card(f"---\nwidget:\n{blank}- text: hello\n---\n")
+    (tmp_path / "rows.jsonl").write_bytes(rows_to_jsonl(list(card.prompts)))
+    assert read_prompts(tmp_path / "rows.jsonl") == [Row("completion", prompt="hello")]
