@@ -13,7 +13,8 @@ from ._paths import is_directory, is_file
 from ._proposal import propose
 from ._rendering import row_environment
 from ._settings import LoadSettings
-from ._streaming import LayerStream, StreamedBase, streamed_base
+from ._streamed import streamed_base, unstreamed
+from ._streaming import LayerStream, StreamedBase
 from ._template_limits import Rendering, beyond_limits, chat_values, check_chat_template, rendered
 from ._tracing import ActivationRecorder, LoadedBase, Place, linear_modules, main_stream, put_weights
 from ._vocabulary import CommonTokens, TokenBytes, common_tokens, convention, surface
@@ -92,4 +93,5 @@ __all__ = [
     "streamed_base",
     "surface",
     "text_batches",
+    "unstreamed",
 ]

@@ -22,10 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorasuite.bases._cache import model_cache
 from lorasuite.bases._checkpoint import Checkpoint
 from lorasuite.bases._files import open_safetensors
-from lorasuite.bases._loading import empty_model, known_dtype, load_tokenizer
+from lorasuite.bases._loading import empty_model, known_dtype
 from lorasuite.bases._tracing import ActivationRecorder, AllSeen, LoadedBase, Place
 from lorasuite.errors import CheckpointError, Problem
 
@@ -208,41 +207,6 @@ def _converters(model: Any) -> Any:
 
 def _unstreamable(checkpoint: Checkpoint, what: str) -> Problem:
     return Problem(checkpoint.source, f"cannot be read layer by layer: {what}", "Load it whole.")
-
-
-@contextlib.contextmanager
-def streamed_base(
-    source: str | Path,
-    device: str | torch.device = "cpu",
-    *,
-    dtype: torch.dtype | None = None,
-    trust_remote_code: bool = False,
-    tokenizer: Any = None,
-) -> Iterator[LoadedBase]:
-    """A base for :class:`LayerStream`: one that the process has loaded already, else one read layer by layer.
-
-    A checkpoint whose blocks cannot be filled tensor by tensor (see :meth:`StreamedBase.open`) is loaded whole.
-
-    Args:
-        source: a local directory or ``hub-id[/subfolder][@revision]``.
-        dtype: None means float32 on the CPU and the checkpoint's own elsewhere.
-        tokenizer: None loads the model's own.
-
-    Raises:
-        CheckpointError: if it cannot be read.
-    """
-    checkpoint = Checkpoint(source)
-    tokenizer = load_tokenizer(source, trust_remote_code) if tokenizer is None else tokenizer
-    if not model_cache.holds(source, device, dtype, trust_remote_code):
-        try:
-            opened = StreamedBase.open(checkpoint, tokenizer, device, dtype, trust_remote_code)
-        except CheckpointError:
-            pass  # the load says what is wrong, where anything is
-        else:
-            yield opened
-            return
-    with model_cache.loaded(source, device, dtype=dtype, trust_remote_code=trust_remote_code) as model:
-        yield LoadedBase.of(model, tokenizer, checkpoint)
 
 
 #: What a block is given beside the states: positional and named.

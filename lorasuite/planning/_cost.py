@@ -74,7 +74,8 @@ class Shape:
 
     ``block`` is the number of weights of its largest block, ``blocks`` of all blocks, ``active`` those of all blocks
     that one token is multiplied with (of experts a share), ``total`` all weights, and ``stored`` the bytes of a weight
-    in its files. ``experts``: layers that have some, how many each has, and their width.
+    in its files. ``experts``: layers that have some, how many each has, and their width. ``streams``: whether texts go
+    through it with one block in memory at a time; else it is loaded whole (:func:`lorasuite.bases.unstreamed`).
     """
 
     dims: Dimensions
@@ -85,6 +86,7 @@ class Shape:
     total: int
     stored: float
     experts: tuple[int, int, int] = (0, 0, 0)
+    streams: bool = True
 
     @property
     def head(self) -> int:
@@ -97,7 +99,7 @@ class Shape:
         return self.total * self.stored
 
     @classmethod
-    def of(cls, base: Checkpoint) -> Shape:
+    def of(cls, base: Checkpoint, streams: bool = True) -> Shape:
         """Of a checkpoint, by its headers."""
         embedding = base.find(base.architecture.embedding + ".weight")
         outside = [embedding, base.find(base.architecture.unembedding + ".weight")]
@@ -118,7 +120,8 @@ class Shape:
         files = sum(file.stat().st_size for file in base.weight_files)
         mixed = sum(base.experts(n) is not None for n in range(base.dims.layers))
         experts = (mixed, count, width) if mixed else (0, 0, 0)
-        return cls(base.sizes, base.every_role, block, int(blocks), int(active), int(total), files / total, experts)
+        weights = (block, int(blocks), int(active), int(total))
+        return cls(base.sizes, base.every_role, *weights, files / total, experts, streams)
 
     @classmethod
     def configured(cls, architecture: Architecture, config: Mapping[str, Any], stored: float = HALF) -> Shape:

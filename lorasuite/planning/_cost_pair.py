@@ -19,6 +19,7 @@ from lorasuite.planning._cost import (
     heads_product,
     pass_ops,
     shared_roles,
+    weight_bytes,
 )
 from lorasuite.transforms import Input, transform
 
@@ -91,9 +92,11 @@ def mlp_factors(old: Shape, new: Shape, work: Work) -> Iterator[Cost]:
 
 
 def _streaming(shape: Shape, work: Work) -> float:
-    """Bytes held while texts go through a base block by block: one block, and one batch's activations."""
+    """Bytes held while texts go through a base block by block: one block (of a base that is loaded whole, all weights),
+    and one batch's activations."""
     tokens = min(TEXTS_AT_ONCE, work.texts) * work.text_tokens
-    return work.item * shape.block + activation_bytes(shape, tokens, work.text_tokens, work.item, kept=False)
+    weights = work.item * shape.block if shape.streams else weight_bytes(shape, work.item)
+    return weights + activation_bytes(shape, tokens, work.text_tokens, work.item, kept=False)
 
 
 def _states(shape: Shape, work: Work) -> float:

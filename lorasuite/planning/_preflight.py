@@ -6,6 +6,7 @@ import shutil
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from lorasuite.bases import unstreamed
 from lorasuite.correspondence import SMALLEST_BATCH
 from lorasuite.data import (
     DEFAULT_TEMPLATE,
@@ -234,7 +235,11 @@ def _count(
     if config.loading.device_map == "auto" and machine.gpu is not None:
         machine = machine.spreading()
     speed = measure(old.dims, old.weight_files[0], device, work.item) if timed else None
-    found = estimate(Shape.of(old), Shape.of(new), work, machine, speed, adapter)
+    bases = (old, new) if work.texts else ()
+    whole = {base.source: why for base in bases if (why := unstreamed(base, config.trust_remote_code))}
+    result.notices += [f"{base}: {why}: it is loaded whole where the texts are read" for base, why in whole.items()]
+    shapes = Shape.of(old, old.source not in whole), Shape.of(new, new.source not in whole)
+    found = estimate(*shapes, work, machine, speed, adapter)
     result.cost = {**found, "assumed": data.assumed, "shortages": shortages(found)}
 
 

@@ -24,6 +24,7 @@ from lorasuite.bases import (
     put_weights,
     release_models,
     streamed_base,
+    unstreamed,
 )
 from lorasuite.errors import CheckpointError
 from tests import models
@@ -169,10 +170,14 @@ def test_a_loaded_model_is_not_read_again(tmp_path: Path) -> None:
     release_models()
 
 
-def test_what_cannot_be_streamed_is_loaded(tmp_path: Path) -> None:
+def test_what_cannot_be_streamed_is_loaded_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = models.build(tmp_path / "base", "mixtral", seed=3)
+    why = unstreamed(Checkpoint(path))
+    assert why is not None and "cannot be read layer by layer: the checkpoint has no tensor that is" in why
+    assert unstreamed(Checkpoint(models.build(tmp_path / "dense", "llama", seed=3))) is None
     with streamed_base(path) as base:
         assert type(base) is LoadedBase
+        assert [record.getMessage() for record in caplog.records] == [f"{path}: {why}: it is loaded whole"]
         same(by_layer(base, token_ids()), whole(base, token_ids()))
     release_models()
 

@@ -19,6 +19,7 @@ from lorasuite.planning import (
     Shape,
     Throughput,
     Work,
+    _preflight,
     active,
     adapter_costs,
     check,
@@ -29,6 +30,7 @@ from lorasuite.planning import (
     survey,
     unfit,
 )
+from lorasuite.planning._inspection import Inspection
 from tests import kinds, models
 
 SPEED = Throughput("cpu", *[1e6] * 7)
@@ -257,6 +259,26 @@ def test_a_run_that_cannot_fit_is_refused(
     with pytest.raises(PreflightError, match="disk") as refused:
         check(settings, tmp_path / "home")
     assert any("LORASUITE_HOME" in problem.remedy for problem in refused.value.problems)
+
+
+def test_a_base_that_is_loaded_whole_is_counted_whole(
+    base: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mixture of experts, whose parameters transformers makes of several tensors."""
+
+    def asked(old: Path) -> Inspection:
+        return survey(config(old, old, Path("none"), Path("none")), tmp_path, False, pair_only=True, timed=False)
+
+    dense, mixture = base("llama"), base("mixtral", layers=8)
+    whole = asked(mixture)
+    said = "is loaded whole where the texts are read"
+    assert [str(mixture) in notice for notice in whole.notices if said in notice] == [True]
+    assert not any(said in notice for notice in asked(dense).notices)
+    monkeypatch.setattr(_preflight, "unstreamed", lambda *_: None)
+    by_block, shape = asked(mixture), Shape.of(Checkpoint(mixture))
+    for stage, bases in {"activations": 1, "alignment": 2, "state_map": 1}.items():
+        more = stages(whole.cost)[stage]["ram_bytes"] - stages(by_block.cost)[stage]["ram_bytes"]
+        assert more == pytest.approx(bases * 4 * (shape.total - shape.block), abs=2)
 
 
 def test_survey_reads_the_data_there_is_and_says_what_it_assumes(
