@@ -10,7 +10,7 @@ from flows.arms import Source
 from flows.context import Context
 from lorasuite.data import Row, draw, unanswered
 from lorasuite.planning import MigrationConfig, Plan, RowCounts, RowPlan, plan_rows
-from lorasuite.teacher import DRAFTS, card_text, parsed_card
+from lorasuite.teacher import DRAFTS, card_texts, parsed_card
 from tasks.prompt_stages import prompt_drafts, resemblance
 from tasks.prompt_stages import prompts as prompt_choice
 from tasks.stage import Ref
@@ -23,8 +23,8 @@ class Asking:
     sources: tuple[str, ...]
     #: The user's prompts, all of which are used.
     prompts: Sequence[Row] | None = None
-    #: The adapter's card, as text.
-    card: str = ""
+    #: The adapter's card and its training settings, as text.
+    card: tuple[str, str] = ("", "")
     #: General texts to compare with; the old base writes some if there are none.
     general: Sequence[str] = ()
     #: Whether prompts may be conversations.
@@ -55,8 +55,8 @@ def asked_of_rows(
     if count is not None:
         told = {"train_data": None, "finetune_samples": None, "prompts": settings.train_data if count else None}
         settings = settings.model_copy(update=told)
-    card = "" if source.path is None else card_text(source.path)
-    counts = RowCounts.of((), given or None, (), settings.teacher.text_prefix, bool(parsed_card(card)))
+    card = ("", "") if source.path is None else card_texts(source.path)
+    counts = RowCounts.of((), given or None, (), settings.teacher.text_prefix, bool(parsed_card(*card)))
     plan = plan_rows(settings, counts)
     return settings, plan, Asking(plan.prompt_sources, given or None, card)
 
@@ -92,7 +92,7 @@ def discovered_prompts(context: Context, settings: MigrationConfig, count: int, 
             if "description" in asking.sources:
                 values["description"] = " ".join((settings.describe or "").split())
         if name == "card":
-            inputs["card"] = context.keep_texts([asking.card])
+            inputs["card"] = context.keep_texts(asking.card)
         drafts[name] = context.run(prompt_drafts, inputs, values, label=name, paths=source.paths)
     inputs = {**teacher_inputs(context, source), **examples, **general, "drafts": drafts}
     return context.run(prompt_choice, inputs, {**told, "count": count}, paths=source.paths)

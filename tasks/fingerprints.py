@@ -24,7 +24,7 @@ from lorasuite.errors import AdapterError, DataError, Problem
 from lorasuite.evaluation.eval_tasks import TASKS, expand
 from lorasuite.evaluation.eval_tasks import fingerprint as fingerprint_own
 from lorasuite.planning import MigrationConfig
-from lorasuite.teacher import card_text
+from lorasuite.teacher import card_texts
 from tasks.recording import run_log
 from tasks.unchanged import folder_files
 
@@ -117,8 +117,8 @@ def fingerprint_migration(config: MigrationConfig, fingerprints: Mapping[str, st
     for number, folder in enumerate(folders):
         if (digest := tokenizer_digest(folder)) is not None:
             data[f"tokenizer of adapter {number}"] = digest
-    if config.may_read_card and len(folders) == 1 and (card := card_text(folders[0])):
-        data["card"] = digest_json(card)
+    if config.may_read_card and len(folders) == 1 and any(card := card_texts(folders[0])):
+        data["card"] = digest_json(list(card))
     for name in expand(config.every_task):
         data[f"task {name}"] = fingerprint_task(name, *config.task_folders)
     settings = config.model_dump(mode="json", exclude=elsewhere, exclude_defaults=True)

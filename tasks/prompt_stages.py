@@ -66,7 +66,7 @@ def prompt_drafts(inputs: DraftInputs, settings: DraftSettings, where: Where) ->
     given = Given(
         examples=() if inputs.examples is None else tuple(stored_prompts(inputs.examples)),
         description=settings.description,
-        card=parsed_card("" if inputs.card is None else "\n".join(stored_texts(inputs.card))),
+        card=parsed_card(*(("",) if inputs.card is None else stored_texts(inputs.card))),
         chat=settings.chat,
         general=_general(inputs.general),
         prefix=settings.teacher.prefix,

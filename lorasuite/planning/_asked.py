@@ -11,7 +11,7 @@ from lorasuite.errors import Problem, grouped
 from lorasuite.planning._config import MigrationConfig
 from lorasuite.planning._inspection import Inspection
 from lorasuite.planning._policy import RowCounts, RowPlan
-from lorasuite.teacher import Card, card_text, prompt_frame, prompt_source, unusable
+from lorasuite.teacher import Card, card_texts, prompt_frame, prompt_source, unusable
 
 
 def teacher_prompts(
@@ -50,9 +50,11 @@ def teacher_prompts(
     return rows or None
 
 
-def adapter_card(result: Inspection, config: MigrationConfig) -> str:
-    """The adapter's card; of several, none is that of their sum."""
-    return card_text(result.opened.path) if result.opened is not None and len(sources(config.adapter)) == 1 else ""
+def adapter_card(result: Inspection, config: MigrationConfig) -> tuple[str, str]:
+    """The adapter's card and its training settings; of several adapters, none are those of their sum."""
+    if result.opened is None or len(sources(config.adapter)) != 1:
+        return "", ""
+    return card_texts(result.opened.path)
 
 
 def check_sources(result: Inspection, config: MigrationConfig, rows: RowPlan, counts: RowCounts, card: Card) -> None:

@@ -57,7 +57,7 @@ class Plan:
     #: What the teacher answers; None: it writes from nothing, or there is none.
     prompts: list[Row] | None = None
     #: The adapter's card and training settings, as text.
-    card: str = ""
+    card: tuple[str, str] = ("", "")
     #: Answered rows that a template renders, not yet rendered: to see which template the adapter was trained with.
     rendered: list[Row] = field(default_factory=list)
     #: What adapters' costs of general ability are measured on.
@@ -88,7 +88,7 @@ def check(config: MigrationConfig, home: Path | None = None, timed: bool = False
     if not template.default and config.eval_tasks:
         result.notices.append(f"template {template.name}: tasks by name have prompts of their own, and do not use it")
     card = adapter_card(result, config)
-    said = parsed_card(card)
+    said = parsed_card(*card)
     counts = RowCounts.of(train, prompts, held_out, config.teacher.text_prefix, bool(said))
     rows = plan_rows(config, counts)
     result.notices += rows.notices
@@ -167,7 +167,7 @@ def survey(
         read = [*data.train, *data.prompts]
         data.general = general_texts(result, config, template, every_text, wanted.teacher_rows, read).texts
     if not result.problems:
-        card, words = parsed_card(adapter_card(result, config)), config.teacher.text_prefix
+        card, words = parsed_card(*adapter_card(result, config)), config.teacher.text_prefix
         counts = RowCounts.of(data.train, data.prompts or None, data.evaluation, words, bool(card))
         rows = plan_rows(config, counts if train is not None else replace(counts, own=None))
         if adapter:

@@ -1,4 +1,4 @@
-from ._card import Card, card_text, parsed_card
+from ._card import Card, card_texts, parsed_card
 from ._discovery import DRAFTS, Asked, Discovered, asked_for, choose_prompts, general_level, resembling
 from ._from_adapter import first_line
 from ._given import Given
@@ -37,7 +37,7 @@ __all__ = [
     "Worth",
     "asked_for",
     "candidates",
-    "card_text",
+    "card_texts",
     "choose_prompts",
     "chosen",
     "chosen_sources",

@@ -73,26 +73,32 @@ class Card:
         return bool(self.prompts or self.frames or self.description)
 
 
-def card_text(folder: Path) -> str:
-    """The card in an adapter's directory and the training settings beside it; "" where there are none."""
-    found = []
-    for name in (FILE, *SETTINGS):
-        if (folder / name).is_file():
-            with (folder / name).open("rb") as file:
-                found.append(file.read(MOST_BYTES).decode("utf-8", "replace"))
-    return "\n\n".join(found)
+def card_texts(folder: Path) -> tuple[str, str]:
+    """The card in an adapter's directory, and the training settings beside it; "" for what is not there."""
+    settings = [_beginning(folder / name) for name in SETTINGS]
+    return _beginning(folder / FILE), "\n\n".join(text for text in settings if text)
 
 
-def parsed_card(text: str) -> Card:
+def _beginning(file: Path) -> str:
+    if not file.is_file():
+        return ""
+    with file.open("rb") as opened:
+        return opened.read(MOST_BYTES).decode("utf-8", "replace")
+
+
+def parsed_card(text: str, settings: str = "") -> Card:
     """A card's prompts: widget examples, strings of usage snippets, and templates with a place for the text.
 
-    Training settings that name a known template (``template: alpaca``, ``type: alpaca``) count as showing it.
+    Args:
+        text: of the card.
+        settings: of training, as text. Those that name a known template (``template: alpaca``, ``type: alpaca``), here
+            or in the card, count as showing it; nothing else is read of them.
     """
     head, body = _split(text.replace("\r\n", "\n"))
     blocks, prose = _blocks(_without_comments(body))
     prompts = list(_widgets(head or {}))
     frames = []
-    for name in _named_templates(text):
+    for name in _named_templates(f"{text}\n\n{settings}"):
         frames += [(shape.before, shape.after) for shape in templated_shape(name, known_templates()[name])]
     for language, block in blocks:
         for found in _of_block(language, block):

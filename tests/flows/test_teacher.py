@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -232,6 +233,21 @@ def test_a_handful_of_prompts_are_examples_to_write_more_from(mirror: dict[str, 
     again = run(mirror, tmp_path / "again", **{**asked, "prompts": str(tmp_path / "answered.jsonl")})
     states = cached(again)
     assert states["prompt_drafts"] and states["prompts"] and states["teacher"]
+
+
+def test_the_card_and_the_settings_beside_the_adapter_are_what_prompts_come_from(
+    mirror: dict[str, Any], tmp_path: Path
+) -> None:
+    adapter = Path(shutil.copytree(mirror["adapter"], tmp_path / "adapter"))
+    shown = "".join(f"- text: '{row['prompt']}'\n" for row in zoo.rows("neox", "mirror", "train", 3))
+    (adapter / "README.md").write_text(f"---\nwidget:\n{shown}---\n")
+    (adapter / "training_args.json").write_text('{"learning_rate": 0.0002, "output_dir": "out", "seed": 3}')
+    asked = {"adapter": str(adapter), "prompts": None, "teacher_samples": 6, "finetune": TUNE}
+    record = run(mirror, tmp_path / "out", prompt_sources=["card"], **asked)
+    assert record["teacher"]["discovered"]["sources"]["card"]["kept"] == 6
+    (adapter / "README.md").unlink()
+    with pytest.raises(PreflightError, match="needs a card"):
+        run(mirror, tmp_path / "none", prompt_sources=["card"], **asked)
 
 
 def test_sources_that_nothing_is_given_for_are_said_before_anything_runs(

@@ -22,6 +22,9 @@ def test_what_lies_beside_the_adapter_counts_where_it_is_read(tmp_path: Path) ->
     before, untouched = [key(**one) for one in told], [key(**one) for one in others]
     (tmp_path / "README.md").write_text("It names the intent of a message.")
     assert all(key(**one) != first for one, first in zip(told, before, strict=True))
+    before = [key(**one) for one in told]
+    (tmp_path / "training_args.json").write_text('{"template": "alpaca"}')
+    assert all(key(**one) != first for one, first in zip(told, before, strict=True))
     assert [key(**one) for one in others] == untouched
     (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
     assert all(key(**one) != first for one, first in zip(others, untouched, strict=True))

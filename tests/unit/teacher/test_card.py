@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from lorasuite import zoo
 from lorasuite.data import Message, Row, read_prompts, rows_to_jsonl
 from lorasuite.reporting import model_card
-from lorasuite.teacher import Card, card_text, parsed_card
+from lorasuite.teacher import Card, card_texts, parsed_card
 from tests.models import load
 from tests.records import record
 
@@ -132,13 +132,26 @@ def test_a_block_that_is_not_closed_goes_on_to_the_end_and_longer_marks_hold_sho
 
 
 def test_settings_beside_the_adapter_name_templates_and_pickles_are_not_read(tmp_path: Path) -> None:
-    assert card_text(tmp_path) == ""
+    assert card_texts(tmp_path) == ("", "")
     (tmp_path / "README.md").write_text("# x\n")
     (tmp_path / "training_args.json").write_text('{"template": "alpaca", "output_dir": "/"}')
     (tmp_path / "training_args.bin").write_bytes(b"\x80\x04")
-    card = parsed_card(card_text(tmp_path))
+    card = parsed_card(*card_texts(tmp_path))
     ((before, after),) = card.frames
     assert before.endswith("### Instruction:\n") and after.endswith("### Response:\n") and not card.prompts
+
+
+def test_of_training_settings_nothing_but_templates_is_read(tmp_path: Path) -> None:
+    (tmp_path / "training_args.json").write_text(
+        '{"learning_rate": 0.0002, "output_dir": "out", "seed": 3, "epochs": 1}'
+    )
+    (tmp_path / "axolotl_config.yaml").write_text(
+        "base_model: a/b\nload_in_8bit: false\nadapter: lora\nprompt: '{x} ='\n"
+    )
+    assert parsed_card(*card_texts(tmp_path)) == Card()
+    (tmp_path / "README.md").write_text("Names intents of messages.\n\n```\nCustomer: {text}\nIntent:")  # not closed
+    card = parsed_card(*card_texts(tmp_path))
+    assert card.description == "Names intents of messages." and card.frames == (("Customer: ", "\nIntent:"),)
 
 
 def test_a_prompt_with_a_place_is_a_template_and_long_ones_are_left_out() -> None:
@@ -247,11 +260,11 @@ def test_the_card_of_a_migrated_adapter_says_nothing_of_the_task() -> None:
 
 def test_the_card_that_peft_saves_says_nothing_of_the_task(tmp_path: Path) -> None:
     get_peft_model(load(zoo.pair("neox").old), LoraConfig(r=2, task_type="CAUSAL_LM")).save_pretrained(tmp_path)
-    card, beside = card_text(tmp_path), tmp_path / "README.md"
+    (card, _), beside = card_texts(tmp_path), tmp_path / "README.md"
     assert "made aware of the risks" in card and not parsed_card(card)
     filled = card.replace("### Direct Use", "### Direct Use\n\nUse it to name the intent of a bank's messages.")
     beside.write_text(filled)
-    assert parsed_card(card_text(tmp_path)).description == "Use it to name the intent of a bank's messages."
+    assert parsed_card(*card_texts(tmp_path)).description == "Use it to name the intent of a bank's messages."
 
 
 def test_what_follows_boilerplate_is_the_description() -> None:
