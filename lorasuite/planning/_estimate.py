@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 from lorasuite.adapters import Adapter, weight_shape
@@ -218,19 +219,28 @@ def _new_tokens(config: MigrationConfig, data: Data) -> int:
 
 
 def estimate(
-    old: Shape, new: Shape, work: Work, machine: Machine, speed: Throughput | None = None, adapter: bool = True
+    old: Shape,
+    new: Shape,
+    work: Work,
+    machine: Machine,
+    speed: Throughput | None = None,
+    adapter: bool = True,
+    running: Mapping[float, Throughput] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Every stage's seconds and bytes, their totals, and what this machine has. JSON-able.
 
     Args:
         speed: what it does in a second; None leaves seconds out.
         adapter: also the stages that run for an adapter, beside the pair's.
+        running: the same where models run at another number of bytes a weight, by that number.
     """
     costs = pair_costs(old, new, work) + (adapter_costs(old, new, work) if adapter else [])
     stages: list[dict[str, Any]] = [
         {
             "stage": name,
-            "seconds": None if speed is None else sum(speed.seconds(one.ops) for one in group),
+            "seconds": None
+            if speed is None
+            else sum(running.get(_item(name, work), speed).seconds(one.ops) for one in group),
             "ram_bytes": int(max(one.ram for one in group)),
             "gpu_bytes": int(max(one.gpu for one in group)),
             "disk_bytes": int(sum(one.disk for one in group)),
@@ -249,6 +259,13 @@ def estimate(
         "machine": asdict(machine),
         "measured": None if speed is None else asdict(speed),
     }
+
+
+def _item(stage: str, work: Work) -> float:
+    """Bytes of a weight where a stage runs models."""
+    if stage in TUNED:
+        return work.training_item
+    return work.run_item if stage in LOADED else work.item
 
 
 def _grouped(costs: Sequence[Cost]) -> dict[str, list[Cost]]:
@@ -299,6 +316,8 @@ LOADED = (
     "select",
     "serving",
 )
+#: Those of them that train.
+TUNED = ("screen", "search", "finetune", "second_step")
 #: The flags that make artifacts smaller.
 DISK = "LORASUITE_HOME on a larger disk, or --method procrustes (no state map), --method lorasuite (no maps)"
 

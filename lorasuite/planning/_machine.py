@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,6 +19,8 @@ from lorasuite.planning._cost import FLOAT, Ops
 SAMPLE = 32 * 2**20
 #: Tokens, and widths at most, of the block that forward passes are timed on.
 TOKENS, WIDTH, INNER = 256, 1024, 4096
+#: Tokens that another dtype is tried on first, and seconds from which on no more are.
+FEWEST, LONG = 2, 0.05
 #: Seconds that Python takes for an entry of a vocabulary: split, normalised and compared.
 ITEM_SECONDS = 5e-6
 
@@ -62,32 +65,64 @@ def measure(dims: Dimensions, file: Path, device: str = "cpu", item: float = FLO
         dims: whose widths the block has, up to 1,024 and 4,096.
         file: what is read, up to 32 MiB: of the weights.
         device: where models run.
-        item: bytes of a weight there: float32 for 4, else bfloat16.
+        item: bytes of a weight there, where texts are read for the pair: float32 for 4, else bfloat16.
         size: columns of the matrices that are multiplied.
     """
     dtype = torch.float32 if item >= FLOAT else torch.bfloat16
-    d, i = min(dims.hidden_size, WIDTH), min(dims.intermediate_size, INNER)
-    x = torch.randn(TOKENS, d, device=device, dtype=dtype)
-    up, gate, down = (torch.randn(a, b, device=device, dtype=dtype) / a for a, b in ((d, i), (d, i), (i, d)))
-    wide = torch.randn(4 * size, 4 * size, device=device, dtype=dtype)
+    block = _Block(dims, device, dtype)
     single = torch.randn(2 * size, 2 * size)
     y = torch.randn(size, size, dtype=torch.float64)
     small = y[: size // 2, : size // 2]
 
-    def block() -> None:
-        h = torch.nn.functional.layer_norm(x, (d,))
-        (x + (torch.nn.functional.silu(h @ gate) * (h @ up)) @ down).sum().item()  # waits for the device
-
     return Throughput(
         device=device,
-        forward=6 * TOKENS * d * i / _best(block),
+        forward=block.work(TOKENS) / _best(lambda: block.run(TOKENS)),
         single=2 * single.shape[0] ** 3 / _best(lambda: single @ single),
         double=2 * size**3 / _best(lambda: y @ y),
         eigen=small.shape[0] ** 3 / _best(lambda: torch.linalg.eigh(small + small.T)),
         svd=small.shape[0] ** 3 / _best(lambda: torch.linalg.svd(small)),
         read=_reading(file),
-        streamed=wide.nbytes / _best(lambda: (wide[:1] @ wide).sum().item()),
+        streamed=_streaming(device, dtype, size),
     )
+
+
+def in_dtype(speed: Throughput, dims: Dimensions, dtype: torch.dtype, size: int = 512) -> Throughput:
+    """The same machine where models run in another dtype, in about a second.
+
+    A CPU without instructions for 16 bits takes a hundred times as long as in float32, so that few tokens are timed
+    there.
+    """
+    block, tokens = _Block(dims, speed.device, dtype), FEWEST
+    while (spent := _best(partial(block.run, tokens), repeats=2)) < LONG and tokens < TOKENS:
+        tokens = min(4 * tokens, TOKENS)
+    return replace(speed, forward=block.work(tokens) / spent, streamed=_streaming(speed.device, dtype, size))
+
+
+class _Block:
+    """An MLP block of a base's widths, that tokens are run through."""
+
+    def __init__(self, dims: Dimensions, device: str, dtype: torch.dtype) -> None:
+        d, i = min(dims.hidden_size, WIDTH), min(dims.intermediate_size, INNER)
+        self.d, self.i = d, i
+        self.x = torch.randn(TOKENS, d, device=device, dtype=dtype)
+        shapes = ((d, i), (d, i), (i, d))
+        self.up, self.gate, self.down = (torch.randn(*s, device=device, dtype=dtype) / s[0] for s in shapes)
+
+    def work(self, tokens: int) -> float:
+        """Floating-point operations."""
+        return 6.0 * tokens * self.d * self.i
+
+    def run(self, tokens: int) -> None:
+        """Wait until so many tokens have gone through it."""
+        x = self.x[:tokens]
+        h = torch.nn.functional.layer_norm(x, (self.d,))
+        (x + (torch.nn.functional.silu(h @ self.gate) * (h @ self.up)) @ self.down).sum().item()
+
+
+def _streaming(device: str, dtype: torch.dtype, size: int) -> float:
+    """Bytes of weights a second in products with one vector."""
+    wide = torch.randn(4 * size, 4 * size, device=device, dtype=dtype)
+    return wide.nbytes / _best(lambda: (wide[:1] @ wide).sum().item())
 
 
 def _reading(file: Path) -> float:

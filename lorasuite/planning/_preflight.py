@@ -6,7 +6,6 @@ import shutil
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from lorasuite.bases import unstreamed
 from lorasuite.correspondence import SMALLEST_BATCH
 from lorasuite.data import (
     DEFAULT_TEMPLATE,
@@ -28,11 +27,10 @@ from lorasuite.errors import Problem
 from lorasuite.evaluation import check_gguf, check_tasks, llama_cpp_missing
 from lorasuite.planning._asked import adapter_card, check_sources, teacher_prompts, usable_rows
 from lorasuite.planning._config import AUTO, NO_CANDIDATES, MigrationConfig, torch_device
-from lorasuite.planning._cost import Shape
-from lorasuite.planning._estimate import Data, estimate, planned_work, shortages, unfit
+from lorasuite.planning._counting import count
+from lorasuite.planning._estimate import Data, unfit
 from lorasuite.planning._general import GeneralTexts, general_texts
 from lorasuite.planning._inspection import Inspection, inspect
-from lorasuite.planning._machine import Machine, measure
 from lorasuite.planning._outlook import outlook
 from lorasuite.planning._policy import RowCounts, RowPlan, plan_rows, too_few_to_sweep, untaught
 from lorasuite.planning._thresholds import LFT_SAMPLES, MIN_SWEEP_ROWS
@@ -107,7 +105,7 @@ def check(config: MigrationConfig, home: Path | None = None, timed: bool = False
     _readable(result, [*train, *held_out, *(prompts or ())])
     _output(result, Path(config.output))
     if not result.problems:
-        _count(
+        count(
             result,
             config,
             rows,
@@ -173,7 +171,7 @@ def survey(
         if adapter:
             check_sources(result, config, rows, counts, card)
             result.problems += untaught(config, rows)
-        _count(result, config, rows, data, home, not pair_only, timed)
+        count(result, config, rows, data, home, not pair_only, timed)
     return result
 
 
@@ -215,32 +213,6 @@ def _inspected(config: MigrationConfig, adapter: bool = True) -> Inspection:
         if trains:
             result.attempt(lambda: plan_device(config.finetune, device))
     return result
-
-
-def _count(
-    result: Inspection,
-    config: MigrationConfig,
-    rows: RowPlan,
-    data: Data,
-    home: Path | None,
-    adapter: bool,
-    timed: bool,
-) -> None:
-    """What every stage needs, into ``result.cost``."""
-    old, new = result.old, result.new
-    assert old is not None and new is not None
-    device = torch_device(config.device)
-    work = planned_work(config, old, new, result.opened, device, rows, data, result.nothing_moves)
-    machine = Machine.here(device, home)
-    if config.loading.device_map == "auto" and machine.gpu is not None:
-        machine = machine.spreading()
-    speed = measure(old.dims, old.weight_files[0], device, work.item) if timed else None
-    bases = (old, new) if work.texts else ()
-    whole = {base.source: why for base in bases if (why := unstreamed(base, config.trust_remote_code))}
-    result.notices += [f"{base}: {why}: it is loaded whole where the texts are read" for base, why in whole.items()]
-    shapes = Shape.of(old, old.source not in whole), Shape.of(new, new.source not in whole)
-    found = estimate(*shapes, work, machine, speed, adapter)
-    result.cost = {**found, "assumed": data.assumed, "shortages": shortages(found)}
 
 
 def _calibration(result: Inspection, config: MigrationConfig, template: Template, wanted: RowPlan) -> list[str]:

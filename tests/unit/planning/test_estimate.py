@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from lorasuite.bases import Checkpoint
 from lorasuite.errors import PreflightError
@@ -19,7 +20,7 @@ from lorasuite.planning import (
     Shape,
     Throughput,
     Work,
-    _preflight,
+    _counting,
     active,
     adapter_costs,
     check,
@@ -31,6 +32,7 @@ from lorasuite.planning import (
     unfit,
 )
 from lorasuite.planning._inspection import Inspection
+from lorasuite.planning._machine import in_dtype
 from tests import kinds, models
 
 SPEED = Throughput("cpu", *[1e6] * 7)
@@ -274,7 +276,7 @@ def test_a_base_that_is_loaded_whole_is_counted_whole(
     said = "is loaded whole where the texts are read"
     assert [str(mixture) in notice for notice in whole.notices if said in notice] == [True]
     assert not any(said in notice for notice in asked(dense).notices)
-    monkeypatch.setattr(_preflight, "unstreamed", lambda *_: None)
+    monkeypatch.setattr(_counting, "unstreamed", lambda *_: None)
     by_block, shape = asked(mixture), Shape.of(Checkpoint(mixture))
     for stage, bases in {"activations": 1, "alignment": 2, "state_map": 1}.items():
         more = stages(whole.cost)[stage]["ram_bytes"] - stages(by_block.cost)[stage]["ram_bytes"]
@@ -344,7 +346,63 @@ def test_a_machine_is_measured(base: Callable[..., Path], tmp_path: Path) -> Non
     assert min(speed.forward, speed.single, speed.double, speed.eigen, speed.svd, speed.read, speed.streamed) > 0
     here = Machine.here("cpu", tmp_path / "not" / "there")
     assert 0 < here.ram_free <= here.ram and here.disk_free and here.gpu is None
+    other = in_dtype(speed, checkpoint.dims, torch.bfloat16, size=32)
+    assert min(other.forward, other.streamed) > 0 and other == replace(
+        speed, forward=other.forward, streamed=other.streamed
+    )
     assert speed.seconds(Ops(forward=3.0)) == pytest.approx(3 / speed.forward)
+
+
+def test_stages_that_run_models_take_what_their_dtype_takes(base: Callable[..., Path]) -> None:
+    old, new = shapes(base)
+    slow = {2: replace(SPEED, forward=1e3, streamed=1e3)}
+    asked = {"prompt_sources": 1, "synthetic_rows": 300, "soft_labels": True, "second_step": "cached"}
+    busy = replace(BUSY, **asked, general_texts=4, general_tokens=9)
+
+    def changed(**items: float) -> set[str]:
+        work = replace(busy, **items)
+        plain, other = (estimate(old, new, work, ROOMY, SPEED, running=by) for by in ({}, slow))
+        return {name for name, row in stages(other).items() if row["seconds"] != stages(plain)[name]["seconds"]}
+
+    run = {
+        "template_fit", "teacher", "teacher_worth", "prompt_drafts", "prompts", "soft_labels", "select", "evaluate",
+        "general_text", "serving",
+    }  # fmt: skip
+    assert changed(run_item=2) == run
+    assert changed(training_item=2) == {"finetune", "second_step"}
+    assert changed() == set()
+
+
+def test_the_dtypes_that_are_asked_for_are_measured_once(
+    base: Callable[..., Path], lora: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, rows = base("llama"), tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": f"w{n}", "completion": " w1"}) + "\n" for n in range(20)))
+    timed: list[torch.dtype] = []
+
+    def slower(speed: Throughput, dims: Any, dtype: torch.dtype) -> Throughput:
+        timed.append(dtype)
+        return replace(speed, forward=speed.forward / 8, streamed=speed.streamed / 8)
+
+    monkeypatch.setattr("lorasuite.planning._counting.measure", lambda *given: SPEED)
+    monkeypatch.setattr("lorasuite.planning._counting.in_dtype", slower)
+
+    def told(**given: Any) -> tuple[list[torch.dtype], list[str], dict[str, dict[str, Any]]]:
+        timed.clear()
+        settings = config(old, old, lora(old), Path("none"), train_data=str(rows), device="cpu", **given)
+        found = survey(settings, tmp_path)
+        return [*timed], [notice for notice in found.notices if "slower" in notice], stages(found.cost)
+
+    first = told()
+    assert first[:2] == ([], [])
+    tuned = told(finetune={"precision": "bf16"})
+    said = "8 times slower than float32 on this CPU: it saves memory, not time"
+    assert tuned[:2] == ([torch.bfloat16], [f"finetune.precision bf16: measured {said}"])
+    named = told(loading={"dtype": "float16"})
+    assert named[:2] == ([torch.float16], [f"dtype float16: measured {said}"])
+    for stage, (slow_tuned, slow_named) in {"search": (8, 8), "select": (1, 8), "fingerprint": (1, 1)}.items():
+        seconds = [found[2][stage]["seconds"] for found in (first, tuned, named)]
+        assert seconds[1:] == pytest.approx([slow_tuned * seconds[0], slow_named * seconds[0]])
 
 
 def test_where_no_transform_is_tried_a_fresh_lora_is_drawn_and_the_bare_base_scored(base: Callable[..., Path]) -> None:
