@@ -47,7 +47,7 @@ def count(
         speed = measure(old.dims, old.weight_files[0], device, work.item)
         if adapter:
             half = torch.float16 if config.loading.dtype == "float16" else torch.bfloat16
-            dtypes = {FLOAT: torch.float32, HALF: half}
+            dtypes: dict[float, torch.dtype] = {FLOAT: torch.float32, HALF: half}
             running = {
                 item: in_dtype(speed, old.dims, dtypes[item])
                 for item in sorted({work.run_item, work.training_item} - {work.item})
