@@ -61,6 +61,9 @@ def check_sources(result: Inspection, config: MigrationConfig, rows: RowPlan, co
     """Sources of prompts that are named, and for which nothing is given; and what of the adapter's card is not read."""
     if card.unread and rows.prompt_sources:
         result.notices.append("the adapter's card begins with YAML that cannot be read: widget examples are not used")
+    if card.left_out and rows.prompt_sources:
+        what = "that cannot be read as a prompt or a template, and are not used"
+        result.notices.append(f"snippets of the adapter's card {what}: {card.left_out}")
     for name in rows.prompt_sources:
         there = {"examples": bool(counts.prompts), "description": bool(config.describe), "card": counts.card}
         if not there.get(name, True):

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from textwrap import dedent
 from typing import Any
 
 from lorasuite.bases import parse_yaml
@@ -19,7 +20,9 @@ FILE = "README.md"
 SETTINGS = ("training_args.yaml", "training_args.json", "axolotl_config.yaml", "axolotl_config.yml")
 #: Bytes of a card that are read, prompts that are taken from it, and characters of one, at most.
 MOST_BYTES, MOST_PROMPTS, LONGEST = 200_000, 50, 4_000
-#: Names under which a snippet holds a prompt.
+#: Places in a template, at most: what has more is none.
+MOST_PLACES = 8
+#: Names under which a snippet holds a prompt, as under those that end in "prompt" or "template".
 PROMPT_NAMES = frozenset(
     [
         "prompt",
@@ -39,6 +42,13 @@ PROMPT_NAMES = frozenset(
 )
 #: Calls whose first argument is a prompt, where it is a string; that of ``pipeline`` itself is the name of a task.
 CALLS = frozenset(["pipe", "generator", "tokenizer", "tok", "generate", "chat", "predict", "classifier"])
+#: What the place of the answer is called in a template.
+ANSWER_NAMES = frozenset(["answer", "completion", "label", "output", "response"])
+#: Languages of blocks that may be Python, and that may be a template.
+_PYTHON = frozenset(["", "python", "py", "python3", "pycon"])
+_PLAIN = frozenset(["", "text", "txt", "jinja", "jinja2", "plaintext", "markdown"])
+#: A line of code, where a template is expected.
+_CODE = re.compile(r"^[ \t]*(?:import \w|from [\w.]+ import |[\w.]+ = [^\s{<])", re.MULTILINE)
 #: What stands for the body in a prompt template of a card.
 _PLACE = re.compile(
     r"\{\{\s*[\w.]+\s*\}\}|\{[\w ]*\}|<(?:your |user )?(?:text|input|prompt|question|instruction)>", re.I
@@ -55,7 +65,7 @@ _OF_TRAINERS = re.compile(
 #: The question that TRL's cards ask, whatever the adapter is for.
 _OF_TRL = "If you had a time machine, but could only go to the past or the future"
 #: The line that begins a block, with its marks and its language.
-_FENCE = re.compile(r"(`{3,}|~{3,})[ \t]*([\w+-]*)")
+_FENCE = re.compile(r"[ \t]*(`{3,}|~{3,})[ \t]*([\w+-]*)")
 
 
 @dataclass(frozen=True)
@@ -68,6 +78,8 @@ class Card:
     description: str = ""
     #: Whether its first block, where widget examples are, could not be read.
     unread: bool = field(default=False, compare=False)
+    #: Blocks and strings that should hold a prompt or a template, and could not be read as one.
+    left_out: int = field(default=0, compare=False)
 
     def __bool__(self) -> bool:
         return bool(self.prompts or self.frames or self.description)
@@ -97,19 +109,23 @@ def parsed_card(text: str, settings: str = "") -> Card:
     head, body = _split(text.replace("\r\n", "\n"))
     blocks, prose = _blocks(_without_comments(body))
     prompts = list(_widgets(head or {}))
-    frames = []
+    frames: list[tuple[str, str]] = []
+    left_out = 0
     for name in _named_templates(f"{text}\n\n{settings}"):
         frames += [(shape.before, shape.after) for shape in templated_shape(name, known_templates()[name])]
     for language, block in blocks:
         for found in _of_block(language, block):
-            if isinstance(found, Row):
+            if found is None:
+                left_out += 1
+            elif isinstance(found, Row):
                 prompts.append(found)
             else:
                 frames.append(found)
     usable = [row for row in prompts if _written(row) and _is_usable(row.prompt or _said(row))]
     framed = [frame for frame in frames if _is_text("".join(frame))]
     kept, shapes = tuple(dict.fromkeys(usable))[:MOST_PROMPTS], tuple(dict.fromkeys(framed))
-    return Card(kept, shapes, "" if _is_ours(head or {}) else _description(prose), unread=head is None)
+    description = "" if _is_ours(head or {}) else _description(prose)
+    return Card(kept, shapes, description, unread=head is None, left_out=left_out)
 
 
 def _named_templates(text: str) -> list[str]:
@@ -141,14 +157,16 @@ def _without_comments(text: str) -> str:
 
 
 def _blocks(text: str) -> tuple[list[tuple[str, str]], str]:
-    """Fenced blocks, each with its language in small letters, and the rest of the text. As in CommonMark, one that is
-    not closed goes on to the end."""
+    """Fenced blocks, each with its language in small letters and without common indentation, and the rest of the text.
+
+    As in CommonMark, one that is not closed goes on to the end.
+    """
     blocks: list[tuple[str, list[str]]] = []
     prose: list[str] = []
     fence = ""
     for line in text.splitlines(keepends=True):
         if fence:
-            closes = line.rstrip()
+            closes = line.strip()
             if len(closes) >= len(fence) and closes == fence[0] * len(closes):
                 fence = ""
             else:
@@ -158,7 +176,7 @@ def _blocks(text: str) -> tuple[list[tuple[str, str]], str]:
             blocks.append((match.group(2).lower(), []))
         else:
             prose.append(line)
-    return [(language, "".join(lines)) for language, lines in blocks], "".join(prose)
+    return [(language, dedent("".join(lines))) for language, lines in blocks], "".join(prose)
 
 
 def _widgets(head: dict[str, Any]) -> Iterator[Row]:
@@ -199,65 +217,124 @@ def _is_text(text: str) -> bool:
     return not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
-def _of_block(language: str, text: str) -> Iterator[Row | tuple[str, str]]:
-    """Prompts and templates in a block of code, or of text with a place for the body."""
-    if language in ("", "text", "txt", "jinja", "jinja2", "plaintext", "markdown"):
-        frame = _frame(text.strip("\n"))
-        if frame is not None:
-            yield frame
-            return
-    if language in ("", "python", "py", "python3"):
-        try:
-            tree = ast.parse(text)
-        except (SyntaxError, ValueError, RecursionError, MemoryError):
-            return
+#: What a snippet holds: a prompt; what stands before and behind one; None for what cannot be read as either.
+_Found = Row | tuple[str, str] | None
+
+
+def _of_block(language: str, text: str) -> Iterator[_Found]:
+    """Prompts and templates in a block of code, or of text with places for input."""
+    tree = _tree(text) if language in _PYTHON else None
+    if tree is not None and (language or _does_something(tree)):
         yield from _of_code(tree)
+    elif language in _PLAIN and not _CODE.search(text):
+        yield from _frames(text.strip("\n"))
+    elif language in _PYTHON | _PLAIN:
+        yield None
 
 
-def _frame(text: str) -> tuple[str, str] | None:
-    """What stands before the first place for a body and behind it, up to the answer's own place."""
+def _tree(text: str) -> ast.AST | None:
+    """A snippet in Python, without what only a session or a notebook understands; None if it is none."""
+    lines = text.splitlines(keepends=True)
+    if any(line.startswith(">>>") for line in lines):
+        lines = [line[4:] for line in lines if line.startswith((">>> ", "... "))]
+    for code in ("".join(lines), "".join(line for line in lines if not line.lstrip().startswith(("!", "%")))):
+        try:
+            return ast.parse(code)
+        except (SyntaxError, ValueError, RecursionError, MemoryError):
+            continue
+    return None
+
+
+def _does_something(tree: ast.AST) -> bool:
+    """Whether it is code or data, and not text that happens to parse, such as one word or ``{instruction}``."""
+    return any(
+        isinstance(node, ast.Import | ast.ImportFrom | ast.Assign | ast.Call)
+        or (isinstance(node, ast.Dict) and bool(node.keys))
+        for node in ast.walk(tree)
+    )
+
+
+def _frames(text: str) -> Iterator[tuple[str, str] | None]:
+    """What stands before and behind each place for input, up to the answer's own; the other places are left empty."""
     places = list(_PLACE.finditer(text))
-    if not places or len(text) > LONGEST:
-        return None
-    first, behind = places[0], text[places[0].end() :]
-    if len(places) > 1:  # the answer's place, or a second input
-        behind = text[first.end() : places[1].start()].rstrip(" ")
-    return text[: first.start()], behind
+    if not places:
+        return
+    if len(text) > LONGEST or len(places) > MOST_PLACES or "{%" in text:
+        yield None
+        return
+    for place in places[1:]:
+        name = _name(place)
+        if name in ANSWER_NAMES or (not _is_prompt(name) and not text[place.end() :].strip()):
+            text = text[: place.start()].rstrip(" ")
+            break
+    inputs = [place for place in places if place.end() <= len(text) and not re.search("system|token", _name(place))]
+    frames = [(_PLACE.sub("", text[: place.start()]), _PLACE.sub("", text[place.end() :])) for place in inputs]
+    yield from [frame for frame in frames if "".join(frame).strip()] or [None]
 
 
-def _of_code(tree: ast.AST) -> Iterator[Row | tuple[str, str]]:
+def _is_prompt(name: str) -> bool:
+    """Whether a prompt goes by this name, in code or in a template."""
+    return name in PROMPT_NAMES or (name.endswith("prompt") and "system" not in name)
+
+
+def _name(place: re.Match[str]) -> str:
+    """What goes to a place, in a word."""
+    words: list[str] = re.findall(r"\w+", place.group().lower())
+    return words[-1] if words else ""
+
+
+def _of_code(tree: ast.AST) -> Iterator[_Found]:
     """Strings that a snippet gives to the model; the snippet is parsed and not run."""
     for node in ast.walk(tree):
-        values: list[ast.expr] = []
         if isinstance(node, ast.Assign):
             named = {target.id.lower() for target in node.targets if isinstance(target, ast.Name)}
-            if named & PROMPT_NAMES:
-                values = [node.value]
+            if any(map(_is_prompt, named)):
+                yield from _prompts(node.value)
+            elif any(name.endswith("template") for name in named):  # a string without a place is the name of one
+                yield from (found for found in _prompts(node.value) if not isinstance(found, Row))
         elif isinstance(node, ast.Call) and node.args:
             name = node.func.id if isinstance(node.func, ast.Name) else getattr(node.func, "attr", "")
-            values = [node.args[0]] if name.lower() in CALLS else []
+            if name.lower() in CALLS:
+                yield from _prompts(node.args[0])
         elif isinstance(node, ast.List) and node.elts and all(isinstance(one, ast.Dict) for one in node.elts):
             row = _conversation([_plain(one) for one in node.elts])
             if row is not None:
                 yield row
-        for value in values:
-            yield from _prompts(value)
 
 
-def _prompts(value: ast.expr) -> Iterator[Row | tuple[str, str]]:
+def _prompts(value: ast.expr) -> Iterator[_Found]:
     match value:
-        case ast.Constant(value=str(text)):
-            frame = _frame(text)
-            yield frame if frame is not None else Row("completion", prompt=text)
-        case ast.JoinedStr(values=parts):
-            text = "".join(str(p.value) if isinstance(p, ast.Constant) else "{body}" for p in parts)
-            frame = _frame(text)
-            if frame is not None:
-                yield frame
+        case ast.Constant(value=str()) | ast.JoinedStr() | ast.BinOp(op=ast.Add()):
+            text = "".join(map(_text_or_place, _parts(value)))
+            yield from list(_frames(text)) or [Row("completion", prompt=text)]
+        case ast.BinOp(op=ast.Mod()):
+            yield None
+        case ast.Call(func=ast.Attribute(value=ast.Constant() as template, attr="format")):
+            yield from _prompts(template)
         case ast.List(elts=items):
             for item in items:
                 if isinstance(item, ast.Constant):
                     yield from _prompts(item)
+
+
+def _parts(value: ast.expr) -> list[ast.expr]:
+    """What a string is put together of."""
+    parts: list[ast.expr] = []
+    while isinstance(value, ast.BinOp) and isinstance(value.op, ast.Add):
+        parts.append(value.right)
+        value = value.left
+    parts.append(value)
+    return [one for part in reversed(parts) for one in (part.values if isinstance(part, ast.JoinedStr) else [part])]
+
+
+def _text_or_place(part: ast.expr) -> str:
+    """A part of a string that is put together: as it is, or as a place by the name of what goes there."""
+    match part:
+        case ast.Constant(value=str(text)):
+            return text
+        case ast.Name(id=name) | ast.FormattedValue(value=ast.Name(id=name)):
+            return f"{{{name}}}"
+    return "{}"
 
 
 def _plain(node: ast.expr) -> Any:

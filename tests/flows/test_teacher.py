@@ -240,11 +240,12 @@ def test_the_card_and_the_settings_beside_the_adapter_are_what_prompts_come_from
 ) -> None:
     adapter = Path(shutil.copytree(mirror["adapter"], tmp_path / "adapter"))
     shown = "".join(f"- text: '{row['prompt']}'\n" for row in zoo.rows("neox", "mirror", "train", 3))
-    (adapter / "README.md").write_text(f"---\nwidget:\n{shown}---\n")
+    (adapter / "README.md").write_text(f"---\nwidget:\n{shown}---\n```python\nprompt = (\n```\n")
     (adapter / "training_args.json").write_text('{"learning_rate": 0.0002, "output_dir": "out", "seed": 3}')
     asked = {"adapter": str(adapter), "prompts": None, "teacher_samples": 6, "finetune": TUNE}
     record = run(mirror, tmp_path / "out", prompt_sources=["card"], **asked)
     assert record["teacher"]["discovered"]["sources"]["card"]["kept"] == 6
+    assert any("cannot be read as a prompt or a template, and are not used: 1" in one for one in record["notices"])
     (adapter / "README.md").unlink()
     with pytest.raises(PreflightError, match="needs a card"):
         run(mirror, tmp_path / "none", prompt_sources=["card"], **asked)

@@ -159,6 +159,87 @@ def test_a_prompt_with_a_place_is_a_template_and_long_ones_are_left_out() -> Non
     assert found.frames == (("Q: ", "\nA:"),) and found.prompts == (Row("completion", prompt="why?"),)
 
 
+#: Alpaca as cards of Unsloth's notebooks show it.
+ALPACA = "Below is an instruction.\n\n### Instruction:\n{}\n\n### Input:\n{}\n\n### Response:\n{}"
+ASKED = ("Customer: ", "\nIntent:")
+
+
+@pytest.mark.parametrize(
+    ("text", "frames"),
+    [
+        ("```\nimport x\nprompt = f'Customer: {text}\\nIntent:'\nprint(x(prompt))\n```", [ASKED]),
+        ("```\nCustomer: {text}\nIntent: {intent}\n```", [("Customer: ", "\nIntent:")]),
+        (
+            "```\n<|user|>\n{system_message}<|end|>\n<|user|>\n{prompt}<|end|>\n<|assistant|>\n```",
+            [("<|user|>\n<|end|>\n<|user|>\n", "<|end|>\n<|assistant|>")],
+        ),
+        (
+            f'```python\nalpaca_prompt = """{ALPACA}"""\n```',
+            [
+                ("Below is an instruction.\n\n### Instruction:\n", "\n\n### Input:\n\n\n### Response:\n"),
+                ("Below is an instruction.\n\n### Instruction:\n\n\n### Input:\n", "\n\n### Response:\n"),
+            ],
+        ),
+        (
+            "```\n### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n```",
+            [
+                ("### Instruction:\n", "\n\n### Input:\n\n\n### Response:"),
+                ("### Instruction:\n\n\n### Input:\n", "\n\n### Response:"),
+            ],
+        ),
+        ("```\nQ: {question}\nA: {answer}</s>\n```", [("Q: ", "\nA:")]),
+        ("```python\nprompt_template = 'Customer: {text}\\nIntent:'\n```", [ASKED]),
+        ("```python\nprompt = 'Customer: {}\\nIntent:'.format(text)\n```", [ASKED]),
+        ("```python\nprompt = 'Customer: ' + text + '\\nIntent:'\n```", [ASKED]),
+        ("```python\n!pip install x\n%cd x\nprompt = f'Customer: {x}\\nIntent:'\n```", [ASKED]),
+        ("```pycon\n>>> prompt = f'Customer: {x}\\nIntent:'\n>>> pipe(prompt)\n'a fee'\n```", [ASKED]),
+        ("1. Use it:\n\n   ```python\n   prompt = f'Customer: {x}\\nIntent:'\n   ```\n\n2. Then\n", [ASKED]),
+    ],
+    ids=[
+        "untagged code", "two places", "system", "Unsloth", "two inputs", "answer ends", "name", "format", "sum",
+        "notebook", "session", "indented",
+    ],
+)  # fmt: skip
+def test_a_template_is_what_stands_around_its_input(text: str, frames: list[tuple[str, str]]) -> None:
+    card = parsed_card(text)
+    assert list(card.frames) == frames and not card.prompts and not card.left_out
+
+
+def test_prompts_are_read_of_what_is_put_together_and_of_untagged_conversations() -> None:
+    assert (
+        parsed_card("```python\nprompt = 'Customer: a' + '\\nIntent:'\n```").prompts[0].prompt == "Customer: a\nIntent:"
+    )
+    said = parsed_card('```\n[{"role": "user", "content": "Say the intent"}]\n```').prompts
+    assert [row.messages for row in said] == [(Message("user", "Say the intent"),)]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "```python\nprompt = (\n```",
+        "```\nimport x\nprompt = f'Customer: {text}\n```",
+        "```\n{}\n```",
+        "```\n{% for message in messages %}{{ message.content }}{% endfor %}\n```",
+        "```python\nprompt = 'Customer: %s' % text\n```",
+        f"```\n{'{text} ' * 9}\n```",
+        f"```\n{'a' * 5000} {{text}}\n```",
+    ],
+    ids=["no code", "broken code", "place alone", "jinja", "percent", "places", "long"],
+)
+def test_what_cannot_be_read_is_counted(text: str) -> None:
+    card = parsed_card(text)
+    assert not card and card.left_out == 1
+
+
+@pytest.mark.parametrize(
+    "code",
+    ["system_prompt = 'You are kind.'", "chat_template = 'alpaca'", "inputs = tokenizer(prompt)", "print('{x}: y')"],
+)
+def test_other_strings_of_a_snippet_are_neither_read_nor_counted(code: str) -> None:
+    card = parsed_card(f"```python\n{code}\n```")
+    assert not card and not card.left_out
+
+
 #: As Trainer writes it, of transformers 5.
 TRAINER = """---
 library_name: peft
