@@ -154,6 +154,10 @@ class NumericalError(LoRASuiteError, ArithmeticError):
     """A computation that gave NaN, Inf or an empty result."""
 
 
+class EngineError(LoRASuiteError, RuntimeError):
+    """An engine that is to write answers does not start."""
+
+
 class MachineError(LoRASuiteError, OSError):
     """What the machine or its network refused: room on a disk, a permission, memory, a connection."""
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from lorasuite.adapters import attached
 from lorasuite.data import Row
-from lorasuite.errors import DataError
+from lorasuite.errors import DataError, EngineError
 from lorasuite.teacher import (
     TeacherRows,
     TeacherSettings,
@@ -32,6 +32,7 @@ from tasks.bases import loading, running, tokenizer, trusted
 from tasks.data import rows_files, stored_prompts, stored_rows
 from tasks.folders import adapter_path
 from tasks.progress import Progress
+from tasks.recording import run_log
 from tasks.retries import halved
 from tasks.stage import Artifact, StageOutput, StageSettings, Where, stage
 
@@ -82,8 +83,13 @@ def teaching(inputs: TeachingInputs, settings: TeachingSettings, where: Where) -
     written = None
     if chosen(wanted.engine, adapter, asked.quantized):
         base, trust = where.path("old_base"), trusted(where)
-        with VLLMTeacher.started(base, adapter, dtype=asked.dtype, trust_remote_code=trust) as engine:
-            written = write(engine)
+        try:
+            with VLLMTeacher.started(base, adapter, dtype=asked.dtype, trust_remote_code=trust) as engine:
+                written = write(engine)
+        except EngineError as error:  # nothing was written
+            if wanted.engine == "vllm":
+                raise
+            run_log().warning("transformers writes the rows: %s", error.problems[0].what)
     with running(where, "old_base", own_tokenizer=True) as old:
         with attached(old.model, adapter, where.device) as teacher:
             written = written or write(teacher)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lorasuite.bases import read_json, release_models
-from lorasuite.errors import ConfigError, Problem
+from lorasuite.errors import ConfigError, EngineError, Problem
 from lorasuite.teacher._generation import Answer, Generator, Prompt
 
 #: The ranks that vLLM makes room for.
@@ -124,25 +124,33 @@ class VLLMTeacher:
             adapter: a plain LoRA's.
             dtype: ``auto``, ``bfloat16``, ``float16`` or ``float32``.
             trust_remote_code: whether code of the base's own may run.
+
+        Raises:
+            EngineError: if vLLM does not start with them: it does not know the base or its LoRAs, say.
         """
         import torch
         from transformers import AutoConfig, GenerationConfig
-        from vllm import LLM
-        from vllm.lora.request import LoRARequest
 
         release_models()
         config = AutoConfig.from_pretrained(str(base), trust_remote_code=trust_remote_code)
         settings = GenerationConfig.from_model_config(config)
         if (base / "generation_config.json").is_file():
             settings = GenerationConfig.from_pretrained(str(base))
-        llm = LLM(
-            model=str(base),
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
-            enable_lora=True,
-            max_loras=1,
-            max_lora_rank=rank(adapter),
-        )
+        try:
+            from vllm import LLM
+            from vllm.lora.request import LoRARequest
+
+            llm = LLM(
+                model=str(base),
+                dtype=dtype,
+                trust_remote_code=trust_remote_code,
+                enable_lora=True,
+                max_loras=1,
+                max_lora_rank=rank(adapter),
+            )
+        except (ImportError, ValueError, RuntimeError) as error:  # its engine's process says why on standard error
+            what = f"vllm does not start with it ({type(error).__name__}: {error})"
+            raise EngineError(Problem(str(base), what, "Use --teacher-engine transformers.")) from error
         try:
             yield cls(llm, LoRARequest("teacher", 1, str(adapter)), config, settings)
         finally:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +17,8 @@ from flows.migrate_adapter import migrate_adapter
 from flows.migrate_fleet import migrate_fleet
 from lorasuite import zoo
 from lorasuite.bases import _cache, release_models
-from lorasuite.errors import ConfigError, DataError, PreflightError
+from lorasuite.errors import ConfigError, DataError, EngineError, PreflightError, Problem
+from lorasuite.planning import _asked
 from lorasuite.reporting import OWN_ROWS_START
 from lorasuite.training import write_scaled
 from tasks import teacher_stages
@@ -180,6 +184,26 @@ def test_a_teacher_that_cannot_write_stops_only_who_asked_for_it(mirror: dict[st
     assert not record["teacher"]["worth"] and "can be used" in record["teacher"]["reason"]
     with pytest.raises(DataError, match="can be used"):
         run(mirror, tmp_path / "asked", **own, **brief, teacher_samples=20)
+
+
+def test_an_engine_that_does_not_start_stops_only_who_named_it(
+    mirror: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As vLLM has no LoRA for GPT-NeoX."""
+
+    @contextmanager
+    def started(base: Path, *_: Any, **__: Any) -> Iterator[None]:
+        raise EngineError(Problem(str(base), "GPTNeoXForCausalLM does not support LoRA yet", "Use transformers."))
+        yield
+
+    monkeypatch.setattr(teacher_stages, "chosen", lambda engine, *_: engine != "transformers")
+    monkeypatch.setattr(teacher_stages, "VLLMTeacher", SimpleNamespace(started=started))
+    monkeypatch.setattr(_asked, "unusable", lambda *_: [])
+    record = run(mirror, tmp_path / "out", teacher_samples=12, finetune=TUNE)
+    assert record["teacher"]["engine"] == "transformers" and record["teacher"]["rows"] == 12
+    assert any("does not support LoRA yet" in one.getMessage() for one in caplog.records)
+    with pytest.raises(EngineError, match="does not support LoRA yet"):
+        run(mirror, tmp_path / "named", teacher_samples=12, teacher={**mirror["teacher"], "engine": "vllm"})
 
 
 def test_everything_wrong_is_said_at_once(mirror: dict[str, Any], tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from lorasuite.adapters import attached
-from lorasuite.errors import ConfigError
+from lorasuite.errors import ConfigError, EngineError
 from lorasuite.teacher import TeacherSettings, VLLMTeacher, _vllm, chosen, text_losses, write_rows
 from lorasuite.teacher._sampling import SeededSampler
 from tests.integration.tiny import digit_rows, tiny_model, tiny_tokenizer
@@ -160,6 +160,29 @@ def test_vllm_draws_from_a_seed_for_each_row(fake: None, tmp_path: Path) -> None
         return [one.seed for one in params]
 
     assert seeds(0) == seeds(0) != seeds(1) and len(set(seeds(0))) == 4
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("GPTNeoXForCausalLM does not support LoRA yet."),
+        RuntimeError("Engine core initialization failed. See root cause above."),
+    ],
+    ids=str,
+)
+def test_an_engine_that_does_not_start_says_why(
+    fake: None, error: Exception, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def refuse(**_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(sys.modules["vllm"], "LLM", refuse)
+    adapter, base = adapter_of(tmp_path / "adapter"), tmp_path / "base"
+    FakeLLM.model.save_pretrained(base)
+    with pytest.raises(EngineError) as raised, VLLMTeacher.started(base, adapter):
+        pass
+    (problem,) = raised.value.problems
+    assert problem.where == str(base) and str(error) in problem.what and "transformers" in problem.remedy
 
 
 def test_who_writes(fake: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
