@@ -18,7 +18,8 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 class LoadSettings(BaseModel):
     """How a base that is run is loaded: for the teacher, fine-tunes and evaluation.
 
-    Stages that read weights alone, or stream a base layer by layer, do not heed it.
+    The stages of a pair and the transforms do not heed it: neither those that read weights alone or stream a base layer
+    by layer, nor the fit of a model transform, which loads both bases whole.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)

@@ -222,6 +222,8 @@ def test_a_base_that_is_spread_has_all_gpus_and_the_ram(
     assert loaded <= refused and left == refused - loaded and {"alignment", "model_fit"} <= left
     assert all("--device-map auto" in one.remedy for one in unfit(alone) if one.where in loaded)
     assert not any("--device-map" in one.remedy for one in unfit(spread))
+    # both bases are loaded whole for the fit of a model transform, whatever the settings of loading say
+    assert [one.remedy for one in unfit(alone) if one.where == "model_fit"] == ["Try --method procrustes."]
     full = estimate(old, new, work, replace(both, spread=2**21, spread_free=2**20))
     (teacher,) = [one for one in shortages(full) if one["stage"] == "teacher"]
     assert teacher["what"] == "GPU memory and RAM" and "--load-in-4bit" in teacher["remedy"]
