@@ -254,7 +254,7 @@ def _does_something(tree: ast.AST) -> bool:
     )
 
 
-def _frames(text: str) -> Iterator[tuple[str, str] | None]:
+def _frames(text: str) -> Iterator[_Found]:
     """What stands before and behind each place for input, up to the answer's own; the other places are left empty."""
     places = list(_PLACE.finditer(text))
     if not places:
@@ -269,7 +269,8 @@ def _frames(text: str) -> Iterator[tuple[str, str] | None]:
             break
     inputs = [place for place in places if place.end() <= len(text) and not re.search("system|token", _name(place))]
     frames = [(_PLACE.sub("", text[: place.start()]), _PLACE.sub("", text[place.end() :])) for place in inputs]
-    yield from [frame for frame in frames if "".join(frame).strip()] or [None]
+    found: list[_Found] = [frame for frame in frames if "".join(frame).strip()]
+    yield from found or [None]
 
 
 def _is_prompt(name: str) -> bool:
