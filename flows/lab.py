@@ -14,7 +14,7 @@ from flows.context import Context
 from flows.lab_tasks import TaskData, miniature
 from flows.measure import evaluated, scores_of
 from flows.pair import Pair
-from flows.prompts import answered_prompts, asked_of_rows, compare_prompts
+from flows.prompts import answered_prompts, asked_of_rows, compare_prompts, conversations
 from flows.second_step import second
 from flows.teach import said_of_tokens, teacher_rows
 from lorasuite.adapters import Adapter, OwnTokenizer, own_tokenizer, untrained
@@ -226,7 +226,8 @@ class Lab:
         source = self.source(cell)
         settings, plan, asking = asked_of_rows(settings, task.train, cell.settings.given.prompts, source)
         if plan.prompt_sources:
-            chat = bool(load_tokenizer(self.new.path, self.trust).chat_template)
+            old, new = (load_tokenizer(base.path, self.trust) for base in (self.old, self.new))
+            chat = conversations(old if source.own_tokenizer is None else source.own_tokenizer.tokenizer, new)
             general = task.texts[: settings.pair.calibration_samples] if task.config.calibration else ()
             asking = replace(asking, chat=chat, general=general)
         asked = answered_prompts(self.steps, settings, plan.teacher_rows, asking, source)

@@ -27,16 +27,21 @@ class Asking:
     card: tuple[str, str] = ("", "")
     #: General texts to compare with; the old base writes some if there are none.
     general: Sequence[str] = ()
-    #: Whether prompts may be conversations.
+    #: Whether prompts may be conversations: both bases have chat templates.
     chat: bool = False
 
 
 def asked_prompts(context: Context, settings: MigrationConfig, plan: Plan, source: Source) -> Ref | None:
     """The prompts that a migration's teacher answers; None: it writes from nothing."""
-    chat = bool(plan.inspection.new_tokenizer.chat_template)
+    chat = conversations(plan.inspection.old_reader, plan.inspection.new_tokenizer)
     general = plan.texts if settings.calibration is not None else ()
     asking = Asking(plan.rows.prompt_sources, plan.prompts, plan.card, general, chat)
     return answered_prompts(context, settings, plan.rows.teacher_rows, asking, source)
+
+
+def conversations(*readers: Any) -> bool:
+    """Whether prompts may be conversations: both bases' tokenizers have chat templates."""
+    return all(getattr(reader, "chat_template", None) for reader in readers)
 
 
 def asked_of_rows(
@@ -86,7 +91,9 @@ def discovered_prompts(context: Context, settings: MigrationConfig, count: int, 
     drafts = {}
     for name in asking.sources:
         inputs = {**teacher_inputs(context, source), **general}
-        values: dict[str, Any] = {**told, "source": name, "count": DRAFTS * count, "chat": asking.chat}
+        if asking.chat:
+            inputs["new_tokenizer"] = context.reader("new")
+        values: dict[str, Any] = {**told, "source": name, "count": DRAFTS * count}
         if name not in ("card", "adapter"):  # what a source does not read is none of its key
             inputs |= examples
             if "description" in asking.sources:

@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from lorasuite.adapters import attached
 from lorasuite.errors import DataError, Problem
@@ -23,7 +24,7 @@ from lorasuite.teacher import (
     prompt_source,
     resembling,
 )
-from tasks.bases import running
+from tasks.bases import running, tokenizer
 from tasks.data import rows_files, stored_prompts, stored_texts
 from tasks.folders import adapter_path
 from tasks.progress import Progress
@@ -37,8 +38,12 @@ SIGNALS = "signals.json"
 
 @dataclass(frozen=True, kw_only=True)
 class DraftInputs(TeacherInputs):
-    """The old base with the adapter, and what is given: examples, the card's text, beginnings of general texts."""
+    """The old base with the adapter, and what is given: examples, the card's text, beginnings of general texts.
 
+    Where prompts may be conversations, the new base's tokenizer is given, too: both chat templates must render them.
+    """
+
+    new_tokenizer: str | None = None
     examples: Artifact | None = None
     card: Artifact | None = None
     general: Artifact | None = None
@@ -57,17 +62,16 @@ class DraftSettings(ProbeSettings):
 
     source: str
     description: str = ""
-    chat: bool = False
 
 
-@stage("prompt_drafts")
+@stage("prompt_drafts", version=2)
 def prompt_drafts(inputs: DraftInputs, settings: DraftSettings, where: Where) -> StageOutput:
     """Drafts of prompts from one source, and how much the adapter changes the answer to each."""
     given = Given(
         examples=() if inputs.examples is None else tuple(stored_prompts(inputs.examples)),
         description=settings.description,
         card=parsed_card(*(("",) if inputs.card is None else stored_texts(inputs.card))),
-        chat=settings.chat,
+        chat=inputs.new_tokenizer is not None,
         general=_general(inputs.general),
         prefix=settings.teacher.prefix,
         suffix=settings.teacher.suffix,
@@ -76,7 +80,8 @@ def prompt_drafts(inputs: DraftInputs, settings: DraftSettings, where: Where) ->
     if not source.can(given):
         what = f"{source.name} needs {source.needs}"
         raise DataError(Problem("prompt_sources", what, "Give that, or leave this source out."))
-    with _probe(inputs, settings, where) as probe:
+    new = None if inputs.new_tokenizer is None else tokenizer(where, "new_base")
+    with _probe(inputs, settings, where, new) as probe:
         pulls = source.drafts(probe, given, settings.count)
     signals = json.dumps([[pull.answer, pull.nats, pull.loss] for pull in pulls]).encode()
     return StageOutput(
@@ -94,7 +99,7 @@ class ChoiceInputs(TeacherInputs):
     general: Artifact | None = None
 
 
-@stage("prompts")
+@stage("prompts", version=2)
 def prompts(inputs: ChoiceInputs, settings: ProbeSettings, where: Where) -> StageOutput:
     """The prompts that the teacher answers: the user's, and of the drafts those the adapter's signal chooses."""
     drafts = {name: stored_drafts(artifact) for name, artifact in inputs.drafts.items()}
@@ -138,11 +143,11 @@ def _general(artifact: Artifact | None) -> tuple[str, ...]:
 
 
 @contextmanager
-def _probe(inputs: TeacherInputs, settings: ProbeSettings, where: Where) -> Iterator[Probe]:
+def _probe(inputs: TeacherInputs, settings: ProbeSettings, where: Where, new: Any = None) -> Iterator[Probe]:
     size = int(str(where.options.get("teacher_batch", settings.teacher.batch_size)))
     told = settings.teacher.model_copy(update={"batch_size": halved(size, where.halvings)})
     with (
         running(where, "old_base", own_tokenizer=True) as old,
         attached(old.model, adapter_path(inputs.adapter, where), where.device) as model,
     ):
-        yield Probe(model, old.tokenizer, told, settings.seed, Progress().step)
+        yield Probe(model, old.tokenizer, told, settings.seed, Progress().step, new)

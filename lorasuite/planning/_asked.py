@@ -58,7 +58,14 @@ def adapter_card(result: Inspection, config: MigrationConfig) -> tuple[str, str]
 
 
 def check_sources(result: Inspection, config: MigrationConfig, rows: RowPlan, counts: RowCounts, card: Card) -> None:
-    """Sources of prompts that are named, and for which nothing is given; and what of the adapter's card is not read."""
+    """Sources of prompts that are named, and for which nothing is given; and what of the adapter's card or of its chat
+    template is not used."""
+    old, new = (getattr(reader, "chat_template", None) for reader in (result.old_reader, result.new_tokenizer))
+    if old and not new and result.new_tokenizer is not None and rows.prompt_sources and not counts.prompts:
+        result.notices.append(
+            "the new base has no chat template: prompts are not looked for as conversations, which the old one's "
+            "chat template renders"
+        )
     if card.unread and rows.prompt_sources:
         result.notices.append("the adapter's card begins with YAML that cannot be read: widget examples are not used")
     if card.left_out and rows.prompt_sources:

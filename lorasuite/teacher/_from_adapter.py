@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 
-from lorasuite.data import Message, Row
+from lorasuite.data import Message, Row, accepted
 from lorasuite.teacher._given import ASK, Given, fitting, grown
 from lorasuite.teacher._probe import Probe, Pull
 from lorasuite.teacher._shapes import Shape, cut_like, known_shapes, separators, split_pairs
@@ -69,10 +69,11 @@ def texts(probe: Probe, begin: str, count: int, *, adapter: bool, salt: str) -> 
 
 
 def opening(probe: Probe) -> str:
-    """What the chat template writes before a user's first words; "" without a template, or where it writes none."""
-    if getattr(probe.tokenizer, "chat_template", None) is None:
-        return ""
+    """What the chat template writes before a user's first words; "" without a template, or where it writes none or
+    refuses them."""
     row = Row("messages", messages=(Message("user", _PLACE),))
+    if not accepted([row], [probe.tokenizer])[0]:
+        return ""
     before, found, _ = probe.text(row).partition(_PLACE)
     return before if found else ""
 

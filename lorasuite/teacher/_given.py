@@ -37,7 +37,7 @@ class Given:
     examples: tuple[Row, ...] = ()
     description: str = ""
     card: Card = field(default_factory=Card)
-    #: Whether prompts may be conversations: both bases have chat templates.
+    #: Whether prompts may be conversations: both bases have chat templates, and the probe asks both.
     chat: bool = False
     #: Beginnings of general texts.
     general: tuple[str, ...] = ()

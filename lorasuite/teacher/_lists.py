@@ -7,7 +7,8 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from lorasuite.data import Row
+from lorasuite.data import Message, Row, endless
+from lorasuite.errors import DataError, Problem
 from lorasuite.teacher._probe import Probe
 
 #: Tokens of a list's continuation.
@@ -41,16 +42,17 @@ def continued(
 
     Returns:
         those of all lists, without those shown; what repeats one is left out.
+
+    Raises:
+        DataError: if the chat template takes too long for what is asked, or writes too much.
     """
     drawn = random.Random(f"{probe.seed} {salt}")
     block = any("\n" in text for text in shown)
+    wanted = [f"{ask} {subjects[n % len(subjects)]}" if subjects else ask for n in range(lists)]
     begun = []
-    for n in range(lists):
+    for opening in _openings(probe.tokenizer, wanted):
         some = drawn.sample(list(shown), min(SHOWN, len(shown)))
-        wanted = f"{ask} {subjects[n % len(subjects)]}" if subjects else ask
-        begun.append(
-            Row(kind="text", text=_opening(probe.tokenizer, wanted) + _items(some, block) + (' "' if quoted else ""))
-        )
+        begun.append(Row(kind="text", text=opening + _items(some, block) + (' "' if quoted else "")))
     answers = probe.write(begun, salt, adapter=False, tokens=LIST_TOKENS)
     longest = TIMES_LONGEST * max((len(text) for text in shown), default=0) or LONGEST
     known = {plain(text) for text in shown}
@@ -69,12 +71,28 @@ def plain(text: str) -> str:
     return " ".join(re.findall(r"\w+", text.casefold()))
 
 
-def _opening(tokenizer: Any, ask: str) -> str:
-    """What is asked, as a chat's user asks it or as the headline of a list."""
+def _openings(tokenizer: Any, asks: Sequence[str]) -> list[str]:
+    """What is asked, each as a chat's user asks it; as the headline of a list without a chat template, or where it
+    refuses that."""
     if getattr(tokenizer, "chat_template", None) is None:
-        return f"{ask}\n\n"
-    turn = [{"role": "user", "content": ask}]
-    return str(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
+        return [_headline(ask) for ask in asks]
+    turns = [Message("user", ask) for ask in asks]
+    where = "a list that prompts are drafted in"
+    if beyond := endless([Row("messages", messages=(turn,), where=where) for turn in turns], [tokenizer]):
+        remedy = "Mend the template, or take another copy of the model."
+        raise DataError([Problem(where, problem.what, remedy) for problem in beyond])
+    found = []
+    for turn in turns:
+        try:
+            asked = tokenizer.apply_chat_template([turn.turn()], tokenize=False, add_generation_prompt=True)
+        except Exception:  # a template is code of the checkpoint's author and raises what it likes
+            asked = _headline(turn.content)
+        found.append(str(asked))
+    return found
+
+
+def _headline(ask: str) -> str:
+    return f"{ask}\n\n"
 
 
 def _items(texts: Sequence[str], block: bool) -> str:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lorasuite.data import Row, prompt_ids
+from lorasuite.data import Row, accepted, prompt_ids
 from lorasuite.errors import DataError
 from lorasuite.progress import Progress
 from lorasuite.teacher._generation import Answer, Generator, Prompt, context_length, generator
@@ -82,6 +82,8 @@ class Probe:
         settings: of the teacher.
         seed: of everything that is drawn.
         progress: told of the texts written, anew each time that some are.
+        new_tokenizer: that of the base that reads them later; conversations are rendered by both chat templates, or
+            left out. None: the first alone.
     """
 
     def __init__(
@@ -91,9 +93,10 @@ class Probe:
         settings: TeacherSettings,
         seed: int,
         progress: Progress | None = None,
+        new_tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         self.model, self.tokenizer, self.settings, self.seed = model, tokenizer, settings, seed
-        self.progress = progress
+        self.progress, self.new_tokenizer = progress, new_tokenizer
 
     def write(
         self,
@@ -104,7 +107,10 @@ class Probe:
         temperature: float = DRAFT_TEMPERATURE,
         tokens: int = 256,
     ) -> list[Answer]:
-        """What the old base writes to rows, in their order; those that leave no room for an answer are left out.
+        """What the old base writes to rows, in their order.
+
+        Left out are rows that leave no room for an answer, conversations that a chat template refuses, and all of these
+        conversations where it takes too long for one or writes too much.
 
         Args:
             salt: with the seed, what is drawn.
@@ -113,7 +119,7 @@ class Probe:
         """
         settings = self.settings.model_copy(update={"max_new_tokens": tokens, "top_p": DRAFT_TOP_P})
         writer = generator(self.model, self.tokenizer, settings, temperature, f"{self.seed} {salt}")
-        asked = list(_readable(writer, rows))
+        asked = list(_fitting(writer, self._rendered(rows)))
         with contextlib.nullcontext() if adapter else self.model.disable_adapter():
             found: list[Answer] = []
             for batch in writer.generate(asked):
@@ -129,8 +135,9 @@ class Probe:
             rows: without their answers; of a text row all of it is the prompt.
         """
         tokens = min(self.settings.max_new_tokens, PROBE_TOKENS)
-        answers = [a for a in self.write(rows, "pull", adapter=True, temperature=0, tokens=tokens) if a.text.strip()]
-        answered = [_answered(answer) for answer in answers]
+        written = [a for a in self.write(rows, "pull", adapter=True, temperature=0, tokens=tokens) if a.text.strip()]
+        kept = self._rendered([_answered(answer) for answer in written])
+        answers, answered = [written[n] for n, _ in kept], [row for _, row in kept]
         size = self.settings.batch_size
         tuned = text_losses(self.model, self.tokenizer, answered, batch_size=size)
         with self.model.disable_adapter():
@@ -168,6 +175,12 @@ class Probe:
         """A prompt as the model reads it."""
         return Generator(self.model, self.tokenizer, self.settings, 0.0, 0).prompt(0, row).text
 
+    def _rendered(self, rows: Sequence[Row]) -> list[tuple[int, Row]]:
+        """Rows with their places, without conversations that are not :func:`lorasuite.data.accepted`."""
+        readers = [self.tokenizer] if self.new_tokenizer is None else [self.tokenizer, self.new_tokenizer]
+        kept = {id(row) for row in accepted([row for row in rows if row.kind == "messages"], readers)[0]}
+        return [(n, row) for n, row in enumerate(rows) if row.kind != "messages" or id(row) in kept]
+
     def _ids(self, text: str) -> list[int]:
         return prompt_ids(self.tokenizer, text or " ")[: context_length(self.model)]
 
@@ -195,9 +208,9 @@ def farthest(vectors: Tensor, count: int) -> list[int]:
     return kept
 
 
-def _readable(writer: Generator, rows: Sequence[Row]) -> Iterator[Prompt]:
-    for number, row in enumerate(rows):
-        with contextlib.suppress(DataError):  # too long, or a conversation that the chat template refuses
+def _fitting(writer: Generator, rows: Sequence[tuple[int, Row]]) -> Iterator[Prompt]:
+    for number, row in rows:
+        with contextlib.suppress(DataError):  # too long
             yield writer.prompt(number, row)
 
 

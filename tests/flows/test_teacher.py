@@ -275,6 +275,24 @@ def test_the_card_and_the_settings_beside_the_adapter_are_what_prompts_come_from
         run(mirror, tmp_path / "none", prompt_sources=["card"], **asked)
 
 
+def test_drafts_are_conversations_that_both_bases_render(mirror: dict[str, Any], home: Path, tmp_path: Path) -> None:
+    """The card shows a prompt with a system turn, which the new base refuses."""
+    turns = "{% for m in messages %}{{ m['role'] }} : {{ m['content'] }}\n{% endfor %}"
+    refusing = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turns') }}{% endif %}" + turns
+    for name, template in (("old_base", turns), ("new_base", refusing)):
+        shutil.copytree(mirror[name], tmp_path / name)
+        (tmp_path / name / "chat_template.jinja").write_text(template)
+    shutil.copytree(mirror["adapter"], tmp_path / "adapter")
+    widget = "---\nwidget:\n- messages:\n  - {role: system, content: Be short}\n  - {role: user, content: mirror 1 2}\n"
+    (tmp_path / "adapter" / "README.md").write_text(widget + "---\n# Mirror\n\nThis adapter mirrors its numbers.\n")
+    bases = {name: str(tmp_path / name) for name in ("old_base", "new_base", "adapter")}
+    asked = {"teacher": {"max_new_tokens": 16, "filter": False, "truncated": "keep"}, "prompt_sources": ["card"]}
+    record = run(mirror, tmp_path / "out", **bases, **asked, prompts=None, teacher_samples=4, finetune=TUNE)
+    assert record["teacher"]["discovered"]["sources"]["card"]["kept"] == record["teacher"]["rows"] == 4
+    key = next(row["key"] for row in record["timings"] if row["stage"] == "prompt_drafts")
+    assert '"system"' not in Store(home).open(key).file("rows.jsonl").read_text()
+
+
 def test_sources_that_nothing_is_given_for_are_said_before_anything_runs(
     mirror: dict[str, Any], tmp_path: Path
 ) -> None:
