@@ -60,7 +60,8 @@ def prepare() -> None:
     pair = zoo.pair("neox")
     for name, target in {"OLD": pair.old, "NEW": pair.new, "ADAPTER": pair.adapter("mirror")}.items():
         Path(name).symlink_to(target, target_is_directory=True)
-    zoo.write_rows([{"text": text} for text in zoo.texts("neox", 12)], Path("texts.jsonl"))
+    for name, count in (("texts", 12), ("other", 40)):
+        zoo.write_rows([{"text": text} for text in zoo.texts("neox", count)], Path(f"{name}.jsonl"))
     zoo.write_rows(
         [{"prompt": row["prompt"]} for row in zoo.rows("neox", "mirror", "train", 12)], Path("prompts.jsonl")
     )
