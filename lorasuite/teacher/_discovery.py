@@ -77,8 +77,11 @@ class Discovered(BaseModel):
         description="mean over the written prompts: the old base's loss on the answer less its loss with the adapter, "
         "in nats a token",
     )
+    drafted: float | None = Field(
+        None, description="the same over all drafts of the sources they are from, before any was chosen by it"
+    )
     general: float = Field(description="the same on general texts")
-    error: float | None = Field(None, description="standard error of signal − general")
+    error: float | None = Field(None, description="standard error of drafted − general")
     clear: bool = Field(description="whether the difference is above two standard errors")
     said: str = Field(description="all this in a line")
 
@@ -122,13 +125,14 @@ def choose_prompts(
     """
     level = statistics.fmean(general) if general else 0.0
     known = {probe.text(row) for row in given}
-    pool: list[tuple[str, Pull]] = []
+    every: list[tuple[str, Pull]] = []
     for source, pulls in drafts.items():
         for pull in pulls:
             text = probe.text(pull.row)
-            if text not in known and (source in drawn or pull.nats > level):
+            if text not in known:
                 known.add(text)
-                pool.append((source, pull))
+                every.append((source, pull))
+    pool = [(source, pull) for source, pull in every if source in drawn or pull.nats > level]
     wanted = max(count - len(given), 0)
     if drawn:
         random.Random(f"{probe.seed} drawn").shuffle(pool)
@@ -139,14 +143,24 @@ def choose_prompts(
         kept = [pool[n] for n in far]
     if not kept and not given:
         raise DataError([_none(drafts, level)])
-    shown = [pull.nats for _, pull in kept]
-    mean = statistics.fmean(shown) if shown else None
-    error = _error(shown, general)
-    clear = mean is not None and error is not None and mean - level > 2 * error
+    mean = statistics.fmean(pull.nats for _, pull in kept) if kept else None
+    # those kept are the best of theirs, and would be above general texts by chance alone
+    used = {source for source, _ in kept}
+    before = [pull.nats for source, pull in every if source in used]
+    drafted, error = statistics.fmean(before) if before else None, _error(before, general)
+    clear = drafted is not None and error is not None and drafted - level > 2 * error
     total = len(kept) + len(given)
     shares = {name: _share(name, pulls, kept, total) for name, pulls in drafts.items()}
     found = Discovered(
-        prompts=total, given=len(given), sources=shares, signal=mean, general=level, error=error, clear=clear, said=""
+        prompts=total,
+        given=len(given),
+        sources=shares,
+        signal=mean,
+        drafted=drafted,
+        general=level,
+        error=error,
+        clear=clear,
+        said="",
     )
     return [*given, *(pull.row for _, pull in kept)], found.model_copy(update={"said": _said(found)})
 
@@ -183,11 +197,11 @@ def _said(found: Discovered) -> str:
     parts = [f"{share.kept} from {name}" for name, share in found.sources.items() if share.kept]
     parts += [f"{found.given} given"] if found.given else []
     text = f"{found.prompts} prompts ({', '.join(parts)})"
-    if found.signal is None:
+    if found.signal is None or found.drafted is None:
         return f"{text}: no other moves the adapter more than general text"
     sure = "clearly more" if found.clear else "not clearly more: they may not be of its task"
-    level = f"{found.signal:.2f} nats a token, to general text by {found.general:.2f}"
-    return f"{text}; the adapter changes its answers to them by {level}, {sure}"
+    level = f"{found.signal:.2f} nats a token, to all drafts by {found.drafted:.2f}"
+    return f"{text}; the adapter changes its answers to them by {level}, to general text by {found.general:.2f}, {sure}"
 
 
 def _none(drafts: Mapping[str, Sequence[Any]], level: float) -> Problem:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import statistics
 from collections.abc import Iterator
 from dataclasses import replace
@@ -203,6 +204,30 @@ def test_no_usable_prompt_says_what_was_tried(probe: Probe) -> None:
     assert "description (5 drafts), adapter (0 drafts)" in said and "--prompts" in said and "--describe" in said
     kept, found = choose_prompts(probe, {"examples": dull}, MIRROR[:2], [1.0, 2.0], 4)
     assert kept == MIRROR[:2] and found.signal is None and "no other" in found.said
+
+
+def test_drafts_like_general_text_are_not_clear_however_good_the_best_are() -> None:
+    class Drawn:
+        """Texts at random places."""
+
+        seed = 0
+
+        def text(self, row: Row) -> str:
+            return row.prompt
+
+        def vectors(self, texts: list[str]) -> torch.Tensor:
+            return torch.randn(len(texts), 8, generator=torch.Generator().manual_seed(1))
+
+    def found(seed: int, more: float) -> Any:
+        drawn = random.Random(seed)
+        rows = completions(*(f"p{n}" for n in range(900)))
+        drafts = [Pull(row, row.prompt, drawn.gauss(3 + more), abs(drawn.gauss(1, 0.3))) for row in rows]
+        asked: Any = Drawn()
+        return choose_prompts(asked, {"adapter": drafts}, [], [drawn.gauss(3) for _ in range(32)], 300)[1]
+
+    alike = [found(seed, 0) for seed in range(20)]
+    assert sum(one.clear for one in alike) <= 1 and all(one.signal > one.general for one in alike)
+    assert all(one.clear and one.drafted < one.signal for one in (found(seed, 1) for seed in range(20)))
 
 
 def test_text_of_others_is_only_text(probe: Probe, tmp_path: Any) -> None:
