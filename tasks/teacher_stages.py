@@ -66,7 +66,7 @@ class TeachingSettings(StageSettings):
     teacher: TeacherSettings
 
 
-@stage("teacher", version=3)
+@stage("teacher", version=4)
 def teaching(inputs: TeachingInputs, settings: TeachingSettings, where: Where) -> StageOutput:
     """The rows that the old base with the adapter writes, and what both make of them. Knows nothing of the new base."""
     size = int(str(where.options.get("teacher_batch", settings.teacher.batch_size)))

@@ -157,7 +157,7 @@ class TeacherRecord(Worth):
     tokens: int = Field(description="tokens generated, those of dropped attempts included")
     seconds: float | None = Field(None, description="of generation, without loading the old base")
     engine: str = Field("transformers", description="what generated: transformers or vllm")
-    temperature: float
+    temperature: float = Field(description="of the sampling; beside other prompts, running text has its own")
     prompts: int = Field(description="distinct prompts there were; 0: it wrote from nothing")
     imitated: int = Field(description="prompts that the old base wrote itself")
     mean_log_prob: float | None = Field(description="of the rows' tokens, nats")

@@ -34,8 +34,8 @@ class TeacherSettings(BaseModel):
     temperature: float | None = Field(
         None,
         ge=0,
-        description=f"of the teacher's tokens; 0 is greedy; unset: greedy where there is a prompt for each row, else "
-        f"{SAMPLING_TEMPERATURE}",
+        description=f"of the teacher's tokens; 0 is greedy; unset: greedy where there is a prompt for each row, else, "
+        f"and for running text, {SAMPLING_TEMPERATURE}",
     )
     top_p: float = Field(1.0, gt=0, le=1, description="sample from the likeliest tokens of this total probability")
     max_new_tokens: int = Field(256, ge=1, description="tokens of an answer at most")

@@ -18,15 +18,15 @@ import math
 import random
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from lorasuite.data import Row
+from lorasuite.data import Kind, Row
 from lorasuite.errors import DataError, Problem
 from lorasuite.progress import Progress
 from lorasuite.teacher._filters import SyntheticRowFilter
-from lorasuite.teacher._generation import Answer, generator
+from lorasuite.teacher._generation import Answer, Prompt, generator
 from lorasuite.teacher._prompts import distinct_prompts, imitate
 from lorasuite.teacher._settings import ATTEMPTS_PER_ROW, SAMPLING_TEMPERATURE, TeacherSettings
 from lorasuite.teacher._worth import TextLoss, written_losses
@@ -51,6 +51,7 @@ class TeacherRows:
     dropped: dict[str, int] = field(default_factory=dict)
     #: Tokens generated, those of dropped attempts included.
     tokens: int = 0
+    #: Of the sampling; of prompts of several kinds, that of those which are not running text.
     temperature: float = 0.0
     #: Distinct prompts there were; 0: the teacher wrote from nothing.
     prompts: int = 0
@@ -101,7 +102,8 @@ def write_rows(
             ``settings.text_prefix`` words are the prompt. With fewer prompts than rows, several answers of each are
             sampled; greedy, one answer of each is all there is. None: the teacher writes from ``settings.prefix`` on.
         samples: rows asked for.
-        settings: of the teacher.
+        settings: of the teacher. Where they name no temperature, running text is sampled, and other prompts are
+            answered greedily if there is one for each row.
         seed: of the order of prompts and of the sampling.
         progress: called after each batch.
 
@@ -119,32 +121,35 @@ def write_rows(
     own = len(given)
     if settings.suffix or settings.imitate:
         given += imitate(model, tokenizer, given, samples - own, settings, seed=seed)
-    temperature = settings.temperature
-    if temperature is None:
-        plain = len(given) >= samples and not any(row.kind == "text" for row in given)
-        temperature = 0.0 if plain else SAMPLING_TEMPERATURE
+    texts = {row.text for row in prompts or () if row.kind == "text"}
+    alike = len(texts) - sum(row.kind == "text" for row in given)  # several texts may begin with one prompt
+    enough = len(given) + alike >= samples
     order = list(given)
     random.Random(seed).shuffle(order)
     sources = order or [Row(kind="text", text=settings.prefix)]
-    writer = generator(model, tokenizer, settings, temperature, seed)
+    temperatures = {row.kind: _temperature(settings, row, enough) for row in sources}
+    writers = {t: generator(model, tokenizer, settings, t, seed) for t in sorted(set(temperatures.values()))}
+    writer = next(iter(writers.values()))
     wanted = samples if not settings.filter else math.ceil(samples / (1 - settings.drop_unsure))
     limit = ATTEMPTS_PER_ROW * wanted
-    if not temperature:  # a prompt's second answer would be its first
-        limit = min(len(sources), limit)
+    places = [n % len(sources) for n in range(limit)]
+    # greedily, a prompt's second answer would be its first
+    attempts = [n for n, at in enumerate(places) if n < len(sources) or temperatures[sources[at].kind]]
     filters = SyntheticRowFilter(settings)
     kept: list[Answer] = []
     dropped: Counter[str] = Counter()
     tried = tokens = 0
-    while tried < limit and len(kept) < wanted:
+    while tried < len(attempts) and len(kept) < wanted:
         # As many as should give what is missing, by the share kept so far.
         share = max(len(kept), 1) / tried if tried else 1.0
-        count = min(limit - tried, math.ceil((wanted - len(kept)) / share))
-        asked = [writer.prompt(n, sources[n % len(sources)]) for n in range(tried, tried + count)]
+        count = min(len(attempts) - tried, math.ceil((wanted - len(kept)) / share))
+        asked = [writer.prompt(n, sources[places[n]]) for n in attempts[tried : tried + count]]
         answers: dict[int, Answer] = {}
-        for batch in writer.generate(asked):
-            answers |= {answer.prompt.number: answer for answer in batch}
-            if progress is not None:
-                progress(min(len(kept) + len(answers), samples), samples)
+        for temperature, members in _by(asked, temperatures).items():
+            for batch in writers[temperature].generate(members):
+                answers |= {answer.prompt.number: answer for answer in batch}
+                if progress is not None:
+                    progress(min(len(kept) + len(answers), samples), samples)
         for number in sorted(answers):
             answer = answers[number]
             tokens += answer.tokens
@@ -176,10 +181,25 @@ def write_rows(
         written=tried,
         dropped=dict(dropped),
         tokens=tokens,
-        temperature=temperature,
+        temperature=writer.temperature,
         prompts=own,
         imitated=len(given) - own,
     )
+
+
+def _temperature(settings: TeacherSettings, row: Row, enough: bool) -> float:
+    """What a prompt is answered at, where there are prompts enough for one answer of each, or not."""
+    if settings.temperature is not None:
+        return settings.temperature
+    return 0.0 if enough and row.kind != "text" else SAMPLING_TEMPERATURE
+
+
+def _by(prompts: Sequence[Prompt], temperatures: Mapping[Kind, float]) -> dict[float, list[Prompt]]:
+    """Prompts by the temperature of their kind."""
+    found: dict[float, list[Prompt]] = {}
+    for prompt in prompts:
+        found.setdefault(temperatures[prompt.row.kind], []).append(prompt)
+    return found
 
 
 def _without_unsure(answers: Sequence[Answer], share: float) -> list[Answer]:

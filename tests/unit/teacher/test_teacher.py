@@ -71,6 +71,20 @@ def test_rows_do_not_depend_on_the_batch(temperature: float) -> None:
         assert other.rows != once.rows
 
 
+def test_text_among_the_prompts_leaves_the_others_greedy() -> None:
+    """Texts that begin alike are one prompt, of which several are written."""
+    model, tokenizer, rows = tiny_model(), tiny_tokenizer(), digit_rows(5)
+    texts = [Row("text", text=f"say two {end}") for end in ("one", "three", "four")]
+    asked = settings(filter=False, text_prefix=2)
+    greedy = write_rows(model, tokenizer, rows, 5, asked)
+    mixed = write_rows(model, tokenizer, [*rows, *texts], 8, asked)
+    assert greedy.temperature == mixed.temperature == 0 and len(mixed.rows) == 8
+    assert {row for row in mixed.rows if row.kind != "text"} == set(greedy.rows)
+    assert len({row.text for row in mixed.rows if row.kind == "text"}) == 3
+    assert write_rows(model, tokenizer, texts, 3, asked).temperature == 0.9
+    assert write_rows(model, tokenizer, rows, 8, asked).temperature == 0.9
+
+
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
 def test_a_prompt_that_fills_the_context_shortens_no_answer_beside_it(temperature: float) -> None:
     """Of 64 tokens that the model reads, a prompt of 62 leaves two: to itself, and not to a short one in its batch."""
