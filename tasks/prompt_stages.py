@@ -85,7 +85,7 @@ def prompt_drafts(inputs: DraftInputs, settings: DraftSettings, where: Where) ->
         pulls = source.drafts(probe, given, settings.count)
     signals = json.dumps([[pull.answer, pull.nats, pull.loss] for pull in pulls]).encode()
     return StageOutput(
-        info={"source": settings.source, "drafts": len(pulls)},
+        info={"source": settings.source, "drafts": len(pulls), "left_out": probe.left_out},
         files={**rows_files([pull.row for pull in pulls]), SIGNALS: signals},
     )
 
@@ -107,7 +107,8 @@ def prompts(inputs: ChoiceInputs, settings: ProbeSettings, where: Where) -> Stag
     drawn = [name for name in drafts if prompt_source(name).control]
     with _probe(inputs, settings, where) as probe:
         level = general_level(probe, _general(inputs.general))
-        rows, found = choose_prompts(probe, drafts, given, level, settings.count, drawn)
+        left_out = {name: artifact.info["left_out"] for name, artifact in inputs.drafts.items()}
+        rows, found = choose_prompts(probe, drafts, given, level, settings.count, drawn, left_out)
     return StageOutput(info=found.model_dump(mode="json"), files=rows_files(rows))
 
 

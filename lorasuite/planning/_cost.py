@@ -199,6 +199,8 @@ class Work:
     #: Of the teacher's rows those that are trained on, and the sources that its prompts come from where none are given.
     synthetic_rows: int = 0
     prompt_sources: int = 0
+    #: Whether prompts are given that more are written like.
+    examples: bool = False
     #: What the teacher is asked of the tokens of training rows: its distributions, and how much each counts.
     soft_labels: bool = False
     token_weights: bool = False

@@ -34,9 +34,10 @@ def prompt_drafts(old: Shape, work: Work) -> Cost:
     """Drafts of prompts from every source: lists that the old base goes on with, prompts begun like others, and for
     each draft an answer with the adapter and the losses on it of the old base with and without.
 
-    For 300 rows a source writes some 43,000 tokens, and up to 1,350 drafts are probed.
+    For 300 rows a source writes some 43,000 tokens, more where examples are long, and up to 1,350 drafts are probed.
     """
-    told, prompt = asked_for(work.teacher_rows), work.prompt_tokens
+    prompt = work.prompt_tokens
+    told = asked_for(work.teacher_rows, prompt if work.examples else 0)
     ops, held = writing(old, work, told.lists, told.shown * prompt, told.list_tokens)
     ops += writing(old, work, told.varied, prompt / 2, told.varied_tokens)[0]
     ops += _probing(old, work, told.probed, told.answer_tokens)

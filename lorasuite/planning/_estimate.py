@@ -135,6 +135,7 @@ def planned_work(
         teacher_batch=config.teacher.batch_size,
         synthetic_rows=rows.synthetic_train_rows,
         prompt_sources=len(rows.prompt_sources),
+        examples="examples" in rows.prompt_sources,
         soft_labels=tuning.distillation > 0,
         token_weights=tuning.token_weights != "none",
         second_step=config.second_step,

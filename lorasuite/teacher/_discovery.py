@@ -6,6 +6,7 @@ import math
 import random
 import statistics
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from lorasuite.data import Row, unanswered
 from lorasuite.errors import DataError, Problem
 from lorasuite.teacher._from_adapter import texts
 from lorasuite.teacher._given import VARIED, VARIED_TOKENS
-from lorasuite.teacher._lists import LIST_TOKENS, SHOWN, USED
+from lorasuite.teacher._lists import SHOWN, USED, list_tokens
 from lorasuite.teacher._probe import PROBE_TOKENS, Probe, Pull, farthest, ranked
 
 #: Drafts made for each prompt wanted, and of those that move the adapter, how many are chosen among by distance.
@@ -46,11 +47,25 @@ class Asked(NamedTuple):
     pool: float
 
 
-def asked_for(count: int) -> Asked:
-    """What it takes to find so many prompts, of which a search in lists gives as many drafts as it may."""
+def asked_for(count: int, longest: float = 0) -> Asked:
+    """What it takes to find so many prompts, of which a search in lists gives as many drafts as it may.
+
+    Args:
+        longest: tokens of the longest example, where there are any.
+    """
     drafts, pool = DRAFTS * count, POOL * count
-    varied = VARIED * drafts
-    return Asked(drafts / USED, SHOWN, LIST_TOKENS, varied, VARIED_TOKENS, drafts + varied, PROBE_TOKENS, GENERAL, pool)
+    varied, varied_tokens = VARIED * drafts, max(VARIED_TOKENS, math.ceil(longest))
+    return Asked(
+        lists=drafts / USED,
+        shown=SHOWN,
+        list_tokens=list_tokens(longest),
+        varied=varied,
+        varied_tokens=varied_tokens,
+        probed=drafts + varied,
+        answer_tokens=PROBE_TOKENS,
+        general=GENERAL,
+        pool=pool,
+    )
 
 
 class SourceShare(BaseModel):
@@ -62,6 +77,9 @@ class SourceShare(BaseModel):
     kept: int
     share: float = Field(description="of the prompts that are used, those given by the user among them")
     signal: float | None = Field(None, description="mean over its kept drafts, in nats a token")
+    left_out: int = Field(
+        0, description="texts that were too long for the old base to read, or that a chat template refused"
+    )
 
 
 class Discovered(BaseModel):
@@ -104,6 +122,7 @@ def choose_prompts(
     general: Sequence[float],
     count: int,
     drawn: Sequence[str] = (),
+    left_out: Mapping[str, int] = MappingProxyType({}),
 ) -> tuple[list[Row], Discovered]:
     """The prompts that are used: given ones, and the drafts that the adapter's signal and their distances choose.
 
@@ -116,6 +135,7 @@ def choose_prompts(
         general: the signal on general texts.
         count: how many in all.
         drawn: sources that are controls: theirs are drawn at random.
+        left_out: texts by source that :attr:`Probe.left_out` counted.
 
     Returns:
         the prompts, and where they came from.
@@ -142,7 +162,7 @@ def choose_prompts(
         far = farthest(probe.vectors([probe.text(pull.row) for _, pull in pool]), wanted) if pool and wanted else []
         kept = [pool[n] for n in far]
     if not kept and not given:
-        raise DataError([_none(drafts, level)])
+        raise DataError([_none(drafts, level, sum(left_out.values()))])
     mean = statistics.fmean(pull.nats for _, pull in kept) if kept else None
     # those kept are the best of theirs, and would be above general texts by chance alone
     used = {source for source, _ in kept}
@@ -150,7 +170,7 @@ def choose_prompts(
     drafted, error = statistics.fmean(before) if before else None, _error(before, general)
     clear = drafted is not None and error is not None and drafted - level > 2 * error
     total = len(kept) + len(given)
-    shares = {name: _share(name, pulls, kept, total) for name, pulls in drafts.items()}
+    shares = {name: _share(name, pulls, kept, total, left_out.get(name, 0)) for name, pulls in drafts.items()}
     found = Discovered(
         prompts=total,
         given=len(given),
@@ -180,10 +200,14 @@ def resembling(probe: Probe, prompts: Sequence[Row], real: Sequence[Row]) -> flo
     return float((torch.cdist(found, known).min(dim=1).values <= near).float().mean())
 
 
-def _share(name: str, pulls: Sequence[Pull], kept: Sequence[tuple[str, Pull]], total: int) -> SourceShare:
+def _share(
+    name: str, pulls: Sequence[Pull], kept: Sequence[tuple[str, Pull]], total: int, left_out: int
+) -> SourceShare:
     own = [pull.nats for source, pull in kept if source == name]
     signal = statistics.fmean(own) if own else None
-    return SourceShare(drafts=len(pulls), kept=len(own), share=len(own) / max(total, 1), signal=signal)
+    return SourceShare(
+        drafts=len(pulls), kept=len(own), share=len(own) / max(total, 1), signal=signal, left_out=left_out
+    )
 
 
 def _error(one: Sequence[float], other: Sequence[float]) -> float | None:
@@ -198,19 +222,29 @@ def _said(found: Discovered) -> str:
     parts += [f"{found.given} given"] if found.given else []
     text = f"{found.prompts} prompts ({', '.join(parts)})"
     if found.signal is None or found.drafted is None:
-        return f"{text}: no other moves the adapter more than general text"
+        if any(share.drafts for share in found.sources.values()):
+            return f"{text}: no other moves the adapter more than general text"
+        return f"{text}: no other {_unwritten(sum(share.left_out for share in found.sources.values()))}"
     sure = "clearly more" if found.clear else "not clearly more: they may not be of its task"
     level = f"{found.signal:.2f} nats a token, to all drafts by {found.drafted:.2f}"
     return f"{text}; the adapter changes its answers to them by {level}, to general text by {found.general:.2f}, {sure}"
 
 
-def _none(drafts: Mapping[str, Sequence[Any]], level: float) -> Problem:
+def _none(drafts: Mapping[str, Sequence[Any]], level: float, left_out: int) -> Problem:
     tried = ", ".join(f"{name} ({len(pulls)} drafts)" for name, pulls in drafts.items())
-    what = (
-        f"no usable one was found: tried {tried}, and none moves the adapter more than general text ({level:.2f} nats)"
-    )
+    why = f"moves the adapter more than general text ({level:.2f} nats)"
+    if not any(drafts.values()):
+        why = _unwritten(left_out)
+    described = "" if "description" in drafts else ", or say what it does (--describe)"
     remedy = (
-        "Give a few prompts of the adapter's task (--prompts), or say what it does (--describe), or go on without "
-        "written rows: --teacher-samples 0"
+        f"Give a few prompts of the adapter's task (--prompts){described}, or go on without written rows: "
+        "--teacher-samples 0"
     )
-    return Problem("prompts", what, remedy)
+    return Problem("prompts", f"no usable one was found: tried {tried}, and none {why}", remedy)
+
+
+def _unwritten(left_out: int) -> str:
+    """What is said of prompts where there is no draft."""
+    said = "was written: texts may be longer than the old base reads or writes at once"
+    more = f" ({left_out} were left out: longer than that, or refused by a chat template)"
+    return said + (more if left_out else "")

@@ -22,7 +22,7 @@ from lorasuite.teacher._shapes import Shape
 KEPT = 24
 #: Rounds of the search; each shows the old base the best of the rounds before.
 ROUNDS = 3
-#: Share of the drafts that begin like kept ones, and tokens of what they go on with.
+#: Share of the drafts that begin like kept ones, and tokens of what they go on with, or as many as the longest example.
 VARIED, VARIED_TOKENS = 0.5, 48
 #: Words of a short answer, which names a subject; of one in JSON, so many are read.
 SHORT, NAMED = 6, 16
@@ -68,7 +68,7 @@ def grown(
 
     Args:
         shape: of the prompts.
-        given: bodies that every round shows too.
+        given: bodies of examples, which every round shows too; where they are long, so is what is written.
         count: drafts to make.
         ask: what lists are of.
         salt: with the probe's seed, what is drawn.
@@ -81,6 +81,7 @@ def grown(
         the drafts, those found before among them, each prompt once.
     """
     pulls = {plain(shape.body(pull.row)): pull for pull in found}
+    longest = max(map(probe.length, given), default=0)
     for n in range(rounds):
         there = list(pulls.values())
         best = [there[n] for n in ranked(there)[:KEPT]]
@@ -92,16 +93,20 @@ def grown(
             wanted = "Write a list of different messages from people, word for word, about"
             bodies += continued(probe, [], wanted, lists, f"{salt} on {n}", subjects, quoted=True)
             lists = math.ceil(lists / 2)
-        bodies += continued(probe, shown, ask, lists, f"{salt} {n}")
-        bodies += varied(probe, shape, shown, math.ceil(count / rounds * VARIED), f"{salt} varied {n}")
+        bodies += continued(probe, shown, ask, lists, f"{salt} {n}", longest=longest)
+        bodies += varied(probe, shape, shown, math.ceil(count / rounds * VARIED), f"{salt} varied {n}", longest)
         new = {plain(body): body for body in bodies if plain(body) and plain(body) not in pulls}
         pulls |= {plain(shape.body(pull.row)): pull for pull in probe.pulls([shape.row(body) for body in new.values()])}
     return list(pulls.values())
 
 
-def varied(probe: Probe, shape: Shape, bodies: Sequence[str], count: int, salt: str) -> list[str]:
+def varied(probe: Probe, shape: Shape, bodies: Sequence[str], count: int, salt: str, longest: int = 0) -> list[str]:
     """Bodies that begin like some of these: the old base, its adapter off, goes on from their first words until what
-    stands behind a body, or the end of the line."""
+    stands behind a body, or the end of the line.
+
+    Args:
+        longest: tokens of the longest example, where there are any.
+    """
     if not bodies:
         return []
     drawn = random.Random(f"{probe.seed} {salt}")
@@ -110,7 +115,7 @@ def varied(probe: Probe, shape: Shape, bodies: Sequence[str], count: int, salt: 
         words = bodies[n % len(bodies)].split()
         kept = " ".join(words[: drawn.randrange(len(words))]) if words else ""
         begun.append(Row("text", text=(shape.before + kept).rstrip(" ")))
-    answers = probe.write(begun, salt, adapter=False, tokens=VARIED_TOKENS)
+    answers = probe.write(begun, salt, adapter=False, tokens=max(VARIED_TOKENS, longest))
     end = shape.after.rstrip() or "\n"
     found = []
     for answer in answers:

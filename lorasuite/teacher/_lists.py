@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import re
 from collections.abc import Iterator, Sequence
@@ -11,8 +12,8 @@ from lorasuite.data import Message, Row, endless
 from lorasuite.errors import DataError, Problem
 from lorasuite.teacher._probe import Probe
 
-#: Tokens of a list's continuation.
-LIST_TOKENS = 192
+#: Tokens of a list's continuation; where examples are long, as many as this many of the longest have.
+LIST_TOKENS, LIST_TEXTS = 192, 3
 #: Texts a list shows, and texts of a continuation that are used: later ones repeat themselves.
 SHOWN, USED = 6, 8
 #: Characters of a text, at most, where no example says how long they are; else as many times the longest's.
@@ -27,18 +28,20 @@ def continued(
     salt: str,
     subjects: Sequence[str] = (),
     quoted: bool = False,
+    longest: int = 0,
 ) -> list[str]:
     """New texts: the old base without its adapter goes on with lists of some of the texts shown.
 
     In its chat template, where it has one, the list is the answer that it has begun; else it is plain text.
 
     Args:
-        shown: texts, of which each list has a few in an order of its own.
+        shown: texts, of which each list has a few in an order of its own: as many as leave room for two like them.
         ask: what the list is of.
         lists: how many.
         salt: with the seed, what is drawn.
         subjects: each list's own, in turn, put to what is asked.
         quoted: begin the list with a quotation mark, so that it is of what people say and not of what is said about it.
+        longest: tokens of the longest example, where there are any.
 
     Returns:
         those of all lists, without those shown; what repeats one is left out.
@@ -52,18 +55,25 @@ def continued(
     begun = []
     for opening in _openings(probe.tokenizer, wanted):
         some = drawn.sample(list(shown), min(SHOWN, len(shown)))
+        while len(some) > 1 and not _has_room(probe, opening + _items(some, block), some):
+            some.pop()
         begun.append(Row(kind="text", text=opening + _items(some, block) + (' "' if quoted else "")))
-    answers = probe.write(begun, salt, adapter=False, tokens=LIST_TOKENS)
-    longest = TIMES_LONGEST * max((len(text) for text in shown), default=0) or LONGEST
+    answers = probe.write(begun, salt, adapter=False, tokens=list_tokens(longest))
+    most = TIMES_LONGEST * max((len(text) for text in shown), default=0) or LONGEST
     known = {plain(text) for text in shown}
     found = []
     for answer in answers:
         items = list(_read(answer.text, block))
         for text in items[: USED if answer.ended else min(USED, len(items) - 1)]:  # the last one may be cut off
-            if text and len(text) <= longest and plain(text) not in known:
+            if text and len(text) <= most and plain(text) not in known:
                 known.add(plain(text))
                 found.append(text)
     return found
+
+
+def list_tokens(longest: float) -> int:
+    """Tokens of a list's continuation, where the longest example has so many."""
+    return max(LIST_TOKENS, math.ceil(LIST_TEXTS * longest))
 
 
 def plain(text: str) -> str:
@@ -93,6 +103,12 @@ def _openings(tokenizer: Any, asks: Sequence[str]) -> list[str]:
 
 def _headline(ask: str) -> str:
     return f"{ask}\n\n"
+
+
+def _has_room(probe: Probe, begun: str, shown: Sequence[str]) -> bool:
+    """Whether two texts like the longest shown fit behind a list that is begun: of those written, the last may be cut
+    off, and is not used."""
+    return probe.length(begun) + 2 * max(map(probe.length, shown)) <= probe.context
 
 
 def _items(texts: Sequence[str], block: bool) -> str:

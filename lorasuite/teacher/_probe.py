@@ -97,6 +97,8 @@ class Probe:
     ) -> None:
         self.model, self.tokenizer, self.settings, self.seed = model, tokenizer, settings, seed
         self.progress, self.new_tokenizer = progress, new_tokenizer
+        #: Rows that nothing was written to: too long, or conversations that are not rendered.
+        self.left_out = 0
 
     def write(
         self,
@@ -109,8 +111,8 @@ class Probe:
     ) -> list[Answer]:
         """What the old base writes to rows, in their order.
 
-        Left out are rows that leave no room for an answer, conversations that a chat template refuses, and all of these
-        conversations where it takes too long for one or writes too much.
+        Left out, and counted, are rows that leave no room for an answer, conversations that a chat template refuses,
+        and all of these conversations where it takes too long for one or writes too much.
 
         Args:
             salt: with the seed, what is drawn.
@@ -120,6 +122,7 @@ class Probe:
         settings = self.settings.model_copy(update={"max_new_tokens": tokens, "top_p": DRAFT_TOP_P})
         writer = generator(self.model, self.tokenizer, settings, temperature, f"{self.seed} {salt}")
         asked = list(_fitting(writer, self._rendered(rows)))
+        self.left_out += len(rows) - len(asked)
         with contextlib.nullcontext() if adapter else self.model.disable_adapter():
             found: list[Answer] = []
             for batch in writer.generate(asked):
@@ -171,6 +174,15 @@ class Probe:
         vectors = torch.stack(found)
         return torch.nn.functional.normalize(vectors - vectors.mean(0), dim=1)
 
+    @property
+    def context(self) -> int:
+        """Tokens that the old base reads at once."""
+        return context_length(self.model)
+
+    def length(self, text: str) -> int:
+        """Tokens of a text."""
+        return len(prompt_ids(self.tokenizer, text))
+
     def text(self, row: Row) -> str:
         """A prompt as the model reads it."""
         return Generator(self.model, self.tokenizer, self.settings, 0.0, 0).prompt(0, row).text
@@ -182,7 +194,7 @@ class Probe:
         return [(n, row) for n, row in enumerate(rows) if row.kind != "messages" or id(row) in kept]
 
     def _ids(self, text: str) -> list[int]:
-        return prompt_ids(self.tokenizer, text or " ")[: context_length(self.model)]
+        return prompt_ids(self.tokenizer, text or " ")[: self.context]
 
 
 def farthest(vectors: Tensor, count: int) -> list[int]:

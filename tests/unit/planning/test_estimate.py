@@ -430,6 +430,13 @@ def test_what_the_teacher_is_asked_beside_rows_is_counted(base: Callable[..., Pa
     assert found["prompt_drafts"]["seconds"] > 3 * max(found[name]["seconds"] for name in ("teacher", "prompts"))
     two = stages(estimate(old, new, replace(work, prompt_sources=2), ROOMY, SPEED))
     assert two["prompt_drafts"]["seconds"] == pytest.approx(2 * found["prompt_drafts"]["seconds"])
+    # more is written where examples are long; short ones ask for no more than lists of which there is none
+    for tokens, more in ((40, 1.0), (500, 1.5)):
+        plain = replace(work, row_tokens=tokens)
+        alone, like = (
+            ops(adapter_costs(old, new, one), "prompt_drafts") for one in (plain, replace(plain, examples=True))
+        )
+        assert like.forward >= more * alone.forward and (more > 1 or like == alone)
     # 32 outcomes of eight bytes a token, and what they are of
     assert found["soft_labels"]["disk_bytes"] == 100 * 40 * (32 * 8 + 16)
     assert ops(adapter_costs(old, new, work), "soft_labels").forward * 6 == pytest.approx(

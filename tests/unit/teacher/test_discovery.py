@@ -201,7 +201,12 @@ def test_no_usable_prompt_says_what_was_tried(probe: Probe) -> None:
     with pytest.raises(DataError) as raised:
         choose_prompts(probe, {"description": dull, "adapter": []}, [], [1.0, 2.0], 4)
     said = str(raised.value)
-    assert "description (5 drafts), adapter (0 drafts)" in said and "--prompts" in said and "--describe" in said
+    assert "description (5 drafts), adapter (0 drafts)" in said and "none moves the adapter more" in said
+    assert "--prompts" in said and "--describe" not in said, "a description is given"
+    with pytest.raises(DataError, match=r"none was written: texts may be longer.*\(7 were left out.*--describe"):
+        choose_prompts(probe, {"adapter": []}, [], [1.0, 2.0], 4, left_out={"adapter": 7})
+    unwritten = choose_prompts(probe, {"examples": []}, MIRROR[:2], [1.0, 2.0], 4)[1]
+    assert "no other was written: texts may be longer" in unwritten.said and "left out" not in unwritten.said
     kept, found = choose_prompts(probe, {"examples": dull}, MIRROR[:2], [1.0, 2.0], 4)
     assert kept == MIRROR[:2] and found.signal is None and "no other" in found.said
 

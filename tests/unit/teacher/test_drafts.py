@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -14,8 +17,9 @@ from lorasuite.bases import check_chat_template, load_tokenizer, loaded_model
 from lorasuite.data import Message, Row
 from lorasuite.errors import DataError
 from lorasuite.planning import MigrationConfig, check
-from lorasuite.teacher import Given, Probe, TeacherSettings, parsed_card, prompt_source
+from lorasuite.teacher import Given, Probe, Pull, Shape, TeacherSettings, parsed_card, prompt_source
 from lorasuite.teacher._from_adapter import opening
+from lorasuite.teacher._given import grown
 from tests import models
 
 TURNS = (
@@ -51,6 +55,60 @@ def chatting(probe: Probe, template: str, new: str | None = None) -> Probe:
         other = copy.deepcopy(old)
         other.chat_template = new
     return Probe(probe.model, old, probe.settings, probe.seed, new_tokenizer=other)
+
+
+class Lists:
+    """A base that goes on with lists as it should, a token a word, and reads 2,048 of them."""
+
+    seed, context = 0, 2048
+    tokenizer = SimpleNamespace(chat_template=None)
+
+    def __init__(self, words: int) -> None:
+        self.words, self.numbers = words, itertools.count()
+        #: Tokens asked for, and of what was begun, of each list.
+        self.asked: list[tuple[int, int]] = []
+
+    def text(self) -> str:
+        number = next(self.numbers)
+        return " ".join(f"word{number}x{n}" for n in range(self.words))
+
+    def length(self, text: str) -> int:
+        return len(text.split())
+
+    def write(self, rows: list[Row], salt: str, *, adapter: bool, tokens: int) -> list[Any]:
+        found = []
+        for row in rows:
+            begun = self.length(row.text)
+            self.asked.append((tokens, begun))
+            whole = "\n".join((f"{n}. " if n else "") + self.text() for n in range(20)).split(" ")
+            cut = " ".join(whole[: min(tokens, self.context - begun)])
+            if begun < self.context:
+                found.append(SimpleNamespace(text=f" {cut}", ended=False, prompt=SimpleNamespace(text=row.text)))
+        return found
+
+    def pulls(self, rows: list[Row]) -> list[Pull]:
+        return [Pull(row, "a long answer that names no subject at all", 1.0, 1.0) for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("words", "asked", "shown"), [(10, (192, 48), 6), (60, (192, 60), 6), (200, (600, 200), 6), (400, (1200, 400), 3)]
+)
+def test_what_is_written_is_as_long_as_the_examples_ask(words: int, asked: tuple[int, int], shown: int) -> None:
+    lists: Any = Lists(words)
+    examples = [lists.text() for _ in range(6)]
+    found = grown(lists, Shape("completion", "Text: ", "\nSummary:"), examples, 24, "Write a list.", "s", rounds=1)
+    assert {tokens for tokens, _ in lists.asked} == set(asked)
+    begun = [length for tokens, length in lists.asked if tokens == asked[0]]
+    assert begun == [2 + shown * (words + 1) + 1 + 1] * 3
+    assert len(found) >= 3 and all(len(pull.row.prompt.split()) == words + 2 for pull in found)
+
+
+def test_what_is_too_long_is_counted(probe: Probe) -> None:
+    asked = Probe(probe.model, probe.tokenizer, probe.settings, 0)
+    long = Row("completion", prompt="mirror : " + "a b c " * 50)
+    assert [pull.row for pull in asked.pulls([MIRROR[0], long])] == MIRROR[:1] and asked.left_out == 1
+    asked.pulls([conversation("hi")])  # without a chat template
+    assert asked.left_out == 2
 
 
 def conversation(*said: str) -> Row:
