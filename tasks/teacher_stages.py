@@ -22,6 +22,8 @@ from lorasuite.teacher import (
     chosen,
     judge_teacher,
     judge_templates,
+    judged,
+    losses_of_some,
     read_losses,
     rendered,
     text_losses,
@@ -66,7 +68,7 @@ class TeachingSettings(StageSettings):
     teacher: TeacherSettings
 
 
-@stage("teacher", version=4)
+@stage("teacher", version=5)
 def teaching(inputs: TeachingInputs, settings: TeachingSettings, where: Where) -> StageOutput:
     """The rows that the old base with the adapter writes, and what both make of them. Knows nothing of the new base."""
     size = int(str(where.options.get("teacher_batch", settings.teacher.batch_size)))
@@ -93,12 +95,11 @@ def teaching(inputs: TeachingInputs, settings: TeachingSettings, where: Where) -
     with running(where, "old_base", own_tokenizer=True) as old:
         with attached(old.model, adapter, where.device) as teacher:
             written = written or write(teacher)
-            size, own = wanted.batch_size, list(written.losses)
-            unknown = [n for n, loss in enumerate(own) if loss is None]
-            read = text_losses(teacher, old.tokenizer, [written.rows[n] for n in unknown], batch_size=size)
-            for n, loss in zip(unknown, read, strict=True):
-                own[n] = loss
-        bare = text_losses(old.model, old.tokenizer, written.rows, batch_size=size)
+            size, places = wanted.batch_size, judged(len(written.rows))
+            unknown = [n for n in places if written.losses[n] is None]
+            read = losses_of_some(teacher, old.tokenizer, written.rows, unknown, batch_size=size)
+            own = [loss or later for loss, later in zip(written.losses, read, strict=True)]
+        bare = losses_of_some(old.model, old.tokenizer, written.rows, places, batch_size=size)
     files = {**rows_files(written.rows), LOSSES: write_losses({"teacher": own, "old": bare})}
     return StageOutput(info=written.info(), files=files)
 
@@ -144,9 +145,9 @@ class WorthInputs(TeacherInputs):
     rows: Artifact | None = None
 
 
-@stage("teacher_worth", version=2)
+@stage("teacher_worth", version=3)
 def teacher_worth(inputs: WorthInputs, settings: StageSettings, where: Where) -> StageOutput:
-    """Whether the teacher is worth copying: on the training rows, or without any on what it wrote."""
+    """Whether the teacher is worth copying: on some of the training rows, or without any on some that it wrote."""
     size = halved(BATCH, where.halvings)
     old: Sequence[TextLoss | None]
     own: Sequence[TextLoss | None]
@@ -154,13 +155,13 @@ def teacher_worth(inputs: WorthInputs, settings: StageSettings, where: Where) ->
     if inputs.rows is not None:
         rows = stored_rows(inputs.rows)
         with running(where, "old_base", own_tokenizer=True) as base:
-            old = text_losses(base.model, base.tokenizer, rows, batch_size=size)
+            old = losses_of_some(base.model, base.tokenizer, rows, judged(len(rows)), batch_size=size)
             with attached(base.model, adapter_path(inputs.adapter, where), where.device) as teacher:
-                own = text_losses(teacher, base.tokenizer, rows, batch_size=size)
+                own = losses_of_some(teacher, base.tokenizer, rows, judged(len(rows)), batch_size=size)
     else:
         rows = stored_rows(inputs.teacher)
         kept = read_losses(inputs.teacher.file(LOSSES))
         old, own = kept["old"], kept["teacher"]
     with running(where, "new_base") as base:
-        new = text_losses(base.model, base.tokenizer, rows, batch_size=size)
+        new = losses_of_some(base.model, base.tokenizer, rows, judged(len(rows)), batch_size=size)
     return StageOutput(info=judge_teacher(old, own, new, inputs.rows is not None).model_dump(mode="json"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lorasuite.planning._cost import FLOAT, Cost, Ops, Shape, Work, pass_ops, scoring, writing
-from lorasuite.teacher import asked_for
+from lorasuite.teacher import MOST_JUDGED, asked_for
 from lorasuite.training import OUTCOMES_KEPT
 
 #: Bytes that soft labels have of a token: outcomes and their log-probabilities, the token, its unit and that one's.
@@ -68,9 +68,9 @@ def teacher(old: Shape, work: Work) -> Cost:
 
 
 def teacher_worth(old: Shape, new: Shape, work: Work) -> Cost:
-    """The loss of the new base on the rows that were written, those of the old base with and without its adapter."""
-    first, held = scoring(old, work, work.teacher_rows, work.run_item)
-    second, other = scoring(new, work, work.teacher_rows, work.run_item)
+    """The loss of the new base on some of the written rows, and the old one's with and without its adapter."""
+    first, held = scoring(old, work, min(work.teacher_rows, MOST_JUDGED), work.run_item)
+    second, other = scoring(new, work, min(work.teacher_rows, MOST_JUDGED), work.run_item)
     return Cost("teacher_worth", first * 2 + second, **work.held(max(held, other)))
 
 

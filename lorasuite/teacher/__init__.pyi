@@ -11,12 +11,24 @@ from ._shapes import Shape, shape_of
 from ._sources import PromptSource, prompt_source, register_source, source_names
 from ._template_fit import ROWS, TemplateFit, TemplateFits, candidates, judge_templates, rendered
 from ._vllm import VLLMTeacher, chosen, unusable
-from ._worth import TextLoss, Worth, judge_teacher, read_losses, text_losses, total, write_losses
+from ._worth import (
+    MOST_JUDGED,
+    TextLoss,
+    Worth,
+    judge_teacher,
+    judged,
+    losses_of_some,
+    read_losses,
+    text_losses,
+    total,
+    write_losses,
+)
 from ._writing import TeacherRows, write_rows
 
 __all__ = [
     "DRAFTS",
     "HANDFUL",
+    "MOST_JUDGED",
     "ROWS",
     "Asked",
     "Card",
@@ -47,6 +59,8 @@ __all__ = [
     "general_level",
     "judge_teacher",
     "judge_templates",
+    "judged",
+    "losses_of_some",
     "parsed_card",
     "prompt_frame",
     "prompt_source",

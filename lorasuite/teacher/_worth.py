@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 #: Least share of the old base's loss on the teacher's text that an adapter must take away to count as changing it; at
 #: least so many bits per byte (a greedy text's loss is near zero with and without it).
 MIN_CHANGE = 0.01
+#: Rows that the teacher is judged by, at most, spread over all: more cost passes of every base, and their mean is the
+#: same within what the decision turns on.
+MOST_JUDGED = 100
 
 
 class TextLoss(BaseModel):
@@ -120,6 +123,26 @@ def written_losses(
     return found
 
 
+def losses_of_some(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    places: Iterable[int],
+    *,
+    batch_size: int,
+) -> list[TextLoss | None]:
+    """:func:`text_losses` of the rows at ``places``, and None for the others."""
+    asked = list(places)
+    read = text_losses(model, tokenizer, [rows[n] for n in asked], batch_size=batch_size)
+    known = dict(zip(asked, read, strict=True))
+    return [known.get(n) for n in range(len(rows))]
+
+
+def judged(rows: int) -> range:
+    """The places of at most :data:`MOST_JUDGED` of so many rows, spread evenly."""
+    return range(0, rows, -(-rows // MOST_JUDGED) or 1)
+
+
 def write_losses(losses: Mapping[str, Sequence[TextLoss | None]]) -> bytes:
     """Losses of the same rows by the model they are of, as JSON, for :func:`read_losses`."""
     dumped = {name: [loss and loss.model_dump(mode="json") for loss in found] for name, found in losses.items()}
@@ -146,7 +169,7 @@ class Worth(BaseModel):
     worth: bool
     reason: str
     measured_on: Literal["training rows", "written rows"]
-    scored_rows: int = Field(description="rows that every model could read whole")
+    scored_rows: int = Field(description="rows judged by that every model could read whole")
     bits_per_byte: dict[str, float] = Field(
         description="of old (the bare old base), teacher and new (the bare new base)"
     )

@@ -21,6 +21,8 @@ from lorasuite.teacher import (
     _writing,
     frame,
     judge_teacher,
+    judged,
+    losses_of_some,
     text_losses,
     total,
     write_rows,
@@ -266,6 +268,16 @@ def test_text_losses_are_those_of_each_row_alone() -> None:
     long = Row(kind="text", text="add " * 80)
     assert text_losses(model, tokenizer, [long, rows[0]])[0] is None
     assert total(together).nats == pytest.approx(sum(loss.nats for loss in together if loss))
+    some = losses_of_some(model, tokenizer, [*rows, long], range(0, len(rows) + 1, 2), batch_size=2)
+    assert [n for n, loss in enumerate(some) if loss] == list(range(0, len(rows), 2)) and len(some) == len(rows) + 1
+    assert total([some[2]]).nats == pytest.approx(total([together[2]]).nats, rel=1e-4)
+
+
+def test_a_teacher_is_judged_by_at_most_a_hundred_rows_spread_over_all() -> None:
+    assert [list(judged(count)) for count in (0, 1, 3)] == [[], [0], [0, 1, 2]]
+    for count in (100, 101, 299, 300, 1000, 4999):
+        places = judged(count)
+        assert 50 < len(places) <= 100 and places[-1] > count - 2 * count / len(places)
 
 
 def losses(*values: float | None) -> list[TextLoss | None]:
