@@ -5,11 +5,11 @@ however they are divided, so that the division changes a result by rounding only
 where the padding that saves is worth another pass. Padding of random batches of 16, as a share of the tokens there
 are (Gemma's tokens; 100 rows, 1,000 rows):
 
-| task | one pass a step | divided (CPU, 3 to 4 passes) | ``group_by_length`` |
+| task | one pass a step | divided (CPU, 2 passes) | ``group_by_length`` |
 |---|---|---|---|
-| Banking77, 27 tokens a row | 109 %, 99 % | 14 %, 12 % | 104 %, 12 % |
-| SNIPS, 52 | 40 %, 50 % | 8 %, 8 % | 41 %, 6 % |
-| E2E, 64 | 39 %, 36 % | 6 %, 6 % | 38 %, 5 % |
+| Banking77, 27 tokens a row | 109 %, 99 % | 26 %, 25 % | 104 %, 12 % |
+| SNIPS, 52 | 40 %, 50 % | 15 %, 16 % | 41 %, 6 % |
+| E2E, 64 | 39 %, 36 % | 14 %, 14 % | 38 %, 5 % |
 
 ``group_by_length`` of transformers' Trainer samples batches of like lengths: on 100 rows it groups nothing, and on more
 it changes what a step averages over for no less padding. Packing (TRL's ``SFTTrainer``, ``padding_free``) needs
@@ -28,8 +28,10 @@ from torch.autograd.graph import saved_tensors_hooks
 from lorasuite.bases import free_ram
 from lorasuite.training._head import CHUNK, LabelHead
 
-#: What a forward and backward pass costs beside its tokens, in tokens: reading the weights, and a GPU's launches.
-PASS_TOKENS = {"cpu": 32, "cuda": 1024}
+#: What a forward and backward pass costs beside its tokens, in tokens: reading the weights, and a GPU's launches. On a
+#: CPU by steps of Gemma 3 270M, where 32 took a fifth longer on two threads, and of SmolLM2-135M, where it made no
+#: difference (``benchmarks/step.py``).
+PASS_TOKENS = {"cpu": 96, "cuda": 1024}
 #: Share of the free memory that activations may take, by their estimate.
 FILL = 0.7
 
