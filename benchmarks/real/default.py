@@ -14,7 +14,7 @@ BEGIN, END = "<!-- default -->", "<!-- /default -->"
 #: Stages of a pair, which every adapter of it shares.
 PAIR = ("vocabulary", "transfer_matrices", "activations", "similarity", "layer_mapping", "head_mapping")
 #: Stages whose seconds are told apart from those of the others.
-EVALUATING, TUNING = ("evaluate", "general"), ("search", "finetune")
+EVALUATING, TUNING = ("evaluate", "general_text"), ("search", "finetune")
 #: Of the settings, those that name a source, and so a path of the machine.
 SOURCES = (
     "adapter", "old_base", "new_base", "output", "calibration", "train_data", "prompts", "eval_data", "general_texts",
