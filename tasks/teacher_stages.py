@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from lorasuite.adapters import attached
-from lorasuite.data import Row
 from lorasuite.errors import DataError, EngineError
 from lorasuite.teacher import (
     TeacherRows,
@@ -151,17 +150,16 @@ def teacher_worth(inputs: WorthInputs, settings: StageSettings, where: Where) ->
     size = halved(BATCH, where.halvings)
     old: Sequence[TextLoss | None]
     own: Sequence[TextLoss | None]
-    rows: list[Row]
+    rows = stored_rows(inputs.teacher if inputs.rows is None else inputs.rows)
+    places = judged(len(rows))
     if inputs.rows is not None:
-        rows = stored_rows(inputs.rows)
         with running(where, "old_base", own_tokenizer=True) as base:
-            old = losses_of_some(base.model, base.tokenizer, rows, judged(len(rows)), batch_size=size)
+            old = losses_of_some(base.model, base.tokenizer, rows, places, batch_size=size)
             with attached(base.model, adapter_path(inputs.adapter, where), where.device) as teacher:
-                own = losses_of_some(teacher, base.tokenizer, rows, judged(len(rows)), batch_size=size)
+                own = losses_of_some(teacher, base.tokenizer, rows, places, batch_size=size)
     else:
-        rows = stored_rows(inputs.teacher)
         kept = read_losses(inputs.teacher.file(LOSSES))
         old, own = kept["old"], kept["teacher"]
     with running(where, "new_base") as base:
-        new = losses_of_some(base.model, base.tokenizer, rows, judged(len(rows)), batch_size=size)
+        new = losses_of_some(base.model, base.tokenizer, rows, places, batch_size=size)
     return StageOutput(info=judge_teacher(old, own, new, inputs.rows is not None).model_dump(mode="json"))

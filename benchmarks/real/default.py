@@ -7,12 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks.real import pages
 from lorasuite.evaluation import Arm
+from tasks.pair_stages import PAIR_STAGES
 
 HERE = Path(__file__).parent / "default"
 BEGIN, END = "<!-- default -->", "<!-- /default -->"
 #: Stages of a pair, which every adapter of it shares.
-PAIR = ("vocabulary", "transfer_matrices", "activations", "similarity", "layer_mapping", "head_mapping")
+PAIR = frozenset(stage.name for stage in PAIR_STAGES)
 #: Stages whose seconds are told apart from those of the others.
 EVALUATING, TUNING = ("evaluate", "general_text"), ("search", "finetune")
 #: Of the settings, those that name a source, and so a path of the machine.
@@ -85,7 +87,7 @@ def table(runs: list[Run]) -> str:
                 f"{run['peak_memory_bytes'] / 2**30:.1f}",
             ]
         )
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return pages.table(rows)
 
 
 def spent(run: Run) -> tuple[float, float, float, float]:

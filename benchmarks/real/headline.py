@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from benchmarks.real import pages
 from benchmarks.real.grid import prompts_label
 from benchmarks.real.scores import EXACT, SCORED_BY, score
 from lorasuite.evaluation import Arm
@@ -59,13 +60,18 @@ class Way:
         return [one for one in found if one is not None]
 
 
+def plain(cells: Iterable[Cell]) -> list[Cell]:
+    """Cells of no setting of their own, whose prompts were given."""
+    return [cell for cell in cells if not cell.get("settings") and not cell.get("prompts")]
+
+
 def ways(cells: Sequence[Cell]) -> list[Way]:
     """The ways that cells of one pair, task and grid show, references first.
 
     Of several learning rates the one with the least loss on the test rows stands, chosen by the first seed: in
     hindsight, for every way alike.
     """
-    own = [cell for cell in cells if not cell.get("settings") and not cell.get("prompts")]
+    own = plain(cells)
     longer = [cell for cell in cells if set(cell.get("settings", ())) == {"finetune.epochs"}]
     found = [
         _best("old base + adapter", own, lambda cell: cell["arm"] == Arm.OLD_ADAPTER),
@@ -131,10 +137,11 @@ def table(cells: list[Cell]) -> str:
         "GiB",
     ]
     rows = [heads, ["---"] * len(heads)]
+    retrain = whole.cells[0]
     for line in lines:
-        first, retrain = line.cells[0], whole.cells[0]
-        tokens = first["tokens_trained_on"] if line.name != "old base + adapter" else None
-        peak = first["peak_memory_bytes"] if tokens and first["device"] == retrain["device"] else None
+        cell = line.cells[0]
+        tokens = cell["tokens_trained_on"] if line.name != "old base + adapter" else None
+        peak = cell["peak_memory_bytes"] if tokens and cell["device"] == retrain["device"] else None
         rows.append(
             [
                 line.name,
@@ -147,20 +154,22 @@ def table(cells: list[Cell]) -> str:
                 f"{peak / 2**30:.1f}" if peak else "",
             ]
         )
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return pages.table(rows)
 
 
 def first(cells: list[Cell]) -> dict[str, dict[str, Way]]:
     """The ways of the first screens: by line and task."""
-    found: dict[str, dict[str, Way]] = {name: {} for name in LINES.values()}
-    for task in TASKS:
-        of = [cell for cell in cells if (cell["old_base"], cell["new_base"], cell["grid"]) == (*PAIR, GRID)]
-        own = ways([cell for cell in of if cell["task"] == task])
-        for begin, line in LINES.items():
-            for way in own:
-                if way.name.startswith(begin) and task not in found[line]:
-                    found[line][task] = way
-    return found
+    own = [cell for cell in cells if (cell["old_base"], cell["new_base"], cell["grid"]) == (*PAIR, GRID)]
+    by_task = {task: ways([cell for cell in own if cell["task"] == task]) for task in TASKS}
+    return {
+        line: {task: way for task, found in by_task.items() if (way := _named(found, begin))}
+        for begin, line in LINES.items()
+    }
+
+
+def _named(found: Sequence[Way], begin: str) -> Way | None:
+    """The first way whose name begins so: of retrains, that on most rows."""
+    return next((way for way in found if way.name.startswith(begin)), None)
 
 
 def screen(cells: list[Cell]) -> str:
@@ -169,7 +178,7 @@ def screen(cells: list[Cell]) -> str:
     rows = [heads, ["---"] * len(heads)]
     for line, by_task in first(cells).items():
         rows.append([line, *(_scored(by_task.get(task)) for task in TASKS)])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return pages.table(rows)
 
 
 def _scored(way: Way | None) -> str:

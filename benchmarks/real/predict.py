@@ -18,6 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.real import pages
+from benchmarks.real.headline import plain
 from benchmarks.real.tables import Cell, read, starts
 from lorasuite.evaluation import Arm
 from lorasuite.transforms import names
@@ -101,8 +103,8 @@ def _levels(cells: Sequence[Cell]) -> dict[str, float]:
 def _ways(cells: list[Cell]) -> dict[str, float]:
     """Bits per byte of every way of one grid, as the way is by default: cells of other settings are other ways."""
     found = {}
-    plain = [cell for cell in cells if not cell.get("settings") and not cell.get("prompts")]
-    few = [cell for cell in plain if cell["rows"] in (None, LABELLED) and cell["epochs"] in (None, EPOCHS)]
+    own = plain(cells)
+    few = [cell for cell in own if cell["rows"] in (None, LABELLED) and cell["epochs"] in (None, EPOCHS)]
     for line in starts([cell for cell in few if cell["arm"] != Arm.REFRESHED]):
         method = line.untrained or next(iter(line.tuned.values()), {})
         name = method.get("method")
@@ -110,7 +112,7 @@ def _ways(cells: list[Cell]) -> dict[str, float]:
             found[_moved(name)] = line.untrained["bits_per_byte"]
         if line.best is not None:
             found[FRESH if name is None else _started(name)] = line.best["bits_per_byte"]
-    written = [cell for cell in plain if cell["arm"] == Arm.REFRESHED and cell["rows"] == WRITTEN]
+    written = [cell for cell in own if cell["arm"] == Arm.REFRESHED and cell["rows"] == WRITTEN]
     if written:
         found[TAUGHT] = min(cell["bits_per_byte"] for cell in written)
     return found
@@ -318,7 +320,7 @@ def markdown(cells: Sequence[Known]) -> str:
         spans = [[str(part["cells"]), span(part)] for part in (row["real"], row["all"])]
         ranges.append([row["way"], *spans[0], *spans[1]])
     head = "What each way kept of the lead, lowest to highest, on real cells and with the miniatures:"
-    return "\n\n".join([*parts, _table(rows), head, _table(ranges)])
+    return "\n\n".join([*parts, pages.table(rows), head, pages.table(ranges)])
 
 
 def _told(found: Errors, predictor: str | None) -> str:
@@ -344,16 +346,11 @@ def span(part: Mapping[str, float]) -> str:
     return ends[0] if ends[0] == ends[1] else " to ".join(ends)
 
 
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-
-
 def write(cells: Path, page: Path, target: Path = OUTLOOK) -> None:
     """Put the tables between the marks of a page, and what ``inspect`` shows into its file."""
     every = known(cells)
     text = page.read_text(encoding="utf-8")
-    before, after = text[: text.index(BEGIN)], text[text.index(END) :]
-    page.write_text(f"{before}{BEGIN}\n\n{markdown(every)}\n\n{after}", encoding="utf-8")
+    page.write_text(pages.between(text, BEGIN, END, markdown(every)), encoding="utf-8")
     rounded = json.loads(json.dumps(outlook(every)), parse_float=lambda value: round(float(value), 4))
     target.write_text(json.dumps(rounded, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 

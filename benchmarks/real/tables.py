@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.real import default
+from benchmarks.real import default, pages
 from benchmarks.real.grid import TRAINED, prompts_label
 from benchmarks.real.headline import GRIDS, WITH, bars, screen
 from benchmarks.real.headline import table as headline
@@ -119,7 +119,7 @@ def table(cells: list[Cell]) -> str:
         untrained = "" if line.name.startswith(FRESH) else shown(line.untrained)
         tuned = [shown(line.tuned.get(rate)) for rate in RATES]
         rows.append([line.name, untrained, *tuned, "" if line is lines[0] else against(control, line.best)])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return pages.table(rows)
 
 
 def shown(cell: Cell | None) -> str:
@@ -172,7 +172,7 @@ def costs(cells: list[Cell]) -> str:
                     f"{_mean(tokens):,.0f}" if tokens else "",
                 ]
             )
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows) if len(rows) > 2 else ""
+    return pages.table(rows) if len(rows) > 2 else ""
 
 
 def markdown(cells: list[Cell]) -> str:
@@ -205,8 +205,7 @@ def write(folder: Path, page: Path) -> None:
     """Put the tables between the marks of a page, which is made if there is none, and the pictures beside it."""
     cells = read(folder)
     text = page.read_text(encoding="utf-8") if page.exists() else f"![Loss by rate]({SWEEPS})\n\n{BEGIN}\n{END}\n"
-    before, after = text[: text.index(BEGIN)], text[text.index(END) :]
-    text = f"{before}{BEGIN}\n\n{markdown(cells)}\n\n{after}"
+    text = pages.between(text, BEGIN, END, markdown(cells))
     page.write_text(filled(text, cells), encoding="utf-8")
     draw(cells, page.with_name(SWEEPS))
     if SCREEN in text:
@@ -214,16 +213,13 @@ def write(folder: Path, page: Path) -> None:
 
 
 def filled(text: str, cells: list[Cell]) -> str:
-    """A page with the tables that it has marks for."""
-    made = (
-        (FIRST, LAST, headlines(cells)),
-        (SCREEN, UNDER, screen(cells)),
-        (default.BEGIN, default.END, default.table(default.read())),
-    )
-    for begin, end, found in made:
-        if begin in text:
-            before, after = text[: text.index(begin)], text[text.index(end) :]
-            text = f"{before}{begin}\n\n{found}\n\n{after}"
+    """A page with the tables that it has marks for, but for that of every cell."""
+    if FIRST in text:
+        text = pages.between(text, FIRST, LAST, headlines(cells))
+    if SCREEN in text:
+        text = pages.between(text, SCREEN, UNDER, screen(cells))
+    if default.BEGIN in text:
+        text = pages.between(text, default.BEGIN, default.END, default.table(default.read()))
     return text
 
 
