@@ -77,8 +77,8 @@ def running(
 
 @contextmanager
 def loaded(where: Where, base: str) -> Iterator[LoadedBase]:
-    """The base at a path of that name whatever the settings of loading say: in float32 on the CPU and the dtype of its
-    files elsewhere; loaded once in a process as long as memory lasts."""
+    """The base at a path of that name whatever the settings of loading say, in the dtype that a base has where none is
+    named; loaded once in a process as long as memory lasts."""
     with loaded_model(where.path(base), where.device, trust_remote_code=trusted(where)) as model:
         yield LoadedBase.of(model, tokenizer(where, base), Checkpoint(where.path(base)))
 

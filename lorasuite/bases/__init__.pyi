@@ -4,7 +4,7 @@ from ._cache import ModelCache, loaded_model, model_cache, release_models
 from ._checkpoint import Checkpoint
 from ._digests import check_finite, digest_json, file_digest, fingerprint_model, fingerprint_tokenizer, stamp
 from ._files import Weights, read_config_json, read_json, resolve
-from ._loading import auto_class, empty_model, load_model, load_tokenizer, module_order, placed
+from ._loading import auto_class, empty_model, known_dtype, load_model, load_tokenizer, module_order, placed
 from ._memory import free_ram, ram
 from ._meter import METER
 from ._modules import ATTENTION, DOWN, GATE_UP, MLP, ROLES, Dimensions, Module, Role, StandardRole
@@ -67,6 +67,7 @@ __all__ = [
     "in_order",
     "is_directory",
     "is_file",
+    "known_dtype",
     "length_batches",
     "linear_modules",
     "load",

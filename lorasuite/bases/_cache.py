@@ -78,8 +78,8 @@ class ModelCache:
 
         Args:
             source: a local directory or ``hub-id[/subfolder][@revision]``.
-            dtype: goes before that of ``loading``; None in both means float32 on the CPU and the checkpoint's own
-                elsewhere.
+            dtype: goes before that of ``loading``; None in both means that of the checkpoint, which on a CPU without
+                instructions for bfloat16, or where it is another, is float32.
             keep: False for a caller that changes the weights: the model is not kept afterwards.
             loading: precision, quantization while loading, and devices. Models that differ in it are kept apart.
 
@@ -220,7 +220,7 @@ def _key(
     path: Path, device: torch.device, dtype: torch.dtype | None, trust: bool, loading: LoadSettings = DEFAULT
 ) -> tuple[object, ...]:
     """What tells one load from another."""
-    known = known_dtype(path, device, dtype or loading.torch_dtype(device))
+    known = known_dtype(path, device, dtype or loading.torch_dtype)
     asked = (loading.device_map, loading.load_in_4bit, loading.load_in_8bit)
     return (str(path), _identity(path), str(device), known, trust, *asked)
 

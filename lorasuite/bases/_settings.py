@@ -25,7 +25,9 @@ class LoadSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     dtype: Dtype = Field(
-        "auto", description="of a base that is run; auto: float32 on a CPU, on a GPU that of its files"
+        "auto",
+        description="of a base that is run; auto: that of its files; on a CPU float32, unless they are bfloat16 and it "
+        "has instructions for that",
     )
     device_map: Literal["none", "auto"] = Field(
         "none",
@@ -53,13 +55,13 @@ class LoadSettings(BaseModel):
         """What of it changes results, where it is not the default: where weights lie does not."""
         return self.model_dump(mode="json", exclude_defaults=True, exclude={"device_map"})
 
-    def torch_dtype(self, device: torch.device) -> torch.dtype | None:
-        """The dtype of weights on a device; None: that of the files."""
+    @property
+    def torch_dtype(self) -> torch.dtype | None:
+        """The dtype that is named; None: none."""
         import torch
 
-        if self.dtype != "auto":
-            return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[self.dtype]
-        return torch.float32 if device.type == "cpu" and not self.quantized else None
+        named = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+        return named[self.dtype]
 
     def check(self, device: str | torch.device) -> None:
         """Refuse quantization that this machine cannot do.

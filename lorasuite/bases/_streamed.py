@@ -47,7 +47,7 @@ def streamed_base(
 
     Args:
         source: a local directory or ``hub-id[/subfolder][@revision]``.
-        dtype: None means float32 on the CPU and the checkpoint's own elsewhere.
+        dtype: None means the checkpoint's own; on a CPU float32, unless it has instructions for bfloat16 files.
         tokenizer: None loads the model's own.
 
     Raises:

@@ -84,7 +84,7 @@ class StreamedBase(LoadedBase):
         """Build the model without weights, and find those of each block by the names of the architecture file.
 
         Args:
-            dtype: None means float32 on the CPU and the checkpoint's own elsewhere.
+            dtype: None means the checkpoint's own; on a CPU float32, unless it has instructions for bfloat16 files.
 
         Raises:
             CheckpointError: if the model cannot be built, or its blocks cannot be filled tensor by tensor: where it is

@@ -154,8 +154,8 @@ def active(base: Checkpoint) -> int:
 class Work:
     """What a run does, as counts. Tokens are means a text or row, padding left out; rows are those there are.
 
-    ``gpu``: whether models run on one. ``item``: bytes of a weight where texts are read for the pair (4 in float32 on a
-    CPU, 2 in half precision), ``run_item`` where models answer and are scored, ``training_item`` where they are
+    ``gpu``: whether models run on one. ``item``: bytes of a weight where texts are read for the pair (4 in float32,
+    2 in half precision), ``run_item`` where models answer and are scored, ``training_item`` where they are
     fine-tuned: 1 in eight bits, about 0.6 in four.
     """
 

@@ -14,8 +14,10 @@ from dataclasses import asdict, dataclass, field
 from types import MappingProxyType
 from typing import Any
 
+import torch
+
 from lorasuite.adapters import Adapter, weight_shape
-from lorasuite.bases import ROLES, Checkpoint, Role
+from lorasuite.bases import ROLES, Checkpoint, Role, known_dtype
 from lorasuite.data import DEFAULT_TEMPLATE, IGNORED, Row, encode_rows, known_templates
 from lorasuite.errors import LoRASuiteError, Problem
 from lorasuite.evaluation import BEYOND_LONGEST
@@ -75,7 +77,7 @@ def planned_work(
     if adapter is None:
         data.assumed.append("an adapter of every linear module, rank 16")
     gpu = device != "cpu"
-    item, run_item, training_item = weight_items(config, device, rows.fine_tunes)
+    item, run_item, training_item = weight_items(config, device, rows.fine_tunes, (old, new))
     text_tokens, texts = float(config.pair.calibration_cutoff), len(data.texts)
     if data.texts and data.tokenizer is not None:
         text_tokens = _mean_tokens(data.tokenizer, data.texts, config.pair.calibration_cutoff)
@@ -152,19 +154,24 @@ def planned_work(
     )
 
 
-def weight_items(config: MigrationConfig, device: str, trains: bool) -> tuple[float, float, float]:
-    """Bytes of a weight where a pair's texts are read, where models are run, and where they are fine-tuned.
+def weight_items(
+    config: MigrationConfig, device: str, trains: bool, bases: Sequence[Checkpoint]
+) -> tuple[float, float, float]:
+    """Bytes of a weight where a pair's texts are read, where models are run, and where they are fine-tuned: of the
+    wider base.
 
     Args:
         trains: whether there are rows to fine-tune on; without, no setting of the fine-tune is looked at.
     """
-    item = HALF if device != "cpu" else FLOAT
+    dtypes = [known_dtype(base.path, torch.device(device)) for base in bases]
+    item = max(HALF if dtype is None else float(dtype.itemsize) for dtype in dtypes)
     named: float | None = {"auto": None, "float32": FLOAT, "bfloat16": HALF, "float16": HALF}[config.loading.dtype]
     if config.loading.quantized:
         named = 0.6 if config.loading.load_in_4bit else 1
     if named is not None:
         return item, named, named
-    return item, item, base_dtype(config.finetune, device).itemsize if trains else item
+    trained = base_dtype(config.finetune, device) if trains else None
+    return item, item, item if trained is None else trained.itemsize
 
 
 def _dense(old: Checkpoint, adapter: Adapter) -> Iterator[tuple[int, int]]:

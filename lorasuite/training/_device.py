@@ -57,13 +57,17 @@ def _check_packages(settings: FinetuneSettings, device: torch.device) -> None:
         raise ConfigError(problems)
 
 
-def base_dtype(settings: FinetuneSettings, device: str | torch.device) -> torch.dtype:
-    """The dtype of a base that is fine-tuned on a device, where nothing else is asked for.
+def base_dtype(settings: FinetuneSettings, device: str | torch.device) -> torch.dtype | None:
+    """The dtype of a base that is fine-tuned on a device, where nothing else is asked for; None: that in which a base
+    is loaded there.
 
     Raises:
         ConfigError: a device or precision that is not there.
     """
-    return torch.bfloat16 if plan_device(settings, device).bf16 else torch.float32
+    plan = plan_device(settings, device)
+    if settings.precision == "auto" and plan.device.type == "cpu":
+        return None
+    return torch.bfloat16 if plan.bf16 else torch.float32
 
 
 def peak_memory(device: torch.device) -> int:

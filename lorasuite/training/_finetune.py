@@ -218,7 +218,7 @@ def finetune(
             dropped=len(encoded.cut_off),
             distilled=sum(e["input_ids"] in soft_labels for e in encoded.examples) if soft_labels else 0,
             trainable_parameters=trainable,
-            precision="bf16" if plan.bf16 else "fp32",
+            precision="bf16" if plan.bf16 or model.dtype == torch.bfloat16 else "fp32",
             micro_batch_size=trainer.fitting.rows,
             resumed_from=done if checkpoint else None,
         )

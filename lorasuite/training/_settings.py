@@ -34,7 +34,9 @@ class FinetuneSettings(BaseModel):
     max_grad_norm: float = Field(1.0, ge=0, description="0 switches clipping off")
     cutoff: int = Field(256, ge=2, description="tokens kept of an example")
     seed: int = Field(42, ge=0, lt=2**32, description="of data order and fresh weights; the migration's if unset")
-    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 on a GPU that has it, else fp32")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="auto: bf16 on a GPU that has it, on a CPU by dtype"
+    )
     gradient_checkpointing: bool | Literal["auto"] = Field(
         "auto", description="true, false or auto: less memory for more time; auto: where one row does not fit otherwise"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import platform
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,8 +16,20 @@ from peft import LoraConfig, get_peft_model
 from pydantic import ValidationError
 
 from flows.context import Context
-from lorasuite.bases import LoadSettings, ModelCache, load_model, load_tokenizer
+from lorasuite.bases import (
+    Checkpoint,
+    LoadSettings,
+    ModelCache,
+    known_dtype,
+    load_model,
+    load_tokenizer,
+    streamed_base,
+)
+from lorasuite.bases._loading import cpu_has_bfloat16
 from lorasuite.errors import CheckpointError, ConfigError
+from lorasuite.planning import MigrationConfig
+from lorasuite.planning._estimate import weight_items
+from lorasuite.training import FinetuneSettings, base_dtype
 from tasks.bases import running
 from tasks.stage import Where
 
@@ -29,6 +42,50 @@ def test_the_dtype_is_the_one_asked_for(dtype: str, found: torch.dtype, base: Ca
     model = load_model(base("llama"), loading=LoadSettings.model_validate({"dtype": dtype, "device_map": "auto"}))
     assert {parameter.dtype for parameter in model.parameters()} == {found}
     assert model(input_ids=torch.arange(4)[None]).logits.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("stored", "able", "found"),
+    [
+        ("bfloat16", True, torch.bfloat16),
+        ("bfloat16", False, torch.float32),
+        ("float16", True, torch.float32),
+        ("float32", True, torch.float32),
+    ],
+)
+def test_a_cpu_with_instructions_for_it_runs_bfloat16_files_as_they_are(
+    stored: str,
+    able: bool,
+    found: torch.dtype,
+    base: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In the process, layer by layer, fine-tuned, and as ``inspect`` counts."""
+    monkeypatch.setattr("lorasuite.bases._loading.cpu_has_bfloat16", lambda: able)
+    path = tmp_path / "stored"
+    load_model(base("llama"), dtype=getattr(torch, stored)).save_pretrained(path)
+    load_tokenizer(base("llama")).save_pretrained(path)
+    assert known_dtype(path, torch.device("cpu")) == load_model(path).dtype == found
+    with streamed_base(path) as streamed:
+        assert {parameter.dtype for parameter in streamed.fetch(0).parameters()} == {found}
+    tuning, config = FinetuneSettings(), MigrationConfig(adapter="a", old_base="o", new_base="n", output="out")
+    dtype = base_dtype(tuning, "cpu")
+    assert dtype is None
+    where = Where(paths={"base": path})
+    with running(where, "base", dtype) as tuned:
+        assert tuned.model.dtype == found
+    with running(where, "base", base_dtype(tuning.model_copy(update={"precision": "fp32"}), "cpu")) as tuned:
+        assert tuned.model.dtype == torch.float32
+    assert weight_items(config, "cpu", True, [Checkpoint(path)]) == 3 * (found.itemsize,)
+    assert weight_items(config, "cpu", True, [Checkpoint(path), Checkpoint(base("llama"))]) == 3 * (4,)
+
+
+def test_this_cpu_is_asked() -> None:
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
+    if platform.machine() != "x86_64" or not flags or not hasattr(torch.cpu, "get_capabilities"):
+        pytest.skip("needs Linux on x86-64, and torch 2.10")
+    assert cpu_has_bfloat16() == ("avx512_bf16" in flags or "amx_bf16" in flags)
 
 
 @pytest.mark.parametrize("adapter", [False, True])
