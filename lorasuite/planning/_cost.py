@@ -28,13 +28,15 @@ PROCESS = 800 * 2**20
 class Ops:
     """Work of one stage by kind; what each is measured as says :class:`lorasuite.planning.Throughput`.
 
-    ``forward``, ``single`` and ``double`` are floating-point operations: of models in the dtype and on the device they
-    run in, of float32 and of float64 products on the CPU. ``eigen`` and ``svd`` are the ``d³`` of decompositions of
-    ``d × d`` float64 matrices. ``read`` and ``written`` are bytes of files, ``streamed`` bytes of weights read from
-    memory by the steps of a generation, ``items`` entries that Python handles one by one.
+    ``forward``, ``trained``, ``single`` and ``double`` are floating-point operations: of models in the dtype and on the
+    device they run in, and of a fine-tune's passes there and back; of float32 and of float64 products on the CPU.
+    ``eigen`` and ``svd`` are the ``d³`` of decompositions of ``d × d`` float64 matrices. ``read`` and ``written`` are
+    bytes of files, ``streamed`` bytes of weights read from memory by the steps of a generation, ``items`` entries that
+    Python handles one by one.
     """
 
     forward: float = 0.0
+    trained: float = 0.0
     single: float = 0.0
     double: float = 0.0
     eigen: float = 0.0

@@ -32,6 +32,8 @@ from lorasuite.transforms import Input, ModelTransform, can_move, transform
 OTHER_SCALES = 5
 #: Bytes a trained weight takes beside itself: gradient and AdamW's two means, in float32, and its master copy.
 TRAINED = 4 * FLOAT
+#: A step over the passes of its tokens alone: padding, the optimizer, what a call costs (``benchmarks/step.py``).
+BESIDE = 1.3
 
 
 def adapter_costs(old: Shape, new: Shape, work: Work) -> list[Cost]:
@@ -168,7 +170,7 @@ def step_ops(shape: Shape, work: Work, rows: float) -> Ops:
     tokens = rows * work.row_tokens
     plain = pass_ops(shape, tokens, work.row_tokens, rows * work.label_tokens) * 2
     again = pass_ops(shape, tokens, work.row_tokens) if work.checkpointing else Ops()
-    return plain + again + Ops(forward=6 * tokens * lora_weights(shape, work))
+    return Ops(trained=BESIDE * (plain.forward + again.forward + 6 * tokens * lora_weights(shape, work)))
 
 
 def training(stage: str, new: Shape, work: Work, whole: float) -> Cost:

@@ -19,6 +19,8 @@ from lorasuite.planning._cost import FLOAT, Ops
 SAMPLE = 32 * 2**20
 #: Tokens, and widths at most, of the block that forward passes are timed on.
 TOKENS, WIDTH, INNER = 256, 1024, 4096
+#: Rank of the LoRA that fine-tunes are timed with.
+RANK = 16
 #: Tokens that another dtype is tried on first, and seconds from which on no more are.
 FEWEST, LONG = 2, 0.05
 #: Seconds that Python takes for an entry of a vocabulary: split, normalised and compared.
@@ -29,10 +31,11 @@ ITEM_SECONDS = 5e-6
 class Throughput:
     """What a machine does in a second.
 
-    ``device``: where forward passes run, and ``forward`` the floating-point operations of an MLP block in the dtype
-    they run in; ``single`` and ``double`` those of float32 and float64 products on the CPU; ``eigen`` and ``svd`` the
-    ``d³`` of a decomposition of a ``d × d`` float64 matrix; ``read`` bytes of a weight file read and hashed;
-    ``streamed`` bytes of weights that a product with one vector reads from memory.
+    ``device``: where models run, and ``forward`` the floating-point operations of an MLP block in the dtype they run
+    in; ``trained`` the same of one with a LoRA, there and back (0: not measured, as ``forward``); ``single`` and
+    ``double`` those of float32 and float64 products on the CPU; ``eigen`` and ``svd`` the ``d³`` of a decomposition of
+    a ``d × d`` float64 matrix; ``read`` bytes of a weight file read and hashed; ``streamed`` bytes of weights that a
+    product with one vector reads from memory.
     """
 
     device: str
@@ -43,11 +46,13 @@ class Throughput:
     svd: float
     read: float
     streamed: float
+    trained: float = 0.0
 
     def seconds(self, ops: Ops) -> float:
         """How long such work takes when nothing else runs."""
         spent = (
             ops.forward / self.forward
+            + ops.trained / (self.trained or self.forward)
             + ops.single / self.single
             + ops.double / self.double
             + ops.eigen / self.eigen
@@ -83,6 +88,7 @@ def measure(dims: Dimensions, file: Path, device: str = "cpu", item: float = FLO
         svd=small.shape[0] ** 3 / _best(lambda: torch.linalg.svd(small)),
         read=_reading(file),
         streamed=_streaming(device, dtype, size),
+        trained=block.tuned(TOKENS),
     )
 
 
@@ -95,7 +101,8 @@ def in_dtype(speed: Throughput, dims: Dimensions, dtype: torch.dtype, size: int 
     block, tokens = _Block(dims, speed.device, dtype), FEWEST
     while (spent := _best(partial(block.run, tokens), repeats=2)) < LONG and tokens < TOKENS:
         tokens = min(4 * tokens, TOKENS)
-    return replace(speed, forward=block.work(tokens) / spent, streamed=_streaming(speed.device, dtype, size))
+    forward, streamed = block.work(tokens) / spent, _streaming(speed.device, dtype, size)
+    return replace(speed, forward=forward, streamed=streamed, trained=block.tuned(tokens))
 
 
 class _Block:
@@ -107,6 +114,9 @@ class _Block:
         self.x = torch.randn(TOKENS, d, device=device, dtype=dtype)
         shapes = ((d, i), (d, i), (i, d))
         self.up, self.gate, self.down = (torch.randn(*s, device=device, dtype=dtype) / s[0] for s in shapes)
+        #: Of each, the factors of a LoRA, which are float32 whatever the base is.
+        factors = [(torch.randn(a, RANK, device=device), torch.zeros(RANK, b, device=device)) for a, b in shapes]
+        self.lora = [(a.requires_grad_(), b.requires_grad_()) for a, b in factors]
 
     def work(self, tokens: int) -> float:
         """Floating-point operations."""
@@ -117,6 +127,25 @@ class _Block:
         x = self.x[:tokens]
         h = torch.nn.functional.layer_norm(x, (self.d,))
         (x + (torch.nn.functional.silu(h @ self.gate) * (h @ self.up)) @ self.down).sum().item()
+
+    def tuned(self, tokens: int) -> float:
+        """Floating-point operations a second of a fine-tune: four a weight and token, six a LoRA's."""
+        passed = 4.0 * 3 * self.d * self.i + 6.0 * 3 * RANK * (self.d + self.i)
+        return tokens * passed / _best(partial(self.tune, tokens), repeats=2)
+
+    def tune(self, tokens: int) -> None:
+        """Wait until so many tokens have gone through it with its LoRA, and their gradients back."""
+        x = self.x[:tokens].clone().requires_grad_()
+        h = torch.nn.functional.layer_norm(x, (self.d,))
+        up, gate, down = zip((self.up, self.gate, self.down), self.lora, strict=True)
+        y = x + _adapted(torch.nn.functional.silu(_adapted(h, *gate)) * _adapted(h, *up), *down)
+        y.float().sum().backward()
+        y.flatten()[0].item()
+
+
+def _adapted(x: torch.Tensor, weight: torch.Tensor, lora: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """What a linear module gives with a LoRA, as PEFT computes it: the LoRA's products in float32."""
+    return x @ weight + (x.float() @ lora[0] @ lora[1]).to(weight.dtype)
 
 
 def _streaming(device: str, dtype: torch.dtype, size: int) -> float:

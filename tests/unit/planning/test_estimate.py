@@ -121,14 +121,14 @@ def test_counts_follow_tokens_rows_and_rank(base: Callable[..., Path]) -> None:
     n, rank = new.dims, BUSY.rank
     factors = rank * n.layers * (4 * 2 * n.hidden_size + 3 * (n.hidden_size + n.intermediate_size))
     step = 40 * (4 * new.active + 2 * 4 * 40 * n.hidden_size * n.layers + 6 * factors) + 4 * 8 * new.head
-    assert ops(own, "finetune").forward == pytest.approx(100 * 3 * step)
-    assert ops(adapter_costs(old, new, replace(BUSY, fine_tunes=2.5)), "finetune").forward == pytest.approx(
-        2.5 * ops(own, "finetune").forward
+    assert ops(own, "finetune").trained == pytest.approx(1.3 * 100 * 3 * step) and not ops(own, "finetune").forward
+    assert ops(adapter_costs(old, new, replace(BUSY, fine_tunes=2.5)), "finetune").trained == pytest.approx(
+        2.5 * ops(own, "finetune").trained
     )
     # a search and its control, or short fine-tunes before whole ones, are stages of their own, as they run
     searching = adapter_costs(old, new, replace(BUSY, searched=2.5, fine_tunes=0))
     assert [c.stage for c in searching if c.stage in ("screen", "search", "finetune")] == ["search"]
-    assert ops(searching, "search").forward == pytest.approx(2.5 * ops(own, "finetune").forward)
+    assert ops(searching, "search").trained == pytest.approx(2.5 * ops(own, "finetune").trained)
     screening = [c.stage for c in adapter_costs(old, new, replace(BUSY, screened=0.5))]
     assert screening.index("screen") == screening.index("finetune") - 1
     # equal hidden sizes need no map
@@ -346,13 +346,16 @@ def test_a_machine_is_measured(base: Callable[..., Path], tmp_path: Path) -> Non
     checkpoint = Checkpoint(base("llama"))
     speed = measure(checkpoint.dims, checkpoint.weight_files[0], size=32)
     assert min(speed.forward, speed.single, speed.double, speed.eigen, speed.svd, speed.read, speed.streamed) > 0
+    assert speed.trained > 0
     here = Machine.here("cpu", tmp_path / "not" / "there")
     assert 0 < here.ram_free <= here.ram and here.disk_free and here.gpu is None
     other = in_dtype(speed, checkpoint.dims, torch.bfloat16, size=32)
-    assert min(other.forward, other.streamed) > 0 and other == replace(
-        speed, forward=other.forward, streamed=other.streamed
+    assert min(other.forward, other.streamed, other.trained) > 0 and other == replace(
+        speed, forward=other.forward, streamed=other.streamed, trained=other.trained
     )
     assert speed.seconds(Ops(forward=3.0)) == pytest.approx(3 / speed.forward)
+    assert speed.seconds(Ops(trained=3.0)) == pytest.approx(3 / speed.trained)
+    assert replace(speed, trained=0.0).seconds(Ops(trained=3.0)) == pytest.approx(3 / speed.forward)
 
 
 def test_stages_that_run_models_take_what_their_dtype_takes(base: Callable[..., Path]) -> None:
@@ -452,8 +455,11 @@ def test_the_second_step_is_a_stage_of_its_own(base: Callable[..., Path]) -> Non
     work = replace(BUSY, rows=300, synthetic_rows=300, second_step_epochs=3, epochs=3, chosen_by=60)
     costs = {kind: adapter_costs(old, new, replace(work, second_step=kind)) for kind in ("none", "cached", "on-policy")}
     assert ops(costs["none"], "second_step") == Ops()
-    whole = ops(costs["none"], "finetune").forward
-    cached, live = (ops(costs[kind], "second_step").forward for kind in ("cached", "on-policy"))
+    whole = ops(costs["none"], "finetune").trained
+    cached, live = (
+        ops(costs[kind], "second_step").trained + ops(costs[kind], "second_step").forward
+        for kind in ("cached", "on-policy")
+    )
     assert 3 * whole < cached < live  # the first step again, and the second twice; on-policy the student writes
     assert {ops(found, "finetune") for found in costs.values()} == {ops(costs["none"], "finetune")}
     first, second = (next(c for c in costs["cached"] if c.stage == name) for name in ("finetune", "second_step"))
