@@ -99,6 +99,7 @@ def search(
     """Find a start and a learning rate on rows held out, and fine-tune from it on all rows.
 
     Which rates suit starts that are far from the task is asked with the fresh LoRA; the others get the best of them.
+    Where it is the only start, rates are tried upwards, until one does worse than the one below.
     The winner's run is followed to its end, if the budget has a step for each arm besides. Where it did best after
     fewer epochs, the final run ends after so many, and where an untrained start does better, that start is written as
     it is: on the held-out rows the result is never worse than any start.
@@ -133,9 +134,13 @@ def search(
     possible = len(near) * len(near_rates) + (1 + len(far)) * len(far_rates)
     plan = rounds(min(possible, max(2, budget // DROPPED)), max(runs.schedule.values()), budget)
     most, begin = plan[0][0], 0
-    probed = [(probe, rate) for rate in far_rates[: max(most - len(near), min(most - 1, 1))]]
-    for arm in probed:
-        runs.train(arm, plan[0][1])
+    probed: list[tuple[str, float]] = []
+    alone, some = not near and not far, far_rates[: max(most - len(near), min(most - 1, 1))]
+    for rate in sorted(some) if alone else some:
+        if alone and len(probed) > 1 and runs.expected(probed[-1], 0) >= runs.expected(probed[-2], 0):
+            break  # a higher rate than one that is too high already
+        probed.append((probe, rate))
+        runs.train(probed[-1], plan[0][1])
     far_rates.sort(key=lambda rate: runs.expected((probe, rate), 0) if (probe, rate) in probed else math.inf)
     tried = kept = [*probed, *further_arms(near, far, near_rates, far_rates)][:most]
     for count, step in plan:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from lorasuite.data import _encoding, split_rows
+from lorasuite.errors import NumericalError, Problem
 from lorasuite.training import (
     EXTENTS,
     FinetuneResult,
@@ -75,6 +77,34 @@ def test_a_search_costs_what_its_effort_says(tmp_path: Path, effort: str, monkey
     assert winner.losses[8] is not None and winner.losses[8] < winner.losses[0]  # type: ignore[operator]
     assert len({(arm.start, arm.learning_rate) for arm in found.arms}) == len(found.arms) > 1
     assert not (tmp_path / "out-work").exists()
+
+
+@pytest.mark.parametrize(
+    ("effort", "losses", "tried"),
+    [
+        ("normal", {1e-3: 1.0, 3e-3: 2.0, 1e-2: 0.5}, [1e-3, 3e-3]),
+        ("normal", {1e-3: 2.0, 3e-3: 1.0, 1e-2: 1.5}, [1e-3, 3e-3, 1e-2]),
+        ("thorough", {1e-3: 3.0, 3e-3: 2.0, 1e-2: 1.0, 3e-2: 0.5}, [1e-3, 3e-3, 1e-2, 3e-2]),
+        ("thorough", {1e-3: 3.0, 3e-3: 2.0, 1e-2: math.inf, 3e-2: 0.5}, [1e-3, 3e-3, 1e-2]),
+    ],
+)
+def test_rates_of_a_lone_start_are_tried_upwards_until_one_is_worse(
+    effort: str, losses: dict[float, float], tried: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[float] = []
+
+    def tune(base: Any, tokenizer: Any, rows: Any, settings: FinetuneSettings, **named: Any) -> FinetuneResult:
+        rate = settings.learning_rate
+        seen.append(rate)
+        if math.isinf(losses[rate]):
+            raise NumericalError(Problem("step 1", "diverged", "Lower the rate"))
+        reached = {"validation_loss": losses[rate], "validation": [{"epoch": 0, "loss": 9.0}], "steps": 10}
+        return FinetuneResult.model_construct(**reached)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(module, "finetune", tune)
+    _, found = run(tmp_path, "out", effort, starts={"fresh": Start(ROWS, 9.0, lora=tiny_lora())})
+    assert list(dict.fromkeys(seen)) == tried == sorted(arm.learning_rate for arm in found.arms)
+    assert found.learning_rate == min(tried, key=losses.__getitem__) == seen[-1]
 
 
 def test_of_many_rows_some_are_compared_on_and_all_trained_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
