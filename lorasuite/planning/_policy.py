@@ -238,6 +238,11 @@ def _notices(
             f"the old base with its adapter writes up to {written} rows, on which the new base is fine-tuned: "
             "--teacher-samples 0 keeps it from that"
         )
+        if counts.prompts is not None and counts.prompts > synthetic and not counts.running_text:
+            yield (
+                f"{counts.prompts} prompts are given, and {synthetic} are answered: --teacher-samples {counts.prompts} "
+                "takes all, and more answers moved more where it was measured (docs/evidence.md)"
+            )
     if sources:
         given = f" beside the {counts.prompts} given" if counts.prompts else ""
         yield f"the old base writes prompts{given}, from: {', '.join(sources)}"
