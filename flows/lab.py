@@ -314,7 +314,7 @@ class Lab:
             kind=lora.kind,
             rank=lora.rank if side == "old" else cell.settings.rank,
             scaling=lora.scaling,
-            steps=tuning.max_steps or math.ceil(math.ceil(rows / tuning.batch_size) * tuning.epochs),
+            steps=tuning.max_steps or math.ceil(math.ceil(rows / tuning.batch_size) * tuning.passes),
         )
 
     # ------------------------------------------------------------------------------------------------------ measuring

@@ -85,11 +85,12 @@ def migrate_adapter(config: dict[str, Any], refresh: tuple[str, ...] = ()) -> di
         pair = Pair(context, settings.pair, context.keep_texts(plan.texts) if plan.texts else None, source.roles)
         pair.prepare(candidates(settings, plan, plan.rows, pair, source))
         rows = gather_rows(context, settings, plan, pair, source)
+        tuning = rows.plan.tuned(settings)
         methods = candidates(settings, plan, rows.plan, pair, source)  # of rows not worth training on, others
         pair.prepare(methods)
-        chosen, updates = choose_update(context, settings, pair, source, methods, rows)
-        tuned = fine_tunes(context, settings, chosen, updates, rows)
-        told = distilled_further(context, settings, source, pair, rows, tuned)
+        chosen, updates = choose_update(context, tuning, pair, source, methods, rows)
+        tuned = fine_tunes(context, tuning, chosen, updates, rows)
+        told = distilled_further(context, tuning, source, pair, rows, tuned)
         plan.inspection.notices += [told] if told else []
         final = chosen.untrained if tuned is None else tuned.published
         measured = _measured(context, settings, plan, source, chosen, tuned)

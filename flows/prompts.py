@@ -63,7 +63,7 @@ def asked_of_rows(
     card = ("", "") if source.path is None else card_texts(source.path)
     counts = RowCounts.of((), given or None, (), settings.teacher.text_prefix, bool(parsed_card(*card)))
     plan = plan_rows(settings, counts)
-    return settings, plan, Asking(plan.prompt_sources, given or None, card)
+    return plan.tuned(settings), plan, Asking(plan.prompt_sources, given or None, card)
 
 
 def answered_prompts(

@@ -138,7 +138,7 @@ def _record(lab: Lab, cell: Cell, measured: Measurement) -> dict[str, Any]:
         "rows": rows if tuned else None,
         "prompts": _prompts(lab) if cell.arm == Arm.REFRESHED else None,
         "learning_rate": measured.learning_rate if tuned else None,
-        "epochs": tuning.epochs if tuned else None,
+        "epochs": tuning.passes if tuned else None,
         "dtype": settings.loading.dtype,
         "lora": {"rank": cell.settings.rank, "targets": list(cell.settings.lora.targets)},
         "seed": cell.seed,
@@ -178,7 +178,7 @@ def _tokens(lab: Lab, cell: Cell, tuning: FinetuneSettings) -> int:
     rows = [stored_split(lab.steps.store.open(step.key)).trained for step in used if step.stage == split.name]
     base = lab.old if cell.arm == Arm.OLD_ADAPTER else lab.new
     encoded = encode_rows(rows[-1], _tokenizer(base.path, lab.trust), tuning.cutoff)
-    return round(tuning.epochs * sum(len(example["input_ids"]) for example in encoded.examples))
+    return round(tuning.passes * sum(len(example["input_ids"]) for example in encoded.examples))
 
 
 @cache

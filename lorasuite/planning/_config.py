@@ -15,7 +15,7 @@ from lorasuite.data import DEFAULT_TEMPLATE, known_templates, parse_columns
 from lorasuite.errors import ConfigError, Problem, did_you_mean
 from lorasuite.evaluation import EvaluationSettings, Gate, GeneralSettings
 from lorasuite.planning._reading import Strict
-from lorasuite.planning._thresholds import DEFAULT_SYNTHETIC_ROWS, LFT_SAMPLES, SELECTION_ROWS
+from lorasuite.planning._thresholds import DEFAULT_SYNTHETIC_ROWS, LFT_SAMPLES, MOST_SYNTHETIC_ROWS, SELECTION_ROWS
 from lorasuite.teacher import HANDFUL, TeacherSettings
 from lorasuite.training import MOST_COMPARED, Effort, FinetuneSettings, SecondStep
 from lorasuite.transforms import Unmapped
@@ -70,7 +70,7 @@ class MigrationConfig(Strict):
         ge=0,
         description="rows for LFT that the old base with the adapter writes, without labels, beside the above; if "
         f"unset {DEFAULT_SYNTHETIC_ROWS} with auto where it is told prompts and training rows are fewer than "
-        f"{SELECTION_ROWS}, else 0",
+        f"{SELECTION_ROWS}, up to {MOST_SYNTHETIC_ROWS} where so many prompts are given, else 0",
     )
     prompts: str | None = Field(
         None,

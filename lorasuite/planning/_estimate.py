@@ -95,8 +95,8 @@ def planned_work(
     trained = rows.own_rows + rows.synthetic_train_rows
     if rows.own_rows and not data.train:
         data.assumed.append(f"{rows.own_rows} training rows of {row_tokens:.0f} tokens")
-    tuning = config.finetune
-    epochs = tuning.epochs if tuning.max_steps is None else tuning.max_steps * tuning.batch_size / max(trained, 1)
+    tuning = rows.tuned(config).finetune
+    epochs = tuning.passes if tuning.max_steps is None else tuning.max_steps * tuning.batch_size / max(trained, 1)
     searched = screened = 0.0
     if rows.searches:
         compared = min(MOST_COMPARED / max(trained, 1), 1.0)

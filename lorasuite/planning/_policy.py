@@ -4,6 +4,7 @@ and of how many rows there are.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -15,9 +16,11 @@ from lorasuite.planning._thresholds import (
     FEW_OWN_ROWS,
     LFT_SAMPLES,
     MIN_SWEEP_ROWS,
+    MOST_SYNTHETIC_ROWS,
     SELECTION_ROWS,
 )
 from lorasuite.teacher import HANDFUL, chosen_sources
+from lorasuite.training import EPOCHS
 from lorasuite.transforms import ModelTransform, transform
 
 
@@ -86,6 +89,8 @@ class RowPlan:
     own_rows_decide: bool
     #: Sources of the prompts that are not given; none where those given are answered as they are.
     prompt_sources: tuple[str, ...] = ()
+    #: Passes over the rows where nobody says how many; None: as always.
+    epochs: int | None = None
     #: What the user is to know of these decisions.
     notices: tuple[str, ...] = ()
 
@@ -93,6 +98,13 @@ class RowPlan:
     def fine_tunes(self) -> bool:
         """Whether there are rows to train on."""
         return bool(self.own_rows or self.synthetic_train_rows)
+
+    def tuned(self, settings: MigrationConfig) -> MigrationConfig:
+        """The settings with as many passes over the rows as are planned, where they name none."""
+        if self.epochs is None or settings.finetune.epochs is not None:
+            return settings
+        tuning = settings.finetune.model_copy(update={"epochs": self.epochs})
+        return settings.model_copy(update={"finetune": tuning})
 
     @property
     def sweeps(self) -> bool:
@@ -130,9 +142,9 @@ def plan_rows(settings: MigrationConfig, counts: RowCounts) -> RowPlan:
     has_prompt_source = bool(settings.prompts or told.imitate or told.suffix or discovers)
     few = has_prompt_source and requested < SELECTION_ROWS
 
-    synthetic = settings.teacher_samples
+    synthetic, epochs = settings.teacher_samples, None
     if synthetic is None:
-        synthetic = DEFAULT_SYNTHETIC_ROWS if auto and few else 0
+        synthetic, epochs = _unasked(counts, bool(told.imitate or told.suffix)) if auto and few else (0, None)
     # Candidates are fitted and told apart by rows; the teacher writes some where the user has none or few.
     reads_rows = auto or isinstance(transform(settings.method), ModelTransform)
     selection = SELECTION_ROWS if not synthetic and reads_rows and (not requested or few) else 0
@@ -145,11 +157,11 @@ def plan_rows(settings: MigrationConfig, counts: RowCounts) -> RowPlan:
     teacher_rows = min(wanted, counts.prompts) if one_answer and counts.prompts is not None else wanted
     notices = (
         *_idle(settings, own + synthetic),
-        *_notices(settings, counts, requested, synthetic, teacher_rows, sources),
+        *_notices(settings, counts, requested, synthetic, teacher_rows, sources, epochs),
     )
     if not counts.teacher_usable:
         # Rows that are not worth training on can still tell candidates apart, where there are no others.
-        synthetic, selection = 0, 0 if requested else wanted
+        synthetic, epochs, selection = 0, None, 0 if requested else wanted
 
     unnamed = auto and not settings.learning_rates and settings.effort != "quick"
     searches = unnamed and own + synthetic >= MIN_SWEEP_ROWS
@@ -167,8 +179,21 @@ def plan_rows(settings: MigrationConfig, counts: RowCounts) -> RowPlan:
         measures_controls=settings.controls and bool(counts.evaluation or settings.eval_tasks),
         own_rows_decide=own >= MIN_OWN_HOLDOUT_ROWS,
         prompt_sources=sources,
+        epochs=epochs,
         notices=notices,
     )
+
+
+def _unasked(counts: RowCounts, makes_prompts: bool) -> tuple[int, int | None]:
+    """Rows that the teacher writes where nobody says how many, and passes over them, None as always.
+
+    Args:
+        makes_prompts: whether it is told to make prompts of its own of those that are given.
+    """
+    if counts.prompts is None or counts.prompts <= DEFAULT_SYNTHETIC_ROWS or counts.running_text or makes_prompts:
+        return DEFAULT_SYNTHETIC_ROWS, None
+    rows = min(counts.prompts, MOST_SYNTHETIC_ROWS)
+    return rows, min(math.ceil(MOST_SYNTHETIC_ROWS / rows), EPOCHS)
 
 
 def _sources(settings: MigrationConfig, counts: RowCounts, rows: int) -> tuple[str, ...]:
@@ -217,6 +242,7 @@ def _notices(
     synthetic: int,
     written: int,
     sources: tuple[str, ...],
+    epochs: int | None,
 ) -> Iterator[str]:
     asked = settings.teacher_samples is not None
     if counts.own and requested:
@@ -238,11 +264,13 @@ def _notices(
             f"the old base with its adapter writes up to {written} rows, on which the new base is fine-tuned: "
             "--teacher-samples 0 keeps it from that"
         )
-        if counts.prompts is not None and counts.prompts > synthetic and not counts.running_text:
+        if epochs is not None and epochs < EPOCHS and settings.finetune.epochs is None:
             yield (
-                f"{counts.prompts} prompts are given, and {synthetic} are answered: --teacher-samples {counts.prompts} "
-                "takes all, and more answers moved more where it was measured (docs/evidence.md)"
+                f"as rows are more, they are read fewer times ({epochs} in place of {EPOCHS}): with --finetune-epochs "
+                f"{EPOCHS} more moved where it was measured, and cost as many times more (docs/evidence.md)"
             )
+        if counts.prompts is not None and counts.prompts > synthetic >= MOST_SYNTHETIC_ROWS:
+            yield f"{counts.prompts} prompts are given, and {synthetic} are answered: --teacher-samples takes more"
     if sources:
         given = f" beside the {counts.prompts} given" if counts.prompts else ""
         yield f"the old base writes prompts{given}, from: {', '.join(sources)}"

@@ -15,5 +15,8 @@ SELECTION_ROWS = 320
 #: Rows the teacher writes to train on where nobody says how many: with few labels no other start did better
 #: (docs/transfer.md).
 DEFAULT_SYNTHETIC_ROWS = 300
+#: The same where more different prompts are given: so many of them at most, in as many passes as read about as many
+#: rows. Of equally many rows that were read, those of more prompts taught more (docs/evidence.md).
+MOST_SYNTHETIC_ROWS = 900
 #: Training rows from which on the loss of a held-out fifth, two rows or more, can tell starts and learning rates apart.
 MIN_SWEEP_ROWS = 10

@@ -7,13 +7,14 @@ from ._loss import LabelLogits, collate, read_labels, validation_loss
 from ._on_policy import StepRows
 from ._search import Start, search
 from ._selection import NOTHING, Candidate, choose, write_scaled
-from ._settings import FinetuneResult, FinetuneSettings, SecondStep, SecondStepResult
+from ._settings import EPOCHS, FinetuneResult, FinetuneSettings, SecondStep, SecondStepResult
 from ._starts import start_problems
 from ._sweep import TriedRate, finetune_swept, loss_order, screen
 from ._units import RowAligner
 from ._weights import TokenWeights, excess_weights, label_losses
 
 __all__ = [
+    "EPOCHS",
     "EXTENTS",
     "MOST_COMPARED",
     "NOTHING",

@@ -331,7 +331,7 @@ class _Runs:
         return math.ceil(len(self.encoder(rows).examples) / self.settings.batch_size)
 
     def _steps(self, rows: Sequence[Row]) -> int:
-        return self.settings.max_steps or math.ceil(self._epoch(rows) * self.settings.epochs)
+        return self.settings.max_steps or math.ceil(self._epoch(rows) * self.settings.passes)
 
 
 def _held_out(rows: RowSplit) -> list[Row]:

@@ -9,6 +9,8 @@ from typing_extensions import TypedDict
 
 #: Starts whose factors are taken out of the base's weights.
 TAKEN_OUT = ("pissa", "olora", "loftq")
+#: Passes over the rows where nobody says how many (arXiv 2505.13515).
+EPOCHS = 3
 #: What follows the fine-tune on rows that the teacher wrote.
 SecondStep = Literal["none", "on-policy", "cached"]
 
@@ -23,7 +25,12 @@ class FinetuneSettings(BaseModel):
     micro_batch_size: PositiveInt | Literal["auto"] = Field(
         "auto", description="most rows per forward pass; auto: batch_size, or as many as fit into memory"
     )
-    epochs: float = Field(3, gt=0, description="passes over the rows")
+    epochs: float | None = Field(
+        None,
+        gt=0,
+        description=f"passes over the rows; if unset {EPOCHS}, and fewer over more rows than 300 that a teacher writes "
+        "unasked",
+    )
     max_steps: int | None = Field(None, ge=1, description="optimiser steps, in place of epochs")
     schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field(
         "linear", description="of the learning rate, after warm-up"
@@ -72,9 +79,14 @@ class FinetuneSettings(BaseModel):
             raise ValueError("give warmup_ratio or warmup_steps, not both")
         return self
 
+    @property
+    def passes(self) -> float:
+        """Passes over the rows."""
+        return EPOCHS if self.epochs is None else self.epochs
+
     def computed(self) -> dict[str, Any]:
         """As JSON, for a stage's key: without what only decides which inputs the stage is given."""
-        return self.model_dump(mode="json", exclude={"token_weights"})
+        return {**self.model_dump(mode="json", exclude={"token_weights"}), "epochs": self.passes}
 
 
 class Loss(TypedDict):

@@ -167,7 +167,7 @@ def _short_loss(
         }
     else:
         fewest = math.ceil(MIN_SHORT_STEPS / math.ceil(len(train) / settings.batch_size))
-        length = {"epochs": min(settings.epochs, max(math.ceil(settings.epochs / 4), fewest))}
+        length = {"epochs": min(settings.passes, max(math.ceil(settings.passes / 4), fewest))}
     short = settings.model_copy(update={"learning_rate": rate, **length})
     with tempfile.TemporaryDirectory() as folder:
         try:

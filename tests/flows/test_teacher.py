@@ -148,6 +148,20 @@ def test_auto_has_the_teacher_write_where_it_is_told_prompts(mirror: dict[str, A
     assert any("--teacher-samples 0" in notice for notice in record["notices"])
 
 
+def test_of_more_prompts_more_rows_are_written_and_read_fewer_times(
+    mirror: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lorasuite.planning._policy.DEFAULT_SYNTHETIC_ROWS", 12)
+    monkeypatch.setattr("lorasuite.planning._policy.MOST_SYNTHETIC_ROWS", 32)
+    given = {"method": "auto", "learning_rates": [3e-3], "finetune": {"batch_size": 8}}
+    record = run(mirror, tmp_path / "out", **given)
+    assert record["finetune"]["samples"] == 32 and record["finetune"]["steps"] == 4
+    assert record["settings"]["finetune"]["epochs"] is None, "what was asked"
+    assert [notice for notice in record["notices"] if "fewer times (1 in place of 3)" in notice]
+    searched = run(mirror, tmp_path / "searched", **{**given, "learning_rates": []})
+    assert searched["finetune"]["steps"] == 4 and searched["finetune"]["search"]["schedule"] == 4
+
+
 def test_auto_needs_no_texts_where_a_fresh_lora_is_all_that_it_tries(mirror: dict[str, Any], tmp_path: Path) -> None:
     """Four layers and five: nothing says which of them belong together, and nothing that is tried asks."""
     asked = {"calibration": None, "teacher_samples": 12, "learning_rates": [3e-3], "finetune": TUNE}

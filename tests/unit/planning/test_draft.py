@@ -41,7 +41,7 @@ def test_init(base: Callable[..., Path], lora: Callable[..., Path], tmp_path: Pa
     done = CliRunner().invoke(app, [*arguments, "--old-base", str(old)])
     assert done.exit_code == 0, done.output
     found = build(MigrationConfig, read_config(file))
-    assert (found.old_base, found.new_base, found.finetune.epochs) == (str(old), str(new), 3)
+    assert (found.old_base, found.new_base, found.finetune.passes) == (str(old), str(new), 3)
     assert "# The bases differ in: layers" in file.read_text() and "lorasuite inspect --config" in done.output
     again = CliRunner().invoke(app, [*arguments, "--old-base", str(old)])
     assert again.exit_code == 2 and "exists already" in again.output

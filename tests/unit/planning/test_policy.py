@@ -139,7 +139,7 @@ def settings(**given: Any) -> MigrationConfig:
             {"train_data": "t", "prompts": "p", "finetune_samples": 319},
             {"own": 319, "prompts": 400},
             {**FEW, **SWEPT, "requested_rows": 319, "own_rows": 319, "own_rows_decide": True}
-            | {"synthetic_train_rows": 300, "teacher_rows": 300},
+            | {"synthetic_train_rows": 400, "teacher_rows": 400, "epochs": 3},
         ),
         (
             {"train_data": "t", "prompts": "p", "finetune_samples": 320},
@@ -246,7 +246,13 @@ def test_fine_tunes(
         ({"train_data": "t", "finetune_samples": 50}, {"own": 60}, ["50 training rows are few"]),
         ({"prompts": "p"}, {"prompts": 40}, ["writes up to 40 rows"]),
         ({"prompts": "p"}, {"prompts": 300}, ["writes up to 300 rows"]),
-        ({"prompts": "p"}, {"prompts": 900}, ["writes up to 300 rows", "900 prompts are given, and 300 are answered"]),
+        ({"prompts": "p"}, {"prompts": 900}, ["writes up to 900 rows", "fewer times (1 in place of 3)"]),
+        ({"prompts": "p", "finetune": {"epochs": 3}}, {"prompts": 900}, ["writes up to 900 rows"]),
+        (
+            {"prompts": "p"},
+            {"prompts": 2000},
+            ["writes up to 900 rows", "fewer times (1 in place", "2000 prompts are given, and 900 are answered"],
+        ),
         ({"prompts": "p", "teacher_samples": 50}, {"prompts": 900}, []),
         ({"prompts": "p", "teacher_samples": 50}, {"prompts": 40}, []),
         ({"teacher_samples": 50}, {}, ["no prompts for the teacher"]),
@@ -304,6 +310,36 @@ def test_fine_tunes(
 def test_notices(given: dict[str, Any], counts: dict[str, Any], said: list[str]) -> None:
     found = plan_rows(settings(**given), RowCounts(**counts)).notices
     assert len(found) == len(said) and all(part in notice for part, notice in zip(said, found, strict=True)), found
+
+
+@pytest.mark.parametrize(
+    ("given", "counts", "written", "passes"),
+    [
+        ({"prompts": "p"}, {}, 300, 3),
+        ({"prompts": "p"}, {"prompts": 300}, 300, 3),
+        ({"prompts": "p"}, {"prompts": 400}, 400, 3),
+        ({"prompts": "p"}, {"prompts": 450}, 450, 2),
+        ({"prompts": "p"}, {"prompts": 899}, 899, 2),
+        ({"prompts": "p"}, {"prompts": 5000}, 900, 1),
+        ({"prompts": "p", "train_data": "t"}, {"prompts": 5000, "own": 100}, 900, 1),
+        ({"prompts": "p", "finetune": {"epochs": 2}}, {"prompts": 5000}, 900, 2),
+        ({"prompts": "p", "teacher_samples": 1000}, {"prompts": 5000}, 1000, 3),
+        ({"prompts": "p", "teacher": IMITATE}, {"prompts": 5000}, 300, 3),
+        ({"prompts": "p"}, {"prompts": 5000, "running_text": True}, 300, 3),
+        ({"prompts": "p"}, {"prompts": 5000, "teacher_usable": False}, 0, 3),
+        ({"train_data": "t", "finetune_samples": 5000}, {"own": 5000}, 0, 3),
+    ],
+)
+def test_of_more_prompts_more_rows_are_written_and_read_fewer_times(
+    given: dict[str, Any], counts: dict[str, Any], written: int, passes: int
+) -> None:
+    """Unless somebody says how many rows, or how often; nobody's labelled rows are read less for it."""
+    asked = settings(**given)
+    plan = plan_rows(asked, RowCounts(**counts))
+    tuned = plan.tuned(asked)
+    assert (plan.synthetic_train_rows, tuned.finetune.passes) == (written, passes)
+    assert tuned.finetune.computed()["epochs"] == passes
+    assert tuned.model_dump(exclude={"finetune"}) == asked.model_dump(exclude={"finetune"})
 
 
 def test_counts_of_rows() -> None:
