@@ -63,7 +63,7 @@ def check(folder: Path, device: str, tiny: bool) -> list[dict[str, Any]]:
             "adapter": str(adapter), "old_base": str(old), "new_base": str(new), "output": str(folder / f"out{number}"),
             "calibration": str(texts), "train_data": str(rows), "eval_data": str(held_out), "prompts": str(rows),
             "teacher_samples": numbers["written"] if not number else 0, "finetune_samples": numbers["rows"],
-            "device": device, "learning_rates": [1e-4], "finetune": {"epochs": 1},
+            "device": device, "learning_rates": [1e-4], "finetune": {"epochs": 1, "batch_size": 16},
             "candidates": CANDIDATES[:2] if tiny else CANDIDATES,
             "teacher": {"max_new_tokens": 16, "filter": False, "truncated": "keep"},
             "evaluation": {"max_new_tokens": 8}, "pair": {"cka_batch": 4 if tiny else 64},

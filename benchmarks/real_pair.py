@@ -50,7 +50,7 @@ def train(base: Path, rows: Path, output: Path, epochs: float, rate: float) -> P
         str(base),
         load_tokenizer(base),
         read_rows(rows),
-        FinetuneSettings(learning_rate=rate, epochs=epochs, cutoff=384),
+        FinetuneSettings(learning_rate=rate, epochs=epochs, batch_size=16, cutoff=384),
         adapter=None,
         lora=lora,
         output=output,
@@ -87,7 +87,7 @@ def main() -> None:
             "method": arguments.method,
             "candidates": ["all"] if arguments.method == "auto" else [],
             "learning_rates": RATES,
-            "finetune": {"cutoff": 384},
+            "finetune": {"batch_size": 16, "cutoff": 384},
         }
     )
     reference = train(new, output / "train.jsonl", output / "reference", arguments.epochs, 3e-3)

@@ -63,7 +63,8 @@ def measured(old: str, new: str, limit: float, moving: dict[str, Any] | None = N
             "output": str(folder / "out"), "calibration": str(texts), "controls": False, "teacher_samples": 0,
             "pair": {"cka_batch": 8},
         }  # fmt: skip
-        tuned = {"train_data": str(rows), "candidates": ["all"], "learning_rates": [1e-4], "finetune": {"epochs": 1}}
+        tuned = {"train_data": str(rows), "candidates": ["all"], "learning_rates": [1e-4]}
+        tuned["finetune"] = {"epochs": 1, "batch_size": 16}
         config |= tuned if moving is None else moving
         found = survey(MigrationConfig.model_validate(config), folder)
         assert not found.problems, found.problems

@@ -44,6 +44,7 @@ def settings(folder: Path, pair: str, task: str, seed: int) -> dict[str, Any]:
         "adapter": str(given.adapter(task)), "old_base": str(given.old), "new_base": str(given.new), "seed": seed,
         "calibration": str(folder / "texts.jsonl"), "train_data": str(folder / "train.jsonl"), "device": "cpu",
         "eval_data": str(folder / "test.jsonl"), "finetune_samples": ROWS, "teacher_samples": 0,
+        "finetune": {"batch_size": 16},
     }  # fmt: skip
 
 
@@ -66,7 +67,8 @@ def measured(given: dict[str, Any], output: Path, cell: dict[str, Any]) -> dict[
     cell["auto"] = [scores["exact_match"], scores["loss"]]
     for method in STARTS[1:]:
         for rate in RATES:
-            told = {"method": method, "finetune": {"learning_rate": rate}, "output": str(output / f"{method}-{rate:g}")}
+            told = {"method": method, "output": str(output / f"{method}-{rate:g}")}
+            told["finetune"] = {**given["finetune"], "learning_rate": rate}
             arms = migrate_adapter({**given, **told})["evaluation"]
             for start, arm in ((method, "migrated+lft"), ("fresh", "scratch")):
                 cell[f"{start} {rate:g}"] = [arms[arm]["exact_match"], arms[arm]["loss"]]

@@ -94,7 +94,7 @@ def real_task(models: Path, text: Path, output: Path) -> Task:
     if not (output / "reference").exists():  # its rate is swept as every cell's is
         tried = grown(
             WIDER, str(new), load_tokenizer(new), read_rows(output / "train.jsonl"),
-            FinetuneSettings(epochs=3, cutoff=384), output / "reference",
+            FinetuneSettings(epochs=3, batch_size=16, cutoff=384), output / "reference",
             adapter=None, lora=lora_of(output / "adapter"),
         )  # fmt: skip
         print("reference:", tried, file=sys.stderr)
@@ -194,7 +194,9 @@ def run(task: Task, cell: dict[str, Any], start: Path | None, known: list[dict[s
         with attached(load_model(task.old), task.adapter) as teacher:
             aligner = RowAligner(reader, tokenizer, task.cutoff)
             soft = soft_labels(teacher, aligner, rows, (common.old, common.new))
-    tuning = FinetuneSettings(epochs=cell["epochs"], cutoff=task.cutoff, seed=cell["seed"], distillation=weight)
+    tuning = FinetuneSettings(
+        epochs=cell["epochs"], batch_size=16, cutoff=task.cutoff, seed=cell["seed"], distillation=weight
+    )
     begun = time.perf_counter()
     earlier = cell.get("losses", {})  # of a grid whose end was the best one: it is gone on from there
     grid = (RATES, WIDER)["wider" in cell] if not earlier else (cell["learning_rate"], NEXT[cell["learning_rate"]])

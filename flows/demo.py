@@ -63,6 +63,6 @@ def run_demo(
             "teacher": {"max_new_tokens": 24, "imitate": bool(written), **(frame if written else {})},
             "candidates": ["all"],
             "learning_rates": LEARNING_RATES,
-            "finetune": {"epochs": EPOCHS},
+            "finetune": {"epochs": EPOCHS, "batch_size": 16},
         }
     )
