@@ -4,7 +4,6 @@ and of how many rows there are.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -193,7 +192,7 @@ def _unasked(counts: RowCounts, makes_prompts: bool) -> tuple[int, int | None]:
     if counts.prompts is None or counts.prompts <= DEFAULT_SYNTHETIC_ROWS or counts.running_text or makes_prompts:
         return DEFAULT_SYNTHETIC_ROWS, None
     rows = min(counts.prompts, MOST_SYNTHETIC_ROWS)
-    return rows, min(math.ceil(MOST_SYNTHETIC_ROWS / rows), EPOCHS)
+    return rows, min(round(MOST_SYNTHETIC_ROWS / rows), EPOCHS)
 
 
 def _sources(settings: MigrationConfig, counts: RowCounts, rows: int) -> tuple[str, ...]:

@@ -139,7 +139,7 @@ def settings(**given: Any) -> MigrationConfig:
             {"train_data": "t", "prompts": "p", "finetune_samples": 319},
             {"own": 319, "prompts": 400},
             {**FEW, **SWEPT, "requested_rows": 319, "own_rows": 319, "own_rows_decide": True}
-            | {"synthetic_train_rows": 400, "teacher_rows": 400, "epochs": 3},
+            | {"synthetic_train_rows": 400, "teacher_rows": 400, "epochs": 2},
         ),
         (
             {"train_data": "t", "prompts": "p", "finetune_samples": 320},
@@ -317,9 +317,10 @@ def test_notices(given: dict[str, Any], counts: dict[str, Any], said: list[str])
     [
         ({"prompts": "p"}, {}, 300, 3),
         ({"prompts": "p"}, {"prompts": 300}, 300, 3),
-        ({"prompts": "p"}, {"prompts": 400}, 400, 3),
-        ({"prompts": "p"}, {"prompts": 450}, 450, 2),
-        ({"prompts": "p"}, {"prompts": 899}, 899, 2),
+        ({"prompts": "p"}, {"prompts": 350}, 350, 3),
+        ({"prompts": "p"}, {"prompts": 400}, 400, 2),
+        ({"prompts": "p"}, {"prompts": 600}, 600, 2),
+        ({"prompts": "p"}, {"prompts": 601}, 601, 1),
         ({"prompts": "p"}, {"prompts": 5000}, 900, 1),
         ({"prompts": "p", "train_data": "t"}, {"prompts": 5000, "own": 100}, 900, 1),
         ({"prompts": "p", "finetune": {"epochs": 2}}, {"prompts": 5000}, 900, 2),
