@@ -32,8 +32,9 @@ from lorasuite.transforms import Input, ModelTransform, can_move, transform
 OTHER_SCALES = 5
 #: Bytes a trained weight takes beside itself: gradient and AdamW's two means, in float32, and its master copy.
 TRAINED = 4 * FLOAT
-#: A step over the passes of its tokens alone: padding, the optimizer, what a call costs (``benchmarks/step.py``).
-BESIDE = 1.3
+#: A step over what its operations take at the speed of an MLP block: attention, norms, padding, the optimizer and what a
+#: call costs. 2.1 was measured on a base of 0.27 billion weights (docs/cost.md); wider ones lose less.
+BESIDE = 1.7
 
 
 def adapter_costs(old: Shape, new: Shape, work: Work) -> list[Cost]:

@@ -98,11 +98,12 @@ def planned_work(
     tuning = rows.tuned(config).finetune
     epochs = tuning.passes if tuning.max_steps is None else tuning.max_steps * tuning.batch_size / max(trained, 1)
     searched = screened = 0.0
+    control = rows.trains_control and bool(methods)  # where no transform is tried, the run that is published is it
     if rows.searches:
         compared = min(MOST_COMPARED / max(trained, 1), 1.0)
-        searched, fine_tunes = 1 + (EXTENTS[config.effort].budget - 1) * compared, float(rows.trains_control)
+        searched, fine_tunes = 1 + (EXTENTS[config.effort].budget - 1) * compared, float(control)
     else:
-        starts = 1 + rows.trains_control + (config.starts - 1 if rows.compares_starts else 0)
+        starts = 1 + control + (config.starts - 1 if rows.compares_starts else 0)
         fine_tunes = float(starts * max(len(rows.rates), 1))
         if rows.compares_starts and len(methods) > config.starts:
             screened = len(methods) / 4

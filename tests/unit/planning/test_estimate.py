@@ -121,7 +121,7 @@ def test_counts_follow_tokens_rows_and_rank(base: Callable[..., Path]) -> None:
     n, rank = new.dims, BUSY.rank
     factors = rank * n.layers * (4 * 2 * n.hidden_size + 3 * (n.hidden_size + n.intermediate_size))
     step = 40 * (4 * new.active + 2 * 4 * 40 * n.hidden_size * n.layers + 6 * factors) + 4 * 8 * new.head
-    assert ops(own, "finetune").trained == pytest.approx(1.3 * 100 * 3 * step) and not ops(own, "finetune").forward
+    assert ops(own, "finetune").trained == pytest.approx(1.7 * 100 * 3 * step) and not ops(own, "finetune").forward
     assert ops(adapter_costs(old, new, replace(BUSY, fine_tunes=2.5)), "finetune").trained == pytest.approx(
         2.5 * ops(own, "finetune").trained
     )
@@ -333,6 +333,18 @@ def test_what_a_fine_tune_needs_is_asked_before_whatever_the_dtype(
     # without rows there is none, and none is counted
     plain = check(config(old, old, lora(old), tmp_path / "out", method="copy", **given), tmp_path / "home")
     assert not {"search", "finetune"} & set(stages(plain.inspection.cost))
+
+
+@pytest.mark.parametrize(("given", "counted"), [({}, False), ({"candidates": ["lorasuite"]}, True)])
+def test_a_control_is_counted_where_it_is_a_run_of_its_own(
+    given: dict[str, Any], counted: bool, base: Callable[..., Path], lora: Callable[..., Path], tmp_path: Path
+) -> None:
+    """With no transform tried, the fresh LoRA that is published is what it would be compared with."""
+    old, new, rows = base("llama"), base("llama", hidden=48, seed=1), tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": f"w{n}", "completion": " w1"}) + "\n" for n in range(20)))
+    told = {"train_data": str(rows), "eval_data": str(rows), "device": "cpu", **given}
+    found = stages(survey(config(old, new, lora(old), Path("none"), **told), tmp_path, timed=False).cost)
+    assert "search" in found and ("finetune" in found) == counted
 
 
 def test_what_no_factors_are_stored_of_is_counted(base: Callable[..., Path], tmp_path: Path) -> None:
