@@ -32,8 +32,8 @@ from lorasuite.transforms import Input, ModelTransform, can_move, transform
 OTHER_SCALES = 5
 #: Bytes a trained weight takes beside itself: gradient and AdamW's two means, in float32, and its master copy.
 TRAINED = 4 * FLOAT
-#: A step over what its operations take at the speed of an MLP block: attention, norms, padding, the optimizer and what a
-#: call costs. 2.1 was measured on a base of 0.27 billion weights (docs/cost.md); wider ones lose less.
+#: A step over what its operations take at the speed of an MLP block: attention, norms, padding, the optimizer, and what
+#: a call costs. 2.1 was measured on a base of 0.27 billion weights; wider ones lose less.
 BESIDE = 1.7
 
 
