@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import gc
 import resource
 import sys
 import time
@@ -101,7 +100,6 @@ class Measure:
 
 def _give_back() -> None:
     """Hand the kernel what was freed, which glibc keeps: gigabytes, after a few stages that run models."""
-    gc.collect()  # what was trained lies in reference cycles
     with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
 

@@ -69,7 +69,7 @@ def read(folder: Path = HERE) -> list[Run]:
 def table(runs: list[Run]) -> str:
     """The Markdown table: what each run wrote, came to, and cost."""
     heads = [
-        "", "rows", "old base + adapter", "published", "of the lead kept [95 %]", "steps, search + final",
+        "", "rows", "old base + adapter", "published", "of the lead kept [95 %]", "steps, search + final, of rows",
         "seconds: pair + teacher + fine-tunes + evaluation", "GiB",
     ]  # fmt: skip
     rows = [heads, ["---"] * len(heads)]
@@ -82,7 +82,7 @@ def table(runs: list[Run]) -> str:
                 _shown(run["evaluation"][Arm.OLD_ADAPTER]),
                 _shown(run["evaluation"][Arm.MIGRATED_LFT]),
                 f"{run['verdict']['kept']:.0%}" + (f" [{within[0]:.0%}, {within[1]:.0%}]" if within else ""),
-                f"{run['steps']['search']} + {run['steps']['final']}",
+                f"{run['steps']['search']} + {run['steps']['final']} of {run['settings']['finetune']['batch_size']}",
                 " + ".join(f"{seconds:,.0f}" for seconds in spent(run)),
                 f"{run['peak_memory_bytes'] / 2**30:.1f}",
             ]

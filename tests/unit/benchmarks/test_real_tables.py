@@ -136,7 +136,7 @@ def test_a_run_of_the_whole_command_is_kept_without_a_path(tmp_path: Path) -> No
         "evaluation": {"old+adapter": scores, "migrated+lft": scores}, "peak_memory_bytes": {"search": 2**30},
         "verdict": {"verdict": "ship", "kept": 1.0, "kept_interval": None, "reason": "…"},
         "timings": [{"stage": stage, "label": label, "computed_seconds": s} for stage, label, s in stages],
-        "settings": {"old_base": "/here/old", "prompts": "/here/prompts.jsonl", "effort": "normal"},
+        "settings": {"old_base": "/here/old", "prompts": "/here/prompts.jsonl", "finetune": {"batch_size": 8}},
     }  # fmt: skip
     (tmp_path / "migration.json").write_text(json.dumps(record))
     kept = default.keep(tmp_path, "t", tmp_path / "kept")
@@ -144,7 +144,9 @@ def test_a_run_of_the_whole_command_is_kept_without_a_path(tmp_path: Path) -> No
     assert "/here" not in kept.read_text() and "not kept" not in kept.read_text()
     (run,) = default.read(tmp_path / "kept")
     assert default.spent(run) == (3, 5, 7, 2), "one adapter under two names is evaluated once"
-    assert "| old → new, t | 300 written | 50%, 1.00 nats | 50%, 1.00 nats | 100% |" in default.table([run])
+    assert "| old → new, t | 300 written | 50%, 1.00 nats | 50%, 1.00 nats | 100% | 85 + 57 of 8 |" in default.table(
+        [run]
+    )
 
 
 def test_a_headline_of_every_way_against_the_retrain() -> None:
