@@ -178,12 +178,10 @@ def load_model(
 
     loading.check(device)
     path = resolve(source)
-    wanted: Any = dtype or loading.torch_dtype
-    if wanted is None and torch.device(device).type == "cpu":
-        wanted = known_dtype(path, torch.device(device))
-    wanted = wanted or "auto"
+    place, asked = torch.device(device), dtype or loading.torch_dtype
+    wanted: Any = known_dtype(path, place, asked) if place.type == "cpu" else asked or "auto"
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    if torch.device(device).type != "cpu":  # else there is one place, and PEFT takes a map to it for offloading
+    if place.type != "cpu":  # else there is one place, and PEFT takes a map to it for offloading
         options["device_map"] = "auto" if loading.device_map == "auto" else {"": str(device)}
     try:
         config = AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code)

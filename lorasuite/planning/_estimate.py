@@ -23,7 +23,7 @@ from lorasuite.errors import LoRASuiteError, Problem
 from lorasuite.evaluation import BEYOND_LONGEST
 from lorasuite.planning._candidates import usable
 from lorasuite.planning._config import AUTO, MigrationConfig
-from lorasuite.planning._cost import FLOAT, HALF, Cost, Shape, Work
+from lorasuite.planning._cost import HALF, Cost, Shape, Work
 from lorasuite.planning._cost_adapter import adapter_costs
 from lorasuite.planning._cost_pair import pair_costs
 from lorasuite.planning._machine import Machine, Throughput
@@ -166,11 +166,12 @@ def weight_items(
     """
     dtypes = [known_dtype(base.path, torch.device(device)) for base in bases]
     item = max(HALF if dtype is None else float(dtype.itemsize) for dtype in dtypes)
-    named: float | None = {"auto": None, "float32": FLOAT, "bfloat16": HALF, "float16": HALF}[config.loading.dtype]
     if config.loading.quantized:
-        named = 0.6 if config.loading.load_in_4bit else 1
-    if named is not None:
+        named = 0.6 if config.loading.load_in_4bit else 1.0
         return item, named, named
+    asked = config.loading.torch_dtype
+    if asked is not None:
+        return item, asked.itemsize, asked.itemsize
     trained = base_dtype(config.finetune, device) if trains else None
     return item, item, item if trained is None else trained.itemsize
 

@@ -184,7 +184,10 @@ def test_changed_files_are_loaded_anew(copies: tuple[Path, Path, Path], base: Ba
 
 
 def test_a_model_that_cannot_be_loaded_leaves_nothing(tmp_path: Path, loads: list[str]) -> None:
-    with pytest.raises(CheckpointError, match="is missing"), loaded_model(tmp_path):
+    with pytest.raises(CheckpointError, match=r"config\.json: is missing"), loaded_model(tmp_path):
+        pass
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(CheckpointError, match="cannot be loaded"), loaded_model(tmp_path):
         pass
     assert not model_cache._models
 

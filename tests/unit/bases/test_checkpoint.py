@@ -328,7 +328,10 @@ def test_whole_models_load_frozen_and_failures_are_explained(base: Callable[...,
     assert not model.training and not any(p.requires_grad for p in model.parameters())
     assert load_tokenizer(base("llama"))("w0 w1")["input_ids"] == [4, 5]
     (tmp_path / "empty").mkdir()
-    with pytest.raises(CheckpointError, match="is missing"):
+    with pytest.raises(CheckpointError, match=r"config\.json: is missing"):
+        load_model(tmp_path / "empty")
+    (tmp_path / "empty" / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(CheckpointError, match="cannot be loaded"):
         load_model(tmp_path / "empty")
     with pytest.raises(CheckpointError, match="tokenizer cannot be loaded"):
         load_tokenizer(tmp_path / "empty")
