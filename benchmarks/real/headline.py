@@ -31,7 +31,7 @@ LINES = {
     "LoRA on 100 rows": "a fresh LoRA on 100 labelled rows, the best of three rates",
     "equation 3 + LFT on 100 rows": "the paper's equation 3, fine-tuned on those rows, the best of three rates",
     "`lorasuite-relative` + LFT on 100 rows, the best of the others": "the same, each update at its old relative norm",
-    "300 rows that the old adapter wrote, no label": "**no label**: 300 rows that the old adapter wrote (the default)",
+    "300 rows that the old adapter wrote, no label": "**no label**: 300 rows that the old adapter wrote (16 a step)",
     "1,000 rows that the old adapter wrote, no label": "**no label**: 1,000 such rows",
     "300 written rows and 100 labelled ones": "300 written rows and 100 labelled ones",
 }
