@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from lorasuite.bases import MLP
 from lorasuite.correspondence import DIRECTIONS, FEATURES
@@ -35,6 +36,13 @@ TRAINED = 4 * FLOAT
 #: A step over what its operations take at the speed of an MLP block: attention, norms, padding, the optimizer, and what
 #: a call costs. 2.1 was measured on a base of 0.27 billion weights; wider ones lose less.
 BESIDE = 1.7
+#: Bytes that a fine-tune in 16 bits on a CPU comes to beside what is counted: kernels that oneDNN compiles for every
+#: shape, and memory that is freed in pieces. On the first real pair 0.4 GiB after 16 steps, and more with every step.
+COMPILED = 400 * 2**20
+#: Stages that run the new base, after others may have run the old one.
+NEW_STAGES = (
+    "teacher_worth", "select", "screen", "search", "finetune", "second_step", "evaluate", "general_text", "serving",
+)  # fmt: skip
 
 
 def adapter_costs(old: Shape, new: Shape, work: Work) -> list[Cost]:
@@ -60,6 +68,25 @@ def adapter_costs(old: Shape, new: Shape, work: Work) -> list[Cost]:
         found.append(general_text(old, new, work))
     found.append(serving(new, work))
     return found
+
+
+def kept_loaded(costs: Sequence[Cost], old: Shape, new: Shape, work: Work, room: float) -> list[Cost]:
+    """The same costs with the old base's weights where the new one runs: a process keeps both, while they are less than
+    half of its memory (:class:`lorasuite.bases.ModelCache`), and drops one where that is wanted.
+
+    Args:
+        room: bytes of memory where models run.
+    """
+    extra = weight_bytes(old, work.run_item)
+    if not work.teacher_rows or extra + weight_bytes(new, work.run_item) > room / 2:
+        return list(costs)
+    place = "gpu" if work.gpu else "ram"
+    return [
+        replace(one, **{place: getattr(one, place) + extra}, spare=one.spare + extra)
+        if one.stage in NEW_STAGES
+        else one
+        for one in costs
+    ]
 
 
 def _fits_models(method: str) -> bool:
@@ -187,11 +214,17 @@ def _training_bytes(new: Shape, work: Work) -> tuple[float, float]:
     recompute activations."""
     trained, rows = lora_weights(new, work), min(work.micro_batch or work.batch, work.rows)
     always = weight_bytes(new, work.training_item) + (FLOAT + TRAINED) * trained
+    half = work.training_item < FLOAT
+    always += COMPILED if half and not work.gpu else 0
+    # the LoRA is float32, and reads what its module reads in that
+    copied = FLOAT * sum(new.dims.columns(role) for role in work.roles if role in new.roles) if half else 0
 
     def passing(rows: int, kept: bool) -> float:
         """Bytes of the activations of a pass over so many rows, and of their logits."""
+        tokens = rows * work.row_tokens
         logits = min(3 * FLOAT * rows * work.label_tokens * new.dims.vocab_size, 3 * FLOAT * LOGITS)
-        return logits + activation_bytes(new, rows * work.row_tokens, work.row_tokens, work.training_item, kept=kept)
+        copies = tokens * copied * (new.dims.layers if kept else 1)
+        return logits + copies + activation_bytes(new, tokens, work.row_tokens, work.training_item, kept=kept)
 
     held = passing(rows, not work.checkpointing)
     return always + held, held - passing(1, work.checkpointing is False) if work.micro_batch is None else 0.0

@@ -24,7 +24,7 @@ from lorasuite.evaluation import BEYOND_LONGEST
 from lorasuite.planning._candidates import usable
 from lorasuite.planning._config import AUTO, MigrationConfig
 from lorasuite.planning._cost import HALF, Cost, Shape, Work
-from lorasuite.planning._cost_adapter import adapter_costs
+from lorasuite.planning._cost_adapter import adapter_costs, kept_loaded
 from lorasuite.planning._cost_pair import pair_costs
 from lorasuite.planning._machine import Machine, Throughput
 from lorasuite.planning._policy import RowPlan
@@ -244,7 +244,9 @@ def estimate(
         adapter: also the stages that run for an adapter, beside the pair's.
         running: the same where models run at another number of bytes a weight, by that number.
     """
-    costs = pair_costs(old, new, work) + (adapter_costs(old, new, work) if adapter else [])
+    room = machine.gpu if work.gpu else machine.ram
+    own = kept_loaded(adapter_costs(old, new, work), old, new, work, room or 0) if adapter else []
+    costs = pair_costs(old, new, work) + own
     stages: list[dict[str, Any]] = [
         {
             "stage": name,

@@ -159,7 +159,8 @@ def test_what_does_not_fit_is_named_with_a_remedy(base: Callable[..., Path]) -> 
     assert any("LORASUITE_HOME" in problem.remedy for problem in problems)
     # rows of a pass that are not named adapt to the memory there is
     fixed, free = (estimate(old, new, replace(BUSY, micro_batch=n), ROOMY) for n in (16, None))
-    assert stages(free)["finetune"]["spare_bytes"] > 0 == stages(fixed)["finetune"]["spare_bytes"]
+    other = 4 * old.total  # the old base may be dropped
+    assert stages(free)["finetune"]["spare_bytes"] > other == stages(fixed)["finetune"]["spare_bytes"]
     # where activations are never recomputed, one row with all of its own is the least
     kept, may, always = (
         stages(estimate(old, new, replace(BUSY, checkpointing=told), ROOMY))["finetune"] for told in (False, None, True)
@@ -174,6 +175,24 @@ def test_what_does_not_fit_is_named_with_a_remedy(base: Callable[..., Path]) -> 
     # nor what may lie in the store already
     cached = estimate(old, new, BUSY, replace(ROOMY, disk_free=10, disk_stored=found["total"]["disk_bytes"]))
     assert shortages(cached) and not unfit(cached)
+
+
+def test_both_bases_stay_loaded_where_half_of_the_memory_holds_them(base: Callable[..., Path]) -> None:
+    old, new = shapes(base)
+    both = 4.0 * (old.total + new.total)
+    wide = stages(estimate(old, new, BUSY, ROOMY))
+    narrow = stages(estimate(old, new, BUSY, replace(ROOMY, ram=int(2 * both) - 8)))
+    for name in ("teacher_worth", "finetune", "evaluate"):
+        kept = wide[name]["ram_bytes"] - narrow[name]["ram_bytes"]
+        assert kept == wide[name]["spare_bytes"] - narrow[name]["spare_bytes"] == 4 * old.total
+    assert wide["teacher"] == narrow["teacher"]  # only the old base has been run
+    # without a teacher the old one is not there before the evaluation
+    labelled = [stages(estimate(old, new, replace(BUSY, teacher_rows=0), ROOMY))["finetune"], narrow["finetune"]]
+    assert labelled[0]["ram_bytes"] == labelled[1]["ram_bytes"]
+    on_gpu = replace(BUSY, gpu=True)
+    gpu = stages(estimate(old, new, on_gpu, replace(ROOMY, gpu=2**50, gpu_free=2**50)))["finetune"]
+    without = stages(estimate(old, new, on_gpu, replace(ROOMY, gpu=0, gpu_free=0)))["finetune"]
+    assert gpu["gpu_bytes"] - without["gpu_bytes"] == 4 * old.total and gpu["ram_bytes"] == without["ram_bytes"]
 
 
 def test_a_fine_tune_that_keeps_its_activations_is_refused_where_one_row_does_not_fit(
