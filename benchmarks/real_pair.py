@@ -88,6 +88,7 @@ def main() -> None:
             "candidates": ["all"] if arguments.method == "auto" else [],
             "learning_rates": RATES,
             "finetune": {"batch_size": 16, "cutoff": 384},
+            "rehearsal": 0,
         }
     )
     reference = train(new, output / "train.jsonl", output / "reference", arguments.epochs, 3e-3)

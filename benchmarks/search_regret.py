@@ -44,7 +44,7 @@ def settings(folder: Path, pair: str, task: str, seed: int) -> dict[str, Any]:
         "adapter": str(given.adapter(task)), "old_base": str(given.old), "new_base": str(given.new), "seed": seed,
         "calibration": str(folder / "texts.jsonl"), "train_data": str(folder / "train.jsonl"), "device": "cpu",
         "eval_data": str(folder / "test.jsonl"), "finetune_samples": ROWS, "teacher_samples": 0,
-        "finetune": {"batch_size": 16},
+        "finetune": {"batch_size": 16}, "rehearsal": 0,
     }  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from lorasuite.training import FinetuneSettings
 from lorasuite.transforms import LAYER_INPUTS, ModelTransform, transform
 from tasks.bases import OWN_TOKENIZER
 from tasks.stage import WORK, Ref
-from tasks.training_stages import finetune
+from tasks.training_stages import finetune, rehearsing
 from tasks.transform_stages import model_fit
 from tasks.transform_stages import transform as transform_stage
 
@@ -131,10 +131,19 @@ def migrated(
 
 @dataclass(frozen=True)
 class Tuning:
-    """How a fine-tune goes: hyperparameters, and learning rates to choose from."""
+    """How a fine-tune goes: hyperparameters, learning rates to choose from, and texts of the base's own by row."""
 
     finetune: FinetuneSettings
     rates: tuple[float, ...] = ()
+    rehearsal: float = 0.0
+
+
+def rehearsal(context: Context, side: str, share: float, seed: int) -> tuple[dict[str, Ref], dict[str, float]]:
+    """Texts of a base's own as input of a fine-tune's stage, and the stage's setting of them; both empty without."""
+    if not share:
+        return {}, {}
+    texts = context.run(rehearsing, context.base(side), {"seed": seed}, paths=context.base_path(side))
+    return {"rehearsal": texts}, {"rehearsal": share}
 
 
 def tuned(
@@ -156,13 +165,15 @@ def tuned(
         fresh: settings of an untrained one (:func:`lorasuite.adapters.fresh_config`).
         taught: what the teacher says of the rows' tokens, by the names of the stage's inputs.
     """
-    inputs: dict[str, Any] = {**context.base(side), "rows": rows, **taught}
+    texts, told = rehearsal(context, side, tuning.rehearsal, tuning.finetune.seed)
+    inputs: dict[str, Any] = {**context.base(side), "rows": rows, **taught, **texts}
     if start is not None:
         inputs["transform"] = start
     values = {
         "fresh": None if fresh is None else dict(fresh),
         "finetune": tuning.finetune.computed(),
         "learning_rates": list(tuning.rates),
+        **told,
     }
     work = context.where.home / WORK / finetune.key(inputs, values)[:32]
     return context.run(finetune, inputs, values, label, {**context.base_path(side), WORK: work})

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from flows.arms import Source, Tuning, migrated, tuned
+from flows.arms import Source, Tuning, migrated, rehearsal, tuned
 from flows.context import Context
 from flows.pair import Pair
 from flows.teach import Rows
@@ -124,7 +124,7 @@ def fine_tunes(
     plan = rows.plan
     if not plan.fine_tunes or rows.all is None:
         return None
-    tuning = Tuning(settings.finetune, plan.rates)
+    tuning = Tuning(settings.finetune, plan.rates, settings.rehearsal)
     architecture = context.architecture("new")
     fresh = fresh_lora(adapter_folder(context.open(chosen.moved)), architecture)
 
@@ -176,6 +176,7 @@ def _searched(
 ) -> Tuned:
     """What the search publishes; where controls are measured, fresh LoRAs at the best rates that it found for them."""
     plan, own = rows.plan, rows.own
+    texts, told = rehearsal(context, "new", settings.rehearsal, settings.finetune.seed)
     inputs = {
         **context.base("new"),
         "rows": rows.all,
@@ -183,12 +184,14 @@ def _searched(
         "chosen": chosen.untrained,
         "own": own if plan.own_alone_competes else None,
         **rows.taught,
+        **texts,
     }
     inputs = {name: value for name, value in inputs.items() if value is not None}
     values = {
         "fresh": dict(fresh),
         "finetune": settings.finetune.computed(),
         "effort": settings.effort,
+        **told,
     }
     work = context.where.home / WORK / searching.key(inputs, values)[:32]
     final = context.run(searching, inputs, values, paths={**context.base_path("new"), WORK: work})
@@ -219,7 +222,7 @@ def _control(
     alone = start == OWN_ROWS_START
     split, taught, label = (rows.own, {}, "alone") if alone else (rows.all, rows.taught, "scratch")
     rate = next((arm.learning_rate for arm in found.arms if arm.start in (start, NEW_START)), None)
-    tuning = Tuning(settings.finetune, () if rate is None else (rate,))
+    tuning = Tuning(settings.finetune, () if rate is None else (rate,), settings.rehearsal)
     return tuned(context, "new", split, tuning, fresh=fresh, taught=taught, label=label)  # type: ignore[arg-type]
 
 

@@ -43,7 +43,7 @@ from tasks.prompt_stages import prompt_drafts, prompts, resemblance
 from tasks.retries import DELAYS, retry_download
 from tasks.stage import Recorder, Ref, Stage, Where
 from tasks.teacher_stages import teacher_worth, teaching, template_fit
-from tasks.training_stages import finetune, screening, searching, selection, split
+from tasks.training_stages import finetune, rehearsing, screening, searching, selection, split
 from tasks.transform_stages import model_fit, transform, unmoved
 from tasks.unchanged import folder_stamp
 
@@ -70,6 +70,7 @@ STAGES: dict[str, Stage] = {
         token_weighting,
         model_fit,
         selection,
+        rehearsing,
         screening,
         searching,
         finetune,

@@ -7,7 +7,7 @@ from typing import Any
 
 from prefect.logging.loggers import get_run_logger
 
-from flows.arms import Source
+from flows.arms import Source, rehearsal
 from flows.choice import Tuned
 from flows.context import Context
 from flows.pair import Pair
@@ -102,7 +102,9 @@ def second(
     }
     if compares:  # only then is the first step made again
         values |= {"first": tuning.model_copy(update={"learning_rate": rate}).computed(), "first_epochs": epochs}
-        inputs |= taught
+        texts, told = rehearsal(context, "new", settings.rehearsal, tuning.seed)
+        inputs |= {**taught, **texts}
+        values |= told
         if begun is None:
             values["fresh"] = dict(fresh or {})
         else:

@@ -15,6 +15,7 @@ from typing import Any
 
 from lorasuite.adapters import attached, fresh_config
 from lorasuite.bases import CommonTokens
+from lorasuite.data import Row
 from lorasuite.teacher import Distilling, TeacherSettings, second_step
 from lorasuite.training import (
     FinetuneSettings,
@@ -26,10 +27,11 @@ from lorasuite.training import (
     excess_weights,
     finetune,
     label_losses,
+    rehearsed,
     soft_labels,
 )
 from tasks.bases import running, tokenizer
-from tasks.data import stored_split
+from tasks.data import stored_rows, stored_split
 from tasks.folders import adapter_folder, adapter_path, folder_files
 from tasks.progress import Progress
 from tasks.retries import halved
@@ -43,6 +45,11 @@ def fitting(tuning: FinetuneSettings, where: Where) -> FinetuneSettings:
         return tuning
     smaller = halved(tuning.micro_batch_size, where.halvings)
     return tuning.model_copy(update={"micro_batch_size": smaller})
+
+
+def stored_rehearsal(texts: Artifact | None, share: float, rows: int) -> list[Row]:
+    """The texts of the stage ``rehearsal`` that a fine-tune reads beside so many rows."""
+    return [] if texts is None else rehearsed(stored_rows(texts), share, rows)
 
 
 def stored_taught(soft_labels: Artifact | None, token_weights: Artifact | None) -> dict[str, Any]:
@@ -138,13 +145,15 @@ class SecondStepInputs(TeacherInputs):
     transform: Artifact | None = None
     soft_labels: Artifact | None = None
     token_weights: Artifact | None = None
+    rehearsal: Artifact | None = None
 
 
 class SecondStepSettings(StageSettings):
     """Which second step, and its hyperparameters.
 
     To make the first step again without the rows held out: ``first`` are its hyperparameters, ``first_epochs`` is after
-    how many epochs it ended early, and ``fresh`` the settings of a fresh LoRA that it began from. Without ``compares``
+    how many epochs it ended early, ``rehearsal`` the texts by row that it read beside them, and ``fresh`` the settings
+    of a fresh LoRA that it began from. Without ``compares``
     nothing is held out, and the second step is kept.
     """
 
@@ -155,6 +164,7 @@ class SecondStepSettings(StageSettings):
     first: FinetuneSettings | None = None
     first_epochs: int | None = None
     fresh: dict[str, Any] | None = None
+    rehearsal: float = 0.0
 
 
 @stage("second_step")
@@ -193,6 +203,7 @@ def second_stepping(inputs: SecondStepInputs, settings: SecondStepSettings, wher
                 output=output,
                 work_dir=work_dir,
                 stop_after=settings.first_epochs,
+                rehearsal=stored_rehearsal(inputs.rehearsal, settings.rehearsal, len(split.to_train)),
                 **stored_taught(inputs.soft_labels, inputs.token_weights),
                 **arguments,  # type: ignore[arg-type]
             )

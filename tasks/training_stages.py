@@ -15,9 +15,12 @@ from typing import Any
 from lorasuite.adapters import fresh_config
 from lorasuite.data import split_rows
 from lorasuite.reporting import NEW_START, OWN_ROWS_START
+from lorasuite.teacher import own_texts
 from lorasuite.training import (
     EXTENTS,
     NOTHING,
+    OWN_TEXTS,
+    OWN_TOKENS,
     Effort,
     FinetuneSettings,
     Start,
@@ -30,10 +33,11 @@ from lorasuite.training import (
     write_scaled,
 )
 from tasks.bases import running
-from tasks.data import stored_rows, stored_split
-from tasks.distillation_stages import fitting, stored_taught
+from tasks.data import rows_files, stored_rows, stored_split
+from tasks.distillation_stages import fitting, stored_rehearsal, stored_taught
 from tasks.folders import adapter_folder, folder_files
 from tasks.progress import Progress
+from tasks.retries import halved
 from tasks.stage import WORK, Artifact, StageOutput, StageSettings, Where, stage
 
 
@@ -59,6 +63,30 @@ def split(inputs: RowInputs, settings: SeedSettings, where: Where) -> StageOutpu
     found = split_rows(*parts, seed=settings.seed)
     info = {"trained": len(found.trained), "to_train": len(found.to_train), "to_choose_by": len(found.to_choose_by)}
     return StageOutput(info=info, files=found.files())
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseInputs:
+    """The base that is trained."""
+
+    model: str
+    tokenizer: str
+
+
+@stage("rehearsal")
+def rehearsing(inputs: BaseInputs, settings: SeedSettings, where: Where) -> StageOutput:
+    """Texts that the bare base writes itself, for every fine-tune of it to read beside its rows."""
+    with running(where, "base") as base:
+        texts = own_texts(
+            base.model,
+            base.tokenizer,
+            OWN_TEXTS,
+            OWN_TOKENS,
+            seed=settings.seed,
+            batch_size=halved(64, where.halvings),
+            progress=Progress().step,
+        )
+    return StageOutput(info={"texts": len(texts)}, files=rows_files(texts))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,14 +171,16 @@ class SearchInputs:
     own: Artifact | None = None
     soft_labels: Artifact | None = None
     token_weights: Artifact | None = None
+    rehearsal: Artifact | None = None
 
 
 class SearchSettings(StageSettings):
-    """Hyperparameters, settings of a fresh LoRA, and how much is tried."""
+    """Hyperparameters, settings of a fresh LoRA, how much is tried, and texts by row that are read beside the rows."""
 
     fresh: dict[str, Any]
     finetune: FinetuneSettings
     effort: Effort
+    rehearsal: float = 0.0
 
 
 @contextmanager
@@ -163,7 +193,7 @@ def _training(where: Where, tuning: FinetuneSettings) -> Iterator[tuple[Any, Pat
         yield base, Path(folder) / "adapter"
 
 
-@stage("search", version=2)
+@stage("search", version=3)
 def searching(inputs: SearchInputs, settings: SearchSettings, where: Where) -> StageOutput:
     """The fine-tune from the start and at the rate that do best on rows held out, found by successive halving."""
     tuning, taught = fitting(settings.finetune, where), stored_taught(inputs.soft_labels, inputs.token_weights)
@@ -189,6 +219,7 @@ def searching(inputs: SearchInputs, settings: SearchSettings, where: Where) -> S
             bare=bare,
             output=output,
             work_dir=where.path(WORK),
+            rehearsal=stored_rehearsal(inputs.rehearsal, settings.rehearsal, len(rows.trained)),
             progress=Progress().training,
             device=where.device,
         )
@@ -205,7 +236,8 @@ def searching(inputs: SearchInputs, settings: SearchSettings, where: Where) -> S
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneInputs:
-    """The base that is trained, the rows, an adapter to start from, the teacher's distributions and token weights."""
+    """The base that is trained, the rows, an adapter to start from, the teacher's distributions and token weights, and
+    texts of the base's own."""
 
     model: str
     tokenizer: str
@@ -213,31 +245,35 @@ class FinetuneInputs:
     transform: Artifact | None = None
     soft_labels: Artifact | None = None
     token_weights: Artifact | None = None
+    rehearsal: Artifact | None = None
 
 
 class FinetuneStageSettings(StageSettings):
-    """Hyperparameters, the learning rates to choose from, and settings of a fresh LoRA, where it begins from one."""
+    """Hyperparameters, the learning rates to choose from, settings of a fresh LoRA, where it begins from one, and texts
+    by row that are read beside the rows."""
 
     fresh: dict[str, Any] | None
     finetune: FinetuneSettings
     learning_rates: tuple[float, ...]
+    rehearsal: float = 0.0
 
 
-@stage("finetune", version=3)
+@stage("finetune", version=4)
 def finetune(inputs: FinetuneInputs, settings: FinetuneStageSettings, where: Where) -> StageOutput:
     """The light fine-tune of a migrated adapter, or of a fresh LoRA on the same rows."""
-    tuning, start = fitting(settings.finetune, where), inputs.transform
+    tuning, start, rows = fitting(settings.finetune, where), inputs.transform, stored_split(inputs.rows)
     with _training(where, tuning) as (base, output):
         result, sweep = finetune_swept(
             base.model,
             base.tokenizer,
-            stored_split(inputs.rows),
+            rows,
             tuning,
             settings.learning_rates,
             adapter=None if start is None else adapter_folder(start),
             lora=None if settings.fresh is None else fresh_config(settings.fresh),
             output=output,
             work_dir=where.path(WORK),
+            rehearsal=stored_rehearsal(inputs.rehearsal, settings.rehearsal, len(rows.trained)),
             progress=Progress().training,
             device=where.device,
             **stored_taught(inputs.soft_labels, inputs.token_weights),

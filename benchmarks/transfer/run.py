@@ -238,7 +238,7 @@ def run_task(
         config: dict[str, Any] = {
             "adapter": str(pair.adapter(task)), "old_base": str(pair.old), "new_base": str(new),
             "calibration": str(data / "texts.jsonl"), "pair": {"calibration_samples": 512}, "seed": seed,
-            "finetune": {"epochs": count, "batch_size": BATCH}, "candidates": ["all"],
+            "finetune": {"epochs": count, "batch_size": BATCH}, "candidates": ["all"], "rehearsal": 0,
         }  # fmt: skip
         if arm != "default":
             config["learning_rates"] = list(RATES)

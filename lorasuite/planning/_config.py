@@ -152,6 +152,13 @@ class MigrationConfig(Strict):
         description="of auto where no learning rate is named, in fine-tunes on the same rows: quick, one; normal, up "
         f"to two and a half; thorough, up to eight; of more than {MOST_COMPARED} rows only the last of them reads all",
     )
+    rehearsal: float = Field(
+        0.125,
+        ge=0,
+        le=1,
+        description="texts that the bare new base writes itself, by training row, read beside the rows so that it "
+        "forgets less of what it could before; 0: none",
+    )
     second_step: SecondStep = Field(
         "none",
         description="after the fine-tune on rows that the teacher wrote: on-policy (the new base answers, the teacher "

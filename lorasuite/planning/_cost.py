@@ -192,6 +192,8 @@ class Work:
     fine_tunes: float = 1.0
     screened: float = 0.0
     searched: float = 0.0
+    #: Texts of the new base's own that a fine-tune reads beside its rows.
+    rehearsal: int = 0
     #: Rows that the bare new base and the candidates are scored by; 0 where nothing is chosen.
     chosen_by: int = 0
     #: Rows, once for each template that is tried, by which it is asked whether the adapter knows them.

@@ -27,6 +27,7 @@ from lorasuite.planning._cost import (
 )
 from lorasuite.planning._cost_pair import spaces
 from lorasuite.planning._cost_teacher import teacher_costs, template_fit
+from lorasuite.training import LABELLED, OWN_TEXTS, OWN_TOKENS
 from lorasuite.transforms import Input, ModelTransform, can_move, transform
 
 #: Scales that ``auto`` tries on the best transform, beside 1.
@@ -41,7 +42,8 @@ BESIDE = 1.7
 COMPILED = 400 * 2**20
 #: Stages that run the new base, after others may have run the old one.
 NEW_STAGES = (
-    "teacher_worth", "select", "screen", "search", "finetune", "second_step", "evaluate", "general_text", "serving",
+    "teacher_worth", "select", "rehearsal", "screen", "search", "finetune", "second_step", "evaluate", "general_text",
+    "serving",
 )  # fmt: skip
 
 
@@ -58,6 +60,8 @@ def adapter_costs(old: Shape, new: Shape, work: Work) -> list[Cost]:
     if work.chosen_by:
         found.append(select(new, work))
     if work.rows:
+        if work.rehearsal:
+            found.append(rehearsal(new, work))
         tuned = {"screen": work.screened, "search": work.searched, "finetune": work.fine_tunes}
         found += [training(stage, new, work, whole) for stage, whole in tuned.items() if whole]
     if work.second_step != "none" and work.synthetic_rows:
@@ -201,9 +205,21 @@ def step_ops(shape: Shape, work: Work, rows: float) -> Ops:
     return Ops(trained=BESIDE * (plain.forward + again.forward + 6 * tokens * lora_weights(shape, work)))
 
 
+def rehearsal(new: Shape, work: Work) -> Cost:
+    """Texts that the bare new base writes from nothing, once for all adapters."""
+    ops, held = writing(new, work, OWN_TEXTS, 1, OWN_TOKENS, OWN_TEXTS // 2)
+    return Cost("rehearsal", ops, **work.held(held))
+
+
 def training(stage: str, new: Shape, work: Work, whole: float) -> Cost:
-    """All runs of a stage together, as whole fine-tunes; the bytes are those of one, which run one after another."""
+    """All runs of a stage together, as whole fine-tunes; the bytes are those of one, which run one after another.
+
+    Texts of the base's own are read by a search's last run, and by no short one.
+    """
     ops = step_ops(new, work, work.rows * work.epochs) * whole
+    if work.rehearsal and stage != "screen":
+        texts = replace(work, row_tokens=OWN_TOKENS, label_tokens=OWN_TOKENS / LABELLED)
+        ops += step_ops(new, texts, work.rehearsal * work.epochs) * (1 if stage == "search" else whole)
     held, spare = _training_bytes(new, work)
     disk = whole * 3 * FLOAT * lora_weights(new, work)
     return Cost(stage, ops, **work.held(held), disk=disk, spare=spare)

@@ -8,6 +8,7 @@ Operations and bytes are counted (:mod:`lorasuite.planning._cost`) and divided b
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -29,7 +30,7 @@ from lorasuite.planning._cost_pair import pair_costs
 from lorasuite.planning._machine import Machine, Throughput
 from lorasuite.planning._policy import RowPlan
 from lorasuite.teacher import ROWS as TEMPLATE_ROWS
-from lorasuite.training import EXTENTS, MOST_COMPARED, base_dtype
+from lorasuite.training import EXTENTS, MOST_COMPARED, OWN_TEXTS, base_dtype
 
 #: Texts or rows that are tokenized to learn how long they are.
 SAMPLED = 64
@@ -131,6 +132,7 @@ def planned_work(
         fine_tunes=fine_tunes,
         screened=screened,
         searched=searched,
+        rehearsal=min(math.ceil(config.rehearsal * trained), OWN_TEXTS),
         chosen_by=max(rows.selection_rows, trained // 5) if config.method == AUTO else 0,
         fitted_rows=_fitted(config, data),
         teacher_rows=rows.teacher_rows,
@@ -294,6 +296,7 @@ SMALLER = {
         ("screen", "search", "finetune"), "--finetune-micro-batch-size 1, --finetune-gradient-checkpointing"
     ),
     "teacher": "--teacher-batch-size 1, --teacher-samples 0",
+    "rehearsal": "--rehearsal 0",
     "teacher_worth": "--teacher-samples 0",
     "prompt_drafts": "--teacher-batch-size 1, --teacher-samples 0",
     "prompts": "--teacher-batch-size 1, --teacher-samples 0",
@@ -312,6 +315,7 @@ SMALLER = {
 }
 #: Stages that load a model whole, as the settings of loading say.
 LOADED = (
+    "rehearsal",
     "screen",
     "search",
     "finetune",

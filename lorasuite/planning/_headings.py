@@ -17,7 +17,7 @@ HEADINGS: dict[str, tuple[str, ...]] = {
     "Choosing": ("candidates", "effort", "learning_rates", "starts"),
     "Reading models and adapters": ("trust_remote_code", "allow_pickle", "architectures", "loading"),
     "Comparing the two bases": ("pair",),
-    "Fine-tune": ("second_step", "second_step_epochs", "second_step_rate", "finetune"),
+    "Fine-tune": ("rehearsal", "second_step", "second_step_epochs", "second_step_rate", "finetune"),
     "Teacher: rows that the old base with the adapter writes": ("teacher",),
     "Evaluation": ("evaluation",),
     "General ability": ("general_texts", "general_task", "general"),

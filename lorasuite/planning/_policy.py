@@ -217,11 +217,13 @@ def _idle(settings: MigrationConfig, rows: int) -> Iterator[str]:
         rows: training rows there are, the teacher's among them.
     """
     # by value: settings that a flow hands on are all set
-    names = ("second_step_epochs", "second_step_rate", "effort", "starts")
+    names = ("rehearsal", "second_step_epochs", "second_step_rate", "effort", "starts")
     asked = [name for name in names if getattr(settings, name) != MigrationConfig.model_fields[name].default]
     idle = [name for name in asked if name.startswith("second_step")]
     if idle and settings.second_step == "none":
         yield f"{' and '.join(idle)} not used: there is no second step (--second-step)"
+    if "rehearsal" in asked and settings.rehearsal and not rows:
+        yield "rehearsal not used: there are no rows to fine-tune on"
     auto, rates = settings.method == AUTO, settings.learning_rates
     if "effort" in asked:
         if not auto:

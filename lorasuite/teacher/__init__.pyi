@@ -3,6 +3,7 @@ from ._discovery import DRAFTS, Asked, Discovered, asked_for, choose_prompts, ge
 from ._from_adapter import first_line
 from ._given import Given
 from ._on_policy import OnPolicy
+from ._own_texts import own_texts
 from ._probe import Probe, Pull, farthest
 from ._prompts import frame, prompt_frame
 from ._second_step import Distilling, second_step
@@ -61,6 +62,7 @@ __all__ = [
     "judge_templates",
     "judged",
     "losses_of_some",
+    "own_texts",
     "parsed_card",
     "prompt_frame",
     "prompt_source",

@@ -5,6 +5,7 @@ from ._finetune import finetune
 from ._head import LabelHead, cross_entropies, label_rows
 from ._loss import LabelLogits, collate, read_labels, validation_loss
 from ._on_policy import StepRows
+from ._rehearsal import LABELLED, OWN_TEXTS, OWN_TOKENS, rehearsed
 from ._search import Start, search
 from ._selection import NOTHING, Candidate, choose, write_scaled
 from ._settings import EPOCHS, FinetuneResult, FinetuneSettings, SecondStep, SecondStepResult
@@ -16,9 +17,12 @@ from ._weights import TokenWeights, excess_weights, label_losses
 __all__ = [
     "EPOCHS",
     "EXTENTS",
+    "LABELLED",
     "MOST_COMPARED",
     "NOTHING",
     "OUTCOMES_KEPT",
+    "OWN_TEXTS",
+    "OWN_TOKENS",
     "Candidate",
     "Effort",
     "Extent",
@@ -49,6 +53,7 @@ __all__ = [
     "loss_order",
     "plan_device",
     "read_labels",
+    "rehearsed",
     "screen",
     "search",
     "soft_labels",

@@ -25,6 +25,7 @@ from lorasuite.training._device import base_dtype, peak_memory, plan_device
 from lorasuite.training._loss import validation_loss
 from lorasuite.training._on_policy import PLACE, StepRows
 from lorasuite.training._passes import Fitting
+from lorasuite.training._rehearsal import thinned
 from lorasuite.training._settings import FinetuneResult, FinetuneSettings, Loss, Validation
 from lorasuite.training._starts import starting, wrap_fresh
 
@@ -58,6 +59,7 @@ def finetune(
     on_policy: StepRows | None = None,
     fitting: Fitting | None = None,
     encoder: RowEncoder | None = None,
+    rehearsal: Sequence[Row] = (),
 ) -> FinetuneResult:
     """Fine-tune an existing adapter (``adapter``) or a freshly initialised one (``lora``).
 
@@ -100,6 +102,8 @@ def finetune(
             the loss is :func:`distilled_losses` of what the student wrote, with weight 1 and reversed.
         fitting: what is known to fit into the memory, so that it is not measured again, and what this run finds.
         encoder: of the tokenizer and the settings' cut-off, which knows rows of other runs already.
+        rehearsal: texts of the bare base's own, which are read beside the rows (:mod:`lorasuite.training._rehearsal`);
+            not with ``on_policy``.
 
     Raises:
         ConfigError: not exactly one of ``adapter`` and ``lora``, or a device or precision that is not there.
@@ -125,7 +129,8 @@ def finetune(
     encoded, validated = encode(rows), encode(validation_rows) if validation_rows else None
     if not settings.distillation:
         soft_labels = None
-    examples = encoded.examples
+    texts = thinned(encode(rehearsal).examples) if rehearsal else []
+    examples = [*encoded.examples, *texts]
     if on_policy is not None:
         settings = settings.model_copy(update={"distillation": 1.0})
         away = set(encoded.cut_off)
@@ -215,6 +220,7 @@ def finetune(
             seconds=seconds,
             peak_memory_bytes=peak_memory(plan.device),
             samples=len(encoded.examples),
+            rehearsed=len(texts),
             dropped=len(encoded.cut_off),
             distilled=sum(e["input_ids"] in soft_labels for e in encoded.examples) if soft_labels else 0,
             trainable_parameters=trainable,

@@ -94,6 +94,7 @@ def search(
     bare: float | None,
     output: Path,
     work_dir: Path,
+    rehearsal: Sequence[Row] = (),
     **arguments: Any,
 ) -> tuple[FinetuneResult, Search]:
     """Find a start and a learning rate on rows held out, and fine-tune from it on all rows.
@@ -120,6 +121,7 @@ def search(
         bare: held-out loss of the bare base.
         output: where the tuned PEFT adapter is written.
         work_dir: of the losses and checkpoints.
+        rehearsal: as of :func:`finetune`, in the final run.
         arguments: the other arguments of :func:`finetune`.
 
     Raises:
@@ -174,6 +176,7 @@ def search(
         stop_after=epochs,
         fitting=runs.fitting[name],
         encoder=runs.encoder,
+        rehearsal=rehearsal,
         **arguments,
     )
     # by the step reached, then by the loss there: who went further did better

@@ -118,6 +118,7 @@ class FinetuneResult(BaseModel):
     seconds: float = Field(description="wall time of this call's training, without an interrupted first attempt")
     peak_memory_bytes: int = Field(description="device memory (CUDA) or the process's resident set so far (CPU)")
     samples: int = Field(description="rows trained on")
+    rehearsed: int = Field(0, description="texts of the bare base's own that were read beside them")
     dropped: int = Field(description="rows whose completion lay wholly beyond the cut-off")
     distilled: int = Field(description="rows trained on with the teacher's distributions")
     trainable_parameters: int

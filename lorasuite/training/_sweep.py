@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from lorasuite.data import RowEncoder, RowSplit
+from lorasuite.data import Row, RowEncoder, RowSplit
 from lorasuite.errors import NumericalError, Problem
 from lorasuite.training._finetune import finetune
 from lorasuite.training._passes import Fitting
@@ -76,6 +76,7 @@ def finetune_swept(
     *,
     output: Path,
     work_dir: Path,
+    rehearsal: Sequence[Row] = (),
     **arguments: Any,
 ) -> tuple[FinetuneResult, list[TriedRate]]:
     """Fine-tune on all rows at the learning rate, and for the epochs, that did best on the rows held out.
@@ -93,6 +94,7 @@ def finetune_swept(
         learning_rates: those to try.
         output: where the tuned PEFT adapter is written.
         work_dir: of the checkpoints, a folder in it for each run.
+        rehearsal: as of :func:`finetune`, in the final run.
         arguments: the other arguments of :func:`finetune`.
 
     Returns:
@@ -124,6 +126,7 @@ def finetune_swept(
         output=output,
         work_dir=work_dir / "final",
         stop_after=stop,
+        rehearsal=rehearsal,
         **arguments,
     )
     return result, tried

@@ -195,6 +195,22 @@ def test_both_bases_stay_loaded_where_half_of_the_memory_holds_them(base: Callab
     assert gpu["gpu_bytes"] - without["gpu_bytes"] == 4 * old.total and gpu["ram_bytes"] == without["ram_bytes"]
 
 
+def test_texts_of_the_bases_own_are_read_by_whole_fine_tunes(base: Callable[..., Path]) -> None:
+    old, new = shapes(base)
+    tuned = replace(BUSY, searched=2.5, fine_tunes=2.0, screened=1.0)
+    without, beside = (
+        {cost.stage: cost.ops for cost in adapter_costs(old, new, work)}
+        for work in (tuned, replace(tuned, rehearsal=13))
+    )
+    assert beside.keys() - without.keys() == {"rehearsal"} and beside["rehearsal"].streamed > 0
+    more = {name: beside[name].trained - without[name].trained for name in ("screen", "search", "finetune")}
+    assert more["screen"] == 0 < more["search"]  # its last run alone
+    assert more["finetune"] == pytest.approx(2 * more["search"])
+    # less than as many rows of as many labels
+    assert more["search"] < 13 / tuned.rows * without["search"].trained / 2.5
+    assert "rehearsal" not in {cost.stage for cost in adapter_costs(old, new, replace(tuned, rows=0, rehearsal=0))}
+
+
 def test_a_fine_tune_that_keeps_its_activations_is_refused_where_one_row_does_not_fit(
     base: Callable[..., Path], lora: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -281,6 +281,8 @@ def test_fine_tunes(
         ({"method": "procrustes"}, {}, []),
         ({"method": "procrustes", "second_step_rate": 0.3}, {}, ["second_step_rate not used: there is no second step"]),
         ({"prompts": "p", "second_step": "cached", "second_step_epochs": 1}, {"prompts": 40}, ["writes up to 40 rows"]),
+        ({"method": "procrustes", "rehearsal": 0.5}, {}, ["rehearsal not used: there are no rows"]),
+        ({"method": "procrustes", "rehearsal": 0}, {}, []),
         ({"method": "procrustes", "effort": "quick"}, {}, ["effort not used: it is of auto, and the method is proc"]),
         ({"train_data": "t", "effort": "thorough"}, {"own": 100}, []),
         ({"train_data": "t", "effort": "quick"}, {"own": 100}, []),
