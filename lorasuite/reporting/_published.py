@@ -26,6 +26,7 @@ class Published(BaseModel):
     transform: str | None = Field(description="the transform it began from; None for a new LoRA")
     samples: int = Field(0, description="rows trained on")
     synthetic: int | None = Field(0, description="of those, rows the old adapter wrote; None: some, number not known")
+    rehearsed: int = Field(0, description="texts of the new base's own that were read beside them")
     steps: int = Field(0, description="optimiser steps")
     learning_rate: float | None = None
     synthetic_rejected: bool = Field(False, description="rows the old adapter wrote were there, and did not help")
@@ -53,12 +54,12 @@ class Published(BaseModel):
         """The rows it was trained on, in words."""
         told = f"{self.samples} samples"
         if self.synthetic is None:
-            return f"{told}, some of them written by the old base with the adapter"
-        if not self.synthetic:
-            return told
-        if self.synthetic >= self.samples:
-            return f"{told} that the old base with the adapter wrote"
-        return f"{told}, {self.synthetic} of them written by the old base with the adapter"
+            told += ", some of them written by the old base with the adapter"
+        elif self.synthetic >= self.samples > 0:
+            told += " that the old base with the adapter wrote"
+        elif self.synthetic:
+            told += f", {self.synthetic} of them written by the old base with the adapter"
+        return f"{told}, beside {self.rehearsed} texts of the new base's own" if self.rehearsed else told
 
     @property
     def headline(self) -> str:

@@ -341,6 +341,7 @@ class MigrationRecord(PairRecord, ArmResults):
             transform=None if is_new else tuned.start,
             samples=tuned.samples,
             synthetic=synthetic,
+            rehearsed=tuned.rehearsed,
             steps=tuned.steps,
             learning_rate=tuned.learning_rate,
             synthetic_rejected=rejected,

@@ -137,6 +137,8 @@ def test_the_rows_a_new_lora_was_trained_on() -> None:
         "No transform helped, nor did the rows that the old adapter wrote: a new LoRA trained on 100 samples"
     )
     assert started("fresh", teacher={**taught, "worth": False}).published.rows == "100 samples"
+    own = record(finetune={**content()["finetune"], "start": "fresh", "rehearsed": 13}).published
+    assert own.rows == "100 samples, beside 13 texts of the new base's own"
 
 
 def runs(*stages: tuple[str, str | None, float]) -> list[dict[str, Any]]:
