@@ -70,8 +70,8 @@ def content(**changes: Any) -> dict[str, Any]:
     losses = [{"step": i, "loss": 5.0 / i, "learning_rate": 1e-2} for i in range(1, 29)]
     run = {
         "samples": 100, "steps": 28, "learning_rate": 1e-2, "losses": losses, "validation": [], "validation_loss": None,
-        "seconds": 3.0, "peak_memory_bytes": 2**29, "dropped": 0, "distilled": 0, "trainable_parameters": 64,
-        "precision": "fp32", "resumed_from": None, "micro_batch_size": 16,
+        "seconds": 3.0, "peak_memory_bytes": 2**29, "dropped": 0, "rehearsed": 0, "distilled": 0,
+        "trainable_parameters": 64, "precision": "fp32", "resumed_from": None, "micro_batch_size": 16,
         "sweep": [
             {"learning_rate": 3e-3, "validation_loss": 0.8, "epochs": 3, "start_loss": 4.0},
             {"learning_rate": 1e-2, "validation_loss": None, "epochs": None, "start_loss": None},

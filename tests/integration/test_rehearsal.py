@@ -37,7 +37,7 @@ def test_one_token_in_four_is_a_label() -> None:
     plain = [{"input_ids": [1, *range(10, 18)], "labels": [IGNORED, *range(10, 18)]} for _ in range(LABELLED)]
     found = thinned(plain)
     labels = [[label for label in text["labels"] if label != IGNORED] for text in found]
-    assert labels == [[13, 17], [10, 14], [11, 15], [12, 16]] and sorted(sum(labels, [])) == list(range(10, 18))
+    assert labels == [[13, 17], [10, 14], [11, 15], [12, 16]]
     assert [text["input_ids"] for text in found] == [text["input_ids"] for text in plain]
     assert thinned([{"input_ids": [1, 2], "labels": [IGNORED, 2]}]) == []  # its only label is not that one
 

@@ -57,6 +57,7 @@ def test_the_report_of_an_earlier_record_still_builds(tmp_path: Path) -> None:
         "weights": {},
         "general": None,
         "weights_sha256": None,
+        **{run: before[run] | {"rehearsed": 0} for run in ("finetune", "control")},
         "verdict": before["verdict"] | {"rows": None, "detectable": None},
         "serving": {loader: {**served, "ran": False, "not_run": None} for loader, served in before["serving"].items()},
     }
