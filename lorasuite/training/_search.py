@@ -127,7 +127,7 @@ def search(
     Raises:
         NumericalError: if every arm diverges; otherwise as :func:`finetune`.
     """
-    runs = _Runs(base, tokenizer, starts, settings, extent.folds, work_dir, arguments)
+    runs = _Runs(base, tokenizer, starts, settings, extent.folds, work_dir, len(rehearsal), arguments)
     budget = int((extent.budget - 1) * runs.most) // extent.folds
     near, probe, far = by_distance(starts, bare)
     near_rates, far_rates = (
@@ -208,6 +208,8 @@ class _Runs:
     settings: FinetuneSettings
     folds: int
     work_dir: Path
+    #: Texts that the final run reads beside its rows.
+    texts: int
     arguments: Mapping[str, Any]
     #: Optimizer steps of a whole run that is compared, and of the final one, by start.
     schedule: dict[str, int] = field(init=False)
@@ -224,7 +226,7 @@ class _Runs:
         #: By start and fold what is lost before the first step, as far as it was measured.
         self.begun: dict[tuple[str, int], float] = {}
         self.schedule = {name: self._steps(_compared_on(parts[0])) for name, parts in self.parts.items()}
-        self.whole = {name: self._steps(start.rows.trained) for name, start in self.starts.items()}
+        self.whole = {name: self._steps(start.rows.trained, self.texts) for name, start in self.starts.items()}
         self.most = max(self._steps(_spread(start.rows.trained, MOST_COMPARED)) for start in self.starts.values())
         self.held_out = sum(len(_held_out(part)) for part in next(iter(self.parts.values())))
         self._ledger = self.work_dir / "losses.json"
@@ -329,12 +331,12 @@ class _Runs:
     def _keep(self) -> None:
         replace_text(self._ledger, json.dumps(self.found))
 
-    def _epoch(self, rows: Sequence[Row]) -> int:
-        """Optimizer steps of a pass over the rows."""
-        return math.ceil(len(self.encoder(rows).examples) / self.settings.batch_size)
+    def _epoch(self, rows: Sequence[Row], texts: int = 0) -> int:
+        """Optimizer steps of a pass over the rows and so many texts."""
+        return math.ceil((len(self.encoder(rows).examples) + texts) / self.settings.batch_size)
 
-    def _steps(self, rows: Sequence[Row]) -> int:
-        return self.settings.max_steps or math.ceil(self._epoch(rows) * self.settings.passes)
+    def _steps(self, rows: Sequence[Row], texts: int = 0) -> int:
+        return self.settings.max_steps or math.ceil(self._epoch(rows, texts) * self.settings.passes)
 
 
 def _held_out(rows: RowSplit) -> list[Row]:

@@ -139,7 +139,8 @@ def test_whole_migration(home: Path, settings: Settings, pair: tuple[Path, Path]
         heads = kept["head_map"][f"{o}->{n}"]
         assert sorted(map(int, heads)) == [0, 1, 2, 3] and len(set(heads.values())) == 4
     assert not kept["transfer_matrix"]["identity"] and 0 < kept["transfer_matrix"]["residual"] <= 1
-    assert kept["finetune"]["steps"] == 2 and len(kept["finetune"]["losses"]) == 2
+    assert kept["finetune"]["steps"] == 3 and len(kept["finetune"]["losses"]) == 3
+    assert kept["finetune"]["rehearsed"] == kept["control"]["rehearsed"] > 0
     assert {entry["learning_rate"] for entry in kept["finetune"]["sweep"]} == {1e-3, 1e-2}
     assert kept["loaded_bytes_peak"] > 0
     check_loads(out, pair[1])

@@ -64,7 +64,8 @@ def test_without_labels_then_cached_then_mixed(mirror: dict[str, Any], home: Pat
     teacher = first["teacher"]
     assert teacher["rows"] == 24 and teacher["temperature"] == 0 and teacher["worth"]
     assert teacher["measured_on"] == "written rows" and teacher["distilled"]["rows"] == 24
-    assert first["finetune"]["samples"] == first["finetune"]["distilled"] == 24 and first["finetune"]["steps"] == 3
+    assert first["finetune"]["samples"] == first["finetune"]["distilled"] == 24 and first["finetune"]["steps"] == 4
+    assert first["finetune"]["rehearsed"] == 3
     key = next(row["key"] for row in first["timings"] if row["stage"] == "teacher")
     rows = [json.loads(line) for line in Store(home).open(key).file("rows.jsonl").read_text().splitlines()]
     truth = {row["prompt"]: row["completion"] for row in zoo.rows("neox", "mirror", "train", 40)}
@@ -82,6 +83,7 @@ def test_without_labels_then_cached_then_mixed(mirror: dict[str, Any], home: Pat
     tune = {**TUNE, "token_weights": "excess"}
     second = {"second_step": "on-policy", "second_step_epochs": 1, "teacher_samples": 24}
     further = run(mirror, tmp_path / "further", **second, finetune=tune)
+    assert cached(further)["rehearsal"] and not cached(further)["finetune"], "texts of the base's own serve every run"
     result = further["finetune"]["second_step"]
     assert result["measured_on"] == "written rows" and result["held_out"] == 5 and result["before"] > 0
     assert result["kept"] is (result["after"] < result["before"])
@@ -155,11 +157,11 @@ def test_of_more_prompts_more_rows_are_written_and_read_fewer_times(
     monkeypatch.setattr("lorasuite.planning._policy.MOST_SYNTHETIC_ROWS", 32)
     given = {"method": "auto", "learning_rates": [3e-3], "finetune": {"batch_size": 8}}
     record = run(mirror, tmp_path / "out", **given)
-    assert record["finetune"]["samples"] == 32 and record["finetune"]["steps"] == 4
+    assert record["finetune"]["samples"] == 32 and record["finetune"]["steps"] == 5
     assert record["settings"]["finetune"]["epochs"] is None, "what was asked"
     assert [notice for notice in record["notices"] if "fewer times (1 in place of 3)" in notice]
     searched = run(mirror, tmp_path / "searched", **{**given, "learning_rates": []})
-    assert searched["finetune"]["steps"] == 4 and searched["finetune"]["search"]["schedule"] == 4
+    assert searched["finetune"]["steps"] == 5 and searched["finetune"]["search"]["schedule"] == 4
 
 
 def test_auto_needs_no_texts_where_a_fresh_lora_is_all_that_it_tries(mirror: dict[str, Any], tmp_path: Path) -> None:
