@@ -193,7 +193,7 @@ def _training(where: Where, tuning: FinetuneSettings) -> Iterator[tuple[Any, Pat
         yield base, Path(folder) / "adapter"
 
 
-@stage("search", version=3)
+@stage("search", version=2)
 def searching(inputs: SearchInputs, settings: SearchSettings, where: Where) -> StageOutput:
     """The fine-tune from the start and at the rate that do best on rows held out, found by successive halving."""
     tuning, taught = fitting(settings.finetune, where), stored_taught(inputs.soft_labels, inputs.token_weights)
@@ -258,7 +258,7 @@ class FinetuneStageSettings(StageSettings):
     rehearsal: float = 0.0
 
 
-@stage("finetune", version=4)
+@stage("finetune", version=3)
 def finetune(inputs: FinetuneInputs, settings: FinetuneStageSettings, where: Where) -> StageOutput:
     """The light fine-tune of a migrated adapter, or of a fresh LoRA on the same rows."""
     tuning, start, rows = fitting(settings.finetune, where), inputs.transform, stored_split(inputs.rows)
