@@ -1,7 +1,7 @@
 """What a fine-tune forgets, with and without texts of the base's own beside its rows.
 
     python benchmarks/rehearsal.py --adapter DIR --old-base DIR --new-base DIR --prompts FILE --test FILE \
-        --texts FILE --output DIR [--shares 0 0.125] [--seeds 0 1] [--learning-rate 1e-3] [--epochs 3]
+        --texts FILE --output DIR [--shares 0 0.0625] [--seeds 0 1] [--learning-rate 1e-3] [--epochs 3]
 
 The old base with the adapter answers the prompts; a fresh LoRA of the new base, of the old one's rank on every
 projection, is trained on the answers, with a share of texts as many as rows; then exact match and loss on the test
@@ -43,7 +43,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("adapter", "old-base", "new-base", "prompts", "test", "texts", "output"):
         parser.add_argument(f"--{name}", type=Path, required=True)
-    parser.add_argument("--shares", type=float, nargs="+", default=[0.0, 0.125])
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.0, 0.0625])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--epochs", type=float, default=3)

@@ -83,7 +83,7 @@ def rehearsing(inputs: BaseInputs, settings: SeedSettings, where: Where) -> Stag
             OWN_TEXTS,
             OWN_TOKENS,
             seed=settings.seed,
-            batch_size=halved(64, where.halvings),
+            batch_size=halved(OWN_TEXTS, where.halvings),
             progress=Progress().step,
         )
     return StageOutput(info={"texts": len(texts)}, files=rows_files(texts))

@@ -153,7 +153,7 @@ class MigrationConfig(Strict):
         f"to two and a half; thorough, up to eight; of more than {MOST_COMPARED} rows only the last of them reads all",
     )
     rehearsal: float = Field(
-        0.125,
+        0.0625,
         ge=0,
         le=1,
         description="texts that the bare new base writes itself, by training row, read beside the rows so that it "

@@ -207,7 +207,7 @@ def step_ops(shape: Shape, work: Work, rows: float) -> Ops:
 
 def rehearsal(new: Shape, work: Work) -> Cost:
     """Texts that the bare new base writes from nothing, once for all adapters."""
-    ops, held = writing(new, work, OWN_TEXTS, 1, OWN_TOKENS, OWN_TEXTS // 2)
+    ops, held = writing(new, work, OWN_TEXTS, 1, OWN_TOKENS, OWN_TEXTS)
     return Cost("rehearsal", ops, **work.held(held))
 
 

@@ -59,7 +59,8 @@ class Published(BaseModel):
             told += " that the old base with the adapter wrote"
         elif self.synthetic:
             told += f", {self.synthetic} of them written by the old base with the adapter"
-        return f"{told}, beside {self.rehearsed} texts of the new base's own" if self.rehearsed else told
+        texts = "a text" if self.rehearsed == 1 else f"{self.rehearsed} texts"
+        return f"{told}, beside {texts} of the new base's own" if self.rehearsed else told
 
     @property
     def headline(self) -> str:

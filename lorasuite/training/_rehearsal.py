@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from lorasuite.data import IGNORED, Row
 
 #: Texts that are written, tokens of each, and of how many of these one is a label.
-OWN_TEXTS, OWN_TOKENS, LABELLED = 128, 32, 4
+OWN_TEXTS, OWN_TOKENS, LABELLED = 64, 32, 4
 
 
 def rehearsed(texts: Sequence[Row], share: float, rows: int) -> list[Row]:

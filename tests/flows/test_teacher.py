@@ -65,7 +65,7 @@ def test_without_labels_then_cached_then_mixed(mirror: dict[str, Any], home: Pat
     assert teacher["rows"] == 24 and teacher["temperature"] == 0 and teacher["worth"]
     assert teacher["measured_on"] == "written rows" and teacher["distilled"]["rows"] == 24
     assert first["finetune"]["samples"] == first["finetune"]["distilled"] == 24 and first["finetune"]["steps"] == 4
-    assert first["finetune"]["rehearsed"] == 3
+    assert first["finetune"]["rehearsed"] == 2
     key = next(row["key"] for row in first["timings"] if row["stage"] == "teacher")
     rows = [json.loads(line) for line in Store(home).open(key).file("rows.jsonl").read_text().splitlines()]
     truth = {row["prompt"]: row["completion"] for row in zoo.rows("neox", "mirror", "train", 40)}
