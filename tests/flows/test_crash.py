@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 ENTRYPOINT = "flows/migrate_adapter.py:migrate_adapter"
 PAIR = ["vocabulary", "transfer_matrices", "activations", "similarity", "layer_mapping", "head_mapping"]
 #: Stages of one adapter, in the order in which they are computed.
-OWN = ("split", "transform", "finetune", "evaluate", "serving")
+OWN = ("split", "transform", "rehearsal", "finetune", "evaluate", "serving")
 LFT = {"finetune": {"batch_size": 4, "epochs": 1}, "evaluation": {"generate": False}, "controls": False}
 
 

@@ -44,7 +44,7 @@ def test_what_a_migration_leaves(home: Path, small: Small, tmp_path: Path) -> No
     progress = [a for a in found if a.type == "progress"]
     told = [str(a.description) for a in progress]
     assert all(float(str(a.data)) == 100 for a in progress), told
-    assert any(text.startswith("finetune (migrated): 2 of 2, loss ") for text in told)
+    assert any(text.startswith("finetune (migrated): 3 of 3, loss ") for text in told)
     assert sum(text.startswith("evaluate (") for text in told) == 5
 
 
