@@ -61,13 +61,12 @@ def main() -> None:
         with results.open("a") as file:
             file.write(json.dumps(line) + "\n")
 
-    def cost(base: Path, adapter: Path) -> float:
-        found = evaluate_text(str(base), load_tokenizer(base), texts, adapters={"bare": None, "with": adapter})
-        return found["with"].bits_per_byte - found["bare"].bits_per_byte
-
     if not lines:
-        keep({"share": None, "seed": None, "general": cost(arguments.old_base, arguments.adapter)})
+        adapters = {"bare": None, "with": arguments.adapter}
+        old = evaluate_text(str(arguments.old_base), load_tokenizer(arguments.old_base), texts, adapters=adapters)
+        keep({"share": None, "seed": None, "general": old["with"].bits_per_byte - old["bare"].bits_per_byte})
     model, tokenizer = load_model(arguments.new_base), load_tokenizer(arguments.new_base)
+    bare = evaluate_text(model, tokenizer, texts, adapters={"bare": None})["bare"].bits_per_byte
     like = Adapter.open(arguments.adapter)
     roles = like.roles(Checkpoint(arguments.old_base).architecture)
     architecture = Checkpoint(arguments.new_base).architecture
@@ -85,6 +84,7 @@ def main() -> None:
         )  # fmt: skip
         seconds = time.perf_counter() - begun
         found = evaluate(model, tokenizer, test, EvaluationSettings(), adapters={"with": output})["with"]
+        general = evaluate_text(model, tokenizer, texts, adapters={"with": output})["with"].bits_per_byte - bare
         keep(
             {
                 "share": share,
@@ -94,7 +94,7 @@ def main() -> None:
                 "seconds": round(seconds),
                 "exact_match": found.exact_match,
                 "loss": round(found.loss, 4),
-                "general": round(cost(arguments.new_base, output), 4),
+                "general": round(general, 4),
             }
         )
 

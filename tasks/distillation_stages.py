@@ -153,8 +153,7 @@ class SecondStepSettings(StageSettings):
 
     To make the first step again without the rows held out: ``first`` are its hyperparameters, ``first_epochs`` is after
     how many epochs it ended early, ``rehearsal`` the texts by row that it read beside them, and ``fresh`` the settings
-    of a fresh LoRA that it began from. Without ``compares``
-    nothing is held out, and the second step is kept.
+    of a fresh LoRA that it began from. Without ``compares`` nothing is held out, and the second step is kept.
     """
 
     kind: SecondStep

@@ -8,7 +8,6 @@ Operations and bytes are counted (:mod:`lorasuite.planning._cost`) and divided b
 from __future__ import annotations
 
 import contextlib
-import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -25,12 +24,12 @@ from lorasuite.evaluation import BEYOND_LONGEST
 from lorasuite.planning._candidates import usable
 from lorasuite.planning._config import AUTO, MigrationConfig
 from lorasuite.planning._cost import HALF, Cost, Shape, Work
-from lorasuite.planning._cost_adapter import adapter_costs, kept_loaded
+from lorasuite.planning._cost_adapter import NEW_STAGES, adapter_costs, kept_loaded
 from lorasuite.planning._cost_pair import pair_costs
 from lorasuite.planning._machine import Machine, Throughput
 from lorasuite.planning._policy import RowPlan
 from lorasuite.teacher import ROWS as TEMPLATE_ROWS
-from lorasuite.training import EXTENTS, MOST_COMPARED, OWN_TEXTS, base_dtype
+from lorasuite.training import EXTENTS, MOST_COMPARED, base_dtype, texts_beside
 
 #: Texts or rows that are tokenized to learn how long they are.
 SAMPLED = 64
@@ -132,7 +131,7 @@ def planned_work(
         fine_tunes=fine_tunes,
         screened=screened,
         searched=searched,
-        rehearsal=min(math.ceil(config.rehearsal * trained), OWN_TEXTS),
+        rehearsal=texts_beside(config.rehearsal, trained),
         chosen_by=max(rows.selection_rows, trained // 5) if config.method == AUTO else 0,
         fitted_rows=_fitted(config, data),
         teacher_rows=rows.teacher_rows,
@@ -314,24 +313,7 @@ SMALLER = {
     "mlp_factors": "--method procrustes",
 }
 #: Stages that load a model whole, as the settings of loading say.
-LOADED = (
-    "rehearsal",
-    "screen",
-    "search",
-    "finetune",
-    "template_fit",
-    "teacher",
-    "teacher_worth",
-    "prompt_drafts",
-    "prompts",
-    "soft_labels",
-    "token_weights",
-    "second_step",
-    "evaluate",
-    "general_text",
-    "select",
-    "serving",
-)
+LOADED = (*NEW_STAGES, "template_fit", "teacher", "prompt_drafts", "prompts", "soft_labels", "token_weights")
 #: Those of them that train.
 TUNED = ("screen", "search", "finetune", "second_step")
 #: The flags that make artifacts smaller.

@@ -1,4 +1,4 @@
-"""Texts that a bare base writes from nothing, for fine-tunes to rehearse (:mod:`lorasuite.training.rehearsal`)."""
+"""Texts that a bare base writes from nothing, for fine-tunes to rehearse (:mod:`lorasuite.training._rehearsal`)."""
 
 from __future__ import annotations
 

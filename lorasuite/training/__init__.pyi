@@ -5,7 +5,7 @@ from ._finetune import finetune
 from ._head import LabelHead, cross_entropies, label_rows
 from ._loss import LabelLogits, collate, read_labels, validation_loss
 from ._on_policy import StepRows
-from ._rehearsal import LABELLED, OWN_TEXTS, OWN_TOKENS, rehearsed
+from ._rehearsal import LABELLED, OWN_TEXTS, OWN_TOKENS, rehearsed, texts_beside
 from ._search import Start, search
 from ._selection import NOTHING, Candidate, choose, write_scaled
 from ._settings import EPOCHS, FinetuneResult, FinetuneSettings, SecondStep, SecondStepResult
@@ -58,6 +58,7 @@ __all__ = [
     "search",
     "soft_labels",
     "start_problems",
+    "texts_beside",
     "validation_loss",
     "write_scaled",
 ]

@@ -19,9 +19,14 @@ from lorasuite.data import IGNORED, Row
 OWN_TEXTS, OWN_TOKENS, LABELLED = 64, 32, 4
 
 
+def texts_beside(share: float, rows: int) -> int:
+    """How many texts are read beside so many rows: a ``share`` as many, as far as some are written."""
+    return min(math.ceil(share * rows), OWN_TEXTS)
+
+
 def rehearsed(texts: Sequence[Row], share: float, rows: int) -> list[Row]:
-    """The texts that are read beside so many rows: a ``share`` as many, as far as there are."""
-    return list(texts[: math.ceil(share * rows)])
+    """The texts that are read beside so many rows."""
+    return list(texts[: texts_beside(share, rows)])
 
 
 def thinned(texts: Sequence[dict[str, list[int]]]) -> list[dict[str, list[int]]]:
